@@ -1,0 +1,126 @@
+"""One episode: the learner is trained on the support set by the meta-learner, then judged on the query set.
+
+``adapt`` is the inner loop that training and evaluation share. ``train_episode`` updates the meta-learner by what the query set
+says; ``evaluate_episode`` only reports it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from learner import Learner
+from metalearner import MetaLearner
+
+
+class Episode(NamedTuple):
+    """An n-way k-shot task, class-major: label = position of the class in the episode."""
+
+    support: Tensor  # [n_class * n_shot, 3, H, W], float32
+    support_y: Tensor  # [n_class * n_shot], int64
+    query: Tensor  # [n_class * n_eval, 3, H, W], float32
+    query_y: Tensor  # [n_class * n_eval], int64
+    order: Tensor  # [epoch, n_class * n_shot], int64: the order of the support images in each pass over them
+
+    def to(self, device: torch.device) -> Episode:
+        return Episode(*(t.to(device, non_blocking=True) for t in self))
+
+
+def minibatches(episode: Episode, batch_size: int):
+    """The support minibatches (images, labels) of all passes; a batch that holds the whole set keeps its own order."""
+    n_support = episode.support.shape[0]
+    for pass_order in episode.order:
+        if batch_size >= n_support:
+            yield episode.support, episode.support_y
+        else:
+            for indices in pass_order.split(batch_size):
+                yield episode.support[indices], episode.support_y[indices]
+
+
+def adapt(
+    episode: Episode, learner_w_grad: Learner, metalearner: MetaLearner, batch_size: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Train the learner on the support set, one meta-learner step a minibatch.
+
+    Args:
+        episode: see ``Episode``; ``order`` has as many rows as there are passes.
+        learner_w_grad: takes each cell state's values and yields loss and gradient; its running statistics end up being those
+            of the support images.
+        metalearner: makes each cell state from the last one.
+        batch_size: images of a minibatch; the last one of a pass may be smaller.
+
+    Returns:
+        The last cell state [P, 1], with its graph unless under ``torch.no_grad()``, and the support losses, [] each.
+    """
+    learner_w_grad.train()
+    learner_w_grad.reset_batch_stats()
+    state = metalearner.initial_state()
+    losses = []
+    for x, y in minibatches(episode, batch_size):
+        learner_w_grad.copy_flat_params(state.c)
+        loss, grad = learner_w_grad.loss_and_grad(x, y)
+        state = metalearner(loss, grad / x.shape[0], state)
+        losses.append(loss)
+    return state.c, losses
+
+
+def query_loss(
+    episode: Episode, learner_w_grad: Learner, learner_wo_grad: Learner, cI: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Judge a cell state on the query set, in whichever mode (train or eval) learner_wo_grad is.
+
+    Returns:
+        The mean cross entropy [] and the logits [n_class * n_eval, n_class].
+    """
+    learner_wo_grad.transfer_params(learner_w_grad, cI)
+    logits = learner_wo_grad(episode.query)
+    return F.cross_entropy(logits, episode.query_y), logits
+
+
+def accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    """Share of right answers in percent, []."""
+    return (logits.argmax(dim=1) == y).float().mean() * 100.0
+
+
+def train_episode(
+    episode: Episode,
+    learner_w_grad: Learner,
+    learner_wo_grad: Learner,
+    metalearner: MetaLearner,
+    optimizer: torch.optim.Optimizer,
+    batch_size: int,
+    grad_clip: float,
+) -> tuple[Tensor, Tensor]:
+    """One update of the meta-learner (paper, algorithm 1).
+
+    Returns:
+        Query loss [] and query accuracy [] in percent, detached and still on the device.
+    """
+    learner_wo_grad.train()
+    cI, _ = adapt(episode, learner_w_grad, metalearner, batch_size)
+    loss, logits = query_loss(episode, learner_w_grad, learner_wo_grad, cI)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(metalearner.parameters(), grad_clip)
+    optimizer.step()
+    return loss.detach(), accuracy(logits.detach(), episode.query_y)
+
+
+@torch.no_grad()
+def evaluate_episode(
+    episode: Episode, learner_w_grad: Learner, learner_wo_grad: Learner, metalearner: MetaLearner, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """The same inner loop without the meta-learner's graph; query images are normalised by the support set's statistics.
+
+    Both learners are scratch space here: give evaluation a pair of its own and training notices nothing.
+
+    Returns:
+        Query loss [] and query accuracy [] in percent, still on the device.
+    """
+    learner_wo_grad.eval()
+    cI, _ = adapt(episode, learner_w_grad, metalearner, batch_size)
+    loss, logits = query_loss(episode, learner_w_grad, learner_wo_grad, cI)
+    return loss, accuracy(logits, episode.query_y)

@@ -1,0 +1,134 @@
+"""The meta-learner: an LSTM whose cell state is the learner's parameter vector (paper, section 3).
+
+Gradient descent, theta_t = theta_{t-1} - alpha_t * grad_t, has the form of an LSTM's cell update,
+c_t = f_t * c_{t-1} + i_t * c~_t, with f_t = 1, i_t = alpha_t and c~_t = -grad_t (equation 2). The meta-learner learns f, i
+and the initial state c_0 = cI, for all coordinates with the same few weights.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+P_PREP = 10.0
+INPUT_SIZE = 4  # prep(loss) and prep(grad), two numbers each
+
+
+def prep(x: Tensor) -> Tensor:
+    """Split magnitude from sign, so that numbers of any scale can be read by one network (paper, appendix A).
+
+    (log(|x| + 1e-8) / p, sign(x)) where |x| >= e^-p, else (-1, e^p * x), with p = 10.
+
+    Args:
+        x: any shape [...], float.
+
+    Returns:
+        [..., 2], same dtype.
+    """
+    large = x.abs() >= math.exp(-P_PREP)
+    first = torch.where(large, torch.log(x.abs() + 1e-8) / P_PREP, -torch.ones_like(x))
+    second = torch.where(large, torch.sign(x), math.exp(P_PREP) * x)
+    return torch.stack((first, second), dim=-1)
+
+
+class MetaState(NamedTuple):
+    """What the meta-learner remembers of the updates so far; f and i are kept *before* the sigmoid."""
+
+    lstm_h: Tensor  # [P, hidden_size]
+    lstm_c: Tensor  # [P, hidden_size]
+    f: Tensor  # [P, 1]
+    i: Tensor  # [P, 1]
+    c: Tensor  # [P, 1], the learner's parameters
+
+
+class MetaLSTMCell(nn.Module):
+    """One scalar LSTM cell a coordinate of the learner, all with the same gates (paper, equations 3 and 4).
+
+    f_t = [h_t, c_{t-1}, f_{t-1}] WF + bF
+    i_t = [h_t, c_{t-1}, i_{t-1}] WI + bI
+    c_t = sigmoid(f_t) * c_{t-1} - sigmoid(i_t) * grad_t
+
+    WF, WI ~ U(-0.01, 0.01); bF ~ U(4, 6), bI ~ U(*bi_range), by default U(-5, -4): it starts as gradient descent with a
+    small step. cI, the initial cell state, is the learner's initialisation, itself learned (see ``init_cI``).
+    """
+
+    def __init__(self, hidden_size: int, n_learner_params: int, bi_range: tuple[float, float] = (-5.0, -4.0)):
+        super().__init__()
+        self.WF = nn.Parameter(torch.empty(hidden_size + 2, 1).uniform_(-0.01, 0.01))
+        self.WI = nn.Parameter(torch.empty(hidden_size + 2, 1).uniform_(-0.01, 0.01))
+        self.cI = nn.Parameter(torch.zeros(n_learner_params, 1))
+        self.bI = nn.Parameter(torch.empty(1, 1).uniform_(*bi_range))
+        self.bF = nn.Parameter(torch.empty(1, 1).uniform_(4, 6))
+
+    @torch.no_grad()
+    def init_cI(self, flat_params: Tensor) -> None:
+        """Start from the learner's own initialisation.
+
+        Args:
+            flat_params: [P], as ``Learner.get_flat_params`` gives it.
+        """
+        self.cI.copy_(flat_params.reshape(-1, 1))
+
+    def forward(self, h: Tensor, grad: Tensor, f: Tensor, i: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One update.
+
+        Args:
+            h: [P, hidden_size], what the LSTM says of each coordinate.
+            grad: [P, 1], a constant: the paper's first-order assumption.
+            f, i, c: [P, 1], the last gates before the sigmoid and the last cell state.
+
+        Returns:
+            The new f, i and c, [P, 1] each.
+        """
+        f = torch.cat((h, c, f), dim=1) @ self.WF + self.bF
+        i = torch.cat((h, c, i), dim=1) @ self.WI + self.bI
+        return f, i, torch.sigmoid(f) * c - torch.sigmoid(i) * grad
+
+
+class MetaLearner(nn.Module):
+    """The whole meta-learner: an LSTM that reads loss and gradient, and the cell that updates the learner.
+
+    Args:
+        input_size: numbers that the LSTM reads for a coordinate; always 4.
+        hidden_size: width of the LSTM, its weights shared by all coordinates.
+        n_learner_params: P, the length of the learner's flat parameter vector.
+        bi_range: range of the uniform distribution from which bI starts.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        n_learner_params: int,
+        bi_range: tuple[float, float] = (-5.0, -4.0),
+    ):
+        super().__init__()
+        if input_size != INPUT_SIZE:
+            raise ValueError(f"input_size is {input_size}, but prep(loss) and prep(grad) make {INPUT_SIZE} numbers")
+        self.lstm = nn.LSTMCell(input_size, hidden_size)
+        self.metalstm = MetaLSTMCell(hidden_size, n_learner_params, bi_range)
+
+    def initial_state(self) -> MetaState:
+        """The state before the first update: c_0 = cI, all else zero."""
+        cI = self.metalstm.cI
+        h = cI.new_zeros(cI.shape[0], self.lstm.hidden_size)
+        zero = torch.zeros_like(cI)
+        return MetaState(h, h, zero, zero, cI)
+
+    def forward(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
+        """One update of the learner.
+
+        Args:
+            loss: [], mean cross entropy of the minibatch, detached.
+            grad: [P, 1], its gradient divided once more by the minibatch's number of images, detached.
+            state: from ``initial_state`` or the last call.
+
+        Returns:
+            The new state; ``state.c`` holds the learner's new parameters with their graph.
+        """
+        x = torch.cat((prep(loss).expand(grad.shape[0], 2), prep(grad.squeeze(1))), dim=1)
+        h, c = self.lstm(x, (state.lstm_h, state.lstm_c))
+        return MetaState(h, c, *self.metalstm(h, grad, state.f, state.i, state.c))

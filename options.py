@@ -1,0 +1,197 @@
+"""The command line: flags, their bounds, and what a checkpoint says of them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from learner import MIN_IMAGE_SIZE
+from metalearner import INPUT_SIZE
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parent
+
+# What shapes the meta-learner and its episodes: stored in each checkpoint, from where test mode takes it.
+HYPER_PARAMETERS = (
+    "n_shot",
+    "n_eval",
+    "n_class",
+    "input_size",
+    "hidden_size",
+    "lr",
+    "epoch",
+    "batch_size",
+    "image_size",
+    "grad_clip",
+    "bn_momentum",
+    "bn_eps",
+    "augment",
+    "bi_init",
+    "seed",
+)
+
+
+def whole(low: int, high: int = 10**9) -> Callable[[str], int]:
+    """A parser of whole numbers from ``low`` to ``high``."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"is {text!r}, but must be a whole number from {low} to {high}")
+        return value
+
+    return parse
+
+
+def real(low: float, high: float, low_open: bool = False) -> Callable[[str], float]:
+    """A parser of finite numbers from ``low`` (itself excluded if ``low_open``) to ``high``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or (low_open and value == low):
+            bound = "above" if low_open else "from"
+            raise argparse.ArgumentTypeError(f"is {text!r}, but must be a number {bound} {low:g} up to {high:g}")
+        return value
+
+    return parse
+
+
+def boolean(text: str) -> bool:
+    """true/false, so that ``--pin-mem False`` means what it says."""
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"is {text!r}, but must be true or false")
+    return words[text.lower()]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line."""
+
+    def error(self, message: str):
+        raise UserError(message.removeprefix("argument "))
+
+
+def build_parser() -> tuple[Parser, dict[str, object]]:
+    """The parser, which leaves out what is not given, and every flag's default beside it."""
+    parser = Parser(
+        prog="main.py",
+        description="The LSTM meta-learner of Ravi & Larochelle (ICLR 2017). The defaults are the 5-way 5-shot recipe.",
+        epilog="examples:  python main.py --mode train --data-root data/miniImagenet   |   python main.py --mode test",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    defaults: dict[str, object] = {}
+
+    def group(title: str):
+        g = parser.add_argument_group(title)
+
+        def add(name: str, default, help: str, **kwargs):
+            defaults[name[2:].replace("-", "_")] = default
+            words = " ".join(map(str, default)) if isinstance(default, list) else default
+            g.add_argument(name, help=help if default in (None, False) else f"{help} (default: {words})", **kwargs)
+
+        return add
+
+    add = group("what to do")
+    add("--mode", "train", "train the meta-learner, or test a checkpoint", choices=("train", "test"))
+    add("--resume", None, "checkpoint to go on from, or to test (default of test: the run folder's best)", metavar="CKPT")
+    add("--seed", 719, "seed of initialisation and episodes", type=whole(0, 2**32 - 1), metavar="N")
+    add("--save", "logs", "the run folder is SAVE-SEED, with log, metrics and checkpoints", metavar="PATH")
+
+    add = group("data")
+    add("--data", "miniImagenet", "data set's name, a folder in data/", metavar="NAME")
+    add("--data-root", None, "folder with train/, val/, test/ of class folders (default: data/NAME)", metavar="DIR")
+    add("--image-size", 84, "height and width of the images, pixels", type=whole(MIN_IMAGE_SIZE, 1024), metavar="PX")
+    add(
+        "--augment",
+        "port",
+        "port: random crops, flips and colours for train, centre crops for val and test, as the older port; "
+        "none: every image squashed to a square, as the authors",
+        choices=("port", "none"),
+    )
+    add("--n-workers", 2, "processes that prepare episodes, the same ones for any N", type=whole(0, 256), metavar="N")
+    add("--pin-mem", True, "page-locked memory for copies to the GPU", type=boolean, metavar="BOOL")
+
+    add = group("episodes")
+    add("--n-class", 5, "classes of an episode (n-way)", type=whole(2, 1000), metavar="N")
+    add("--n-shot", 5, "support images a class (k-shot)", type=whole(1, 1000), metavar="N")
+    add("--n-eval", 15, "query images a class", type=whole(1, 1000), metavar="N")
+    add("--episode", 50000, "episodes of training", type=whole(1), metavar="N")
+    add("--episode-val", 100, "episodes of a validation, each time the same", type=whole(1), metavar="N")
+    add("--episode-test", 600, "episodes of a test", type=whole(1), metavar="N")
+
+    add = group("learner and its training on the support set")
+    add("--epoch", 8, "passes over the support set", type=whole(1, 10000), metavar="N")
+    add("--batch-size", 25, "images of a support minibatch", type=whole(1), metavar="N")
+    add("--bn-momentum", 0.95, "share of the newest batch in the running statistics", type=real(0, 1), metavar="X")
+    add("--bn-eps", 1e-3, "epsilon of batch normalisation", type=real(0, 1, low_open=True), metavar="X")
+
+    add = group("meta-learner and its training")
+    size = whole(INPUT_SIZE, INPUT_SIZE)
+    add("--input-size", INPUT_SIZE, "numbers that its LSTM reads of a coordinate", type=size, metavar="N")
+    add("--hidden-size", 20, "width of its LSTM", type=whole(1, 4096), metavar="N")
+    add("--lr", 1e-3, "learning rate of Adam", type=real(0, 1, low_open=True), metavar="X")
+    add("--grad-clip", 0.25, "largest norm of its gradient", type=real(0, 1e6, low_open=True), metavar="X")
+    bias = real(-100, 100)
+    add("--bi-init", [-5.0, -4.0], "range in which bI starts", type=bias, nargs=2, metavar=("LOW", "HIGH"))
+
+    add = group("machine and log")
+    add("--cpu", False, "use the CPU even where there is a GPU", action="store_true")
+    add("--gpu", None, "insist on GPU number N (default: the first one, else the CPU)", type=whole(0, 63), metavar="N")
+    add("--log-freq", 50, "episodes between two lines of the log", type=whole(1), metavar="N")
+    add("--val-freq", 1000, "episodes between two validations and checkpoints; 0: none", type=whole(0), metavar="N")
+    return parser, defaults
+
+
+def parse(argv: list[str]) -> tuple[dict[str, object], dict[str, object]]:
+    """Read the command line.
+
+    Returns:
+        The flags that were given, and the defaults of all flags.
+
+    Raises:
+        UserError: a flag is unknown or out of bounds; the message names it.
+    """
+    parser, defaults = build_parser()
+    given = vars(parser.parse_args(argv))
+    if given.get("cpu") and given.get("gpu") is not None:
+        raise UserError(f"--cpu and --gpu {given['gpu']}: give one of the two")
+    return given, defaults
+
+
+def settle(
+    given: dict[str, object], defaults: dict[str, object], stored: dict[str, object] | None = None
+) -> argparse.Namespace:
+    """What holds: a given flag before the checkpoint's hyper-parameter before the default.
+
+    Args:
+        given, defaults: from ``parse``.
+        stored: the hyper-parameters that a checkpoint carries, or None.
+
+    Raises:
+        UserError: flags contradict each other.
+    """
+    stored = {k: v for k, v in (stored or {}).items() if k in HYPER_PARAMETERS}
+    args = argparse.Namespace(**{**defaults, **stored, **given})
+    args.data_root = Path(args.data_root) if args.data_root else ROOT / "data" / args.data
+    if args.bi_init[0] > args.bi_init[1]:
+        raise UserError(f"--bi-init {args.bi_init[0]:g} {args.bi_init[1]:g}: the first must not be the larger one")
+    return args
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    """``SAVE-SEED``, below the working directory unless SAVE is absolute."""
+    return Path(f"{args.save}-{args.seed}")
+
+
+def hyper_parameters(args: argparse.Namespace) -> dict[str, object]:
+    """The part of the flags that a checkpoint carries."""
+    return {k: getattr(args, k) for k in HYPER_PARAMETERS}

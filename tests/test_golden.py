@@ -1,0 +1,67 @@
+"""The worked episode of tests/golden: three training episodes and one evaluation, in float64 and in float32."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from episode import Episode, adapt, evaluate_episode, query_loss
+from learner import Learner
+from metalearner import MetaLearner
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "episode_32px.npz")
+STRIDE = int(GOLDEN["sample_stride"])
+
+
+def images(name, dtype):
+    return (torch.from_numpy(GOLDEN[name]).to(dtype) - 127.5) / 64
+
+
+def relative(actual, expected):
+    actual = actual.detach().double().numpy().reshape(-1)
+    expected = np.asarray(expected, dtype=np.float64).reshape(-1)
+    assert actual.shape == expected.shape
+    return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
+
+
+def golden_setup(dtype):
+    shape = dict(image_size=int(GOLDEN["image_size"]), bn_eps=1e-3, bn_momentum=0.95, n_classes=int(GOLDEN["n_class"]))
+    w_grad, wo_grad = Learner(**shape).to(dtype), Learner(**shape).to(dtype)
+    meta = MetaLearner(4, 20, GOLDEN["theta0"].size).to(dtype)
+    meta.load_state_dict({k: torch.from_numpy(GOLDEN[f"meta.{k}"]).to(dtype) for k in meta.state_dict()})
+    support_y, query_y = (torch.from_numpy(GOLDEN[k]).long() for k in ("support_y", "query_y"))
+    order = torch.arange(support_y.numel()).repeat(int(GOLDEN["epoch"]), 1)
+    episode = Episode(images("support", dtype), support_y, images("query", dtype), query_y, order)
+    return episode, w_grad, wo_grad, meta
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, (1e-9,) * 4), (torch.float32, (1e-4, 1e-4, 1e-3, 1e-3))])
+def test_golden_episode(dtype, close):
+    episode, w_grad, wo_grad, meta = golden_setup(dtype)
+    optimizer = torch.optim.Adam(meta.parameters(), lr=1e-3)
+    for k in range(3):
+        wo_grad.train()
+        cI, losses = adapt(episode, w_grad, meta, batch_size=25)
+        loss, logits = query_loss(episode, w_grad, wo_grad, cI)
+        optimizer.zero_grad()
+        loss.backward()
+        assert relative(torch.stack(losses), GOLDEN[f"train{k}.support_losses"]) < close[k]
+        assert relative(cI[::STRIDE], GOLDEN[f"train{k}.cI_sample"]) < close[k]
+        assert relative(cI.norm(), GOLDEN[f"train{k}.cI_norm"]) < close[k]
+        assert relative(logits, GOLDEN[f"train{k}.query_logits"]) < close[k]
+        assert relative(loss, GOLDEN[f"train{k}.query_loss"]) < close[k]
+        if k == 0:
+            for name, p in meta.named_parameters():
+                grad = p.grad[::STRIDE] if name == "metalstm.cI" else p.grad
+                assert relative(grad, GOLDEN[f"grad.{name}"]) < close[k], name
+        norm = torch.nn.utils.clip_grad_norm_(meta.parameters(), 0.25)
+        assert relative(norm, GOLDEN[f"train{k}.grad_norm"]) < close[k]
+        optimizer.step()
+    for name, p in meta.named_parameters():
+        value = p[::STRIDE] if name == "metalstm.cI" else p
+        assert relative(value, GOLDEN[f"after.{name}"]) < close[3], name
+    loss, accuracy = evaluate_episode(episode, w_grad, wo_grad, meta, batch_size=25)
+    assert relative(wo_grad(episode.query), GOLDEN["eval.query_logits"]) < close[3]
+    assert relative(loss, GOLDEN["eval.query_loss"]) < close[3]
+    assert relative(accuracy, GOLDEN["eval.accuracy"]) < 1e-6

@@ -1,0 +1,141 @@
+"""Logging, files that are whole or not there, and statistics."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO
+
+import torch
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something that the user can mend: shown as one line, exit code 2."""
+
+
+class Logger:
+    """One run's console and files: ``console.log`` for people, ``metrics.jsonl`` (an object an event) for programs.
+
+    Args:
+        folder: the run's folder, made if it is missing.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._console = (folder / "console.log").open("a", encoding="utf-8")
+            self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        except OSError as e:
+            raise UserError(f"{folder}: cannot be written ({e.strerror}); choose another folder with --save") from e
+
+    def info(self, text: str) -> None:
+        """Print a line, above the progress bar if there is one, and keep it with its time."""
+        tqdm.write(text)
+        _append(self._console, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def event(self, kind: str, **values) -> None:
+        """Append one JSON object to ``metrics.jsonl``; wall-clock quantities go under the key ``time``."""
+        _append(self._metrics, json.dumps({"event": kind, **values}) + "\n")
+
+    def close(self) -> None:
+        self._console.close()
+        self._metrics.close()
+
+
+def _append(file: IO[str], text: str) -> None:
+    try:
+        file.write(text)
+        file.flush()
+    except OSError as e:
+        raise UserError(f"{file.name}: cannot be written ({e.strerror}); free some space or choose another --save") from e
+
+
+@contextlib.contextmanager
+def whole_file(path: Path):
+    """Open a temporary file beside ``path`` for binary writing; it takes the name only once it is complete and on disk.
+
+    Raises:
+        UserError: it cannot be written; whatever was at ``path`` is still there.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror}); free some space or choose another folder") from e
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_checkpoint(content: dict, *paths: Path) -> None:
+    """Write one checkpoint under each of the names, the same bytes."""
+    for path in paths:
+        with whole_file(path) as file:
+            try:
+                torch.save(content, file)
+            except RuntimeError as e:  # torch wraps a failed write
+                raise OSError(None, str(e).splitlines()[0]) from e
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint of ours or of the older port, without executing anything that it contains.
+
+    Returns:
+        A dict with at least ``episode`` (int) and ``metalearner`` (a state dict of CPU tensors).
+
+    Raises:
+        UserError: there is no such file, or it is no checkpoint.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; give --resume a file written by training")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # any bytes may be in there, so anything may be raised
+        raise UserError(f"{path}: not a checkpoint ({type(e).__name__}); give --resume a file written by training") from e
+    ours = isinstance(content, dict) and isinstance(content.get("episode"), int)
+    if not ours or not isinstance(content.get("metalearner"), dict):
+        raise UserError(f"{path}: not a checkpoint of this project: it lacks 'episode' or 'metalearner'")
+    if not all(isinstance(v, torch.Tensor) for v in content["metalearner"].values()):
+        raise UserError(f"{path}: not a checkpoint of this project: 'metalearner' holds things that are no tensors")
+    return content
+
+
+def summary(values: Iterable[float]) -> dict[str, float]:
+    """Mean, population standard deviation and half-width of the 95 % interval, 1.96 * std / sqrt(n).
+
+    Args:
+        values: one number an episode, in whatever unit.
+
+    Returns:
+        ``mean``, ``std`` and ``ci95`` in that unit, and ``n``.
+    """
+    values = [float(v) for v in values]
+    mean = math.fsum(values) / len(values)
+    std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
+    return {"mean": mean, "std": std, "ci95": 1.96 * std / math.sqrt(len(values)), "n": len(values)}
