@@ -11,22 +11,22 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as TF
 
+from augment import Windows, transform
+from cache import decoded
 from episode import Episode
 from utils import UserError
 
 SPLITS = ("train", "val", "test")
-MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of pixels in [0, 1]
-STD = (0.229, 0.224, 0.225)
 CROP_AREA = (0.08, 1.0)  # share of the image's area
 CROP_RATIO = (3 / 4, 4 / 3)
 JITTER = (0.4, 0.4, 0.4, 0.2)  # brightness, contrast, saturation, hue
@@ -40,6 +40,7 @@ class Split(NamedTuple):
     name: str  # train, val or test
     classes: list[str]
     files: list[list[Path]]  # files[c] are the images of classes[c]
+    root: Path  # the data set's folder
 
 
 def scan_split(root: Path, split: str) -> Split:
@@ -57,26 +58,27 @@ def scan_split(root: Path, split: str) -> Split:
     classes, files = [], []
     for entry in _visible(folder):
         if not entry.is_dir():
-            raise UserError(f"{entry}: a file among the class folders of {split}; remove it")
-        images = _visible(entry)
+            raise UserError(f"{entry.path}: a file among the class folders of {split}; remove it")
+        images = _visible(Path(entry.path))
         for image in images:
             if image.is_dir():
-                raise UserError(f"{image}: a folder where an image should be; expected {split}/<class>/<image>")
-            if image.suffix.lower() not in known:
-                raise UserError(f"{image}: not an image by its name; remove it or give it its format's ending")
+                raise UserError(f"{image.path}: a folder where an image should be; expected {split}/<class>/<image>")
+            if os.path.splitext(image.name)[1].lower() not in known:
+                raise UserError(f"{image.path}: not an image by its name; remove it or give it its format's ending")
         classes.append(entry.name)
-        files.append(images)
+        files.append([Path(image.path) for image in images])
     if not classes:
         raise UserError(f"{folder}: holds no class folders; expected {split}/<class>/<image>")
-    return Split(split, classes, files)
+    return Split(split, classes, files, root)
 
 
-def _visible(folder: Path) -> list[Path]:
+def _visible(folder: Path) -> list[os.DirEntry]:
     try:
-        names = sorted(os.listdir(folder))
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
     except OSError as e:
         raise UserError(f"{folder}: cannot be read ({e.strerror})") from e
-    return [folder / n for n in names if not n.startswith(".") and n.lower() not in _IGNORED]
+    return [e for e in entries if not e.name.startswith(".") and e.name.lower() not in _IGNORED]
 
 
 def check_split(split: Split, n_class: int, n_shot: int, n_eval: int) -> None:
@@ -161,53 +163,17 @@ def draw_augmentation(seed: int, split: str, index: int, sizes: np.ndarray) -> A
     return Augmentation(np.stack((top, left, h, w), axis=1), flip, jitter, order)
 
 
-def load_image(path: Path) -> Image.Image:
-    """Decode one file to RGB, whatever its mode.
+class Drawn(NamedTuple):
+    """An episode's source images and what is to become of them: all that the augmentation needs, on whichever device."""
 
-    Raises:
-        UserError: it cannot be decoded; it is named.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as e:  # Pillow's decoders raise nearly anything on hostile bytes
-        reason = str(e).replace(str(path), "").strip(" '\"") or type(e).__name__
-        raise UserError(f"{path}: not a readable image ({reason}); remove or replace it") from e
-
-
-def _normalise(image: Image.Image) -> torch.Tensor:
-    return TF.normalize(TF.to_tensor(image), MEAN, STD)
-
-
-def train_transform(image: Image.Image, augmentation: Augmentation, k: int, image_size: int) -> torch.Tensor:
-    """Apply row ``k`` of the parameters with torchvision's own functions.
-
-    Returns:
-        [3, image_size, image_size] float32, normalised.
-    """
-    top, left, height, width = (int(v) for v in augmentation.box[k])
-    image = TF.resized_crop(image, top, left, height, width, [image_size, image_size], InterpolationMode.BILINEAR)
-    if augmentation.flip[k]:
-        image = TF.hflip(image)
-    adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
-    for step in augmentation.order[k]:
-        image = adjust[step](image, float(augmentation.jitter[k, step]))
-    return _normalise(image)
-
-
-def eval_transform(image: Image.Image, image_size: int) -> torch.Tensor:
-    """Shorter side to image_size * 8 // 7, centre crop, normalise: [3, image_size, image_size] float32."""
-    image = TF.resize(image, [image_size * 8 // 7], InterpolationMode.BILINEAR)
-    return _normalise(TF.center_crop(image, [image_size, image_size]))
-
-
-def squash_transform(image: Image.Image, image_size: int) -> torch.Tensor:
-    """The whole image squashed to a square, as the authors prepared theirs: [3, image_size, image_size] float32."""
-    return _normalise(TF.resize(image, [image_size, image_size], InterpolationMode.BILINEAR))
+    pixels: Tensor  # [n_class * (n_shot + n_eval), 3, H, W] uint8: support, then query; small images padded right and below
+    windows: Windows
+    augmentation: Augmentation | None
+    order: Tensor  # see Episode
 
 
 class EpisodeDataset(Dataset):
-    """Episode ``index`` of a split, read from image files by Pillow and torchvision.
+    """Episodes 0, 1, ... of a split, from its decoded images.
 
     Args:
         split: as ``scan_split`` lists it.
@@ -217,9 +183,10 @@ class EpisodeDataset(Dataset):
         image_size: height and width of the result in pixels.
         augment: "port" for the older port's transforms (random for the train split), "none" to squash each image.
         length: how many episodes there are.
+        cache_dir: where the decoded images go, see ``cache.decoded``.
 
     Raises:
-        UserError: the split cannot serve such episodes.
+        UserError: the split cannot serve such episodes, or a file cannot be used.
     """
 
     def __init__(
@@ -233,54 +200,84 @@ class EpisodeDataset(Dataset):
         image_size: int,
         augment: str,
         length: int,
+        cache_dir: Path | None = None,
     ):
         check_split(split, n_class, n_shot, n_eval)
         self.split, self.seed, self.length = split, seed, length
         self.n_class, self.n_shot, self.n_eval, self.n_pass = n_class, n_shot, n_eval, n_pass
         self.image_size, self.augment = image_size, augment
+        self._first = np.cumsum([0] + [len(files) for files in split.files])
+        files = [path for of_class in split.files for path in of_class]
+        self._decoded = decoded(split.name, files, split.root, image_size, cache_dir)
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Episode | UserError:
-        """The episode, or the error that a file gave: an exception raised here would reach the user as a worker's traceback."""
-        try:
-            return self._episode(index)
-        except UserError as e:
-            return e
-
-    def _episode(self, index: int) -> Episode:
+    def __getitem__(self, index: int) -> Drawn:
         classes, picks = draw_images(self.seed, self.split, index, self.n_class, self.n_shot + self.n_eval)
-        images = [load_image(self.split.files[c][k]) for c, row in zip(classes, picks, strict=True) for k in row]
-        if self.augment == "port" and self.split.name == "train":
-            sizes = np.array([(image.height, image.width) for image in images], dtype=np.int64)
-            drawn = draw_augmentation(self.seed, self.split.name, index, sizes)
-            tensors = [train_transform(image, drawn, k, self.image_size) for k, image in enumerate(images)]
+        numbers = self._first[classes][:, None] + picks
+        numbers = np.concatenate((numbers[:, : self.n_shot].reshape(-1), numbers[:, self.n_shot :].reshape(-1)))
+        sizes = self._decoded.sizes[numbers]
+        pixels = np.zeros((len(numbers), 3, *sizes.max(axis=0)), dtype=np.uint8)
+        for row, number, (height, width) in zip(pixels, numbers, sizes, strict=True):
+            row[:, :height, :width] = self._decoded.image(number)
+        augmentation = None
+        if self.augment == "none":
+            windows = Windows.squashed(sizes, self.image_size)
+        elif self.split.name == "train":
+            augmentation = draw_augmentation(self.seed, self.split.name, index, sizes)
+            windows = Windows.crops(augmentation.box, self.image_size)
         else:
-            transform = eval_transform if self.augment == "port" else squash_transform
-            tensors = [transform(image, self.image_size) for image in images]
-        x = torch.stack(tensors).view(self.n_class, self.n_shot + self.n_eval, 3, self.image_size, self.image_size)
-        y = torch.arange(self.n_class)
+            windows = Windows.centres(sizes, self.image_size)
         order = draw_order(self.seed, self.split.name, index, self.n_pass, self.n_class * self.n_shot)
+        return Drawn(torch.from_numpy(pixels), windows, augmentation, torch.from_numpy(order))
+
+    def assemble(self, drawn: Drawn, device: torch.device) -> Episode:
+        """Augment a drawn episode on ``device``."""
+        flip, jitter, order = np.zeros(len(drawn.pixels), dtype=bool), None, None
+        if drawn.augmentation is not None:
+            _, flip, jitter, order = drawn.augmentation
+        pixels = drawn.pixels.to(device, non_blocking=True)
+        x = transform(pixels, drawn.windows, self.image_size, flip, jitter, order)
+        n_support = self.n_class * self.n_shot
+        y = torch.arange(self.n_class, device=device)
         return Episode(
-            x[:, : self.n_shot].flatten(0, 1),
+            x[:n_support],
             y.repeat_interleave(self.n_shot),
-            x[:, self.n_shot :].flatten(0, 1),
+            x[n_support:],
             y.repeat_interleave(self.n_eval),
-            torch.from_numpy(order),
+            drawn.order.to(device, non_blocking=True),
         )
 
+    def assemble_on_cpu(self, drawn: Drawn) -> Episode:
+        """Augment by one thread, whether in a worker process or not: the same bits either way."""
+        n_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self.assemble(drawn, torch.device("cpu"))
+        finally:
+            torch.set_num_threads(n_threads)
 
-def episodes(dataset: EpisodeDataset, start: int, n_workers: int, pin_memory: bool):
-    """Yield episodes ``start``, ``start + 1``, ... of a data set in order, prepared ahead by worker processes.
 
-    Raises:
-        UserError: a file cannot be used.
+def episodes(
+    dataset: EpisodeDataset, start: int, n_workers: int, device: torch.device, pin_memory: bool
+) -> Iterator[Episode]:
+    """Yield episodes ``start``, ``start + 1``, ... of a data set in order, on ``device``.
+
+    Worker processes run ahead: for a CPU they do all the work, for a GPU they read and the GPU augments.
     """
+    on_cpu = device.type == "cpu"
     loader = DataLoader(
-        dataset, batch_size=None, sampler=range(start, len(dataset)), num_workers=n_workers, pin_memory=pin_memory
+        dataset,
+        batch_size=None,
+        sampler=range(start, len(dataset)),
+        num_workers=n_workers,
+        collate_fn=dataset.assemble_on_cpu if on_cpu else _as_it_is,
+        pin_memory=pin_memory and not on_cpu,
     )
-    for episode in loader:
-        if isinstance(episode, UserError):
-            raise episode
-        yield episode
+    for item in loader:
+        yield item if on_cpu else dataset.assemble(item, device)
+
+
+def _as_it_is(drawn: Drawn) -> Drawn:
+    return drawn

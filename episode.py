@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from block import PatchMoments
 from learner import Learner
 from metalearner import MetaLearner
 
@@ -25,19 +26,20 @@ class Episode(NamedTuple):
     query_y: Tensor  # [n_class * n_eval], int64
     order: Tensor  # [epoch, n_class * n_shot], int64: the order of the support images in each pass over them
 
-    def to(self, device: torch.device) -> Episode:
-        return Episode(*(t.to(device, non_blocking=True) for t in self))
-
 
 def minibatches(episode: Episode, batch_size: int):
-    """The support minibatches (images, labels) of all passes; a batch that holds the whole set keeps its own order."""
-    n_support = episode.support.shape[0]
-    for pass_order in episode.order:
-        if batch_size >= n_support:
-            yield episode.support, episode.support_y
-        else:
+    """The support minibatches of all passes: images, labels, and the images' moments where one batch holds the whole set.
+
+    Such a batch keeps its own order; smaller ones are drawn from a shuffled set.
+    """
+    if batch_size >= episode.support.shape[0]:
+        moments = PatchMoments.of(episode.support)
+        for _ in episode.order:
+            yield episode.support, episode.support_y, moments
+    else:
+        for pass_order in episode.order:
             for indices in pass_order.split(batch_size):
-                yield episode.support[indices], episode.support_y[indices]
+                yield episode.support[indices], episode.support_y[indices], None
 
 
 def adapt(
@@ -55,13 +57,14 @@ def adapt(
     Returns:
         The last cell state [P, 1], with its graph unless under ``torch.no_grad()``, and the support losses, [] each.
     """
+    episode = episode._replace(support=episode.support.to(learner_w_grad.conv_dtype or episode.support.dtype))
     learner_w_grad.train()
     learner_w_grad.reset_batch_stats()
     state = metalearner.initial_state()
     losses = []
-    for x, y in minibatches(episode, batch_size):
+    for x, y, moments in minibatches(episode, batch_size):
         learner_w_grad.copy_flat_params(state.c)
-        loss, grad = learner_w_grad.loss_and_grad(x, y)
+        loss, grad = learner_w_grad.loss_and_grad(x, y, moments)
         state = metalearner(loss, grad / x.shape[0], state)
         losses.append(loss)
     return state.c, losses

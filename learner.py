@@ -1,4 +1,4 @@
-"""The learner: the network that the meta-learner trains (paper, section 4; spec: 32-filter Conv4).
+"""The learner: the network that the meta-learner trains (paper, section 4; the 32-filter Conv4).
 
 Two instances share one shape and play two parts:
 
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from block import PatchMoments, eval_block, train_block
+
 N_FILTERS = 32
 N_BLOCKS = 4
 MIN_IMAGE_SIZE = 2**N_BLOCKS
@@ -29,12 +31,21 @@ class Learner(nn.Module):
         bn_eps: epsilon of the batch normalisation.
         bn_momentum: share of the newest batch in the running statistics.
         n_classes: number of classes of an episode (n-way).
+        conv_dtype: what the convolutions and what lies between them are computed in; parameters, batch statistics, classifier
+            and loss keep the parameters' own type.
 
     Raises:
         ValueError: ``image_size`` is smaller than 16, so that nothing is left after four poolings.
     """
 
-    def __init__(self, image_size: int, bn_eps: float, bn_momentum: float, n_classes: int):
+    def __init__(
+        self,
+        image_size: int,
+        bn_eps: float,
+        bn_momentum: float,
+        n_classes: int,
+        conv_dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         if image_size < MIN_IMAGE_SIZE:
             raise ValueError(f"image_size is {image_size}, but four poolings need at least {MIN_IMAGE_SIZE} pixels")
@@ -42,47 +53,44 @@ class Learner(nn.Module):
             self.add_module(f"conv{b}", nn.Conv2d(3 if b == 1 else N_FILTERS, N_FILTERS, 3, padding=1))
             self.add_module(f"norm{b}", nn.BatchNorm2d(N_FILTERS, eps=bn_eps, momentum=bn_momentum))
         self.cls = nn.Linear(N_FILTERS * (image_size // MIN_IMAGE_SIZE) ** 2, n_classes)
+        self.conv_dtype = conv_dtype
         # where each stretch of the flat vector goes: (module, "weight" or "bias", shape), in the order of parameters()
         self._slots = [(m, name, p.shape) for m in self.children() for name, p in m.named_parameters()]
-        self.sizes = [shape.numel() for _, _, shape in self._slots]
+        self._sizes = [shape.numel() for _, _, shape in self._slots]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, moments: PatchMoments | None = None) -> Tensor:
         """Class scores.
 
         Args:
-            x: images [B, 3, image_size, image_size], float.
+            x: images [B, 3, image_size, image_size], float; fastest in channels_last memory format.
+            moments: ``PatchMoments.of(x)``, x already in ``conv_dtype``, to be given when the same images are seen again and again.
 
         Returns:
             Logits [B, n_classes]. In train mode the batch's own statistics normalise (and update the running ones);
             in eval mode the running statistics do.
         """
+        x = x.to(self.conv_dtype or x.dtype)
+        if self.training and moments is None:
+            moments = PatchMoments.of(x)
         for b in range(1, N_BLOCKS + 1):
-            x = self._block(x, getattr(self, f"conv{b}"), getattr(self, f"norm{b}"))
-        return self.cls(x.flatten(1))
+            conv, norm = getattr(self, f"conv{b}"), getattr(self, f"norm{b}")
+            if self.training:
+                x = train_block(x, conv, norm, moments if b == 1 else None)
+            else:
+                x = eval_block(x, conv, norm)
+        return self.cls(x.flatten(1).to(self.cls.weight.dtype))
 
-    def _block(self, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-        if self.training:
-            # A batch's own mean takes the convolution's bias out again, so its gradient is exactly 0. Adding it would leave
-            # rounding noise there instead, which prep and Adam blow up. Only the running mean has to hear of it.
-            y = F.conv2d(x, conv.weight, padding=1)
-            mean = norm.running_mean.clone()
-            y = F.batch_norm(y, mean, norm.running_var, norm.weight, norm.bias, True, norm.momentum, norm.eps)
-            norm.running_mean.copy_(mean + norm.momentum * conv.bias.detach())
-        else:
-            y = norm(conv(x))
-        return F.max_pool2d(F.relu(y), 2)
-
-    def loss_and_grad(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_and_grad(self, x: Tensor, y: Tensor, moments: PatchMoments | None = None) -> tuple[Tensor, Tensor]:
         """Mean cross entropy of a minibatch and its gradient, both cut off from any graph.
 
         Args:
-            x: images [B, 3, H, W]; y: labels [B], int64.
+            x: images [B, 3, H, W]; y: labels [B], int64; moments: see ``forward``.
 
         Returns:
             The loss [] and its gradient with respect to the flat parameters [P, 1].
         """
         with torch.enable_grad():
-            loss = F.cross_entropy(self(x), y)
+            loss = F.cross_entropy(self(x, moments), y)
             grads = torch.autograd.grad(loss, list(self.parameters()), allow_unused=True, materialize_grads=True)
         return loss.detach(), torch.cat([g.reshape(-1) for g in grads]).unsqueeze(1)
 
@@ -91,9 +99,9 @@ class Learner(nn.Module):
         return torch.cat([getattr(m, name).detach().reshape(-1) for m, name, _ in self._slots])
 
     def _slices(self, flat: Tensor) -> list[Tensor]:
-        if flat.numel() != sum(self.sizes):
-            raise ValueError(f"the flat vector has {flat.numel()} numbers, but this learner has {sum(self.sizes)}")
-        parts = flat.reshape(-1).split(self.sizes)
+        if flat.numel() != sum(self._sizes):
+            raise ValueError(f"the flat vector has {flat.numel()} numbers, but this learner has {sum(self._sizes)}")
+        parts = flat.reshape(-1).split(self._sizes)
         return [part.view(shape) for part, (_, _, shape) in zip(parts, self._slots, strict=True)]
 
     @torch.no_grad()
@@ -103,8 +111,7 @@ class Learner(nn.Module):
         Args:
             cI: [P] or [P, 1]; its graph, if any, is left behind.
         """
-        for (m, name, _), value in zip(self._slots, self._slices(cI), strict=True):
-            getattr(m, name).copy_(value)
+        torch._foreach_copy_([getattr(m, name) for m, name, _ in self._slots], self._slices(cI))
 
     def transfer_params(self, learner_w_grad: Learner, cI: Tensor) -> None:
         """Let slices of a cell state *be* this learner's weights (learner_wo_grad's part).
@@ -117,8 +124,7 @@ class Learner(nn.Module):
             cI: [P] or [P, 1], the meta-learner's last cell state.
         """
         with torch.no_grad():
-            for mine, theirs in zip(self.buffers(), learner_w_grad.buffers(), strict=True):
-                mine.copy_(theirs)
+            torch._foreach_copy_(list(self.buffers()), list(learner_w_grad.buffers()))
         for (m, name, _), value in zip(self._slots, self._slices(cI), strict=True):
             m._parameters.pop(name, None)
             setattr(m, name, value)

@@ -60,7 +60,8 @@ def make_reproducible(seed: int) -> None:
 
 def build(args: argparse.Namespace, device: torch.device) -> tuple[tuple[Learner, Learner], MetaLearner]:
     """The pair (learner_w_grad, learner_wo_grad), and the meta-learner whose cI starts as the learner's parameters."""
-    learner_w_grad = Learner(args.image_size, args.bn_eps, args.bn_momentum, args.n_class).to(device)
+    conv_dtype = {"fp32": None, "bf16": torch.bfloat16}[args.precision]
+    learner_w_grad = Learner(args.image_size, args.bn_eps, args.bn_momentum, args.n_class, conv_dtype).to(device)
     learner_wo_grad = copy.deepcopy(learner_w_grad)
     flat = learner_w_grad.get_flat_params()
     metalearner = MetaLearner(args.input_size, args.hidden_size, flat.numel(), tuple(args.bi_init)).to(device)
@@ -89,7 +90,8 @@ def load_metalearner(metalearner: MetaLearner, content: dict, path: Path) -> Non
 def episode_dataset(args: argparse.Namespace, split: str, length: int) -> dataloader.EpisodeDataset:
     shape = {k: getattr(args, k) for k in ("n_class", "n_shot", "n_eval", "image_size", "augment")}
     found = dataloader.scan_split(args.data_root, split)
-    return dataloader.EpisodeDataset(found, args.seed, n_pass=args.epoch, length=length, **shape)
+    cache_dir = Path(args.cache_dir) if args.cache_dir else None
+    return dataloader.EpisodeDataset(found, args.seed, n_pass=args.epoch, length=length, cache_dir=cache_dir, **shape)
 
 
 def evaluate(
@@ -106,8 +108,8 @@ def evaluate(
     """
     losses, accuracies = [], []
     bar = tqdm(total=len(dataset), desc=dataset.split.name, unit="ep", leave=False, disable=None)
-    for episode in dataloader.episodes(dataset, 0, args.n_workers, args.pin_mem and device.type == "cuda"):
-        loss, accuracy = evaluate_episode(episode.to(device), *learners, metalearner, args.batch_size)
+    for episode in dataloader.episodes(dataset, 0, args.n_workers, device, args.pin_mem):
+        loss, accuracy = evaluate_episode(episode, *learners, metalearner, args.batch_size)
         losses.append(loss)
         accuracies.append(accuracy)
         bar.update()
@@ -149,11 +151,9 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     )
     bar = tqdm(total=args.episode, initial=done, desc="train", unit="ep", disable=None)
     losses, accuracies, since = [], [], time.perf_counter()
-    batches = dataloader.episodes(train_set, done, args.n_workers, args.pin_mem and device.type == "cuda")
+    batches = dataloader.episodes(train_set, done, args.n_workers, device, args.pin_mem)
     for done, episode in enumerate(batches, start=done + 1):
-        loss, accuracy = train_episode(
-            episode.to(device), *learners, metalearner, optimizer, args.batch_size, args.grad_clip
-        )
+        loss, accuracy = train_episode(episode, *learners, metalearner, optimizer, args.batch_size, args.grad_clip)
         losses.append(loss)
         accuracies.append(accuracy)
         bar.update()

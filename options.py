@@ -29,6 +29,7 @@ HYPER_PARAMETERS = (
     "bn_eps",
     "augment",
     "bi_init",
+    "precision",
     "seed",
 )
 
@@ -117,6 +118,7 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
         "none: every image squashed to a square, as the authors",
         choices=("port", "none"),
     )
+    add("--cache-dir", None, "where decoded images go (default: .decoded in the data root)", metavar="DIR")
     add("--n-workers", 2, "processes that prepare episodes, the same ones for any N", type=whole(0, 256), metavar="N")
     add("--pin-mem", True, "page-locked memory for copies to the GPU", type=boolean, metavar="BOOL")
 
@@ -146,6 +148,7 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     add = group("machine and log")
     add("--cpu", False, "use the CPU even where there is a GPU", action="store_true")
     add("--gpu", None, "insist on GPU number N (default: the first one, else the CPU)", type=whole(0, 63), metavar="N")
+    add("--precision", "fp32", "of the learner's convolutions; all else is fp32", choices=("fp32", "bf16"))
     add("--log-freq", 50, "episodes between two lines of the log", type=whole(1), metavar="N")
     add("--val-freq", 1000, "episodes between two validations and checkpoints; 0: none", type=whole(0), metavar="N")
     return parser, defaults

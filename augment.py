@@ -1,0 +1,179 @@
+"""Whole batches of images cropped, resized, flipped and coloured at once, each with parameters of its own.
+
+What torchvision does to one Pillow image after another, on the device that trains: an antialiased crop-and-resize is two small
+matrix products, rows and columns apart as in Pillow; the colours are elementwise. Pillow rounds to whole grey levels after
+each step and this does not, which is all that separates the two.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of pixels in [0, 1]
+STD = (0.229, 0.224, 0.225)
+GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as Pillow's mode L
+CPU_IMAGES = 8
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+class Windows(NamedTuple):
+    """Which part of each image is resized to what, and which part of the result is kept; one image a row, all int64 [B, 2] (y, x)."""
+
+    start: np.ndarray  # first pixel of the source's part
+    extent: np.ndarray  # its size
+    out: np.ndarray  # size to which it is resized
+    skip: np.ndarray  # first pixel of the result that is kept
+
+    @staticmethod
+    def crops(box: np.ndarray, image_size: int) -> Windows:
+        """A crop [B, 4] (top, left, height, width) resized to image_size."""
+        square = np.full((len(box), 2), image_size)
+        return Windows(box[:, :2], box[:, 2:], square, np.zeros_like(square))
+
+    @staticmethod
+    def centres(sizes: np.ndarray, image_size: int) -> Windows:
+        """Shorter side to image_size * 8 // 7, then the central image_size x image_size."""
+        short = sizes.min(axis=1, keepdims=True)
+        out = np.where(sizes == short, image_size * 8 // 7, image_size * 8 // 7 * sizes // short)
+        skip = np.rint((out - image_size) / 2).astype(np.int64)
+        return Windows(np.zeros_like(sizes), sizes, out, skip)
+
+    @staticmethod
+    def squashed(sizes: np.ndarray, image_size: int) -> Windows:
+        """The whole image to image_size x image_size."""
+        zero = np.zeros_like(sizes)
+        return Windows(zero, sizes, zero + image_size, zero)
+
+
+def _weights(start: Tensor, extent: Tensor, out: Tensor, skip: Tensor, length: int, image_size: int) -> Tensor:
+    """Antialiased bilinear filter along one axis (Pillow's: a triangle as wide as the step when it reduces).
+
+    Args:
+        start, extent, out, skip: [B], float32, of one axis, see ``Windows``.
+        length: padded size of the source along it.
+
+    Returns:
+        [B, image_size, length] float32, each row summing to 1.
+    """
+    scale = (extent / out).view(-1, 1, 1)
+    target = torch.arange(image_size, device=start.device).view(1, -1, 1) + skip.view(-1, 1, 1)
+    source = torch.arange(length, device=start.device).view(1, 1, -1) - start.view(-1, 1, 1)
+    inverse = 1 / scale.clamp_min(1)
+    w = (source + 0.5) * inverse - (target + 0.5) * scale * inverse
+    w = w.abs_().neg_().add_(1).clamp_min_(0)
+    w *= (source >= 0) & (source < extent.view(-1, 1, 1))
+    return w.div_(w.sum(2, keepdim=True))
+
+
+def _filters(windows: Windows, flip: np.ndarray, size: tuple[int, int], image_size: int, device: torch.device):
+    """Weights of all images' rows [B, image_size, H] and columns [B, image_size, W], mirrored where ``flip`` [B] says so."""
+    table = torch.from_numpy(np.stack(windows).astype(np.float32)).to(device)  # [4, B, 2]
+    rows, columns = (_weights(*table[:, :, axis], size[axis], image_size) for axis in (0, 1))
+    mirrored = torch.from_numpy(flip).to(device).view(-1, 1, 1)
+    return rows, torch.where(mirrored, columns.flip(1), columns)
+
+
+def _resize(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """[B, 3, H, W] uint8 -> [B, 3, image_size, image_size] float32, grey levels 0 to 255."""
+    x = torch.bmm(pixels.float().flatten(1, 2), columns.transpose(1, 2))  # [B, 3 * H, image_size]
+    return torch.matmul(rows.unsqueeze(1), x.view(*pixels.shape[:3], -1))
+
+
+def _grey(x: Tensor) -> Tensor:
+    r, g, b = x.unbind(1)
+    return (r * GREY[0]).add_(g, alpha=GREY[1]).add_(b, alpha=GREY[2]).unsqueeze(1)
+
+
+def _turn_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Shift the hue of HSV by ``turns`` [B, 1, 1, 1] of the circle, in Pillow's steps of 1/255."""
+    r, g, b = x.unbind(1)
+    top = torch.maximum(torch.maximum(r, g), b)
+    bottom = torch.minimum(torch.minimum(r, g), b)
+    chroma = top - bottom
+    unit = (255 / 6) / chroma.clamp_min(1e-6)
+    red, green = r == top, g == top
+    hue = torch.where(red, (g - b) * unit, torch.where(green, ((b - r) * unit).add_(85), ((r - g) * unit).add_(170)))
+    hue = hue.floor_().add_((turns * 255).trunc().view(-1, 1, 1)).remainder_(255).mul_(6 / 255)
+    out = torch.empty_like(x)
+    torch.addcmul(bottom, chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1), out=out[:, 0])
+    torch.addcmul(bottom, chroma, (hue - 2).abs_().neg_().add_(2).clamp_(0, 1), out=out[:, 1])
+    torch.addcmul(bottom, chroma, (hue - 4).abs_().neg_().add_(2).clamp_(0, 1), out=out[:, 2])
+    return out
+
+
+def _adjust(x: Tensor, step: int, factor: Tensor) -> Tensor:
+    """One step of ColorJitter with a factor for each image [B, 1, 1, 1]; x holds grey levels 0 to 255."""
+    if step == HUE:
+        return _turn_hue(x, factor)
+    if step == BRIGHTNESS:
+        return (x * factor).clamp_(0, 255)
+    target = _grey(x)
+    if step == CONTRAST:
+        target = (target.mean((1, 2, 3), keepdim=True) + 0.5).floor_()  # Pillow's whole number
+    return torch.lerp(target, x, factor).clamp_(0, 255)
+
+
+def _colour(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """Brightness, contrast, saturation and hue of each image, in an order of its own.
+
+    All images take all steps at each of the four places, most of them with a factor that changes nothing: on a GPU the number of
+    launches counts, not the work.
+    """
+    neutral = factors.new_tensor((1, 1, 1, 0))
+    for place in range(4):
+        for step in range(4):
+            here = (order[:, place] == step).view(-1, 1, 1, 1)
+            x = _adjust(x, step, torch.where(here, factors[:, step], neutral[step]))
+    return x
+
+
+def transform(
+    pixels: Tensor, windows: Windows, image_size: int, flip: np.ndarray, jitter: np.ndarray | None, order: np.ndarray | None
+) -> Tensor:
+    """From decoded images to what the learner sees.
+
+    Args:
+        pixels: [B, 3, H, W] uint8, smaller images padded on the right and below; their device does the work.
+        windows: what to crop and to what size, one row an image.
+        image_size: pixels of the result.
+        flip: [B] bool, which ones to mirror.
+        jitter: [B, 4] float64, factors of brightness, contrast, saturation and hue shift in turns; None leaves colours alone.
+        order: [B, 4] int64, the order in which those are applied, a permutation of 0 to 3 each.
+
+    Returns:
+        [B, 3, image_size, image_size] float32 in channels_last format, of ImageNet's zero mean and unit variance.
+    """
+    device = pixels.device
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (MEAN, STD))
+    shift, scale = -mean / std, 1 / std
+    out = torch.empty(len(pixels), 3, image_size, image_size, device=device, memory_format=torch.channels_last)
+    factors = None if jitter is None else torch.from_numpy(jitter.astype(np.float32)).to(device).view(-1, 4, 1, 1, 1)
+    if device.type != "cpu":
+        x = _resize(pixels, *_filters(windows, flip, pixels.shape[2:], image_size, device))
+        if jitter is not None:
+            x = _colour(x, factors, torch.from_numpy(order).to(device))
+        return torch.addcmul(shift, x, scale, out=out)
+    # On a CPU a few images at a time, which then stay in the cache, and together those that take the same steps.
+    if jitter is None:
+        order, factors = np.zeros((len(pixels), 1), dtype=np.int64), torch.ones(len(pixels), 1, 1, 1, 1)  # brightness times 1
+    sequences, sequence = np.unique(order, axis=0, return_inverse=True)
+    by_sequence = np.argsort(sequence.reshape(-1), kind="stable")
+    pixels, factors = pixels[by_sequence], factors[by_sequence]
+    windows = Windows(*(v[by_sequence] for v in windows))
+    rows, columns = _filters(windows, flip[by_sequence], pixels.shape[2:], image_size, device)
+    at = 0
+    for steps, count in zip(sequences, np.bincount(sequence.reshape(-1)), strict=True):
+        end = at + int(count)
+        while at < end:
+            some = slice(at, min(at + CPU_IMAGES, end))
+            x = _resize(pixels[some], rows[some], columns[some])
+            for step in steps:
+                x = _adjust(x, int(step), factors[some, int(step)])
+            for image, k in zip(x, by_sequence[some], strict=True):
+                torch.addcmul(shift, image, scale, out=out[k])
+            at = some.stop
+    return out
