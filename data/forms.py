@@ -148,6 +148,14 @@ def _by_folder(names):
     return groups
 
 
+def _refuse_empty(source, parents):
+    """Raise DataError if a folder beside class folders has no image anywhere below it."""
+    filled = {folder for name in source.files if is_image(name) for folder in PurePosixPath(name).parents}
+    for folder in map(PurePosixPath, sorted(source.dirs, key=natural)):
+        if str(folder.parent) in parents and folder not in filled:
+            raise DataError(f"{source.path}: class folder {folder} holds no image: fill it or remove it")
+
+
 def _items(splits, files):
     return [
         Item(split, cls, PurePosixPath(name).name, name, files[name])
@@ -201,11 +209,7 @@ def _from_layout(source, groups, options):
     if len(whole) > 1:
         raise DataError(f"{source.path}: holds {len(whole)} data sets ({some(whole)}): give the folder of one of them")
     ((above, splits),) = whole.items()
-    for folder in source.dirs:
-        path = PurePosixPath(folder)
-        split = SPLIT_NAMES.get(path.parent.name.lower())
-        if split and str(path.parent.parent) == above and path.name not in splits[split]:
-            raise DataError(f"{source.path}: class folder {folder} holds no image: fill it or remove it")
+    _refuse_empty(source, [parent for parent in groups if SPLIT_NAMES.get(PurePosixPath(parent).name.lower())])
     merged, how, notes = place(splits, source, options)
     items = _items(merged, source.files)
     if how != "split already":  # the parts of a class were numbered apart
@@ -269,9 +273,7 @@ def _from_class_folders(source, groups, options):
             f"{source.path}: holds class folders in {len(groups)} places ({some(groups)}): give one of them as SOURCE"
         )
     ((parent, classes),) = groups.items()
-    for folder in source.dirs:
-        if str(PurePosixPath(folder).parent) == parent and PurePosixPath(folder).name not in classes:
-            raise DataError(f"{source.path}: class folder {folder} holds no image: fill it or remove it")
+    _refuse_empty(source, [parent])
     if options.split:
         side, how, notes = split_classes(set(classes), options, source.path)
     elif set(classes) == set(MINI.side):
