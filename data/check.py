@@ -200,7 +200,8 @@ def verdict(report, record=None):
         ):
             wrong = {cls: n for cls, n in wrong.items() if cls in theirs}
             if wrong:
-                which = some([f"{cls}: {n}" for cls, n in wrong.items()])
+                worst = sorted(wrong, key=wrong.get, reverse=True)[:3]
+                which = ", ".join(f"{cls}: {wrong[cls]}" for cls in worst) + ", ..." * (len(wrong) > 3)
                 differs.append(f"{word} in {split}: {sum(wrong.values())} images of {len(wrong)} classes ({which})")
     if differs:
         return f"not {known.name}, 64/16/20 x {known.per_class}, though its classes: {shape}", differs + findings

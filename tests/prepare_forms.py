@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PREPARE = ROOT / "data" / "prepare.py"
 sys.path.insert(0, str(ROOT / "data"))
 prepare = importlib.import_module("prepare")
+plans = importlib.import_module("plans")
 
 SPLITS = ("train", "val", "test")
 CLASSES = json.loads((ROOT / "data" / "splits" / "mini-imagenet.json").read_text())
