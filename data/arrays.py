@@ -44,7 +44,8 @@ class _Pickles:
         """
         self._source, self._parts = source, parts
         self.rows = {}
-        for split, _, classes in self._loaded(parts):
+        for split, images, classes in self._loaded(parts):
+            del images  # before the next one is loaded
             self.rows[split] = {cls: [(split, int(row)) for row in rows] for cls, rows in classes.items()}
 
     def _loaded(self, splits):
@@ -170,7 +171,7 @@ class Shards:
             image, label = self._columns(name, shard)
             split = _split_of(name) or "train"
             columns = [f"{image}.path", label]
-            for table in shard.iter_batches(4096, columns=columns):
+            for table in self._batches(name, shard, 4096, columns):
                 paths = (
                     [row and row.get("path") for row in table.column(image).to_pylist()]
                     if image in table.schema.names
@@ -202,6 +203,15 @@ class Shards:
                     if isinstance(error, OSError) and error.errno is not None:
                         raise
                     raise self._damaged(name, error) from None
+
+    def _batches(self, name, shard, rows, columns):
+        """Yield a shard's columns, so many rows at a time."""
+        try:
+            yield from shard.iter_batches(rows, columns=columns)
+        except (self._arrow.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise self._damaged(name, error) from None
 
     def _damaged(self, name, error):
         what = str(error).splitlines()[0][:150]
@@ -270,7 +280,7 @@ class Shards:
         for name, shard in self._shards(sorted({name for name, _ in wanted}, key=natural)):
             image, _ = self._columns(name, shard)
             row = 0
-            for table in shard.iter_batches(64, columns=[f"{image}.bytes"]):
+            for table in self._batches(name, shard, 64, [f"{image}.bytes"]):
                 for value in table.column(image):
                     if (name, row) in wanted:
                         content = value["bytes"].as_py() if value.is_valid else None

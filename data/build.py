@@ -33,7 +33,7 @@ _MAGIC = {
 
 def work_folder(dest):
     """Where `dest` is made: beside it, so that moving it is one rename."""
-    return dest.with_name(f".{dest.name}.part")
+    return dest.parent / f".{dest.name}.part"
 
 
 def read_record(folder):
@@ -42,7 +42,8 @@ def read_record(folder):
         record = json.loads((folder / RECORD).read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
+    sound = isinstance(record, dict) and isinstance(record.get("settings"), dict)
+    return record if sound and set(record.get("fingerprints", SPLITS)) <= set(SPLITS) else {}
 
 
 def _write(path, content):
@@ -138,7 +139,7 @@ def build(plan, dest, settings, link="copy"):
     with _lock(work):
         try:
             _write(work / RECORD, json.dumps({"settings": settings}).encode())
-            _fill(work, plan, link)
+            _fill(work, plan, link, settings["source"])
             report = examine(work, progress=True)
             if report.unreadable:
                 name, why = report.unreadable[0]
@@ -148,7 +149,7 @@ def build(plan, dest, settings, link="copy"):
             record = {
                 "settings": settings,
                 "found": plan.found,
-                "published": plan.published,
+                **({} if plan.published else {"published": False}),
                 "images": len(plan.items),
                 "fingerprints": {split: report.splits[split].fingerprint for split in SPLITS},
             }
@@ -161,7 +162,7 @@ def build(plan, dest, settings, link="copy"):
     return report
 
 
-def _fill(work, plan, link):
+def _fill(work, plan, link, source):
     wanted = {}
     for split in SPLITS:
         stored = _stored(work, split)
@@ -188,8 +189,10 @@ def _fill(work, plan, link):
                 left.discard(key)
                 if len(batch) == _BATCH:
                     write_batch()
-        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
-            raise DataError(f"truncated or damaged archive ({error}): get another copy") from None
+        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise DataError(f"{source}: truncated or damaged archive ({error}): get another copy") from None
         write_batch()
     if left:
-        raise DataError(f"{len(left)} images could not be read again ({some(map(str, left))}): has the source changed?")
+        raise DataError(f"{source}: {len(left)} images are no longer there ({some(map(str, left))}): has it changed?")

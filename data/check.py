@@ -170,9 +170,6 @@ def verdict(report, record=None):
     findings += [f"cannot be decoded: {path} ({why})" for path, why in report.unreadable[:10]]
     if len(report.unreadable) > 10:
         findings.append(f"cannot be decoded: {len(report.unreadable) - 10} images more")
-    findings += [f"the same image in two splits: {a} and {b}" for a, b in report.duplicates[:10]]
-    if len(report.duplicates) > 10:
-        findings.append(f"the same image in two splits: {len(report.duplicates) - 10} images more")
     if report.strays:
         findings.append(f"no images, to be removed: {len(report.strays)} files ({some(report.strays)})")
     for split, told in record.get("fingerprints", {}).items():
@@ -208,6 +205,16 @@ def verdict(report, record=None):
     if not record.get("published", True):
         return f"{known.name}'s classes, {shape}, but not the published images", findings
     return f"{known.name}, {shape}", findings
+
+
+def notes(report):
+    """Images that stand in a data set more than once, as lines. ImageNet itself has some, so they are no fault."""
+    lines = [f"the same image in two splits: {a} and {b}" for a, b in report.duplicates[:10]]
+    if len(report.duplicates) > 10:
+        lines.append(f"the same image in two splits: {len(report.duplicates) - 10} images more")
+    if report.inside:
+        lines.append(f"the same image twice in one split: {report.inside} images")
+    return lines
 
 
 def _per_class_of(splits):

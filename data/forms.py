@@ -105,8 +105,8 @@ def _from_pickles(source, parts, reader):
 def _from_shards(source, names, options):
     class_names = None
     if options.class_names:
-        class_names = options.class_names.read_text("utf-8").split("\n")
-        class_names = [name.strip() for name in class_names if name.strip()]
+        lines = options.class_names.read_text("utf-8", "replace").splitlines()
+        class_names = [line.strip() for line in lines if line.strip()]
     shards = Shards(source, names, class_names)
     rows = {split: shards.rows[split] for split in SPLITS if split in shards.rows}
     if not shards.named:

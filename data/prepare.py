@@ -17,7 +17,7 @@ sys.path.insert(0, str(DATA))  # also when run as a module, or imported
 
 import omniglot  # noqa: E402
 from build import build, read_record, work_folder  # noqa: E402
-from check import examine, table, verdict  # noqa: E402
+from check import examine, notes, table, verdict  # noqa: E402
 from forms import recognise  # noqa: E402
 from plans import Options, validate  # noqa: E402
 from sources import DataError, Folder, open_source  # noqa: E402
@@ -181,8 +181,8 @@ def _tell(report, line, findings):
     print(line)
     for finding in findings:
         print(f"- {finding}")
-    if report.inside:
-        print(f"note: {report.inside} images stand twice within their split")
+    for note in notes(report):
+        print(f"note: {note}")
 
 
 class _Packed:
@@ -210,6 +210,7 @@ def _prepare(args):
         return _build(args, omniglot.plan(source, _options(args)), source, dest, settings)
 
     path = Path(args.source)
+    args.dest = args.dest and Path(os.path.abspath(args.dest))
     if args.split and not args.dest:
         raise DataError("--split: name the folder to make with --dest, for it will not be mini-ImageNet")
     places = (args.dest,) if args.dest else (DATA / "miniImagenet", DATA / "tiny64")

@@ -102,9 +102,9 @@ def load(file, shown):
         return _Unpickler(file, encoding="bytes").load()
     except MemoryError:
         raise DataError(f"{shown}: does not fit into memory") from None
-    except OSError:
-        raise
     except Exception as error:  # a hostile pickle can raise nearly anything
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         what = str(error)[:200] or type(error).__name__
         raise DataError(
             f"{shown}: refused, not a pickle of NumPy arrays and plain containers ({what}): get another copy"

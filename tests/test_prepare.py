@@ -167,8 +167,51 @@ def test_second_run_sees_that_images_were_lost_or_the_source_changed(tmp_path, r
     assert "choose another --dest" in err
 
 
-@pytest.mark.parametrize("form", [forms.layout_tar, forms.cache_pickles], ids=["files", "arrays"])
+def test_numbers_named_by_the_user(tmp_path, run):
+    pytest.importorskip("pyarrow")
+    names = sorted(cls for split in SPLITS for cls in CLASSES[split])
+    rows = [(None, content, names.index(name.split("/")[1])) for name, content in dataset().items()]
+    forms.shard(tmp_path / "hub" / "train.parquet", rows)
+    code, _, err = run(tmp_path / "hub", "--dest", tmp_path / "out")
+    assert code == 2
+    assert "--class-names" in err
+    (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
+    assert run(tmp_path / "hub", "--dest", tmp_path / "out", "--class-names", tmp_path / "names.txt")[0] == 0
+    assert pixels(tree(tmp_path / "out")) == pixels(dataset())
+    assert set(os.listdir(tmp_path / "out" / "val")) == set(CLASSES["val"])
+
+
+def test_numbers_of_each_splits_own(tmp_path, run):
+    pytest.importorskip("pyarrow")
+    for split in SPLITS:
+        files = {name: content for name, content in dataset().items() if name.startswith(split)}
+        rows = [(None, c, sorted(CLASSES[split]).index(name.split("/")[1])) for name, c in files.items()]
+        forms.shard(tmp_path / "hub" / f"{split}.parquet", rows)
+    code, out, _ = run(tmp_path / "hub", "--dest", tmp_path / "out")
+    assert code == 0
+    assert "without names" in out
+    assert pixels(tree(tmp_path / "out")) == pixels(dataset())
+
+
+def test_every_class_in_every_folder(tmp_path, run):
+    """A mini-ImageNet for classification, whose files are numbered anew in each part."""
+    files = {}
+    for n, (name, content) in enumerate(dataset().items()):
+        _, cls, _ = name.split("/")
+        files[f"{SPLITS[n % 3]}/{cls}/1.jpg"] = content
+    code, out, _ = run(forms.write(tmp_path / "mini", files), "--dest", tmp_path / "out")
+    assert code == 0
+    assert "split by mini-ImageNet's class lists" in out
+    made = [(name.rsplit("/", 1)[0], content) for name, content in tree(tmp_path / "out").items()]
+    assert sorted(made) == sorted((name.rsplit("/", 1)[0], content) for name, content in dataset().items())
+
+
+@pytest.mark.parametrize(
+    "form", [forms.layout_tar, forms.cache_pickles, forms.parquet_without_paths], ids=["files", "arrays", "parquet"]
+)
 def test_killed_at_any_time_it_goes_on(form, tmp_path, run):
+    if "parquet" in form.__name__:
+        pytest.importorskip("pyarrow")
     source = form(tmp_path)
     dest = tmp_path / "out"
     work = tmp_path / ".out.part"

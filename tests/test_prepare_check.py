@@ -55,7 +55,6 @@ def test_what_is_missing_or_too_much_is_named(tmp_path, check):
     ("spoil", "said"),
     [
         (lambda at: shutil.copytree(a_file(at, "val").parent, at / "train" / CLASSES["val"][0]), "more than one split"),
-        (lambda at: shutil.copy(a_file(at, "train"), a_file(at, "test")), "same image in two splits"),
         (lambda at: a_file(at, "test").write_bytes(b"\xff\xd8\xff none"), "cannot be decoded: test/"),
         (lambda at: (at / "train" / "n00000001").mkdir(), "without images"),
         (lambda at: (a_file(at, "train").parent / "Thumbs.db").write_bytes(b""), "Thumbs.db"),
@@ -72,6 +71,16 @@ def test_faults_are_reported(spoil, said, tmp_path, check):
     code, out = check(dest)
     assert code == 1
     assert said in out
+
+
+def test_an_image_that_is_there_twice_is_reported(tmp_path, check):
+    source = forms.layout_folder(tmp_path)
+    (a_file(source, "train").parent / "again.jpg").write_bytes(a_file(source, "train").read_bytes())
+    (a_file(source, "test").parent / "again.jpg").write_bytes(a_file(source, "val").read_bytes())
+    _, out = check(source)
+    assert "note: the same image twice in one split: 1 images" in out
+    cls = CLASSES["val"][0], CLASSES["test"][0]
+    assert f"note: the same image in two splits: val/{cls[0]}/{cls[0]}00000002.jpg and test/{cls[1]}/again.jpg" in out
 
 
 def a_file(at, split):

@@ -311,6 +311,17 @@ def test_truncated_shard_and_missing_pyarrow(tmp_path, refused, monkeypatch):
     assert "damaged Parquet" in refused(tmp_path)
 
 
+def test_shard_with_a_damaged_page(tmp_path, refused):
+    pytest.importorskip("pyarrow")
+    source = forms.parquet_split(tmp_path)
+    path = source / "data" / "test-00001-of-00002.parquet"
+    content = bytearray(path.read_bytes())
+    for at in range(4, len(content) - 2000, 50):
+        content[at] ^= 0xFF
+    path.write_bytes(content)
+    refused(source)
+
+
 # ---- images
 
 
