@@ -143,7 +143,9 @@ def build(plan, dest, settings, link="copy"):
             report = examine(work, progress=True)
             if report.unreadable:
                 name, why = report.unreadable[0]
-                key = {item.path: item.key for item in plan.items}.get(name, name)
+                called = name, os.path.splitext(name)[0]
+                key = next((item.key for item in plan.items if item.path in called), name)
+                key = key if isinstance(key, str) else f"{key[0]}, row {key[1]}"
                 more = f" (and {len(report.unreadable) - 1} more)" if report.unreadable[1:] else ""
                 raise DataError(f"{settings['source']}: {key}: is no sound image ({why}){more}: get another copy")
             record = {

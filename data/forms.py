@@ -6,7 +6,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from arrays import CACHE, CATEGORY, SPLIT_NAMES, WNID, CachePickles, CategoryPickles, Shards
-from plans import MINI, SPLITS, TINY, Item, Plan, by_side, place, refuse_split, split_classes, unlisted, validate
+from plans import MINI, SPLITS, TINY, Item, Plan, by_side, place, refuse_split, split_classes, unlisted
 from sources import ARCHIVES, DataError, NestedTars, Union, is_image, natural, open_source, some
 
 FORMS = (
@@ -26,7 +26,7 @@ def recognise(source, options):
         options: Options.
 
     Returns:
-        Plan, validated.
+        Plan, still to be validated.
 
     Raises:
         DataError: it is in no known form, or in one with a fault.
@@ -34,7 +34,6 @@ def recognise(source, options):
     plan = _recognise(source, options)
     for reason, names in source.skipped.items():
         plan.notes.append(f"ignored: {reason}, {len(names)} ({some(names)})")
-    validate(plan, source.path)
     return plan
 
 

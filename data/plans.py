@@ -78,8 +78,8 @@ def refuse_split(options, source, what):
 
 
 def validate(plan, path):
-    """Raise DataError unless the plan's names are safe and unique, its splits filled and their classes disjoint."""
-    side, seen = {}, set()
+    """Raise DataError unless the plan's names are safe, its images unique, its splits filled and classes disjoint."""
+    side, seen, keys = {}, set(), set()
     for item in plan.items:
         for name in (item.cls, item.name):
             if not _is_plain(name):
@@ -90,7 +90,10 @@ def validate(plan, path):
             raise DataError(f"{path}: has two images for {item.path}")
         if item.size is not None and item.size > _LARGEST:
             raise DataError(f"{path}: {item.key} has {item.size} bytes: that is no image of a data set")
+        if item.key in keys:
+            raise DataError(f"{path}: {item.key} is listed twice")
         seen.add(item.path)
+        keys.add(item.key)
     for split in SPLITS:
         if split not in side.values():
             raise DataError(f"{path}: there is no class for {split}")

@@ -236,6 +236,8 @@ class Tar(_Source):
                 archive.fileobj.seek(archive.offset)
                 if archive.fileobj.read(512) != bytes(512):
                     raise tarfile.ReadError(f"no member and no end mark at byte {archive.offset}")
+                while archive.fileobj.read(1 << 20):  # to the end, where gzip keeps its checksum
+                    pass
         except (tarfile.TarError, EOFError, zlib.error, ValueError) as error:
             raise self._damaged(error) from None
         except OSError as error:
@@ -244,7 +246,8 @@ class Tar(_Source):
             raise self._damaged(error) from None  # gzip's BadGzipFile, bz2's and lzma's complaints
 
     def _damaged(self, error):
-        return DataError(f"{self.path}: truncated or damaged tar archive ({error}): get another copy")
+        what = "it does not begin as one" if "could not be opened" in str(error) else error
+        return DataError(f"{self.path}: truncated or damaged tar archive ({what}): get another copy")
 
     def stream(self, wanted):
         left = len(wanted)
@@ -341,13 +344,13 @@ def open_source(path, without=()):
         raise DataError(f"{path}: is neither a file nor a folder (a link that leads nowhere?)")
     with path.open("rb") as file:
         head = file.read(262)
+    if not head:
+        raise DataError(f"{path}: is empty: get another copy")
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06") or (zipfile.is_zipfile(path) and path.suffix.lower() == ".zip"):
         return Zip(path)
     packed = head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0"))
     if packed or head[257:262] == b"ustar" or path.name.lower().endswith(ARCHIVES[1:]):
         return Tar(path)
-    if not head:
-        raise DataError(f"{path}: is empty: get another copy")
     raise DataError(
         f"{path}: is neither a folder nor a zip or tar archive: give the one that holds the data set's files"
     )

@@ -198,6 +198,7 @@ def csv_with(tmp_path, change):
         (lambda text: text + "n0153282900000099.jpg,n01532829\n", "line 194: its image n0153282900000099.jpg is miss"),
         (lambda text: text + "n0153282900000099.jpg\n", "is not filename,label"),
         (lambda text: text + text.splitlines()[1] + "\n", "two images"),
+        (lambda text: text + "n0153282900000002.jpg,bird\n", "listed twice"),
         (lambda text: "filename,label\n", "no class for train"),
         (lambda text: text + '"', "CSV"),
     ],
