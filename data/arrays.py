@@ -71,7 +71,7 @@ class _Pickles:
     def stream(self, wanted):
         for split, images, _ in self._loaded({split for split, _ in wanted}):
             for row in sorted(row for part, row in wanted if part == split):
-                yield (split, row), images[row]
+                yield (split, row), images[row].copy()  # a view would keep all of them in memory
             del images
 
 
