@@ -38,7 +38,7 @@ def recognise(source, options):
 
 
 def _recognise(source, options):
-    base = {name: PurePosixPath(name).name for name in source.files}
+    base = {name: name.rpartition("/")[2] for name in source.files}
     for pattern, reader in ((CACHE, CachePickles), (CATEGORY, CategoryPickles)):
         parts = {}
         for name, match in ((name, pattern.fullmatch(b)) for name, b in base.items()):
@@ -136,14 +136,17 @@ def _from_shards(source, names, options):
 
 
 def _by_folder(names):
-    """{the folder above the class folders: {class: [image]}}; Tiny-ImageNet's <class>/images/ counts as <class>/."""
-    groups = {}
+    """{the folder above class folders: {class: [image, in natural order]}}; Tiny-ImageNet's <class>/images/ is <class>/."""
+    folders, groups = {}, {}
     for name in filter(is_image, names):
-        folder = PurePosixPath(name).parent
+        folders.setdefault(name.rpartition("/")[0], []).append(name)
+    for path, names in folders.items():
+        folder = PurePosixPath(path)
         if folder.name == "images" and WNID.fullmatch(folder.parent.name):
             folder = folder.parent
         if folder.name:
-            groups.setdefault(str(folder.parent), {}).setdefault(folder.name, []).append(name)
+            group = groups.setdefault(str(folder.parent), {})
+            group[folder.name] = sorted([*group.get(folder.name, ()), *names], key=natural)
     return groups
 
 
@@ -238,7 +241,7 @@ def _from_tiny(source, groups, options):
         raise DataError(
             f"{source.path}: Tiny-ImageNet-200 without {len(missing)} of tiny64's classes ({some(missing)})"
         )
-    first = {cls: sorted(names, key=natural)[: TINY.per_class] for cls, names in classes.items()}
+    first = {cls: names[: TINY.per_class] for cls, names in classes.items()}
     return Plan(
         f"{source.kind} with Tiny-ImageNet-200, the first {TINY.per_class} training images of tiny64's 100 classes",
         source,
@@ -372,7 +375,7 @@ def _from_ilsvrc(source, groups, tables, count):
     classes = {}
     for group in groups.values():
         for cls, names in group.items():
-            classes.setdefault(cls, []).extend(sorted(names, key=natural))
+            classes.setdefault(cls, []).extend(names)
     what = f"{source.kind} of ILSVRC-2012's training images, {count} classes,"
     if tables is None:
         first = {cls: names[: MINI.per_class] for cls, names in classes.items()}

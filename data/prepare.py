@@ -15,12 +15,18 @@ from pathlib import Path
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA))  # also when run as a module, or imported
 
-import omniglot  # noqa: E402
-from build import build, read_record, work_folder  # noqa: E402
-from check import examine, notes, table, verdict  # noqa: E402
-from forms import recognise  # noqa: E402
-from plans import Options, validate  # noqa: E402
-from sources import DataError, Folder, open_source  # noqa: E402
+try:
+    import omniglot
+    from build import build, read_record, work_folder
+    from check import examine, notes, table, verdict
+    from forms import recognise
+    from plans import Options, validate
+    from sources import DataError, Folder, open_source
+except ModuleNotFoundError as error:
+    if error.name not in ("numpy", "PIL", "tqdm"):
+        raise
+    print(f"prepare.py: {error.name} is missing: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 _EXAMPLES = """\
 SOURCE, and what is done with it:

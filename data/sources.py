@@ -2,7 +2,7 @@
 
 Each source has
     kind: what it is, in words
-    files: {name: bytes}, its files by POSIX path, in natural order, hidden files and the like left out
+    files: {name: bytes}, its files by POSIX path, sorted, hidden files and the like left out
     dirs: set of its folders' names
     skipped: {reason: [names]}, what was left out
     stream(wanted): yields (name, file) for the names in `wanted`, in the source's own order, one open file at a time;
@@ -13,6 +13,7 @@ Nothing is ever extracted under a name that an archive chose, and names that poi
 
 import contextlib
 import hashlib
+import heapq
 import os
 import re
 import stat
@@ -39,14 +40,14 @@ def natural(name):
 
 
 def is_image(name):
-    return PurePosixPath(name).suffix.lower() in IMAGES
+    return os.path.splitext(name)[1].lower() in IMAGES
 
 
 def some(names, most=3):
     """'a, b, c and 4 more' of a collection of names."""
-    names = sorted(names, key=natural)
+    names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(heapq.nsmallest(most, names)) + more
 
 
 def _is_junk(part):
@@ -64,7 +65,8 @@ class _Source:
         if name in self.files:
             raise DataError(f"{self.path}: holds {name} twice: unpack it and pack it again")
         self.files[name] = size
-        self.dirs.update(map(str, PurePosixPath(name).parents))
+        if name.rpartition("/")[0] not in self.dirs:
+            self.dirs.update(map(str, PurePosixPath(name).parents))
         return True
 
     def _skip(self, reason, name):
@@ -72,7 +74,7 @@ class _Source:
             self.skipped.setdefault(reason, []).append(name)
 
     def _sort(self):
-        self.files = {name: self.files[name] for name in sorted(self.files, key=natural)}
+        self.files = {name: self.files[name] for name in sorted(self.files)}
         self.dirs.discard(".")
 
     def _inside(self, name, base=""):
