@@ -201,7 +201,7 @@ def verdict(report, record=None):
                 which = ", ".join(f"{cls}: {wrong[cls]}" for cls in worst) + ", ..." * (len(wrong) > 3)
                 differs.append(f"{word} in {split}: {sum(wrong.values())} images of {len(wrong)} classes ({which})")
     if differs:
-        return f"not {known.name}, 64/16/20 x {known.per_class}, though its classes: {shape}", differs + findings
+        return f"not {known.name}, 64/16/20 x {known.per_class}, but {shape} with its classes", differs + findings
     if not record.get("published", True):
         return f"{known.name}'s classes, {shape}, but not the published images", findings
     return f"{known.name}, {shape}", findings

@@ -15,6 +15,7 @@ FORMS = (
     "Tiny-ImageNet-200; any class folders with --split"
 )
 _CLASS_TAR = re.compile(r"n\d{8}\.tar")
+_STRAY = 20  # beside pickles, shards or tars, more images than that are a data set of their own
 _RANKED = re.compile(r"(n\d{8})(\d{8})\.\w+")  # Ravi & Larochelle's names: class, number
 
 
@@ -39,28 +40,35 @@ def recognise(source, options):
 
 def _recognise(source, options):
     base = {name: name.rpartition("/")[2] for name in source.files}
-    for pattern, reader in ((CACHE, CachePickles), (CATEGORY, CategoryPickles)):
-        parts = {}
-        for name, match in ((name, pattern.fullmatch(b)) for name, b in base.items()):
-            if match and parts.setdefault(match.group(1).removeprefix("train_phase_"), name) != name:
-                raise DataError(f"{source.path}: holds {base[name]} in two places: give the folder of one of them")
-        if parts:
-            refuse_split(options, source, reader.what)
-            return _from_pickles(source, parts, reader)
-    shards = [name for name in source.files if name.lower().endswith(".parquet")]
-    if shards:
-        return _from_shards(source, shards, options)
+    signs = {
+        CachePickles.what: [name for name, b in base.items() if CACHE.fullmatch(b)],
+        CategoryPickles.what: [name for name, b in base.items() if CATEGORY.fullmatch(b)],
+        Shards.what: [name for name, b in base.items() if b.lower().endswith(".parquet")],
+        "ILSVRC-2012's tars": [name for name, b in base.items() if _CLASS_TAR.fullmatch(b)],
+    }
+    signs = {what: names for what, names in signs.items() if names}
+    images = sum(map(is_image, source.files))
+    if len(signs) > 1 or (signs and images > _STRAY):
+        there = [*signs, *([f"{images} images"] if images > _STRAY else [])]
+        raise DataError(f"{source.path}: holds {' and '.join(there)}: give the folder of one of them as SOURCE")
+    ((what, names),) = signs.items() or ((None, None),)
+    if what == CachePickles.what:
+        return _from_pickles(source, names, CACHE, CachePickles, options)
+    if what == CategoryPickles.what:
+        return _from_pickles(source, names, CATEGORY, CategoryPickles, options)
+    if what == Shards.what:
+        return _from_shards(source, names, options)
     tables = _tables(source, options)
-    if any(map(_CLASS_TAR.fullmatch, base.values())):
+    if what:
+        refuse_split(options, source, what)
         nested = NestedTars(source, set(MINI.side))
         if missing := set(MINI.side) - nested.classes:
             raise DataError(
-                f"{source.path}: lacks the tars of {len(missing)} classes of mini-ImageNet ({some(missing)})"
+                f"{source.path}: lacks the tars of {len(missing)} of mini-ImageNet's classes ({some(missing)})"
             )
-        refuse_split(options, source, "ILSVRC-2012's tars")
-        groups = _by_folder(nested.files)
-        return _from_ilsvrc(nested, groups, tables, len(nested.classes))
-    return _from_images(_unpacked(source), tables, options)
+        return _from_ilsvrc(nested, _by_folder(nested.files), tables, len(nested.classes))
+    inner = _unpacked(source)
+    return _from_images(inner, tables or _tables(inner, options), options)
 
 
 def _unpacked(source):
@@ -82,12 +90,15 @@ def _unpacked(source):
 # ---- pickles and shards
 
 
-def _from_pickles(source, parts, reader):
-    if len(parts) != 3:
-        there = ", ".join(sorted(parts.values()))
-        raise DataError(
-            f"{source.path}: has {there}, but lacks {' and '.join(s for s in SPLITS if s not in parts)}'s pickle"
-        )
+def _from_pickles(source, names, pattern, reader, options):
+    refuse_split(options, source, reader.what)
+    parts = {}
+    for name in names:
+        split = pattern.fullmatch(name.rpartition("/")[2]).group(1).removeprefix("train_phase_")
+        if parts.setdefault(split, name) != name:
+            raise DataError(f"{source.path}: holds {split}'s pickle in two places: give the folder of one of them")
+    if lacking := [split for split in SPLITS if split not in parts]:
+        raise DataError(f"{source.path}: has {', '.join(names)}, but lacks {' and '.join(lacking)}'s pickle")
     pickles = reader(source, parts)
     items = [
         Item(split, cls, f"{cls}_{rank:04d}.png", key)
@@ -96,7 +107,7 @@ def _from_pickles(source, parts, reader):
         for rank, key in enumerate(keys)
     ]
     plan = Plan(f"{source.kind} with {reader.what}", pickles, items)
-    if not any(cls in MINI.side for cls in pickles.rows["train"]):
+    if any(re.fullmatch(r"train-\d{3,}", cls) for cls in pickles.rows["train"]):
         plan.notes.append("the labels are numbers without names: classes are called by split and number")
     return plan
 
@@ -136,7 +147,7 @@ def _from_shards(source, names, options):
 
 
 def _by_folder(names):
-    """{the folder above class folders: {class: [image, in natural order]}}; Tiny-ImageNet's <class>/images/ is <class>/."""
+    """{folder above class folders: {class: [image, in natural order]}}; <class>/images/ (Tiny-ImageNet) is <class>/."""
     folders, groups = {}, {}
     for name in filter(is_image, names):
         folders.setdefault(name.rpartition("/")[0], []).append(name)

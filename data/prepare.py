@@ -215,6 +215,8 @@ def _prepare(args):
             return 0
         return _build(args, omniglot.plan(source, _options(args)), source, dest, settings)
 
+    if not args.source:
+        raise DataError("SOURCE is empty: give a folder or an archive")
     path = Path(args.source)
     args.dest = args.dest and Path(os.path.abspath(args.dest))
     if args.split and not args.dest:

@@ -362,6 +362,17 @@ def test_wrong_path_and_empty_folder(tmp_path, refused):
     assert "link" in refused(tmp_path / "dangling")
 
 
+def test_two_forms_in_one_folder(tmp_path, refused):
+    source = forms.cache_pickles(tmp_path)
+    forms.write(source, {"pictures/of/them.jpg": forms.photograph([1])})
+    (tmp_path / "more").mkdir()
+    forms.category_pickles(tmp_path / "more")
+    line = refused(source)
+    assert "mini-imagenet-cache pickles and miniImageNet_category_split pickles" in line
+    forms.layout_folder(tmp_path / "more")
+    assert "301 images" in refused(source)
+
+
 def test_no_split_and_two_of_three_splits(tmp_path, refused):
     source = forms.write(tmp_path / "own", {f"{c}/{i}.jpg": forms.photograph([i]) for c in "abc" for i in range(2)})
     assert "--split" in refused(source)
@@ -499,6 +510,7 @@ def test_two_at_once(tmp_path, capsys):
     ("argv", "said"),
     [
         ([], "SOURCE"),
+        ([""], "SOURCE"),
         (["x", "--check", "y"], "SOURCE"),
         (["x", "--link", "magic"], "--link"),
         (["x", "--seed", "a"], "--seed"),
