@@ -4,6 +4,7 @@ import shutil
 
 import prepare_forms as forms
 import pytest
+from PIL import Image
 from prepare_forms import CLASSES, SPLITS, plans, prepare
 
 
@@ -105,6 +106,17 @@ def test_first_600_of_ilsvrc_are_not_called_mini_imagenet(tmp_path, check, monke
     code, out = check(tmp_path / "out")
     assert code == 0
     assert "mini-ImageNet's classes, 64/16/20 x 5, but not the published images" in out
+
+
+def test_fingerprint_of_a_png_is_of_its_pixels(tmp_path, check):
+    files = {f"{split}/{split}-{c}/1.png": forms.png([n, c]) for n, split in enumerate(SPLITS) for c in range(2)}
+    at = forms.write(tmp_path / "own", files)
+    first = check(at)[1]
+    for path in at.rglob("*.png"):  # another encoder
+        before = path.read_bytes()
+        Image.open(path).save(path, compress_level=0)
+        assert path.read_bytes() != before
+    assert check(at)[1] == first
 
 
 def test_fingerprint_is_of_the_classes_images(tmp_path, check):
