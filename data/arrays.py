@@ -7,6 +7,7 @@ Each reader has
 """
 
 import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -170,19 +171,13 @@ class Shards:
         for name, shard in self._shards(names):
             image, label = self._columns(name, shard)
             split = _split_of(name) or "train"
-            columns = [f"{image}.path", label]
-            for table in self._batches(name, shard, 4096, columns):
-                paths = (
-                    [row and row.get("path") for row in table.column(image).to_pylist()]
-                    if image in table.schema.names
-                    else []
-                )
-                at = sum(len(rows) for rows in labels.get((split, name), {}).values())
-                for i, value in enumerate(table.column(label).to_pylist()):
-                    key = (name, at + i)
-                    labels.setdefault((split, name), {}).setdefault(self._class(value, name, at + i), []).append(key)
-                    if paths and paths[i]:
-                        self.file_names[key] = PurePosixPath(paths[i].replace("\\", "/")).name
+            rows = itertools.chain.from_iterable(self._batches(name, shard, 4096, [f"{image}.path", label]))
+            for number, row in enumerate(rows):
+                key = (name, number)
+                cls = self._class(row[label], name, number)
+                labels.setdefault((split, name), {}).setdefault(cls, []).append(key)
+                if path := (row.get(image) or {}).get("path"):
+                    self.file_names[key] = PurePosixPath(path.replace("\\", "/")).name
         self.rows = {}
         for (split, _), classes in labels.items():
             for cls, keys in classes.items():
@@ -205,9 +200,9 @@ class Shards:
                     raise self._damaged(name, error) from None
 
     def _batches(self, name, shard, rows, columns):
-        """Yield a shard's columns, so many rows at a time."""
+        """Yield a shard's columns, so many rows at a time, as lists of dicts."""
         try:
-            yield from shard.iter_batches(rows, columns=columns)
+            yield from (table.to_pylist() for table in shard.iter_batches(rows, columns=columns))
         except (self._arrow.ArrowException, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
@@ -279,12 +274,10 @@ class Shards:
     def stream(self, wanted):
         for name, shard in self._shards(sorted({name for name, _ in wanted}, key=natural)):
             image, _ = self._columns(name, shard)
-            row = 0
-            for table in self._batches(name, shard, 64, [f"{image}.bytes"]):
-                for value in table.column(image):
-                    if (name, row) in wanted:
-                        content = value["bytes"].as_py() if value.is_valid else None
-                        if not content:
-                            raise DataError(f"{self._source.path}: {name}: row {row} has no image")
-                        yield (name, row), content
-                    row += 1
+            rows = itertools.chain.from_iterable(self._batches(name, shard, 64, [f"{image}.bytes"]))
+            for number, row in enumerate(rows):
+                if (name, number) in wanted:
+                    content = (row[image] or {}).get("bytes")
+                    if not content:
+                        raise DataError(f"{self._source.path}: {name}: row {number} has no image")
+                    yield (name, number), content

@@ -10,13 +10,13 @@ import tarfile
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from check import examine
 from PIL import Image
 from plans import SPLITS
-from sources import DataError, some
+from sources import DataError, is_image, some
 from tqdm import tqdm
 
 RECORD = "prepared.json"  # lies in the data set: what it was made from, and its fingerprints
@@ -71,14 +71,10 @@ def _put(target, image, link):
         content = io.BytesIO()
         Image.fromarray(image).save(content, "PNG", compress_level=3)
         image = content.getvalue()
-    if not PurePosixPath(target).suffix or target.suffix.lower() not in _SUFFIXES:
-        target = target.with_name(
-            target.name + next((s for magic, s in _MAGIC.items() if image.startswith(magic)), ".jpg")
-        )
+    if not is_image(target.name):
+        suffix = next((suffix for magic, suffix in _MAGIC.items() if image.startswith(magic)), ".jpg")
+        target = target.with_name(target.name + suffix)
     _write(target, image)
-
-
-_SUFFIXES = {*_MAGIC.values(), ".jpeg", ".ppm", ".pgm", ".tiff"}
 
 
 @contextlib.contextmanager
@@ -104,8 +100,8 @@ def _stored(work, split):
     stored = {}
     for cls in os.scandir(work / split) if (work / split).is_dir() else ():
         for entry in os.scandir(cls.path):
-            if entry.name.startswith("."):
-                os.unlink(entry.path)  # half-written
+            if entry.name.startswith(".") or not os.path.exists(entry.path):
+                os.unlink(entry.path)  # half-written, or a link to what is gone
                 continue
             name = f"{split}/{cls.name}/{entry.name}"
             stored[name] = stored[os.path.splitext(name)[0]] = entry.stat().st_size
@@ -192,7 +188,7 @@ def _fill(work, plan, link, source):
                 if len(batch) == _BATCH:
                     write_batch()
         except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # a place that is not there
                 raise
             raise DataError(f"{source}: truncated or damaged archive ({error}): get another copy") from None
         write_batch()

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -538,3 +539,25 @@ def test_flags_that_do_not_fit_the_source(tmp_path, refused):
     assert "no train.csv" in refused(tmp_path / "flat", "--csv", tmp_path / "flat")
     assert "--csv" in refused(tmp_path / "flat" / "images")
     assert "/nowhere" in refused(source, "--class-names", "/nowhere")
+
+
+@pytest.mark.parametrize("form", ["layout_tar_gz", "layout_zip", "ilsvrc_tar", "cache_pickles", "category_pickles"])
+def test_bytes_changed_anywhere_end_in_a_data_set_or_in_one_line(form, tmp_path, capsys):
+    source = getattr(forms, form)(tmp_path)
+    target = source if source.is_file() else next(source.glob("*test.p*"))
+    sound = target.read_bytes()
+    random = np.random.default_rng(0)
+    codes = set()
+    for _ in range(8):
+        content = bytearray(sound)
+        at = int(random.integers(len(content) - 100)) if random.random() < 0.5 else int(random.integers(300))
+        content[at : at + 8] = random.bytes(8)
+        target.write_bytes(content)
+        codes.add(prepare.main([str(source), "--dest", str(tmp_path / "out")]))
+        err = capsys.readouterr().err
+        assert (tmp_path / "out").exists() == (err == "")
+        assert err.count("\n") <= 1
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert not list(tmp_path.glob(".out*"))
+    assert 2 in codes
+    assert codes <= {0, 2}
