@@ -544,7 +544,7 @@ def test_flags_that_do_not_fit_the_source(tmp_path, refused):
 @pytest.mark.parametrize("form", ["layout_tar_gz", "layout_zip", "ilsvrc_tar", "cache_pickles", "category_pickles"])
 def test_bytes_changed_anywhere_end_in_a_data_set_or_in_one_line(form, tmp_path, capsys):
     source = getattr(forms, form)(tmp_path)
-    target = source if source.is_file() else next(source.glob("*test.p*"))
+    target = source if source.is_file() else next(source.glob("*train.p*"))
     sound = target.read_bytes()
     random = np.random.default_rng(0)
     codes = set()
