@@ -21,7 +21,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 class Windows(NamedTuple):
-    """Which part of each image is resized to what, and which part of the result is kept; one image a row, all int64 [B, 2] (y, x)."""
+    """Which part of each image is resized to what, and which part of the result is kept: int64 [B, 2] (y, x) each."""
 
     start: np.ndarray  # first pixel of the source's part
     extent: np.ndarray  # its size
@@ -120,8 +120,8 @@ def _adjust(x: Tensor, step: int, factor: Tensor) -> Tensor:
 def _colour(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """Brightness, contrast, saturation and hue of each image, in an order of its own.
 
-    All images take all steps at each of the four places, most of them with a factor that changes nothing: on a GPU the number of
-    launches counts, not the work.
+    All images take all steps at each of the four places, most of them with a factor that changes nothing: on a GPU the
+    number of launches counts, not the work.
     """
     neutral = factors.new_tensor((1, 1, 1, 0))
     for place in range(4):

@@ -1,8 +1,8 @@
 """One block of the learner in train mode, with its backward pass written by hand.
 
 Convolution -> batch normalisation -> ReLU -> 2x2 max-pooling, computed as convolution -> pooling -> normalisation -> ReLU. That
-is the same function: normalisation is an affine map a channel, which commutes with the maximum where its scale is positive, and a
-negative scale is folded into the sign of the filter. Normalisation and ReLU then touch a quarter of the numbers.
+is the same function: normalisation is an affine map a channel, which commutes with the maximum where its scale is positive, and
+a negative scale is folded into the sign of the filter. Normalisation and ReLU then touch a quarter of the numbers.
 
 A batch's own mean takes the convolution's bias out again. The bias is therefore never added, and its gradient is exactly zero;
 added, it would leave rounding noise there, which prep and Adam blow up. Only the running mean hears of it.

@@ -1,13 +1,12 @@
 """Images are decoded once: a split becomes one array of bytes on disk, memory-mapped ever after.
 
-A cache is a folder ``<split>-<largest side>-<key>`` holding ``pixels.bin`` (each image as [3, height, width] uint8, one after another) and
-``index.npz`` (sizes, offsets, checksum). The key is a hash of everything that the pixels depend on: names, sizes and modification
-times of the files, and the settings below. The folder is filled under another name and then renamed, so that it is whole or
-not there; two processes that build it at once both succeed, and the first one's stays.
+A cache is a folder ``<split>-<largest side>-<key>`` holding ``pixels.bin`` (each image as [3, height, width] uint8, one after
+another) and ``index.npz`` (sizes, checksum). The key is a hash of everything that the pixels depend on: names, sizes and
+modification times of the files, and the settings below. The folder is filled under another name and then renamed, so that it
+is whole or not there; two processes that build it at once both succeed, and the first one's stays.
 
-Images whose shorter side is at most twice ``image_size`` are kept to the pixel, mini-ImageNet's usual 84 px among them. Larger ones are
-reduced to that, once: a crop of a quarter of the area, the median being about half, still has its full resolution.
-``benchmarks/run.sh`` measures what it changes.
+Images whose shorter side is at most twice ``image_size`` are kept to the pixel, mini-ImageNet's usual 84 px among them. Larger
+ones are reduced to that, once: a random crop, whose area is half of the image's on average, then still has at least its pixels.
 """
 
 from __future__ import annotations

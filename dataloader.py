@@ -151,9 +151,9 @@ def draw_augmentation(seed: int, split: str, index: int, sizes: np.ndarray) -> A
     for k in np.flatnonzero(~fits.any(axis=1)):
         H, W = (int(v) for v in sizes[k])
         h[k], w[k] = H, W
-        if W / H < CROP_RATIO[0]:
+        if CROP_RATIO[0] > W / H:
             h[k] = round(W / CROP_RATIO[0])
-        elif W / H > CROP_RATIO[1]:
+        elif CROP_RATIO[1] < W / H:
             w[k] = round(H * CROP_RATIO[1])
         top[k], left[k] = (H - h[k]) // 2, (W - w[k]) // 2
     flip = rng.random(n) < 0.5

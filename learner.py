@@ -63,7 +63,7 @@ class Learner(nn.Module):
 
         Args:
             x: images [B, 3, image_size, image_size], float; fastest in channels_last memory format.
-            moments: ``PatchMoments.of(x)``, x already in ``conv_dtype``, to be given when the same images are seen again and again.
+            moments: ``PatchMoments.of(x)`` with x in ``conv_dtype``, worth giving when the same images come again and again.
 
         Returns:
             Logits [B, n_classes]. In train mode the batch's own statistics normalise (and update the running ones);
@@ -74,10 +74,7 @@ class Learner(nn.Module):
             moments = PatchMoments.of(x)
         for b in range(1, N_BLOCKS + 1):
             conv, norm = getattr(self, f"conv{b}"), getattr(self, f"norm{b}")
-            if self.training:
-                x = train_block(x, conv, norm, moments if b == 1 else None)
-            else:
-                x = eval_block(x, conv, norm)
+            x = train_block(x, conv, norm, moments if b == 1 else None) if self.training else eval_block(x, conv, norm)
         return self.cls(x.flatten(1).to(self.cls.weight.dtype))
 
     def loss_and_grad(self, x: Tensor, y: Tensor, moments: PatchMoments | None = None) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,6 @@ from pathlib import Path
 
 # Deterministic cuBLAS needs its workspace fixed before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# Waiting OpenMP threads sleep instead of spinning: on a shared machine spinning costs a factor, on an idle one nothing.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from tqdm import tqdm
@@ -152,7 +150,8 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     bar = tqdm(total=args.episode, initial=done, desc="train", unit="ep", disable=None)
     losses, accuracies, since = [], [], time.perf_counter()
     batches = dataloader.episodes(train_set, done, args.n_workers, device, args.pin_mem)
-    for done, episode in enumerate(batches, start=done + 1):
+    for episode in batches:
+        done += 1
         loss, accuracy = train_episode(episode, *learners, metalearner, optimizer, args.batch_size, args.grad_clip)
         losses.append(loss)
         accuracies.append(accuracy)
@@ -245,11 +244,17 @@ def main(argv: list[str]) -> None:
         test(args, device, checkpoint)
 
 
-if __name__ == "__main__":
+def run(argv: list[str]) -> int:
+    """``main`` with its exit code: 2, and one line on stderr, for whatever the user can mend."""
     try:
-        main(sys.argv[1:])
+        main(argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print("error: " + str(error).replace("\n", "\\n"), file=sys.stderr)  # names may hold newlines
+        return 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

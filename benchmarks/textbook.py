@@ -162,7 +162,9 @@ def eval_transform(image: Image.Image, image_size: int) -> Image.Image:
 class TextbookDataset(Dataset):
     """The same episodes, decoded and transformed by Pillow and torchvision image by image, NCHW."""
 
-    def __init__(self, split: Split, seed: int, n_class: int, n_shot: int, n_eval: int, n_pass: int, image_size: int, length: int):
+    def __init__(
+        self, split: Split, seed: int, n_class: int, n_shot: int, n_eval: int, n_pass: int, image_size: int, length: int
+    ):
         self.split, self.seed, self.length = split, seed, length
         self.n_class, self.n_shot, self.n_eval, self.n_pass, self.image_size = n_class, n_shot, n_eval, n_pass, image_size
 

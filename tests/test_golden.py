@@ -36,32 +36,55 @@ def golden_setup(dtype):
     return episode, w_grad, wo_grad, meta
 
 
-@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, (1e-9,) * 4), (torch.float32, (1e-4, 1e-4, 1e-3, 1e-3))])
-def test_golden_episode(dtype, close):
+def one_episode(k, episode, w_grad, wo_grad, meta, close):
+    """Forward and backward pass of training episode k, held against the worked one."""
+    wo_grad.train()
+    cI, losses = adapt(episode, w_grad, meta, batch_size=25)
+    loss, logits = query_loss(episode, w_grad, wo_grad, cI)
+    meta.zero_grad()
+    loss.backward()
+    assert relative(torch.stack(losses), GOLDEN[f"train{k}.support_losses"]) < close
+    assert relative(cI.norm(), GOLDEN[f"train{k}.cI_norm"]) < close
+    assert relative(cI[::STRIDE], GOLDEN[f"train{k}.cI_sample"]) < close
+    assert relative(logits, GOLDEN[f"train{k}.query_logits"]) < close
+    assert relative(loss, GOLDEN[f"train{k}.query_loss"]) < close
+    if k == 0:
+        for name, p in meta.named_parameters():
+            grad = p.grad[::STRIDE] if name == "metalstm.cI" else p.grad
+            assert relative(grad, GOLDEN[f"grad.{name}"]) < close, name
+    norm = torch.nn.utils.clip_grad_norm_(meta.parameters(), 0.25)
+    assert relative(norm, GOLDEN[f"train{k}.grad_norm"]) < close
+
+
+def evaluation(episode, w_grad, wo_grad, meta, close):
+    loss, accuracy = evaluate_episode(episode, w_grad, wo_grad, meta, batch_size=25)
+    assert relative(wo_grad(episode.query), GOLDEN["eval.query_logits"]) < close
+    assert relative(loss, GOLDEN["eval.query_loss"]) < close
+    assert relative(accuracy, GOLDEN["eval.accuracy"]) < 1e-6
+
+
+# In float32 the third episode stands apart: after two Adam steps the parameters differ by 1e-5 where a gradient was nearly
+# zero, and then some maximum of a pooling window falls on its neighbour. The textbook path is as far off.
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, [1e-9] * 4), (torch.float32, [1e-4, 1e-4, 1e-2, 3e-2])])
+def test_three_episodes_of_training_and_one_of_evaluation(dtype, close):
     episode, w_grad, wo_grad, meta = golden_setup(dtype)
     optimizer = torch.optim.Adam(meta.parameters(), lr=1e-3)
     for k in range(3):
-        wo_grad.train()
-        cI, losses = adapt(episode, w_grad, meta, batch_size=25)
-        loss, logits = query_loss(episode, w_grad, wo_grad, cI)
-        optimizer.zero_grad()
-        loss.backward()
-        assert relative(torch.stack(losses), GOLDEN[f"train{k}.support_losses"]) < close[k]
-        assert relative(cI[::STRIDE], GOLDEN[f"train{k}.cI_sample"]) < close[k]
-        assert relative(cI.norm(), GOLDEN[f"train{k}.cI_norm"]) < close[k]
-        assert relative(logits, GOLDEN[f"train{k}.query_logits"]) < close[k]
-        assert relative(loss, GOLDEN[f"train{k}.query_loss"]) < close[k]
-        if k == 0:
-            for name, p in meta.named_parameters():
-                grad = p.grad[::STRIDE] if name == "metalstm.cI" else p.grad
-                assert relative(grad, GOLDEN[f"grad.{name}"]) < close[k], name
-        norm = torch.nn.utils.clip_grad_norm_(meta.parameters(), 0.25)
-        assert relative(norm, GOLDEN[f"train{k}.grad_norm"]) < close[k]
+        one_episode(k, episode, w_grad, wo_grad, meta, close[k])
         optimizer.step()
     for name, p in meta.named_parameters():
         value = p[::STRIDE] if name == "metalstm.cI" else p
-        assert relative(value, GOLDEN[f"after.{name}"]) < close[3], name
-    loss, accuracy = evaluate_episode(episode, w_grad, wo_grad, meta, batch_size=25)
-    assert relative(wo_grad(episode.query), GOLDEN["eval.query_logits"]) < close[3]
-    assert relative(loss, GOLDEN["eval.query_loss"]) < close[3]
-    assert relative(accuracy, GOLDEN["eval.accuracy"]) < 1e-6
+        assert relative(value, GOLDEN[f"after.{name}"]) < close[2], name
+    evaluation(episode, w_grad, wo_grad, meta, close[3])
+
+
+def test_each_episode_in_float32_from_the_exact_parameters():
+    exact, single = golden_setup(torch.float64), golden_setup(torch.float32)
+    optimizer = torch.optim.Adam(exact[-1].parameters(), lr=1e-3)
+    for k in range(3):
+        single[-1].load_state_dict(exact[-1].state_dict())
+        one_episode(k, *single, close=1e-4)
+        one_episode(k, *exact, close=1e-9)
+        optimizer.step()
+    single[-1].load_state_dict(exact[-1].state_dict())
+    evaluation(*single, close=1e-4)

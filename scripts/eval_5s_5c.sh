@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Test the best checkpoint of train_5s_5c.sh on 5-way 5-shot episodes; --resume CKPT takes another.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+use_python requirements.txt
+
+"$PYTHON" "$ROOT/main.py" --mode test \
+  --save logs \
+  --seed 719 \
+  --data miniImagenet \
+  --n-class 5 \
+  --n-shot 5 \
+  --n-eval 15 \
+  --image-size 84 \
+  --episode-test 600 \
+  --epoch 8 \
+  --batch-size 25 \
+  --bn-momentum 0.95 \
+  --bn-eps 1e-3 \
+  --input-size 4 \
+  --hidden-size 20 \
+  --n-workers 2 \
+  "$@"

@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import textbook
+import torch
+from PIL import Image
+
+import augment
+from augment import MEAN, STD, Windows, transform
+from cache import load_image
+from dataloader import draw_augmentation
+
+PHOTOGRAPH = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+
+
+def sources():
+    """Parts of a real photograph in many sizes, and a greyscale one."""
+    photograph = load_image(PHOTOGRAPH)
+    sizes = [(64, 64), (84, 84), (168, 168), (168, 224), (250, 168), (40, 97), (64, 64), (84, 84)]
+    images = [photograph.resize(size) for size in sizes]
+    images += [photograph.crop((150 + 10 * k, 100, 150 + 10 * k + 84, 184)) for k in range(12)]
+    return [*images, photograph.resize((84, 84)).convert("L").convert("RGB")]
+
+
+def padded(images):
+    sizes = np.array([(image.height, image.width) for image in images])
+    pixels = torch.zeros(len(images), 3, *sizes.max(axis=0), dtype=torch.uint8)
+    for k, image in enumerate(images):
+        pixels[k, :, : image.height, : image.width] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels, sizes
+
+
+def grey_levels(x):
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return (x * std + mean) * 255
+
+
+def expected(images):
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() for image in images])
+
+
+def test_training_images_are_torchvisions():
+    differences = []
+    for index in range(6):
+        images = sources()
+        pixels, sizes = padded(images)
+        drawn = draw_augmentation(5, "train", index, sizes)
+        ours = transform(pixels, Windows.crops(drawn.box, 84), 84, drawn.flip, drawn.jitter, drawn.order)
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        theirs = [textbook.train_transform(image, drawn, k, 84) for k, image in enumerate(images)]
+        differences.append((grey_levels(ours) - expected(theirs)).abs().mean((1, 2, 3)))
+    differences = torch.cat(differences)
+    assert differences.mean() < 1.5
+    assert differences.max() < 4
+
+
+@pytest.mark.parametrize("image_size", [84, 32])
+def test_evaluation_images_are_torchvisions(image_size):
+    images = sources()
+    pixels, sizes = padded(images)
+    idle = np.zeros(len(images), dtype=bool)
+    ours = transform(pixels, Windows.centres(sizes, image_size), image_size, idle, None, None)
+    theirs = expected([textbook.eval_transform(image, image_size) for image in images])
+    assert (grey_levels(ours) - theirs).abs().mean() < 0.5
+    ours = transform(pixels, Windows.squashed(sizes, image_size), image_size, idle, None, None)
+    theirs = expected([image.resize((image_size, image_size), Image.Resampling.BILINEAR) for image in images])
+    assert (grey_levels(ours) - theirs).abs().mean() < 0.5
+
+
+def test_crop_that_changes_nothing_is_exact():
+    images = [load_image(PHOTOGRAPH).resize((84, 84))]
+    pixels, _ = padded(images)
+    box = np.array([[0, 0, 84, 84]])
+    for flip in (False, True):
+        ours = grey_levels(transform(pixels, Windows.crops(box, 84), 84, np.array([flip]), None, None))
+        source = pixels.float().flip(3) if flip else pixels.float()
+        assert (ours - source).abs().max() < 1e-3
+
+
+def test_the_gpus_way_gives_the_same():
+    """All images through all steps, as on a GPU, against grouped ones as on a CPU."""
+    images = sources()
+    pixels, sizes = padded(images)
+    drawn = draw_augmentation(5, "train", 0, sizes)
+    windows = Windows.crops(drawn.box, 84)
+    ours = transform(pixels, windows, 84, drawn.flip, drawn.jitter, drawn.order)
+    x = augment._resize(pixels, *augment._filters(windows, drawn.flip, pixels.shape[2:], 84, pixels.device))
+    factors = torch.from_numpy(drawn.jitter.astype(np.float32)).view(-1, 4, 1, 1, 1)
+    x = augment._colour(x, factors, torch.from_numpy(drawn.order))
+    assert (grey_levels(ours) - x).abs().mean() < 0.5  # a hue turned by nothing is still rounded to Pillow's steps

@@ -1,0 +1,139 @@
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+import cache
+from cache import FOLDER, DecodedSplit, decoded, load_image, reduced_size
+from dataloader import scan_split
+from utils import UserError
+
+
+def files(root):
+    return [path for of_class in scan_split(root, "train").files for path in of_class]
+
+
+def build(root, image_size=16, cache_dir=None):
+    return decoded("train", files(root), root, image_size, cache_dir)
+
+
+def folders(root):
+    return sorted(p.name for p in (root / FOLDER).iterdir())
+
+
+def test_small_images_are_kept_to_the_pixel(data):
+    split = build(data, image_size=84)
+    paths = files(data)
+    assert len(split.sizes) == 48
+    for k in (0, 7, 47):
+        assert (split.image(k).transpose(1, 2, 0) == np.asarray(load_image(paths[k]))).all()
+
+
+def test_large_images_are_reduced_once(tmp_path):
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    shutil.copy(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg", folder / "1.jpg")
+    split = build(tmp_path, image_size=84)
+    width, height = Image.open(folder / "1.jpg").size
+    assert min(width, height) > 168
+    assert tuple(split.sizes[0][::-1]) == reduced_size(width, height, 84)
+    assert split.sizes[0].min() == 168
+
+
+def test_built_once(data, monkeypatch):
+    build(data)
+    monkeypatch.setattr(cache, "_build", lambda *_: pytest.fail("built again"))
+    build(data)
+
+
+@pytest.mark.parametrize("change", ["touched", "new", "removed", "setting"])
+def test_rebuilt_when_what_it_depends_on_changes(data, change):
+    build(data)
+    before, path, size = folders(data), data / "train" / "class 0" / "0.jpg", 16
+    if change == "touched":
+        os.utime(path, ns=(1, 1))
+    elif change == "new":
+        shutil.copy(path, path.with_name("new.jpg"))
+    elif change == "removed":
+        path.unlink()
+    else:
+        size = 20
+    split = build(data, size)
+    assert len(split.sizes) == {"new": 49, "removed": 47}.get(change, 48)
+    assert folders(data) != before
+    assert len(folders(data)) == (2 if change == "setting" else 1)
+
+
+@pytest.mark.parametrize("name", ["pixels.bin", "index.npz"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
+def test_damage_is_noticed_and_mended(data, name, damage):
+    good = build(data).image(3).copy()
+    path = data / FOLDER / folders(data)[0] / name
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 0xFF
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes({"flip": content, "cut": content[: len(content) // 2], "empty": b""}[damage])
+    assert (build(data).image(3) == good).all()
+    assert (DecodedSplit(data / FOLDER / folders(data)[0]).image(3) == good).all()
+
+
+def test_two_processes_at_once(data):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=build, args=(data,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(folders(data)) == 1
+    assert len(build(data).sizes) == 48
+
+
+def test_another_place(data, tmp_path):
+    build(data, cache_dir=tmp_path / "elsewhere")
+    assert not (data / FOLDER).exists()
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 1
+
+
+def test_a_place_that_cannot_be_written(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be kept there .*--cache-dir"):
+        build(data, cache_dir=tmp_path / "file" / "inside")
+
+
+def test_a_broken_image_leaves_nothing_behind(data):
+    (data / "train" / "class 2" / "4.jpg").write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"class 2/4\.jpg: not a readable image"):
+        build(data)
+    assert folders(data) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "ending"),
+    [("L", "png"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png"), ("1", "png"), ("I;16", "png"), ("RGB", "webp")],
+)
+def test_every_mode_becomes_rgb(tmp_path, mode, ending):
+    image = Image.fromarray(np.full((20, 20), 1000, dtype=np.uint16)) if mode == "I;16" else Image.new(mode, (20, 20))
+    image.save(tmp_path / f"x.{ending}")
+    assert load_image(tmp_path / f"x.{ending}").mode == "RGB"
+
+
+def test_orientation_of_cameras_is_followed(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (30, 20)).save(tmp_path / "x.jpg", exif=exif)
+    assert load_image(tmp_path / "x.jpg").size == (20, 30)
+
+
+def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    Image.new("RGB", (200, 200)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30000)
+    with pytest.raises(UserError, match=r"x\.png: not a readable image"):
+        load_image(tmp_path / "x.png")

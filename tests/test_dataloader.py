@@ -1,0 +1,140 @@
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import ColorJitter, RandomResizedCrop
+
+from dataloader import (
+    EpisodeDataset,
+    Split,
+    check_split,
+    draw_augmentation,
+    draw_images,
+    draw_order,
+    episodes,
+    scan_split,
+)
+from utils import UserError
+
+CPU = torch.device("cpu")
+PINNED = {
+    "classes": [2, 0, 5, 4, 3],
+    "images": [[0, 3, 2, 4], [2, 3, 5, 4], [0, 5, 1, 3], [6, 1, 3, 0], [0, 3, 4, 7]],
+    "box": [[1, 7, 62, 53], [159, 30, 192, 176], [0, 130, 30, 40]],
+    "flip": [True, True, True],
+    "order": [[1, 3, 0, 2], [3, 1, 0, 2], [1, 3, 0, 2]],
+    "jitter": [0.7532890033976217, 1.0110292056703787, 0.6268533608825444, -0.14045899455008767],
+    "passes": [[4, 1, 3, 0, 2], [0, 3, 1, 2, 4]],
+}
+
+
+def dataset(root, split="train", length=6, **kwargs):
+    settings = dict(n_class=3, n_shot=2, n_eval=3, n_pass=2, image_size=16, augment="port") | kwargs
+    return EpisodeDataset(scan_split(root, split), 719, length=length, **settings)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_shape_and_order_of_an_episode(master):
+    data = dataset(master)
+    episode = next(episodes(data, 0, 0, CPU, False))
+    assert episode.support.shape == (6, 3, 16, 16)
+    assert episode.query.shape == (9, 3, 16, 16)
+    assert episode.support.dtype == torch.float32
+    assert episode.support_y.tolist() == [0, 0, 1, 1, 2, 2]
+    assert episode.query_y.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [sorted(row) for row in episode.order.tolist()] == [list(range(6))] * 2
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("n_workers", [1, 2, 4])
+def test_same_episodes_for_any_number_of_workers(master, n_workers):
+    data = dataset(master)
+    alone = list(episodes(data, 0, 0, CPU, False))
+    assert len(alone) == 6
+    assert not same(alone[0], alone[1])
+    assert all(same(a, b) for a, b in zip(alone, episodes(data, 0, n_workers, CPU, False), strict=True))
+
+
+def test_same_episodes_after_a_restart_and_for_a_longer_run(master):
+    alone = list(episodes(dataset(master), 0, 0, CPU, False))
+    later = list(episodes(dataset(master, length=9), 4, 0, CPU, False))
+    assert len(later) == 5
+    assert all(same(a, b) for a, b in zip(alone[4:], later, strict=False))
+
+
+def test_other_splits_and_seeds_give_other_episodes(master):
+    drawn = [draw_images(seed, scan_split(master, split), k, 5, 8)[0].tolist() for seed, split, k in
+             ((719, "train", 0), (719, "train", 1), (719, "val", 0), (53, "train", 0))]
+    assert len({tuple(d) for d in drawn}) == 4
+
+
+def test_classes_and_images_do_not_repeat(master):
+    split = scan_split(master, "train")
+    for k in range(50):
+        classes, images = draw_images(1, split, k, 6, 8)
+        assert sorted(classes) == list(range(6))
+        assert all(sorted(row) == list(range(8)) for row in images)
+
+
+def test_every_class_and_image_is_drawn_equally_often(master):
+    split = scan_split(master, "train")
+    drawn = [draw_images(1, split, k, 2, 3) for k in range(3000)]
+    by_class = np.bincount(np.concatenate([c for c, _ in drawn]), minlength=6) / 3000
+    by_image = np.bincount(np.concatenate([i.reshape(-1) for _, i in drawn]), minlength=8) / 6000
+    assert np.abs(by_class - 2 / 6).max() < 0.04
+    assert np.abs(by_image - 3 / 8).max() < 0.03
+
+
+def test_the_same_on_another_machine(master):
+    """Literal numbers: whatever changes them changes every published run."""
+    classes, images = draw_images(719, scan_split(master, "train"), 31417, 5, 4)
+    assert classes.tolist() == PINNED["classes"]
+    assert images.tolist() == PINNED["images"]
+    drawn = draw_augmentation(719, "train", 31417, np.array([[64, 64], [375, 500], [30, 300]]))
+    assert drawn.box.tolist() == PINNED["box"]
+    assert drawn.flip.tolist() == PINNED["flip"]
+    assert drawn.order.tolist() == PINNED["order"]
+    assert np.allclose(drawn.jitter[1], PINNED["jitter"], rtol=1e-12)
+    assert draw_order(719, "train", 31417, 2, 5).tolist() == PINNED["passes"]
+
+
+def distance(a, b):
+    """Kolmogorov-Smirnov distance of two samples."""
+    both = np.sort(np.concatenate((a, b)))
+    below = [np.searchsorted(np.sort(v), both, "right") / len(v) for v in (a, b)]
+    return np.abs(below[0] - below[1]).max()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 300), (300, 100), (84, 112)])
+def test_parameters_are_distributed_as_torchvision_draws_them(size):
+    n = 4000
+    ours = draw_augmentation(3, "train", 0, np.tile(size, (n, 1)))
+    crop = RandomResizedCrop(84)
+    image = torch.empty(3, *size)
+    theirs = np.array([crop.get_params(image, crop.scale, crop.ratio) for _ in range(n)])
+    for k in range(4):
+        assert distance(ours.box[:, k], theirs[:, k]) < 0.043  # the 0.1 % point for two samples of 4,000
+    jitter = ColorJitter(0.4, 0.4, 0.4, 0.2)
+    drawn = [jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) for _ in range(n)]
+    for k in range(4):
+        assert distance(ours.jitter[:, k], np.array([d[k + 1] for d in drawn])) < 0.043
+    first = [np.bincount([int(d[0][0]) for d in drawn], minlength=4), np.bincount(ours.order[:, 0], minlength=4)]
+    assert np.abs(first[0] - first[1]).max() / n < 0.04
+    assert abs(ours.flip.mean() - 0.5) < 0.03
+
+
+def test_too_few_classes_or_images(master, tmp_path):
+    split = scan_split(master, "train")
+    with pytest.raises(UserError, match=r"--n-class 7: the train split has only 6 classes"):
+        check_split(split, 7, 1, 1)
+    with pytest.raises(UserError, match=r"train/class 0: 8 images, but an episode takes 9"):
+        check_split(split, 5, 4, 5)
+    check_split(Split("train", ["a"], [[tmp_path] * 3], tmp_path), 1, 1, 2)
+
+
+def test_no_augmentation_squashes_every_split_alike(master):
+    images = [next(episodes(dataset(master, "train", augment="none"), 0, 0, CPU, False)).support for _ in range(2)]
+    assert torch.equal(*images)
+    assert images[0].shape == (6, 3, 16, 16)
