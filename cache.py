@@ -66,6 +66,7 @@ class DecodedSplit:
 
     Attributes:
         sizes: [N, 2] int64, height and width of each image in pixels.
+        checksum: CRC-32 of all pixels.
     """
 
     def __init__(self, folder: Path):
@@ -75,11 +76,11 @@ class DecodedSplit:
             ValueError, OSError, KeyError, zlib.error, zipfile.BadZipFile: it is damaged.
         """
         with np.load(folder / "index.npz", allow_pickle=False) as index:
-            self.sizes, checksum = index["sizes"], int(index["checksum"])
+            self.sizes, self.checksum = index["sizes"], int(index["checksum"])
         ends = np.cumsum(self.sizes.prod(axis=1) * 3)
         self._starts = np.concatenate(([0], ends[:-1]))
         self._pixels = np.memmap(folder / "pixels.bin", dtype=np.uint8, mode="r")
-        if self._pixels.size != ends[-1] or _checksum(self._pixels) != checksum:
+        if self._pixels.size != ends[-1] or _checksum(self._pixels) != self.checksum:
             raise ValueError("its bytes are not those that were written")
 
     def image(self, k: int) -> np.ndarray:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,11 +58,11 @@ def scan_split(root: Path, split: str) -> Split:
     known = {ext.lower() for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     classes, files = [], []
     for entry in _visible(folder):
-        if not entry.is_dir():
+        if not _is_folder(entry):
             raise UserError(f"{entry.path}: a file among the class folders of {split}; remove it")
         images = _visible(Path(entry.path))
         for image in images:
-            if image.is_dir():
+            if _is_folder(image):
                 raise UserError(f"{image.path}: a folder where an image should be; expected {split}/<class>/<image>")
             if os.path.splitext(image.name)[1].lower() not in known:
                 raise UserError(f"{image.path}: not an image by its name; remove it or give it its format's ending")
@@ -79,6 +80,13 @@ def _visible(folder: Path) -> list[os.DirEntry]:
     except OSError as e:
         raise UserError(f"{folder}: cannot be read ({e.strerror})") from e
     return [e for e in entries if not e.name.startswith(".") and e.name.lower() not in _IGNORED]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
 
 
 def check_split(split: Split, n_class: int, n_shot: int, n_eval: int) -> None:
@@ -210,6 +218,12 @@ class EpisodeDataset(Dataset):
         files = [path for of_class in split.files for path in of_class]
         self._decoded = decoded(split.name, files, split.root, image_size, cache_dir)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the classes, the files' names and the decoded pixels: two data sets that share it give the same episodes."""
+        names = "\0".join(str(path.relative_to(self.split.root)) for of_class in self.split.files for path in of_class)
+        return f"{zlib.crc32(names.encode('utf-8', 'surrogateescape')):08x}-{self._decoded.checksum:08x}"
+
     def __len__(self) -> int:
         return self.length
 
@@ -260,7 +274,12 @@ class EpisodeDataset(Dataset):
 
 
 def episodes(
-    dataset: EpisodeDataset, start: int, n_workers: int, device: torch.device, pin_memory: bool
+    dataset: EpisodeDataset,
+    start: int,
+    n_workers: int,
+    device: torch.device,
+    pin_memory: bool,
+    worker_init: Callable[[int], None] | None = None,
 ) -> Iterator[Episode]:
     """Yield episodes ``start``, ``start + 1``, ... of a data set in order, on ``device``.
 
@@ -274,6 +293,7 @@ def episodes(
         num_workers=n_workers,
         collate_fn=dataset.assemble_on_cpu if on_cpu else _as_it_is,
         pin_memory=pin_memory and not on_cpu,
+        worker_init_fn=worker_init,
     )
     for item in loader:
         yield item if on_cpu else dataset.assemble(item, device)

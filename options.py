@@ -103,8 +103,10 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
 
     add = group("what to do")
     add("--mode", "train", "train the meta-learner, or test a checkpoint", choices=("train", "test"))
-    add("--resume", None, "checkpoint to go on from, or to test (default of test: the run folder's best)", metavar="CKPT")
+    words = "checkpoint to go on from or to test; auto: the run folder's, if there is one (default of test: its best)"
+    add("--resume", None, words, metavar="CKPT")
     add("--seed", 719, "seed of initialisation and episodes", type=whole(0, 2**32 - 1), metavar="N")
+    add("--save-minutes", 5.0, "minutes between two snapshots", type=real(0, 1e6), metavar="X")
     add("--save", "logs", "the run folder is SAVE-SEED, with log, metrics and checkpoints", metavar="PATH")
 
     add = group("data")
@@ -188,6 +190,24 @@ def settle(
     if args.bi_init[0] > args.bi_init[1]:
         raise UserError(f"--bi-init {args.bi_init[0]:g} {args.bi_init[1]:g}: the first must not be the larger one")
     return args
+
+
+def check_stored(path: Path, stored: object) -> None:
+    """See that a checkpoint's hyper-parameters are such as the flags admit.
+
+    Raises:
+        UserError: one is not; it is named.
+    """
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: its hyper_parameters are a {type(stored).__name__}, not a table of names and values")
+    for name, value in stored.items():
+        words = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+        try:
+            parsed = parse([f"--{str(name).replace('_', '-')}", *words])[0].get(name) if name in HYPER_PARAMETERS else None
+        except UserError as e:
+            raise UserError(f"{path}: its hyper-parameter {name} {value} cannot be: {e}") from e
+        if parsed != value:
+            raise UserError(f"{path}: its hyper-parameter {name} {value} is unknown or no plain number")
 
 
 def run_folder(args: argparse.Namespace) -> Path:

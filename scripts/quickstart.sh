@@ -17,6 +17,7 @@ else
   "$PYTHON" "$ROOT/main.py" --mode train \
     --data-root "$DATA" \
     --save "$RUN" \
+    --resume auto \
     --image-size 32 \
     --augment none \
     --bi-init 0 0 \

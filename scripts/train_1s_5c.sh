@@ -6,6 +6,7 @@ use_python requirements.txt
 
 "$PYTHON" "$ROOT/main.py" --mode train \
   --save logs-1shot \
+  --resume auto \
   --seed 719 \
   --data miniImagenet \
   --n-class 5 \

@@ -87,7 +87,7 @@ def test_gradient_agrees_with_finite_differences():
 
 def test_evaluation_leaves_training_alone_and_builds_no_graph():
     episode, w_grad, wo_grad, meta = make()
-    optimizer = torch.optim.Adam(meta.parameters())
+    optimizer = torch.optim.Adam(meta.parameters(), fused=True)
     train_episode(episode, w_grad, wo_grad, meta, optimizer, 100, 0.25)
     scratch = (Learner(16, 1e-3, 0.95, 3), Learner(16, 1e-3, 0.95, 3))
     before = [t.clone() for m in (w_grad, wo_grad, meta) for t in (*m.parameters(), *m.buffers())]
@@ -137,12 +137,12 @@ def test_twenty_episodes_of_training_agree_with_the_textbook(dtype, size, close)
     plain = [textbook.TextbookLearner(size, 1e-3, 0.95, 5).to(dtype) for _ in range(2)]
     plain_meta = textbook.TextbookMetaLearner(20, w_grad.get_flat_params().numel()).to(dtype)
     plain_meta.load_state_dict(meta.state_dict())
-    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-3) for m in (meta, plain_meta)]
+    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-3, fused=True) for m in (meta, plain_meta)]
     for _ in range(20):
         if dtype == torch.float32:
             meta.load_state_dict(plain_meta.state_dict())
         episode = new_episode(5, 5, 3, 2, size, dtype)
-        loss, _ = train_episode(episode, w_grad, wo_grad, meta, optimizers[0], 25, 0.25)
+        loss, _, _ = train_episode(episode, w_grad, wo_grad, meta, optimizers[0], 25, 0.25)
         expected, _ = textbook.train_episode(episode, plain, plain_meta, optimizers[1], 25, 0.25)
         assert loss.item() == pytest.approx(expected.item(), rel=close)
 
@@ -151,7 +151,7 @@ def test_bf16_is_close_to_fp32():
     results = []
     for conv_dtype in (None, torch.bfloat16):
         episode, w_grad, wo_grad, meta = make(n_class=5, n_shot=5, n_eval=3, size=32, conv_dtype=conv_dtype)
-        optimizer = torch.optim.Adam(meta.parameters())
+        optimizer = torch.optim.Adam(meta.parameters(), fused=True)
         results.append(train_episode(episode, w_grad, wo_grad, meta, optimizer, 25, 0.25)[0].item())
         assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in meta.parameters())
     assert results[0] != results[1]
@@ -186,7 +186,7 @@ def test_the_detector_detects():
 @pytest.mark.parametrize("batch_size", [6, 4])
 def test_nothing_in_an_episode_synchronises(batch_size):
     episode, w_grad, wo_grad, meta = make()
-    optimizer = torch.optim.Adam(meta.parameters(), capturable=False)
+    optimizer = torch.optim.Adam(meta.parameters())
     wo_grad.train()
     with NoSynchronisation():
         cI, _ = adapt(episode, w_grad, meta, batch_size)

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Speed, memory and scaling against the textbook way in the same process: a Markdown table on the console and in
+# benchmarks/results/. Arguments go to benchmarks/run.py; --data-root is the data set to time with (default: data/glyphs).
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/env.sh"
+use_python requirements.txt
+exec "$PYTHON" "$ROOT/benchmarks/run.py" "$@"

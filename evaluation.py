@@ -1,0 +1,89 @@
+"""Judging a meta-learner on many episodes."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import queue
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from tqdm import tqdm
+
+from dataloader import EpisodeDataset, episodes
+from episode import Episode, evaluate_episode
+from learner import Learner
+from metalearner import MetaLearner
+from runfolder import ignore_signals
+from utils import summary
+
+
+class Evaluator:
+    """Adapts to episodes and reports on their query images, with a pair of learners of its own as scratch space.
+
+    On a CPU several episodes go side by side, each on one thread: faster than one after another on all threads, and the same
+    bits whatever the number of cores.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, learners: tuple[Learner, Learner]):
+        self.args, self.device = args, device
+        self.n_threads = torch.get_num_threads() if device.type == "cpu" else 1
+        self.pairs = [copy.deepcopy(learners) for _ in range(self.n_threads)]
+
+    def __call__(
+        self,
+        dataset: EpisodeDataset,
+        metalearner: MetaLearner,
+        after_each: Callable[[], None] = lambda: None,
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Evaluate all episodes of a data set, calling ``after_each`` in between.
+
+        Returns:
+            ``utils.summary`` of the losses and of the accuracies in percent.
+        """
+        args, free = self.args, queue.SimpleQueue()
+        for pair in self.pairs:
+            free.put(pair)
+
+        def one(episode: Episode) -> tuple[torch.Tensor, torch.Tensor]:
+            pair = free.get()
+            try:
+                return evaluate_episode(episode, *pair, metalearner, args.batch_size)
+            finally:
+                free.put(pair)
+
+        stream = episodes(dataset, 0, args.n_workers, self.device, args.pin_mem, ignore_signals)
+        results = []
+        bar = tqdm(total=len(dataset), desc=dataset.split.name, unit="ep", leave=False, disable=None)
+        for result in side_by_side(one, stream, self.n_threads) if self.device.type == "cpu" else map(one, stream):
+            results.append(result)
+            bar.update()
+            after_each()
+        bar.close()
+        losses, accuracies = (torch.stack(values).tolist() for values in zip(*results, strict=True))
+        return summary(losses), summary(accuracies)
+
+
+def side_by_side(function: Callable, items: Iterable, n_threads: int) -> Iterator:
+    """``map(function, items)`` on threads to which PyTorch gives one core each, taking items only as they are needed."""
+    with ThreadPoolExecutor(n_threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+        waiting: deque = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > n_threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def result_line(what: str, loss: dict[str, float], accuracy: dict[str, float]) -> str:
+    return (
+        f"{what}, {accuracy['n']} episodes: accuracy {accuracy['mean']:.2f} ± {accuracy['ci95']:.2f} % "
+        f"(std {accuracy['std']:.2f}), loss {loss['mean']:.4f}"
+    )

@@ -1,0 +1,332 @@
+"""Whatever happens to a run, it goes on to the bits that it would have reached."""
+
+import multiprocessing
+import os
+import random
+import re
+import resource
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import expect, metrics, tensors, train
+
+import cache
+import evaluation
+import main
+import runfolder
+import training
+import utils
+from options import parse, settle
+
+EPISODES = 60
+
+
+def child(data, save, flags, prepare):
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    prepare()
+    code = train(data, save, "--resume", "auto", "--save-minutes", "0", *flags, episode=EPISODES, val_freq=20)
+    os._exit(code)
+
+
+def start(data, save, *flags, prepare=lambda: None):
+    process = multiprocessing.get_context("fork").Process(target=child, args=(data, save, flags, prepare))
+    process.start()
+    return process
+
+
+def finish(data, save):
+    process = start(data, save)
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def console(save):
+    """Lines of console.log without what depends on the clock or the folder's name."""
+    text = Path(f"{save}-719", "console.log").read_text()
+    return re.sub(r"^\S+ \S+ |\d+\.\d+ episodes/s.*|(?<= )/\S+", "", text, flags=re.MULTILINE).splitlines()
+
+
+def outcome(data, save, capsys):
+    argv = ["--mode", "test", "--data-root", str(data), "--save", str(save), "--episode-test", "5", "--cpu", "--n-workers", "0"]
+    assert main.run(argv) == 0
+    return capsys.readouterr().out.splitlines()[-1]
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for k in a.keys() - {"logs_end_at"}:  # log lines hold rates of any width
+            assert_same(a[k], b[k])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+@pytest.fixture(scope="module")
+def undisturbed(master, tmp_path_factory):
+    save = tmp_path_factory.mktemp("undisturbed") / "logs"
+    finish(master, save)
+    return save
+
+
+def assert_as_undisturbed(data, save, undisturbed, capsys):
+    for name in ("last", "best", "20", "60"):
+        assert_same(tensors(save, f"meta-learner-{name}.pth.tar"), tensors(undisturbed, f"meta-learner-{name}.pth.tar"))
+    assert metrics(save) == metrics(undisturbed)
+    assert console(save) == console(undisturbed)
+    assert outcome(data, save, capsys) == outcome(data, undisturbed, capsys)
+    leftovers = [p.name for p in Path(f"{save}-719", "ckpts").iterdir() if not p.name.startswith("meta-learner")]
+    assert len(leftovers) <= 20  # temporary files of killed writes
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_at_random_instants(data, tmp_path, undisturbed, capsys, number):
+    """20 times each: while starting, decoding, training, validating and saving, wherever it happens to be."""
+    rng = random.Random(int(number))
+    kills = 0
+    while kills < 20:
+        process = start(data, tmp_path / "logs")
+        process.join(rng.uniform(0.01, 0.25))
+        if process.exitcode is None:
+            os.kill(process.pid, number)
+            process.join(60)
+            kills += 1
+        assert process.exitcode in (0, -number, 128 + number)
+        if process.exitcode == 0:  # finished before it could be killed twenty times: go on killing it in a new place
+            assert_as_undisturbed(data, tmp_path / "logs", undisturbed, capsys)
+            for path in sorted(tmp_path.rglob("*"), reverse=True):
+                if path.is_relative_to(tmp_path / "logs-719"):
+                    path.unlink() if path.is_file() else path.rmdir()
+    finish(data, tmp_path / "logs")
+    assert_as_undisturbed(data, tmp_path / "logs", undisturbed, capsys)
+
+
+def die_at(module, name, call):
+    """Replace a function by one that kills the process at its nth call, before it has done its work."""
+    original, count = getattr(module, name), [0]
+
+    def deadly(*args, **kwargs):
+        count[0] += 1
+        if count[0] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(module, name, deadly)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "call"),
+    [
+        (utils.os, "replace", 1),
+        (utils.os, "replace", 7),
+        (utils.os, "fsync", 8),
+        (utils.torch, "save", 5),
+        (utils, "_append", 9),
+        (cache.np, "savez", 1),
+        (cache, "_decode", 30),
+        (cache.Path, "rename", 2),
+        (evaluation, "evaluate_episode", 3),
+        (training, "summary", 2),
+    ],
+)
+def test_killed_at_the_worst_instants(data, tmp_path, undisturbed, capsys, module, name, call):
+    process = start(data, tmp_path / "logs", prepare=lambda: die_at(module, name, call))
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    finish(data, tmp_path / "logs")
+    assert_as_undisturbed(data, tmp_path / "logs", undisturbed, capsys)
+
+
+def test_signal_saves_and_says_how_to_go_on(data, tmp_path, capfd, undisturbed):
+    save = tmp_path / "logs"
+    original = training.train_episode
+
+    def interrupted(*args):
+        if threading.current_thread() is threading.main_thread():
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    process = start(data, save, "--save-minutes", "60", prepare=lambda: setattr(training, "train_episode", interrupted))
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGINT
+    err = capfd.readouterr().err
+    assert "stopped by SIGINT after episode 1; go on with --resume auto" in err
+    assert "Traceback" not in err
+    assert tensors(save)["episode"] == 1
+
+
+def test_sigusr1_saves_and_goes_on(data, tmp_path):
+    save, original = tmp_path / "logs", training.train_episode
+
+    def asked(*args):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        training.train_episode = doomed
+        return original(*args)
+
+    def doomed(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = start(data, save, "--save-minutes", "60", prepare=lambda: setattr(training, "train_episode", asked))
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert tensors(save)["episode"] == 1
+
+
+def test_one_process_a_folder(data, tmp_path, capsys):
+    with runfolder.locked(tmp_path / "logs-719"):
+        expect(capsys, train(data, tmp_path / "logs"), "logs-719: in use by process", str(os.getpid()))
+    (tmp_path / "logs-719" / "lock").write_text("process 1 on elsewhere since 1970")  # stale: nobody holds it
+    assert train(data, tmp_path / "logs") == 0
+
+
+def test_a_folder_is_not_silently_continued(data, tmp_path, capsys):
+    save = tmp_path / "logs"
+    assert train(data, save) == 0
+    before = metrics(save)
+    expect(capsys, train(data, save), "holds a run already", "--resume auto")
+    expect(capsys, train(data, save, "--resume", "auto", "--lr", "0.01", episode=6), "--lr 0.01", "begun with --lr 0.001")
+    expect(capsys, train(data, save, "--resume", "auto", "--n-shot", "2", episode=6), "--n-shot 2", "begun with --n-shot 1")
+    (data / "train" / "class 0" / "0.jpg").rename(data / "train" / "class 0" / "9.jpg")
+    expect(capsys, train(data, save, "--resume", "auto", episode=6), "train: other images")
+    assert metrics(save) == before
+    (data / "train" / "class 0" / "9.jpg").rename(data / "train" / "class 0" / "0.jpg")
+    assert train(data, save, "--resume", "auto") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert train(data, save, "--resume", "auto", episode=6) == 0
+    assert metrics(save)[: len(before)] == before
+    assert [m["episode"] for m in metrics(save, "train")] == [1, 2, 3, 4, 5, 6]
+    expect(capsys, train(data, save, "--resume", "auto", episode=3), "--episode 3", "has seen 6")
+
+
+def test_a_cut_log_is_not_silently_continued(data, tmp_path, capsys):
+    assert train(data, tmp_path / "logs") == 0
+    (tmp_path / "logs-719" / "metrics.jsonl").write_text("")
+    expect(capsys, train(data, tmp_path / "logs", "--resume", "auto", episode=6), "metrics.jsonl: 0 bytes")
+
+
+def test_resuming_elsewhere_begins_new_logs(data, tmp_path):
+    assert train(data, tmp_path / "a") == 0
+    assert train(data, tmp_path / "b", "--resume", str(tmp_path / "a-719/ckpts/meta-learner-2.pth.tar")) == 0
+    assert metrics(tmp_path / "b", "train") == metrics(tmp_path / "a", "train")[2:]
+    assert_same(tensors(tmp_path / "a")["metalearner"], tensors(tmp_path / "b")["metalearner"])
+
+
+def test_checkpoint_of_the_older_port_can_be_trained_on(data, tmp_path):
+    assert train(data, tmp_path / "a") == 0
+    content = {k: tensors(tmp_path / "a")[k] for k in ("episode", "metalearner", "optim")}
+    for group in content["optim"]["param_groups"]:
+        group["fused"] = None
+    torch.save(content, tmp_path / "old.pth.tar")
+    assert train(data, tmp_path / "b", "--resume", str(tmp_path / "old.pth.tar"), episode=6) == 0
+    assert train(data, tmp_path / "a", "--resume", "auto", episode=6) == 0
+    assert_same(tensors(tmp_path / "a")["metalearner"], tensors(tmp_path / "b")["metalearner"])
+
+
+@pytest.mark.parametrize("optim", [{}, [], {"state": {}, "param_groups": []}, None])
+def test_foreign_optimiser_states(data, tmp_path, capsys, optim):
+    assert train(data, tmp_path / "a") == 0
+    content = tensors(tmp_path / "a") | {"optim": optim}
+    torch.save(content, tmp_path / "x.pth.tar")
+    code = train(data, tmp_path / "b", "--resume", str(tmp_path / "x.pth.tar"), episode=6)
+    expect(capsys, code, "x.pth.tar", "optimiser's state does not fit")
+
+
+def poisoned(at):
+    """train_episode whose query images are not finite in the given calls."""
+    original, count = training.train_episode, [0]
+
+    def train_episode(episode, *args):
+        count[0] += 1
+        if count[0] in at:
+            episode = episode._replace(query=episode.query * float("nan"))
+        return original(episode, *args)
+
+    return train_episode
+
+
+def test_numbers_that_are_not_finite_never_enter_the_weights(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "train_episode", poisoned({2}))
+    assert train(data, tmp_path / "logs", val_freq=1, episode=3) == 0
+    one, two, three = (tensors(tmp_path / "logs", f"meta-learner-{k}.pth.tar") for k in (1, 2, 3))
+    assert_same(one["metalearner"], two["metalearner"])
+    assert_same(one["optim"], two["optim"])
+    assert not torch.equal(two["metalearner"]["metalstm.WF"], three["metalearner"]["metalstm.WF"])
+    assert [m["skipped"] for m in metrics(tmp_path / "logs", "train")] == [0, 1, 0]
+
+
+def test_a_run_of_them_stops_training(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "train_episode", poisoned(range(4, 100)))
+    code = train(data, tmp_path / "logs", "--log-freq", "5", episode=40)
+    expect(capsys, code, "22 updates in a row", "meta-learner-best.pth.tar")
+    assert metrics(tmp_path / "logs", "train")[-1]["episode"] == 25
+    assert all(torch.isfinite(v).all() for v in tensors(tmp_path / "logs")["metalearner"].values())
+
+
+def limited(size):
+    """A disk with room for files of this many bytes only."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize(
+    ("size", "culprit"),
+    [(5_000, "decoded images cannot be kept"), (200_000, "meta-learner-last.pth.tar"), (3_000, "metrics.jsonl")],
+)
+def test_disk_full(data, tmp_path, undisturbed, capfd, size, culprit):
+    """In a cache build, a checkpoint and a metrics line: one line, and the run goes on once there is room."""
+    save = tmp_path / "logs"
+    if size != 5_000:
+        cache_dir = data / cache.FOLDER
+        finish(data, tmp_path / "other")
+        assert cache_dir.is_dir()
+
+    def prepare():
+        if size == 3_000:  # for this file alone: the captured console is a file, too
+            original = utils._append
+
+            def append(file, text):
+                if file.name.endswith("metrics.jsonl"):
+                    limited(size)
+                original(file, text)
+                limited(resource.RLIM_INFINITY)
+
+            utils._append = append
+        else:
+            limited(size)
+
+    capfd.readouterr()
+    process = start(data, save, prepare=prepare)
+    process.join(60)
+    captured = capfd.readouterr()
+    assert process.exitcode == 2
+    assert captured.err.count("error: ") == 1
+    assert culprit in captured.err
+    assert "Traceback" not in captured.err
+    finish(data, save)
+    assert_as_undisturbed(data, save, undisturbed, capfd)
+
+
+def test_snapshots_cost_little(data, tmp_path):
+    """Under 1 % of training at the default of one in five minutes."""
+    given = {"data_root": str(data), "save": str(tmp_path / "logs"), "n_shot": 1, "n_eval": 2}
+    args = settle(given, parse([])[1])
+    run = training.Training(args, torch.device("cpu"), None)
+    try:
+        run.snapshot(runfolder.LAST)
+        begin = time.perf_counter()
+        for _ in range(5):
+            run.snapshot(runfolder.LAST)
+        assert (time.perf_counter() - begin) / 5 < 0.01 * 60 * args.save_minutes
+    finally:
+        run.signals.restore()
+        run.logger.close()
