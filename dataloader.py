@@ -55,22 +55,33 @@ def scan_split(root: Path, split: str) -> Split:
     folder = root / split
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; --data-root should hold train/, val/ and test/")
+    return Split(split, *scan_classes(folder, split), root)
+
+
+def scan_classes(folder: Path, what: str) -> tuple[list[str], list[list[Path]]]:
+    """List ``folder/<class>/<image>``; ``what`` names the folder in errors.
+
+    Raises:
+        UserError: the folder is missing or empty, or something in it is not what its place says.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{what} {folder}: no such folder")
     known = {ext.lower() for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     classes, files = [], []
     for entry in _visible(folder):
         if not _is_folder(entry):
-            raise UserError(f"{entry.path}: a file among the class folders of {split}; remove it")
+            raise UserError(f"{entry.path}: a file among the class folders of {what}; remove it")
         images = _visible(Path(entry.path))
         for image in images:
             if _is_folder(image):
-                raise UserError(f"{image.path}: a folder where an image should be; expected {split}/<class>/<image>")
+                raise UserError(f"{image.path}: a folder where an image should be; expected {folder}/<class>/<image>")
             if os.path.splitext(image.name)[1].lower() not in known:
                 raise UserError(f"{image.path}: not an image by its name; remove it or give it its format's ending")
         classes.append(entry.name)
         files.append([Path(image.path) for image in images])
     if not classes:
-        raise UserError(f"{folder}: holds no class folders; expected {split}/<class>/<image>")
-    return Split(split, classes, files, root)
+        raise UserError(f"{folder}: holds no class folders; expected {folder}/<class>/<image>")
+    return classes, files
 
 
 def _visible(folder: Path) -> list[os.DirEntry]:

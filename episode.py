@@ -6,6 +6,7 @@ says; ``evaluate_episode`` only reports it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from block import PatchMoments
 from learner import Learner
-from metalearner import MetaLearner
+from metalearner import MetaLearner, MetaState
 
 
 class Episode(NamedTuple):
@@ -42,9 +43,9 @@ def minibatches(episode: Episode, batch_size: int):
                 yield episode.support[indices], episode.support_y[indices], None
 
 
-def adapt(
+def updates(
     episode: Episode, learner_w_grad: Learner, metalearner: MetaLearner, batch_size: int
-) -> tuple[Tensor, list[Tensor]]:
+) -> Iterator[tuple[Tensor, MetaState]]:
     """Train the learner on the support set, one meta-learner step a minibatch.
 
     Args:
@@ -54,20 +55,30 @@ def adapt(
         metalearner: makes each cell state from the last one.
         batch_size: images of a minibatch; the last one of a pass may be smaller.
 
-    Returns:
-        The last cell state [P, 1], with its graph unless under ``torch.no_grad()``, and the support losses, [] each.
+    Yields:
+        After each update the loss [] that led to it and the meta-learner's new state, whose ``c`` [P, 1] is the learner's
+        new parameters, with their graph unless under ``torch.no_grad()``.
     """
     episode = episode._replace(support=episode.support.to(learner_w_grad.conv_dtype or episode.support.dtype))
     learner_w_grad.train()
     learner_w_grad.reset_batch_stats()
     state = metalearner.initial_state()
-    losses = []
     for x, y, moments in minibatches(episode, batch_size):
         learner_w_grad.copy_flat_params(state.c)
         loss, grad = learner_w_grad.loss_and_grad(x, y, moments)
         state = metalearner(loss, grad / x.shape[0], state)
+        yield loss, state
+
+
+def adapt(
+    episode: Episode, learner_w_grad: Learner, metalearner: MetaLearner, batch_size: int
+) -> tuple[Tensor, list[Tensor]]:
+    """All updates of an episode, see ``updates``: the last cell state [P, 1] and the support losses, [] each."""
+    losses = []
+    for loss, state in updates(episode, learner_w_grad, metalearner, batch_size):
         losses.append(loss)
-    return state.c, losses
+        cI = state.c
+    return cI, losses
 
 
 def query_loss(

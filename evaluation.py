@@ -37,11 +37,11 @@ class Evaluator:
         dataset: EpisodeDataset,
         metalearner: MetaLearner,
         after_each: Callable[[], None] = lambda: None,
-    ) -> tuple[dict[str, float], dict[str, float]]:
+    ) -> tuple[list[float], list[float]]:
         """Evaluate all episodes of a data set, calling ``after_each`` in between.
 
         Returns:
-            ``utils.summary`` of the losses and of the accuracies in percent.
+            The losses and the accuracies in percent, one an episode in their order.
         """
         args, free = self.args, queue.SimpleQueue()
         for pair in self.pairs:
@@ -63,7 +63,7 @@ class Evaluator:
             after_each()
         bar.close()
         losses, accuracies = (torch.stack(values).tolist() for values in zip(*results, strict=True))
-        return summary(losses), summary(accuracies)
+        return losses, accuracies
 
 
 def side_by_side(function: Callable, items: Iterable, n_threads: int) -> Iterator:
@@ -82,7 +82,9 @@ def side_by_side(function: Callable, items: Iterable, n_threads: int) -> Iterato
                 future.cancel()
 
 
-def result_line(what: str, loss: dict[str, float], accuracy: dict[str, float]) -> str:
+def result_line(what: str, losses: list[float], accuracies: list[float]) -> str:
+    """Mean, 95 % interval and standard deviation of what an ``Evaluator`` found, in words."""
+    loss, accuracy = summary(losses), summary(accuracies)
     return (
         f"{what}, {accuracy['n']} episodes: accuracy {accuracy['mean']:.2f} ± {accuracy['ci95']:.2f} % "
         f"(std {accuracy['std']:.2f}), loss {loss['mean']:.4f}"

@@ -56,7 +56,7 @@ class Learner(nn.Module):
         self.conv_dtype = conv_dtype
         # where each stretch of the flat vector goes: (module, "weight" or "bias", shape), in the order of parameters()
         self._slots = [(m, name, p.shape) for m in self.children() for name, p in m.named_parameters()]
-        self._sizes = [shape.numel() for _, _, shape in self._slots]
+        self.sizes = [shape.numel() for _, _, shape in self._slots]
 
     def forward(self, x: Tensor, moments: PatchMoments | None = None) -> Tensor:
         """Class scores.
@@ -96,9 +96,9 @@ class Learner(nn.Module):
         return torch.cat([getattr(m, name).detach().reshape(-1) for m, name, _ in self._slots])
 
     def _slices(self, flat: Tensor) -> list[Tensor]:
-        if flat.numel() != sum(self._sizes):
-            raise ValueError(f"the flat vector has {flat.numel()} numbers, but this learner has {sum(self._sizes)}")
-        parts = flat.reshape(-1).split(self._sizes)
+        if flat.numel() != sum(self.sizes):
+            raise ValueError(f"the flat vector has {flat.numel()} numbers, but this learner has {sum(self.sizes)}")
+        parts = flat.reshape(-1).split(self.sizes)
         return [part.view(shape) for part, (_, _, shape) in zip(parts, self._slots, strict=True)]
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Train and test the LSTM meta-learner.
+"""Train and test the LSTM meta-learner, look into it and use it.
 
     python main.py --mode train --data-root data/miniImagenet
     python main.py --mode test
@@ -20,6 +20,8 @@ import torch
 
 from evaluation import Evaluator, result_line
 from options import check_stored, parse, run_folder, settle
+from predict import predict
+from report import CROSS_SCHEDULE, read_results, table, write_results
 from runfolder import BEST, LAST, Stopped, check_run_state, locked
 from training import Training, build, episode_dataset, load_metalearner, make_reproducible
 from utils import UserError, keep_freed_memory, load_checkpoint
@@ -49,18 +51,56 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     try:
         training.run()
     finally:
-        training.signals.restore()
-        training.logger.close()
+        training.close()
+    if args.plots:
+        show_plots(training.folder)
+
+
+def show_plots(folder: Path) -> None:
+    """Draw a run's pictures and say where they are."""
+    from plots import plot  # matplotlib takes a second to load, which other modes need not wait for
+
+    print("drawn: " + " ".join(str(path) for path in plot(folder)))
 
 
 def test(args: argparse.Namespace, device: torch.device, checkpoint: dict) -> None:
-    """Report a checkpoint's accuracy on episodes of the test classes."""
+    """Report a checkpoint's accuracy on episodes of the test classes, and keep it in the run folder.
+
+    The episodes are the same for every count in ``--episode-test``: the first 100 of the 600 are the 100. A number of shots
+    that the model was not trained on is tested with the authors' schedule for that case.
+    """
     make_reproducible(args.seed)
-    dataset = episode_dataset(args, "test", args.episode_test)
+    trained_on = checkpoint.get("hyper_parameters", {}).get("n_shot", args.n_shot)
     learners, metalearner = build(args, device)
     load_metalearner(metalearner, checkpoint, Path(args.resume))
     print(f"testing {args.resume} after {checkpoint['episode']} episodes, on {args.data_root}")
-    print(result_line("test", *Evaluator(args, device, learners)(dataset, metalearner)))
+    counts, tests = sorted(set(args.episode_test)), {}
+    for n_shot in args.shots or [args.n_shot]:
+        schedule = {"epoch": args.epoch, "batch_size": args.batch_size}
+        if args.shots and n_shot != trained_on:
+            schedule = CROSS_SCHEDULE
+        these = argparse.Namespace(**{**vars(args), "n_shot": n_shot, **schedule})
+        dataset = episode_dataset(these, "test", counts[-1])
+        losses, accuracies = Evaluator(these, device, learners)(dataset, metalearner)
+        name = f"test {n_shot}-shot ({schedule['epoch']} x {schedule['batch_size']})" if args.shots else "test"
+        for count in counts:
+            print(result_line(name, losses[:count], accuracies[:count]))
+        tests[n_shot] = {**schedule, "counts": counts, "accuracies": accuracies, "losses": losses}
+    folder = Path(args.resume).resolve().parent.parent
+    if Path(args.resume).resolve().parent.name == "ckpts":
+        content = {
+            "checkpoint": Path(args.resume).name,
+            "episode": checkpoint["episode"],
+            "best": checkpoint.get("best"),
+            "seed": args.seed,
+            "n_class": args.n_class,
+            "data": args.data_root.name,
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            "tests": tests,
+        }
+        path = write_results(folder, content)
+        print(f"written to {path}\n\n{table([read_results(folder)])}")
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path:
@@ -117,13 +157,18 @@ def main(argv: list[str]) -> None:
             device = pick_device(args)
             keep_freed_memory()
             train(args, device, checkpoint)
+    elif args.mode == "plot":
+        show_plots(run_folder(args))
     else:
         resume = resume if resume not in (None, "auto") else str(find_checkpoint(args))
         checkpoint = read_checkpoint(resume)
         args = settle({**given, "resume": resume}, defaults, checkpoint.get("hyper_parameters"))
         device = pick_device(args)
         keep_freed_memory()
-        test(args, device, checkpoint)
+        if args.mode == "test":
+            test(args, device, checkpoint)
+        else:
+            predict(args, device, checkpoint)
 
 
 def run(argv: list[str]) -> int:

@@ -102,7 +102,8 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
         return add
 
     add = group("what to do")
-    add("--mode", "train", "train the meta-learner, or test a checkpoint", choices=("train", "test"))
+    modes = ("train", "test", "plot", "predict")
+    add("--mode", "train", "train; test a checkpoint; plot a run; predict: classify photographs", choices=modes)
     words = "checkpoint to go on from or to test; auto: the run folder's, if there is one (default of test: its best)"
     add("--resume", None, words, metavar="CKPT")
     add("--seed", 719, "seed of initialisation and episodes", type=whole(0, 2**32 - 1), metavar="N")
@@ -130,7 +131,9 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     add("--n-eval", 15, "query images a class", type=whole(1, 1000), metavar="N")
     add("--episode", 50000, "episodes of training", type=whole(1), metavar="N")
     add("--episode-val", 100, "episodes of a validation, each time the same", type=whole(1), metavar="N")
-    add("--episode-test", 600, "episodes of a test", type=whole(1), metavar="N")
+    words = "episodes of a test, or several counts of the same ones"
+    add("--episode-test", [600], words, type=whole(1), nargs="+", metavar="N")
+    add("--shots", None, "numbers of shots to test with, such as 1 5", type=whole(1, 1000), nargs="+", metavar="K")
 
     add = group("learner and its training on the support set")
     add("--epoch", 8, "passes over the support set", type=whole(1, 10000), metavar="N")
@@ -147,10 +150,17 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     bias = real(-100, 100)
     add("--bi-init", [-5.0, -4.0], "range in which bI starts", type=bias, nargs=2, metavar=("LOW", "HIGH"))
 
+    add = group("prediction")
+    add("--support", None, "examples: a folder with one folder of images a class", metavar="DIR")
+    add("--query", None, "what to classify: images or folders of images", nargs="+", metavar="PATH")
+    add("--out", "predictions", "the answers go to OUT.csv and OUT.png", metavar="PATH")
+
     add = group("machine and log")
     add("--cpu", False, "use the CPU even where there is a GPU", action="store_true")
     add("--gpu", None, "insist on GPU number N (default: the first one, else the CPU)", type=whole(0, 63), metavar="N")
     add("--precision", "fp32", "of the learner's convolutions; all else is fp32", choices=("fp32", "bf16"))
+    add("--plots", True, "pictures in the run folder at the end of training", type=boolean, metavar="BOOL")
+    add("--tensorboard", False, "also write the log's numbers for TensorBoard, into the run folder", action="store_true")
     add("--log-freq", 50, "episodes between two lines of the log", type=whole(1), metavar="N")
     add("--val-freq", 1000, "episodes between two validations and checkpoints; 0: none", type=whole(0), metavar="N")
     return parser, defaults

@@ -17,9 +17,11 @@ from evaluation import Evaluator, result_line
 from learner import Learner
 from metalearner import MetaLearner
 from options import hyper_parameters, run_folder
+from recording import record, write_trace
 from runfolder import BEST, LAST, Signals, Stopped, ignore_signals
 from utils import Logger, UserError, save_checkpoint, summary
 
+RECORDED = 20  # validation episodes that are followed update by update for the plots
 MAX_SKIPPED = 20  # updates in a row whose loss or gradient is not finite
 
 
@@ -104,6 +106,7 @@ class Training:
         if logs_end_at is None and (self.folder / "ckpts" / LAST).exists():
             raise UserError(f"{self.folder}: holds a run already; go on with --resume auto, or choose another --save or --seed")
         self.logger = Logger(self.folder, logs_end_at or dict.fromkeys(Logger.NAMES, 0))
+        self.tensorboard = open_tensorboard(self.folder, self.done) if args.tensorboard else None
         self.signals = Signals()
         self.saved = time.monotonic()
 
@@ -161,6 +164,9 @@ class Training:
             skipped=n_skipped,
             time={"seconds": seconds, "episodes_per_second": rate},
         )
+        if self.tensorboard is not None:
+            self.tensorboard.add_scalar("train/loss", mean_loss, self.done)
+            self.tensorboard.add_scalar("train/accuracy", mean_accuracy, self.done)
         self.logger.info(
             f"[{self.done:>{len(str(args.episode))}}/{args.episode}] loss {loss[-1]:.4f} (mean {mean_loss:.4f})  "
             f"acc {accuracy[-1]:5.2f} % (mean {mean_accuracy:5.2f} %)  "
@@ -189,14 +195,25 @@ class Training:
         names = [f"meta-learner-{self.done}.pth.tar", LAST]
         if args.val_freq:
             loss, accuracy = self.evaluate(self.val_set, self.metalearner, self.stop_if_asked)
-            self.logger.event("val", episode=self.done, loss=loss, accuracy=accuracy)
-            better = self.best is None or accuracy["mean"] > self.best["accuracy"]
+            found = summary(accuracy)
+            if self.tensorboard is not None:
+                self.tensorboard.add_scalar("val/loss", summary(loss)["mean"], self.done)
+                self.tensorboard.add_scalar("val/accuracy", found["mean"], self.done)
+            self.logger.event("val", episode=self.done, loss=summary(loss), accuracy=found)
+            better = self.best is None or found["mean"] > self.best["accuracy"]
             if better:
-                self.best = {"episode": self.done, "accuracy": accuracy["mean"]}
+                self.best = {"episode": self.done, "accuracy": found["mean"], "std": found["std"]}
                 names.insert(0, BEST)
             self.logger.info(result_line("val", loss, accuracy) + ("  best so far" if better else ""))
         self.validated = self.done
         self.snapshot(*names)
+
+    def close(self) -> None:
+        """Let go of the logs and the signals."""
+        self.signals.restore()
+        self.logger.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
     def stop_if_asked(self) -> None:
         """During validation, whose snapshot is written already."""
@@ -235,8 +252,24 @@ class Training:
             self.validate()
             since += time.perf_counter() - paused
         bar.close()
+        if args.plots:
+            few = episode_dataset(args, "val", RECORDED)
+            write_trace(self.folder, record(few, self.evaluate.pairs[0], self.metalearner, args.batch_size, self.device))
         best = f", best by validation: episode {self.best['episode']}" if self.best else ""
         logger.info(f"done: {self.folder / 'ckpts' / LAST}{best}")
+
+
+def open_tensorboard(folder: Path, done: int):
+    """A writer whose numbers after episode ``done``, if any, were those of a killed process and are hidden.
+
+    Raises:
+        UserError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise UserError("--tensorboard: the package is not installed; pip install tensorboard") from e
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict, path: Path, lr: float) -> None:

@@ -149,15 +149,18 @@ def load_checkpoint(path: Path) -> dict:
     return content
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(keep: bool = True) -> None:
     """Ask glibc to keep large freed blocks for the next episode instead of handing them back to the system page by page.
 
-    Worth some 8 % of an episode's time on a CPU; elsewhere than on glibc it does nothing.
+    Elsewhere than on glibc it does nothing.
+
+    Args:
+        keep: False for the thresholds at which glibc arrives by itself.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 1 << (30 if keep else 25))  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1 if keep else 1 << 26)  # M_TRIM_THRESHOLD
 
 
 def summary(values: Iterable[float]) -> dict[str, float]:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -91,6 +92,7 @@ def turns(functions: dict[str, Callable[[], object]], rounds: int, device: torch
     times: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(rounds + 1):
         for name, function in functions.items():
+            keep_freed_memory(name != "textbook")  # a plain program has glibc's defaults
             spent = seconds(function, device)
             if round_:
                 times[name].append(spent)
@@ -198,18 +200,26 @@ def parts(root: Path, rounds: int, device: torch.device) -> list[str]:
 
 
 MEMORY = """
-import resource, sys
+import resource, sys, threading
 sys.path[:0] = [{root!r}, {root!r} + "/benchmarks"]
 import torch, run
 device = torch.device({device!r})
 model, episode = run.{kind}(device), run.synthetic(device, n_pass={n_pass})
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for _ in range(3):
+model.{what}(run.synthetic(device, n_pass=1, image_size=84))  # what loads once
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+base, peak, stop = resident(), 0, threading.Event()
+def watch():
+    global peak
+    while not stop.wait(0.001):
+        peak = max(peak, resident())
+watcher = threading.Thread(target=watch)
+watcher.start()
+for _ in range(2):
     model.{what}(episode)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
-if device.type == "cuda":
-    peak = torch.cuda.max_memory_allocated() / 1024
-print(peak / 1024)
+stop.set()
+watcher.join()
+print((torch.cuda.max_memory_allocated() if device.type == "cuda" else peak - base) / 2**20)
 """
 
 
@@ -245,10 +255,11 @@ def scaling(rounds: int, device: torch.device) -> list[str]:
         episode = synthetic(device, **(RECIPE | variant))
         ours, plain = Ours(device, **(RECIPE | variant)), Textbook(device, **(RECIPE | variant))
         size = episode.support.shape[0]
-        spent = turns({"a": lambda: ours.train(episode, size), "b": lambda: plain.train(episode, size)}, rounds, device)  # noqa: B023
+        pair = {name: partial(model.train, episode, size) for name, model in (("ours", ours), ("textbook", plain))}
+        spent = turns(pair, rounds, device)
         name = ", ".join(f"{k} {v}" for k, v in variant.items()) or "the recipe"
         n_params = ours.meta.metalstm.cI.numel()
-        lines.append(row(name, n_params, spent["a"] * 1e3, spent["b"] * 1e3, spent["b"] / spent["a"]))
+        lines.append(row(name, n_params, spent["ours"] * 1e3, spent["textbook"] * 1e3, spent["textbook"] / spent["ours"]))
     return lines
 
 
@@ -265,7 +276,7 @@ def reduction() -> list[str]:
     differences, areas = [], []
     for top, left, height, width in drawn.box.tolist():
         large = photograph.resize((84, 84), Image.Resampling.BILINEAR, (left, top, left + width, top + height))
-        box = tuple(v * scale for v in (left, top, left + width, top + height))
+        box = (left * scale, top * scale, min((left + width) * scale, small.width), min((top + height) * scale, small.height))
         reduced = small.resize((84, 84), Image.Resampling.BILINEAR, box)
         differences.append(np.abs(np.asarray(large, float) - np.asarray(reduced, float)).mean())
         areas.append(height * width / (photograph.height * photograph.width))

@@ -12,7 +12,7 @@ use_python requirements.txt
   --n-shot 1 \
   --n-eval 15 \
   --image-size 84 \
-  --episode-test 600 \
+  --episode-test 100 250 600 \
   --epoch 12 \
   --batch-size 5 \
   --bn-momentum 0.9 \

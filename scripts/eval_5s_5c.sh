@@ -12,7 +12,7 @@ use_python requirements.txt
   --n-shot 5 \
   --n-eval 15 \
   --image-size 84 \
-  --episode-test 600 \
+  --episode-test 100 250 600 \
   --epoch 8 \
   --batch-size 25 \
   --bn-momentum 0.95 \

@@ -16,7 +16,7 @@ from options import parse, settle
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--cpu", "--image-size", "16", "--n-class", "3", "--n-shot", "1", "--n-eval", "2", "--epoch", "2"]
-SMALL += ["--hidden-size", "4", "--log-freq", "1", "--n-workers", "0"]
+SMALL += ["--hidden-size", "4", "--log-freq", "1", "--n-workers", "0", "--plots", "false"]
 
 
 def train(data, save, *flags, episode=4, val_freq=2):
@@ -223,6 +223,7 @@ def shell(script, *flags, cwd, **env):
 @pytest.mark.parametrize("recipe", ["5s_5c", "1s_5c"])
 def test_the_shell_scripts(master, tmp_path, recipe):
     small = ["--data-root", str(master), "--image-size", "16", "--n-class", "3", "--n-shot", "1", "--n-eval", "2", "--cpu"]
+    small += ["--plots", "false"]
     run = shell(f"train_{recipe}.sh", *small, "--episode", "2", "--episode-val", "2", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     folder = tmp_path / ("logs-719" if recipe == "5s_5c" else "logs-1shot-719")
@@ -248,8 +249,8 @@ ONE_SHOT = dict(n_shot=1, epoch=12, batch_size=5, bn_momentum=0.9, save="logs-1s
     [
         ("train_5s_5c", dict(resume="auto")),
         ("train_1s_5c", dict(ONE_SHOT, episode=75000, resume="auto")),
-        ("eval_1s_5c", dict(ONE_SHOT, mode="test")),
-        ("eval_5s_5c", dict(mode="test")),
+        ("eval_1s_5c", dict(ONE_SHOT, mode="test", episode_test=[100, 250, 600])),
+        ("eval_5s_5c", dict(mode="test", episode_test=[100, 250, 600])),
     ],
 )
 def test_the_scripts_hold_the_published_recipes(recipe, expected):

@@ -53,7 +53,7 @@ def test_booleans_mean_what_they_say():
         ("--seed -1", "--seed"),
         ("--seed 4294967296", "--seed"),
         ("--pin-mem maybe", "--pin-mem"),
-        ("--mode predict", "--mode"),
+        ("--mode fly", "--mode"),
         ("--augment all", "--augment"),
         ("--precision fp16", "--precision"),
         ("--bi-init 1", "--bi-init"),

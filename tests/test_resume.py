@@ -328,5 +328,4 @@ def test_snapshots_cost_little(data, tmp_path):
             run.snapshot(runfolder.LAST)
         assert (time.perf_counter() - begin) / 5 < 0.01 * 60 * args.save_minutes
     finally:
-        run.signals.restore()
-        run.logger.close()
+        run.close()

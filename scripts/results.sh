@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Several tested runs in one Markdown table, with the mean over seeds and the published numbers: scripts/results.sh logs-*
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+use_python requirements.txt
+"$PYTHON" "$ROOT/report.py" "$@"
