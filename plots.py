@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -85,7 +85,7 @@ def curves(folder: Path) -> Figure:
         (("loss", "mean_loss", "loss"), ("accuracy", "mean_accuracy", "accuracy, %"))
     ):
         values = np.array([e[mean_key] for e in train], dtype=float)
-        mean, std = smooth(values, max(1, len(values) // 20))
+        mean, std = smooth(values, max(3, len(values) // 20))
         for column, x in enumerate((episode, hours)):
             axis = axes[row, column]
             marker = "o" if len(x) == 1 else None
@@ -106,13 +106,10 @@ def curves(folder: Path) -> Figure:
     return figure
 
 
-def gates(folder: Path) -> Figure | None:
+def gates(name: str, trace: dict[str, np.ndarray]) -> Figure:
     """Forget and input gates over the updates, layer by layer (compare the paper's figure 2)."""
-    trace = read_trace(folder)
-    if trace is None:
-        return None
     figure, axes = plt.subplots(2, len(LAYERS), figsize=(11, 4.8), sharex=True, sharey="row")
-    for row, (key, name, colour) in enumerate((("forget", "forget gate", BLUE), ("input", "input gate", ORANGE))):
+    for row, (key, colour) in enumerate((("forget", BLUE), ("input", ORANGE))):
         gate = trace[key]  # [E, T, L, 6]
         t = np.arange(1, gate.shape[1] + 1)
         for k, layer in enumerate(LAYERS):
@@ -126,18 +123,15 @@ def gates(folder: Path) -> Figure | None:
                 axis.set_title(layer, fontsize=9)
             else:
                 axis.set_xlabel("update")
-        axes[row, 0].set_ylabel(name)
+        axes[row, 0].set_ylabel(f"{key} gate")
     low, high = f"{QUANTILES[0]:.0%}", f"{QUANTILES[-1]:.0%}"
     words = f"mean, quartiles and {low} to {high} of a layer's coordinates; grey: one episode each"
-    figure.suptitle(f"{folder.name}: gates; {words}")
+    figure.suptitle(f"{name}: gates; {words}")
     return figure
 
 
-def movement(folder: Path) -> Figure | None:
+def movement(name: str, trace: dict[str, np.ndarray]) -> Figure:
     """How far each layer has moved from cI."""
-    trace = read_trace(folder)
-    if trace is None:
-        return None
     moved = trace["moved"]
     figure, axis = plt.subplots(figsize=(5, 3.6))
     t = np.arange(1, moved.shape[1] + 1)
@@ -145,16 +139,13 @@ def movement(folder: Path) -> Figure | None:
         zip(LAYERS, (BLUE, ORANGE, GREEN, "#CC79A7", "#000000"), ("-", "--", "-.", ":", (0, (5, 1, 1, 1))), strict=True)
     ):
         axis.plot(t, 100 * moved[:, :, k].mean(0), color=colour, linestyle=style, marker="o", markersize=3, label=layer)
-    axis.set(xlabel="update", ylabel="|c_t − cI| / |cI|, %", title=f"{folder.name}: distance from cI")
+    axis.set(xlabel="update", ylabel="|c_t − cI| / |cI|, %", title=f"{name}: distance from cI")
     axis.legend(fontsize=8)
     return figure
 
 
-def adaptation(folder: Path) -> Figure | None:
+def adaptation(name: str, trace: dict[str, np.ndarray]) -> Figure:
     """The learner's accuracy after each update."""
-    trace = read_trace(folder)
-    if trace is None:
-        return None
     figure, axis = plt.subplots(figsize=(5, 3.6))
     for key, colour, style in (("support", GREEN, "--"), ("query", BLUE, "-")):
         values = trace[key]
@@ -163,17 +154,15 @@ def adaptation(folder: Path) -> Figure | None:
         mean = values.mean(0)
         axis.fill_between(t, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
         axis.plot(t, mean, color=colour, linestyle=style, marker="o", markersize=3, label=f"{key} set")
-    title = f"{folder.name}: accuracy of the learner, {len(trace['query'])} validation episodes, ± 95 %"
+    title = f"{name}: accuracy of the learner, {len(trace['query'])} validation episodes, ± 95 %"
     axis.set(xlabel="update", ylabel="accuracy, %", ylim=(0, 102), title=title)
     axis.title.set_fontsize(9)
     axis.legend(loc="best", fontsize=8)
     return figure
 
 
-def histogram(folder: Path) -> Figure | None:
+def histogram(folder: Path) -> Figure:
     """Test accuracies, one an episode."""
-    if not (folder / RESULTS).exists():
-        return None
     tests = read_results(folder)["tests"]
     figure, axis = plt.subplots(figsize=(5, 3.6))
     looks = ((BLUE, ""), (ORANGE, "//"), (GREEN, ".."), (GREY, "xx"))
@@ -187,11 +176,8 @@ def histogram(folder: Path) -> Figure | None:
     return figure
 
 
-def confusion(folder: Path) -> Figure | None:
+def confusion(name: str, trace: dict[str, np.ndarray]) -> Figure:
     """One episode's query images, right class by given class."""
-    trace = read_trace(folder)
-    if trace is None:
-        return None
     images, pairs = trace["images"], trace["confusion"]
     n = int(pairs.max()) + 1
     figure, axes = plt.subplots(n, n, figsize=(1.5 * n + 0.8, 1.5 * n + 0.9), squeeze=False)
@@ -217,11 +203,8 @@ def confusion(folder: Path) -> Figure | None:
             if right == n - 1:
                 axis.set_xlabel(f"taken for {given + 1}", fontsize=8)
     share = (pairs[:, 0] == pairs[:, 1]).mean()
-    figure.suptitle(f"{folder.name}: query images of one validation episode, {share:.0%} right (on the diagonal)", fontsize=10)
+    figure.suptitle(f"{name}: query images of one validation episode, {share:.0%} right (on the diagonal)", fontsize=10)
     return figure
-
-
-PICTURES: tuple[Callable[[Path], Figure | None], ...] = (curves, gates, movement, adaptation, histogram, confusion)
 
 
 def plot(folder: Path) -> list[Path]:
@@ -234,20 +217,26 @@ def plot(folder: Path) -> list[Path]:
         UserError: there is no run in the folder, or it cannot be written.
     """
     written = []
-    place = folder / "plots"
     with plt.rc_context(STYLE):
-        for picture in PICTURES:
-            figure = picture(folder)
-            if figure is None:
-                continue
+        for name, figure in _figures(folder):
             try:
-                place.mkdir(exist_ok=True)
+                (folder / "plots").mkdir(exist_ok=True)
                 for ending in ("png", "svg"):
-                    path = place / f"{picture.__name__}.{ending}"
+                    path = folder / "plots" / f"{name}.{ending}"
                     figure.savefig(path, dpi=150, metadata={"Date": None} if ending == "svg" else None)
             except OSError as e:
-                raise UserError(f"{place}: cannot be written ({e.strerror}); free some space") from e
+                raise UserError(f"{folder / 'plots'}: cannot be written ({e.strerror}); free some space") from e
             finally:
                 plt.close(figure)
-            written.append(place / f"{picture.__name__}.png")
+            written.append(folder / "plots" / f"{name}.png")
     return written
+
+
+def _figures(folder: Path) -> Iterator[tuple[str, Figure]]:
+    yield "curves", curves(folder)
+    trace = read_trace(folder)
+    if trace is not None:
+        for picture in (gates, movement, adaptation, confusion):
+            yield picture.__name__, picture(folder.name, trace)
+    if (folder / RESULTS).exists():
+        yield "histogram", histogram(folder)
