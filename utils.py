@@ -9,6 +9,7 @@ import math
 import os
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
@@ -131,6 +132,10 @@ def load_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give --resume a file written by training")
     try:
+        if zipfile.is_zipfile(path):  # PyTorch writes the members' checksums but does not look at them
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise ValueError("its bytes are not those that were written")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # any bytes may be in there, so anything may be raised
         raise UserError(f"{path}: not a checkpoint ({type(e).__name__}); give --resume a file written by training") from e

@@ -238,7 +238,9 @@ def test_any_bytes_as_a_checkpoint(tmp_path, content, cut, mode):
     path = tmp_path / "x.pth.tar"
     path.write_bytes({"random": content, "cut": bytes(good[: cut % len(good)]), "flip": bytes(good)}[mode])
     try:
-        assert load_checkpoint(path)["episode"] == 1
+        content = load_checkpoint(path)
+        assert content["episode"] == 1
+        assert torch.equal(content["metalearner"]["a"], torch.zeros(3))
     except UserError as error:
         assert "x.pth.tar" in str(error)  # noqa: PT017
 
