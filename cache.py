@@ -3,7 +3,7 @@
 A cache is a folder ``<split>-<largest side>-<key>`` holding ``pixels.bin`` (each image as [3, height, width] uint8, one after
 another) and ``index.npz`` (sizes, checksum). The key is a hash of everything that the pixels depend on: names, sizes and
 modification times of the files, and the settings below. The folder is filled under another name and then renamed, so that it
-is whole or not there; two processes that build it at once both succeed, and the first one's stays.
+is whole or not there; of two processes that want it at once, one builds and the other waits.
 
 Images whose shorter side is at most twice ``image_size`` are kept to the pixel, mini-ImageNet's usual 84 px among them. Larger
 ones are reduced to that, once: a random crop, whose area is half of the image's on average, then still has at least its pixels.
@@ -11,6 +11,8 @@ ones are reduced to that, once: a random crop, whose area is half of the image's
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -124,31 +126,40 @@ def decoded(name: str, files: list[Path], root: Path, image_size: int, cache_dir
     key = _key(files, root, image_size)
     place = cache_dir if cache_dir is not None else root / FOLDER
     folder = place / f"{name}-{2 * image_size}-{key}"
-    if folder.is_dir():
-        try:
-            return DecodedSplit(folder)
-        except Exception as e:  # whatever damaged bytes lead to: the pictures are still there
-            tqdm.write(f"{folder}: damaged ({e}); building it again")
-            shutil.rmtree(folder, ignore_errors=True)
+    found = _finished(folder)
+    if found is not None:
+        return found
     try:
         place.mkdir(parents=True, exist_ok=True)
-        for stale in place.glob(f"{name}-{2 * image_size}-*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{name}-", suffix=".tmp", dir=place))
-        try:
-            _build(building, name, files, image_size)
+        with (place / "lock").open("ab") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks: then two may build, and the last one stays
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            found = _finished(folder)  # by the process that held the lock until now
+            if found is not None:
+                return found
+            for stale in (*place.glob(f"{name}-{2 * image_size}-*"), *place.glob(".*.tmp")):
+                shutil.rmtree(stale, ignore_errors=True)
+            building = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=place))
             try:
+                _build(building, name, files, image_size)
                 building.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was faster
-                    raise
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
             return DecodedSplit(folder)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
     except OSError as e:
         raise UserError(
             f"{place}: the decoded images cannot be kept there ({e.strerror}); name a folder with space by --cache-dir"
         ) from e
+
+
+def _finished(folder: Path) -> DecodedSplit | None:
+    if not folder.is_dir():
+        return None
+    try:
+        return DecodedSplit(folder)
+    except Exception as e:  # whatever damaged bytes lead to: the pictures are still there
+        tqdm.write(f"{folder}: damaged ({e}); building it again")
+        return None
 
 
 def _build(folder: Path, name: str, files: list[Path], image_size: int) -> None:

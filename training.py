@@ -107,6 +107,8 @@ class Training:
             raise UserError(f"{self.folder}: holds a run already; go on with --resume auto, or choose another --save or --seed")
         self.logger = Logger(self.folder, logs_end_at or dict.fromkeys(Logger.NAMES, 0))
         self.tensorboard = open_tensorboard(self.folder, self.done) if args.tensorboard else None
+        for left in (self.folder / "ckpts").glob(".*.tmp"):  # by a process that was killed while it wrote; the folder is ours
+            left.unlink(missing_ok=True)
         self.signals = Signals()
         self.saved = time.monotonic()
 

@@ -253,7 +253,7 @@ def test_any_bytes_as_a_cache(tmp_path_factory, content, name):
     folder.mkdir(parents=True)
     Image.fromarray(np.arange(1200, dtype=np.uint8).reshape(20, 20, 3)).save(folder / "0.png")
     good = cache.decoded("train", [folder / "0.png"], root, 16, None).image(0).copy()
-    place = next(Path(root, cache.FOLDER).iterdir())
+    place = next(Path(root, cache.FOLDER).glob("train-*"))
     (place / name).unlink()
     (place / name).write_bytes(content)
     assert (cache.decoded("train", [folder / "0.png"], root, 16, None).image(0) == good).all()
