@@ -61,7 +61,11 @@ class Logger:
         _append(self._console, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def event(self, kind: str, **values) -> None:
-        """Append one JSON object to ``metrics.jsonl``; wall-clock quantities go under the key ``time``."""
+        """Append one JSON object to ``metrics.jsonl``; wall-clock quantities go under the key ``time``.
+
+        A number that is not finite becomes null: JSON has no other word for it.
+        """
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         _append(self._metrics, json.dumps({"event": kind, **values}) + "\n")
 
     def close(self) -> None:
