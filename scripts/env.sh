@@ -28,8 +28,12 @@ use_python() {
     echo "installing $1 into $prefix, which lacks $missing (PyTorch is large; this happens once)"
     install -r "$ROOT/$1"
     missing=$(lacking "$1")
-    # shellcheck disable=SC2086  # one word a package
-    [ -z "$missing" ] || install --force-reinstall --no-deps $missing # pip took a damaged package for a whole one
+    if [ -n "$missing" ]; then # pip took a damaged package for a whole one
+      # shellcheck disable=SC2086  # one word a package
+      install --force-reinstall --no-deps $missing
+      missing=$(lacking "$1")
+    fi
+    [ -z "$missing" ] || fail "$prefix still lacks $missing after pip installed $1"
   fi
 }
 
