@@ -15,7 +15,7 @@ from options import HYPER_PARAMETERS, parse, settle
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
 RECIPES = ("train_5s_5c", "eval_5s_5c", "train_1s_5c", "eval_1s_5c")
-USE = 'source "$0"; use_python requirements.txt; echo "python: $PYTHON"'
+USE = 'set -euo pipefail; source "$0"; use_python requirements.txt; echo "python: $PYTHON"'
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_no_python_to_make_an_environment_with(repository, tmp_path):
 
 def test_other_modules_in_the_working_directory_do_no_harm(repository, tmp_path):
     environment(tmp_path / "active")
-    for name in ("re", "numpy", "pip", "importlib"):
+    for name in ("zipfile", "csv", "email", "numpy", "pip"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
     run = use_python(repository, cwd=tmp_path, VIRTUAL_ENV=str(tmp_path / "active"))
     assert run.returncode == 0, run.stdout + run.stderr
@@ -191,13 +191,15 @@ def stub(repository, name="main.py", then=""):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_pass_everything_on_from_any_directory(repository, tmp_path, recipe):
-    """Flags come last, with their spaces; relative paths stay the caller's, who also gets the run folder."""
+    """Flags come last, with their spaces; relative paths stay the caller's, who also gets the run folder. CDPATH, which makes
+    cd talk, changes nothing."""
     log = stub(repository)
     environment(tmp_path / "active")
-    script = Path("..", "a clone", "scripts", f"{recipe}.sh")
+    script = Path("a clone", "scripts", f"{recipe}.sh")
     (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "a clone").symlink_to(repository)
     flags = ["--data-root", "my images", "--seed", "53"]
-    env = {"VIRTUAL_ENV": str(tmp_path / "active"), "CDPATH": str(tmp_path)}
+    env = {"VIRTUAL_ENV": str(tmp_path / "active"), "CDPATH": str(tmp_path / "here")}
     run = bash(script, *flags, cwd=tmp_path / "here", **env)
     assert run.returncode == 0, run.stderr
     where, *argv = log.read_text().rstrip("\n").split("\t")
