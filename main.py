@@ -178,6 +178,11 @@ def run(argv: list[str]) -> int:
     except UserError as error:
         print("error: " + str(error).replace("\n", "\\n"), file=sys.stderr)  # names may hold newlines
         return 2
+    except OSError as error:  # such as a name too long, or a folder that may not be entered
+        if error.filename is None:
+            raise
+        print("error: " + f"{error.filename}: {error.strerror}".replace("\n", "\\n"), file=sys.stderr)
+        return 2
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
@@ -187,4 +192,5 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes of any kind
     sys.exit(run(sys.argv[1:]))

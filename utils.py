@@ -40,7 +40,8 @@ class Logger:
         at = at or {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._console, self._metrics = ((folder / name).open("a", encoding="utf-8") for name in self.NAMES)
+            how = {"encoding": "utf-8", "errors": "backslashreplace"}  # file names may hold bytes of any kind
+            self._console, self._metrics = ((folder / name).open("a", **how) for name in self.NAMES)
             for file, name in zip((self._console, self._metrics), self.NAMES, strict=True):
                 size = (folder / name).stat().st_size
                 if size < at.get(name, 0):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Test the best checkpoint of train_5s_5c.sh on 5-way 5-shot episodes; --resume CKPT takes another.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements.txt
 
 "$PYTHON" "$ROOT/main.py" --mode test \
@@ -12,6 +12,7 @@ use_python requirements.txt
   --n-shot 5 \
   --n-eval 15 \
   --image-size 84 \
+  --augment port \
   --episode-test 100 250 600 \
   --epoch 8 \
   --batch-size 25 \
@@ -19,5 +20,9 @@ use_python requirements.txt
   --bn-eps 1e-3 \
   --input-size 4 \
   --hidden-size 20 \
+  --bi-init -5 -4 \
+  --precision fp32 \
+  --lr 1e-3 \
+  --grad-clip 0.25 \
   --n-workers 2 \
   "$@"

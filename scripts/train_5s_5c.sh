@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # 5-way 5-shot: the published recipe. Edit below; flags given to this script override.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements.txt
 
 "$PYTHON" "$ROOT/main.py" --mode train \
@@ -13,6 +13,7 @@ use_python requirements.txt
   --n-shot 5 \
   --n-eval 15 \
   --image-size 84 \
+  --augment port \
   --episode 50000 \
   --episode-val 100 \
   --epoch 8 \
@@ -21,8 +22,11 @@ use_python requirements.txt
   --bn-eps 1e-3 \
   --input-size 4 \
   --hidden-size 20 \
+  --bi-init -5 -4 \
+  --precision fp32 \
   --lr 1e-3 \
   --grad-clip 0.25 \
+  --n-workers 2 \
   --log-freq 50 \
   --val-freq 1000 \
   "$@"

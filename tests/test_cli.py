@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import main
 from options import parse, settle
@@ -127,6 +129,36 @@ def test_checkpoint_of_the_older_port(master, trained, tmp_path, capsys):
     assert "after 4 episodes" in capsys.readouterr().out
 
 
+def test_images_of_every_kind(data, tmp_path, capsys):
+    """Greyscale, CMYK, palette, transparent, 16-bit, in PNG, GIF, WebP and JPEG, side by side in one class."""
+    folder = data / "train" / "class 1"
+    kinds = [("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png"), ("I;16", "png"), ("RGB", "webp"), ("P", "gif")]
+    for number, (mode, ending) in enumerate([*kinds, ("1", "bmp")]):
+        image = Image.open(folder / f"{number}.jpg")
+        if mode == "I;16":
+            image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+        else:
+            image = image.convert(mode)
+        (folder / f"{number}.jpg").unlink()
+        image.save(folder / f"new {number}.{ending}")
+    capsys.readouterr()
+    assert train(data, tmp_path / "logs") == 0
+    assert len(list(folder.iterdir())) == 8
+    assert capsys.readouterr().err == ""
+
+
+def test_a_path_that_is_no_text(master, tmp_path):
+    """A folder's name holds a byte that is no UTF-8, and the console knows ASCII only."""
+    root = tmp_path / os.fsdecode(b"images \xff")
+    shutil.copytree(master, root)
+    command = [sys.executable, ROOT / "main.py", "--data-root", root, "--episode", "1", "--episode-val", "1", *SMALL]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "images \\udcff" in run.stdout
+    assert "images \\udcff" in (tmp_path / "logs-719" / "console.log").read_text()
+
+
 def expect(capsys, code, *words):
     """Exit code 2 and one line on stderr with all of the words."""
     err = capsys.readouterr().err
@@ -196,8 +228,21 @@ def test_checkpoints_that_cannot_serve(master, trained, tmp_path, capsys):
     expect(capsys, attempt(tmp_path / "lacking"), "lacks metalstm.WF")
     last = Path(f"{trained}-719", "ckpts", "meta-learner-last.pth.tar")
     expect(capsys, train(master, trained, "--resume", str(last), episode=1), "--episode 1", "ask for more")
-    assert main.run(["--mode", "test", "--data-root", str(master), "--save", str(tmp_path / "nothing")]) == 2
-    assert "no checkpoint there" in capsys.readouterr().err
+    code = main.run(["--mode", "test", "--data-root", str(master), "--save", str(tmp_path / "nothing")])
+    expect(capsys, code, "nothing-719/ckpts: no checkpoint there", "--resume")
+    assert not (tmp_path / "nothing-719").exists()
+
+
+def test_a_missing_test_split(data, trained, capsys):
+    (data / "test").rename(data / "holdout")
+    code = main.run(["--mode", "test", "--data-root", str(data), "--save", str(trained), "--cpu"])
+    expect(capsys, code, f"{data}/test: no such folder")
+
+
+@pytest.mark.parametrize("flag", ["--data-root", "--cache-dir", "--resume", "--save"])
+def test_names_that_are_too_long(master, tmp_path, capsys, flag):
+    code = train(master, tmp_path / "logs", flag, str(tmp_path / ("x" * 300)))
+    expect(capsys, code, "x" * 300, "File name too long")
 
 
 def test_flags_that_cannot_serve(master, tmp_path, capsys):
@@ -214,12 +259,12 @@ def test_a_gpu_asked_for_and_absent(master, tmp_path, capsys):
 
 
 def shell(script, *flags, cwd, **env):
-    env = {**os.environ, "VIRTUAL_ENV": sys.prefix, **env}
+    env = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PIP_NO_INDEX": "1", **env}
     command = ["bash", str(ROOT / "scripts" / script), *flags]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="the scripts want a virtual environment")
+@pytest.mark.skipif(not Path(sys.prefix, "bin", "python").exists(), reason="no environment that the scripts could use")
 @pytest.mark.parametrize("recipe", ["5s_5c", "1s_5c"])
 def test_the_shell_scripts(master, tmp_path, recipe):
     small = ["--data-root", str(master), "--image-size", "16", "--n-class", "3", "--n-shot", "1", "--n-eval", "2", "--cpu"]
