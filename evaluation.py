@@ -68,7 +68,7 @@ class Evaluator:
 
 def side_by_side(function: Callable, items: Iterable, n_threads: int) -> Iterator:
     """``map(function, items)`` on threads to which PyTorch gives one core each, taking items only as they are needed."""
-    with ThreadPoolExecutor(n_threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+    with ThreadPoolExecutor(n_threads, initializer=_one_core) as pool:
         waiting: deque = deque()
         try:
             for item in items:
@@ -80,6 +80,12 @@ def side_by_side(function: Callable, items: Iterable, n_threads: int) -> Iterato
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _one_core() -> None:
+    # At its first operation a thread takes the number that any thread set last, unless it has asked before: ask, then set.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
 
 
 def result_line(what: str, losses: list[float], accuracies: list[float]) -> str:
