@@ -193,7 +193,7 @@ def confusion(name: str, trace: dict[str, np.ndarray]) -> Figure:
                     y, x = divmod(k, side)
                     sheet[y * size : (y + 1) * size, x * size : (x + 1) * size] = image
                 axis.imshow(sheet, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
+            axis.set(xticks=[], yticks=[], box_aspect=1)
             axis.grid(False)
             for spine in axis.spines.values():
                 spine.set(visible=True, color=GREEN if right == given else "#bbbbbb", linewidth=2.5 if right == given else 0.8)
