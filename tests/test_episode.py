@@ -142,7 +142,6 @@ def test_a_validation_leaves_training_as_it_was(master):
                    if t is not meta.metalstm.cI)
 
 
-@pytest.mark.xfail(strict=True, reason="torch sets a new thread's number late, to what any thread asked for last")
 def test_side_by_side_means_one_core_each():
     """Also while the main thread, which assembles episodes meanwhile, turns its own number of threads down and up again."""
     kept = torch.get_num_threads()
