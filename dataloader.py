@@ -305,6 +305,7 @@ def episodes(
         collate_fn=dataset.assemble_on_cpu if on_cpu else _as_it_is,
         pin_memory=pin_memory and not on_cpu,
         worker_init_fn=worker_init,
+        generator=torch.Generator(),  # or it draws from the global one, which is the training's
     )
     for item in loader:
         yield item if on_cpu else dataset.assemble(item, device)

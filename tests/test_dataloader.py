@@ -67,7 +67,6 @@ def test_same_episodes_after_a_restart_and_for_a_longer_run(master):
     assert all(same(a, b) for a, b in zip(alone[4:], later, strict=False))
 
 
-@pytest.mark.xfail(strict=True, reason="DataLoader seeds its workers from torch's global generator unless it is given another")
 @pytest.mark.parametrize("n_workers", [0, 1])
 def test_episodes_leave_the_global_random_state_alone(master, n_workers):
     before = torch.get_rng_state()
