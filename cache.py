@@ -30,7 +30,7 @@ from tqdm import tqdm
 from utils import UserError
 
 FOLDER = ".decoded"
-FORMAT = 1  # raise it whenever the same files would give other bytes
+FORMAT = 2  # raise it whenever the same files would give other bytes
 
 
 def load_image(path: Path) -> Image.Image:
@@ -43,7 +43,10 @@ def load_image(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                return image.convert("RGB")
     except Exception as e:  # Pillow's decoders raise nearly anything on hostile bytes
         reason = str(e).replace(repr(str(path)), "").replace(str(path), "").strip(" :") or type(e).__name__
         raise UserError(f"{path}: not a readable image ({reason.splitlines()[0]}); remove or replace it") from e

@@ -110,9 +110,6 @@ def test_the_same_on_another_machine(master):
     assert draw_order(719, "train", 31417, 2, 5).tolist() == PINNED["passes"]
 
 
-SIXTEEN_BIT = pytest.mark.xfail(strict=True, reason="cache.load_image leaves the conversion to Pillow, which clips at 255")
-
-
 @pytest.mark.parametrize(
     ("name", "mode", "close"),
     [
@@ -126,8 +123,8 @@ SIXTEEN_BIT = pytest.mark.xfail(strict=True, reason="cache.load_image leaves the
         ("x.jpg", "L", 4),
         ("x.png", "RGBA", 0),
         ("x.png", "LA", 1),
-        pytest.param("x.png", "I;16", 1, marks=SIXTEEN_BIT),
-        pytest.param("x.tif", "I;16", 1, marks=SIXTEEN_BIT),
+        ("x.png", "I;16", 1),
+        ("x.tif", "I;16", 1),
     ],
 )
 def test_the_same_picture_in_every_form(tmp_path, name, mode, close):
