@@ -169,11 +169,19 @@ def histogram(folder: Path) -> Figure:
     for (shots, test), (colour, hatch) in zip(sorted(tests.items()), looks, strict=False):
         s = summary(test["accuracies"])
         label = f"{shots}-shot: {s['mean']:.2f} ± {s['ci95']:.2f} %"
-        axis.hist(test["accuracies"], bins=np.arange(0, 102.5, 2.5), color=colour, alpha=0.6, hatch=hatch, label=label)
+        values = np.array(test["accuracies"])
+        axis.hist(values, bins=_bins(values), color=colour, alpha=0.6, hatch=hatch, label=label)
         axis.axvline(s["mean"], color=colour, linestyle="--", linewidth=1)
     axis.set(xlabel="accuracy of an episode, %", ylabel="test episodes", title=f"{folder.name}: test accuracies")
     axis.legend(fontsize=8)
     return figure
+
+
+def _bins(values: np.ndarray) -> np.ndarray:
+    """Edges some 4 % apart, each bin with the same number of the values that an episode's accuracy can take."""
+    steps = np.diff(np.unique(values.round(3)))
+    step = steps.min() if len(steps) else 4.0
+    return np.arange(-step / 2, 100 + 4 + step, step * max(1, round(4 / step)))
 
 
 def confusion(name: str, trace: dict[str, np.ndarray]) -> Figure:
