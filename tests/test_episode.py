@@ -108,10 +108,7 @@ def test_evaluation_leaves_training_alone_and_builds_no_graph():
 
 
 def test_a_validation_leaves_training_as_it_was(master):
-    """The whole of it, worker processes and threads included: parameters, buffers, gradients, Adam, modes, random states.
-
-    torch's own random state is looked at in test_dataloader.py.
-    """
+    """The whole of it, worker processes and threads included: parameters, buffers, gradients, Adam, modes, random states."""
     args = settle({"n_class": 3, "n_shot": 2, "n_eval": 2, "image_size": 16, "epoch": 2, "n_workers": 1}, parse([])[1])
     dataset = EpisodeDataset(scan_split(master, "val"), 719, 3, 2, 2, 2, 16, "port", 3)
     episode, w_grad, wo_grad, meta = make()
@@ -129,7 +126,8 @@ def test_a_validation_leaves_training_as_it_was(master):
     def the_rest():
         modes = [module.training for m in (w_grad, wo_grad, meta) for module in m.modules()]
         numbers = np.random.get_state()  # noqa: NPY002
-        return modes, random.getstate(), numbers[1].tolist(), numbers[2:], torch.get_num_threads(), torch.is_grad_enabled()
+        threads = torch.get_num_threads()
+        return modes, random.getstate(), numbers[1].tolist(), numbers[2:], torch.get_rng_state().tolist(), threads
 
     before, rest = everything(), the_rest()
     evaluate(dataset, meta)

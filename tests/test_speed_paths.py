@@ -1,8 +1,7 @@
-"""What was done for speed: hand-written backward passes, bfloat16, no waiting for a GPU, evaluation side by side."""
+"""What was done for speed: hand-written backward passes, bfloat16, no waiting for a GPU."""
 
 import contextlib
 import copy
-import threading
 from unittest import mock
 
 import numpy as np
@@ -13,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataloader import EpisodeDataset, episodes, scan_split
 from episode import evaluate_episode, train_episode
-from evaluation import side_by_side
 from learner import Learner
 from metalearner import MetaLearner
 
@@ -214,34 +212,3 @@ def test_nothing_in_an_episode_synchronises(master, batch_size, conv_dtype, devi
             fast.train(episode, batch_size)
             evaluate_episode(episode, *scratch, fast.meta, batch_size)
     assert not torch.equal(before, fast.meta.metalstm.cI)
-
-
-# ---- Evaluation side by side ----
-
-
-def test_threads_of_an_evaluation_keep_to_one_core():
-    """Whatever number of threads the training's own thread sets meanwhile, as it does to augment: else a validation's last bits
-    depend on which thread came first."""
-    begun, changed, looked = (threading.Event() for _ in range(3))
-
-    def function(item):
-        begun.set()
-        assert changed.wait(60)
-        found = torch.get_num_threads()  # as the first operation would
-        looked.set()
-        return item, found
-
-    def items():
-        yield 0
-        assert begun.wait(60)
-        torch.set_num_threads(3)
-        changed.set()
-        assert looked.wait(60)  # before the other thread sets a number, too
-        yield from (1, 2, 3)
-
-    kept = torch.get_num_threads()
-    try:
-        assert list(side_by_side(function, items(), 2)) == [(k, 1) for k in range(4)]
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(kept)
