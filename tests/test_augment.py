@@ -1,3 +1,4 @@
+import tarfile
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +13,7 @@ from augment import MEAN, STD, Windows, transform
 from cache import load_image
 from dataloader import draw_augmentation
 
+TINY64 = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "tiny64.tar.gz"
 PHOTOGRAPH = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
 
 
@@ -22,6 +24,21 @@ def sources():
     images = [photograph.resize(size) for size in sizes]
     images += [photograph.crop((150 + 10 * k, 100, 150 + 10 * k + 84, 184)) for k in range(12)]
     return [*images, photograph.resize((84, 84)).convert("L").convert("RGB")]
+
+
+def tiny64(n):
+    """The first n photographs of a data set that some machines have beside the repository, read without unpacking it."""
+    if not TINY64.is_file():
+        pytest.skip(f"{TINY64} is not here")
+    images = []
+    with tarfile.open(TINY64) as archive:
+        for member in archive:
+            if member.isfile():
+                with Image.open(archive.extractfile(member)) as image:
+                    images.append(image.convert("RGB"))
+            if len(images) == n:
+                return images
+    return images
 
 
 def padded(images):
@@ -41,10 +58,11 @@ def expected(images):
     return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() for image in images])
 
 
-def test_training_images_are_torchvisions():
+@pytest.mark.parametrize(("source", "repeats"), [(sources, 6), (lambda: tiny64(300), 1)], ids=["photograph", "tiny64"])
+def test_training_images_are_torchvisions(source, repeats):
     differences = []
-    for index in range(6):
-        images = sources()
+    for index in range(repeats):
+        images = source()
         pixels, sizes = padded(images)
         drawn = draw_augmentation(5, "train", index, sizes)
         ours = transform(pixels, Windows.crops(drawn.box, 84), 84, drawn.flip, drawn.jitter, drawn.order)
@@ -56,9 +74,10 @@ def test_training_images_are_torchvisions():
     assert differences.max() < 4
 
 
+@pytest.mark.parametrize("source", [sources, lambda: tiny64(300)], ids=["photograph", "tiny64"])
 @pytest.mark.parametrize("image_size", [84, 32])
-def test_evaluation_images_are_torchvisions(image_size):
-    images = sources()
+def test_evaluation_images_are_torchvisions(image_size, source):
+    images = source()
     pixels, sizes = padded(images)
     idle = np.zeros(len(images), dtype=bool)
     ours = transform(pixels, Windows.centres(sizes, image_size), image_size, idle, None, None)

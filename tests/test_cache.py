@@ -108,6 +108,19 @@ def test_a_place_that_cannot_be_written(data, tmp_path):
         build(data, cache_dir=tmp_path / "file" / "inside")
 
 
+def test_a_read_only_data_root(data, tmp_path):
+    data.chmod(0o555)
+    try:
+        if os.access(data, os.W_OK):
+            pytest.skip("root may write anywhere")
+        with pytest.raises(UserError, match=r"\.decoded: the decoded images cannot be kept there .*--cache-dir") as caught:
+            build(data)
+        assert "\n" not in str(caught.value)
+        assert len(build(data, cache_dir=tmp_path / "elsewhere").sizes) == 48
+    finally:
+        data.chmod(0o755)
+
+
 def test_a_broken_image_leaves_nothing_behind(data):
     (data / "train" / "class 2" / "4.jpg").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"class 2/4\.jpg: not a readable image"):
