@@ -126,8 +126,8 @@ def test_a_validation_leaves_training_as_it_was(master):
     def the_rest():
         modes = [module.training for m in (w_grad, wo_grad, meta) for module in m.modules()]
         numbers = np.random.get_state()  # noqa: NPY002
-        threads = torch.get_num_threads()
-        return modes, random.getstate(), numbers[1].tolist(), numbers[2:], torch.get_rng_state().tolist(), threads
+        of_torch = torch.get_rng_state().tolist(), torch.get_num_threads(), torch.is_grad_enabled()
+        return modes, random.getstate(), numbers[1].tolist(), numbers[2:], of_torch
 
     before, rest = everything(), the_rest()
     evaluate(dataset, meta)
