@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import native
+
 CACHE_BYTES = 5_000_000  # of convolution output at a time; measured best on a 2-core Xeon with 2 MiB of L2 a core
 
 _max_pool = torch.ops.aten.max_pool2d_with_indices
@@ -38,6 +40,8 @@ class PatchMoments(NamedTuple):
     @staticmethod
     def of(x: Tensor) -> PatchMoments:
         """Moments of images [B, C, H, W]."""
+        if native.handles(x):
+            return PatchMoments(*native.patch_moments(x), x.shape[0] * x.shape[2] * x.shape[3])
         total = product = 0
         for images in x.split(_images_at_a_time(x, x.shape[1] * 9)):
             images = images.float() if images.dtype == torch.bfloat16 else images
@@ -169,10 +173,13 @@ def train_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, moments: Patch
     # Pooling before normalising asks for a scale that is not negative: turn such a channel's filter round.
     sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(norm.weight.dtype)
     weight, gamma = conv.weight * sign.view(-1, 1, 1, 1), norm.weight * sign
+    compiled = native.handles(x) and weight.dtype == torch.float32 and weight.shape[0] == native.N_FILTERS
     if moments is not None:
-        out, mean, var = _FirstBlock.apply(x, weight, gamma, norm.bias, norm.eps, moments)
+        block = native.FirstBlock if compiled else _FirstBlock
+        out, mean, var = block.apply(x, weight, gamma, norm.bias, norm.eps, moments)
     else:
-        out, mean, var = _Block.apply(x, weight, gamma, norm.bias, norm.eps)
+        block = native.Block if compiled else _Block
+        out, mean, var = block.apply(x, weight, gamma, norm.bias, norm.eps)
     with torch.no_grad():
         count = x.shape[0] * x.shape[2] * x.shape[3]
         norm.running_mean.lerp_(mean * sign + conv.bias, norm.momentum)
@@ -187,6 +194,9 @@ def eval_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     weight = (conv.weight * scale.view(-1, 1, 1, 1)).to(x.dtype)
-    bias = ((conv.bias - norm.running_mean) * scale + norm.bias).to(x.dtype)
+    bias = (conv.bias - norm.running_mean) * scale + norm.bias
+    if not torch.is_grad_enabled() and native.handles(x) and bias.dtype == torch.float32:
+        return native.eval_block(x, weight, bias)
+    bias = bias.to(x.dtype)
     parts = x.split(_images_at_a_time(x, weight.shape[0]))
     return torch.cat([F.max_pool2d(F.conv2d(part, weight, bias, padding=1), 2).relu_() for part in parts])

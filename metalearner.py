@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+import native
+
 P_PREP = 10.0
 INPUT_SIZE = 4  # prep(loss) and prep(grad), two numbers each
 
@@ -37,8 +39,8 @@ def prep(x: Tensor) -> Tensor:
 class MetaState(NamedTuple):
     """What the meta-learner remembers of the updates so far; f and i are kept *before* the sigmoid."""
 
-    lstm_h: Tensor  # [hidden_size, P]: coordinates last, so that each unit's numbers lie together
-    lstm_c: Tensor  # [hidden_size, P]
+    lstm_h: Tensor  # [hidden_size, P]: coordinates last, so that each unit's numbers lie together; native.py has its own order
+    lstm_c: Tensor  # the same
     f: Tensor  # [P, 1]
     i: Tensor  # [P, 1]
     c: Tensor  # [P, 1], the learner's parameters
@@ -155,7 +157,8 @@ class MetaLearner(nn.Module):
     def initial_state(self) -> MetaState:
         """The state before the first update: c_0 = cI, all else zero."""
         cI = self.metalstm.cI
-        h = cI.new_zeros(self.lstm.hidden_size, cI.shape[0])
+        n = self.lstm.hidden_size
+        h = native.lstm_state(cI, n) if native.handles(cI) else cI.new_zeros(n, cI.shape[0])
         zero = torch.zeros_like(cI)
         return MetaState(h, h, zero, zero, cI)
 
@@ -174,6 +177,9 @@ class MetaLearner(nn.Module):
         lstm = self.lstm
         bias = lstm.bias_ih + lstm.bias_hh + lstm.weight_ih[:, :2] @ prep(loss)
         weight = torch.cat((lstm.weight_ih[:, 2:], lstm.weight_hh), dim=1)
+        if native.handles(grad):
+            cell = self.metalstm
+            return MetaState(*native.MetaStep.apply(weight, bias, cell.WF, cell.bF, cell.WI, cell.bI, grad, *state))
         weight, bias = (_sigmoids_together(v) for v in (weight, bias))
         h, c = _LSTMStep.apply(weight, bias, prep(grad.squeeze(1)), state.lstm_h, state.lstm_c)
         return MetaState(h, c, *self.metalstm(h, grad, state.f, state.i, state.c))

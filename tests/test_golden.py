@@ -78,12 +78,14 @@ def test_three_episodes_of_training_and_one_of_evaluation(dtype, close):
     evaluation(episode, w_grad, wo_grad, meta, close[3])
 
 
+# In the third, two numbers of one pooling window are equal but for rounding: which is the larger depends on the processor, and
+# on the compiler of the kernels; one choice is 1e-7 from the worked episode, the other 7e-4.
 def test_each_episode_in_float32_from_the_exact_parameters():
     exact, single = golden_setup(torch.float64), golden_setup(torch.float32)
     optimizer = torch.optim.Adam(exact[-1].parameters(), lr=1e-3)
-    for k in range(3):
+    for k, close in enumerate((1e-4, 1e-4, 2e-3)):
         single[-1].load_state_dict(exact[-1].state_dict())
-        one_episode(k, *single, close=1e-4)
+        one_episode(k, *single, close=close)
         one_episode(k, *exact, close=1e-9)
         optimizer.step()
     single[-1].load_state_dict(exact[-1].state_dict())

@@ -1,0 +1,227 @@
+"""The hot loops of kernels.cpp, compiled for this machine at first use, as autograd functions.
+
+They take the place of the functions of block.py and metalearner.py, which hold the same arithmetic in PyTorch, on a CPU in float32
+or bfloat16. Where no C++ compiler is found, or the tensors are others, those run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SOURCE = Path(__file__).resolve().parent / "kernels.cpp"
+COMPILERS = ("g++", "c++", "clang++")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+FLAGS += ("-fno-predictive-commoning", "-Wno-psabi")
+N_FILTERS, TILE = 32, 128  # C and TILE in kernels.cpp
+
+# p: a tensor's memory, f: float, l: a whole number
+SIGNATURES = {
+    "block_forward": "pppfpppppllll",
+    "block_backward": "ppppppppfppllll",
+    "block_eval": "pppllll",
+    "first_forward": "ppppfppppppllll",
+    "first_backward": "ppppppppfpppppllll",
+    "first_eval": "ppppllll",
+    "patch_moments": "pppllll",
+    "meta_forward": "p" * 18 + "lll",
+    "meta_backward": "p" * 29 + "lll",
+}
+_TYPES = {"p": ctypes.c_void_p, "f": ctypes.c_float, "l": ctypes.c_int64}
+_SUFFIX = {torch.float32: "_float", torch.bfloat16: "_bfloat16"}
+
+
+class Library:
+    """The compiled kernels, or why there are none.
+
+    Attributes:
+        functions: by name; empty where nothing could be compiled.
+        why: one line for people.
+    """
+
+    def __init__(self):
+        self.functions = {}
+        compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+        if compiler is None:
+            self.why = "no C++ compiler found (install g++ or set CXX)"
+            return
+        try:
+            library = ctypes.CDLL(str(_compiled(compiler)))
+            for name, signature in SIGNATURES.items():
+                for suffix in [""] if name.startswith("meta") else _SUFFIX.values():
+                    function = getattr(library, name + suffix)
+                    function.argtypes, function.restype = [_TYPES[s] for s in signature], None
+                    self.functions[name + suffix] = function
+            self.why = f"compiled by {compiler}"
+        except (OSError, AttributeError, subprocess.SubprocessError) as e:
+            self.functions = {}
+            output = (getattr(e, "stderr", None) or str(e)).strip()
+            self.why = f"{compiler} did not compile kernels.cpp: {output.splitlines()[0] if output else type(e).__name__}"
+
+
+def _compiled(compiler: str) -> Path:
+    """Path of the shared library, kept under ~/.cache (or XDG_CACHE_HOME) by all that it depends on."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    info = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
+    processor = [line for line in info.splitlines() if line.startswith(("model name", "flags", "Features"))]
+    key = hashlib.sha256("\0".join((SOURCE.read_text(), *FLAGS, version, platform.platform(), *processor)).encode()).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lstm-meta-learner"
+    path = folder / f"kernels-{key[:16]}.so"
+    if not path.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            place = tempfile.mkdtemp(prefix=".compile-", dir=folder)
+        except OSError:  # nowhere to keep it: compile it for this process
+            place = tempfile.mkdtemp(prefix="lstm-meta-learner-")
+            path = Path(place, path.name)
+        made, linked = Path(place, "kernels.o"), Path(place, "kernels.so")
+        # linked without -fopenmp, so that it finds PyTorch's copy of the OpenMP runtime: two pools of threads would fight
+        for command in ([*FLAGS, "-c", str(SOURCE), "-o", str(made)], ["-shared", str(made), "-o", str(linked)]):
+            subprocess.run([compiler, *command], capture_output=True, text=True, check=True, timeout=300)
+        os.replace(linked, path)
+        if path.parent == folder:
+            shutil.rmtree(place, ignore_errors=True)
+    return path
+
+
+@functools.cache
+def library() -> Library:
+    return Library()
+
+
+def handles(x: Tensor) -> bool:
+    """Whether there are kernels for such a tensor."""
+    return x.device.type == "cpu" and x.dtype in _SUFFIX and bool(library().functions)
+
+
+def _call(name: str, *args) -> None:
+    numbers = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
+    library().functions[name](*numbers, torch.get_num_threads())
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _activation(x: Tensor, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    shape = (x.shape[0], N_FILTERS, height, width)
+    return torch.empty(shape, dtype=dtype or x.dtype, memory_format=torch.channels_last)
+
+
+def patch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums and sums of products of the 3x3 patches of images [B, 3, H, W]: [27] and [27, 27], float64."""
+    total, product = x.new_empty(27, dtype=torch.float64), x.new_empty(27, 27, dtype=torch.float64)
+    _call("patch_moments" + _SUFFIX[x.dtype], _channels_last(x), total, product, x.shape[0], x.shape[2], x.shape[3])
+    return total, product
+
+
+class FirstBlock(torch.autograd.Function):
+    """As ``block._FirstBlock``; the convolution's output stays in the processor's registers."""
+
+    @staticmethod
+    def forward(ctx, x, weight, gamma, beta, eps, moments):
+        n, _, height, width = x.shape
+        x, w = _channels_last(x), weight.to(x.dtype).float().contiguous()
+        out = _activation(x, height // 2, width // 2)
+        where = _activation(x, height // 2, width // 2, torch.uint8)
+        mean, var = torch.empty_like(gamma), torch.empty_like(gamma)
+        args = (moments.total, moments.product, where, out, mean, var, n, height, width)
+        _call("first_forward" + _SUFFIX[x.dtype], x, w, gamma, beta, eps, *args)
+        ctx.save_for_backward(x, w, out, where, gamma, mean, var, moments.total, moments.product)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        return out, mean, var
+
+    @staticmethod
+    def backward(ctx, grad, _mean, _var):
+        x, w, out, where, gamma, mean, var, total, product = ctx.saved_tensors
+        grad_w, grad_gamma, grad_beta = torch.empty_like(w), torch.empty_like(gamma), torch.empty_like(gamma)
+        args = (gamma, mean, var, ctx.eps, total, product, grad_w, grad_gamma, grad_beta, x.shape[0], x.shape[2], x.shape[3])
+        _call("first_backward" + _SUFFIX[x.dtype], _channels_last(grad), x, w, out, where, *args)
+        return None, grad_w, grad_gamma, grad_beta, None, None
+
+
+class Block(torch.autograd.Function):
+    """As ``block._Block``; what follows the convolution is two passes over its output, one forward and one back."""
+
+    @staticmethod
+    def forward(ctx, x, weight, gamma, beta, eps):
+        x, w = _channels_last(x), weight.to(x.dtype)
+        y = _channels_last(F.conv2d(x, w, padding=1))
+        n, _, height, width = y.shape
+        pooled, out = (_activation(x, height // 2, width // 2) for _ in range(2))
+        where = _activation(x, height // 2, width // 2, torch.uint8)
+        mean, var = torch.empty_like(gamma), torch.empty_like(gamma)
+        _call("block_forward" + _SUFFIX[x.dtype], y, gamma, beta, eps, pooled, where, out, mean, var, n, height, width)
+        ctx.save_for_backward(x, w, pooled, where, gamma, beta, mean, var)
+        ctx.eps, ctx.y = eps, y
+        ctx.mark_non_differentiable(mean, var)
+        return out, mean, var
+
+    @staticmethod
+    def backward(ctx, grad, _mean, _var):
+        x, w, pooled, where, gamma, beta, mean, var = ctx.saved_tensors
+        y, ctx.y = ctx.y, None  # its memory becomes its gradient's, so there is no second time
+        grad_gamma, grad_beta = torch.empty_like(gamma), torch.empty_like(gamma)
+        args = (gamma, beta, mean, var, ctx.eps, grad_gamma, grad_beta, y.shape[0], y.shape[2], y.shape[3])
+        _call("block_backward" + _SUFFIX[x.dtype], _channels_last(grad), pooled, where, y, *args)
+        grad_x, grad_w, _ = torch.ops.aten.convolution_backward(
+            y, x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [ctx.needs_input_grad[0], True, False]
+        )
+        return grad_x, grad_w.to(gamma.dtype), grad_gamma, grad_beta, None
+
+
+def eval_block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolution with weight (in x's type) and bias (float32), 2x2 max-pooling and ReLU, without a graph."""
+    x = _channels_last(x)
+    n, channels, height, width = x.shape
+    out = _activation(x, height // 2, width // 2)
+    if channels == 3:
+        _call("first_eval" + _SUFFIX[x.dtype], x, weight.float().contiguous(), bias, out, n, height, width)
+    else:
+        y = _channels_last(F.conv2d(x, weight, padding=1))
+        _call("block_eval" + _SUFFIX[x.dtype], y, bias, out, n, height, width)
+    return out
+
+
+def lstm_state(cI: Tensor, hidden_size: int) -> Tensor:
+    """Zeros for h or c of ``MetaStep``: [tiles, hidden_size, TILE], the coordinates in tiles that lie together in memory."""
+    return cI.new_zeros(-(-cI.numel() // TILE), hidden_size, TILE)
+
+
+class MetaStep(torch.autograd.Function):
+    """One whole update of ``metalearner.MetaLearner`` after prep(loss): prep(grad), LSTM and cell.
+
+    (weight [4H, 2+H] and bias [4H] of the LSTM, WF [H+2, 1], bF [1, 1], WI, bI, grad [P, 1], h and c as ``lstm_state``
+    makes them, f [P, 1], i [P, 1], theta [P, 1]) -> the new h, c, f, i, theta. The backward pass makes the gates again instead of keeping them.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, bias, wf, bf, wi, bi, grad, h, c, f, i, theta):
+        state = [t.contiguous() for t in (h, c, f, i, theta)]
+        new = [torch.empty_like(t) for t in state]
+        weight, bias, grad = weight.contiguous(), bias.contiguous(), grad.contiguous()
+        x = grad.new_empty(h.shape[0], 2, TILE)
+        _call("meta_forward", weight, bias, wf, bf, wi, bi, grad, *state, x, *new, h.shape[1], grad.numel())
+        ctx.save_for_backward(weight, bias, wf, wi, grad, x, *state, new[2], new[3])
+        return tuple(new)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        weight, bias, wf, wi, *_ = saved = ctx.saved_tensors
+        state = saved[6:11]
+        made = [torch.empty_like(t) for t in (weight, bias, wf, wf[:1], wi, wi[:1], *state)]
+        grads = [g.contiguous() for g in grads]
+        _call("meta_backward", *saved, *grads, *made, state[0].shape[1], state[2].numel())
+        return *made[:6], None, *made[6:]
