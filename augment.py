@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import native
+
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of pixels in [0, 1]
 STD = (0.229, 0.224, 0.225)
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as Pillow's mode L
-CPU_IMAGES = 8
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -117,13 +118,19 @@ def _adjust(x: Tensor, step: int, factor: Tensor) -> Tensor:
     return torch.lerp(target, x, factor).clamp_(0, 255)
 
 
-def _colour(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+def _colour(x: Tensor, factors: Tensor, order: np.ndarray, together: bool) -> Tensor:
     """Brightness, contrast, saturation and hue of each image, in an order of its own.
 
-    All images take all steps at each of the four places, most of them with a factor that changes nothing: on a GPU the
-    number of launches counts, not the work.
+    ``together``, which suits a GPU, where the number of launches counts and not the work: all images take all steps at each of
+    the four places, most of them with a factor that changes nothing.
     """
-    neutral = factors.new_tensor((1, 1, 1, 0))
+    if not together:
+        for place in range(4):
+            for step in range(4):
+                which = np.flatnonzero(order[:, place] == step)
+                x[which] = _adjust(x[which], step, factors[which, step])
+        return x
+    neutral, order = factors.new_tensor((1, 1, 1, 0)), torch.from_numpy(order).to(x.device)
     for place in range(4):
         for step in range(4):
             here = (order[:, place] == step).view(-1, 1, 1, 1)
@@ -148,32 +155,13 @@ def transform(
         [B, 3, image_size, image_size] float32 in channels_last format, of ImageNet's zero mean and unit variance.
     """
     device = pixels.device
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (MEAN, STD))
-    shift, scale = -mean / std, 1 / std
     out = torch.empty(len(pixels), 3, image_size, image_size, device=device, memory_format=torch.channels_last)
-    factors = None if jitter is None else torch.from_numpy(jitter.astype(np.float32)).to(device).view(-1, 4, 1, 1, 1)
-    if device.type != "cpu":
-        x = _resize(pixels, *_filters(windows, flip, pixels.shape[2:], image_size, device))
-        if jitter is not None:
-            x = _colour(x, factors, torch.from_numpy(order).to(device))
-        return torch.addcmul(shift, x, scale, out=out)
-    # On a CPU a few images at a time, which then stay in the cache, and together those that take the same steps.
-    if jitter is None:
-        order, factors = np.zeros((len(pixels), 1), dtype=np.int64), torch.ones(len(pixels), 1, 1, 1, 1)  # brightness times 1
-    sequences, sequence = np.unique(order, axis=0, return_inverse=True)
-    by_sequence = np.argsort(sequence.reshape(-1), kind="stable")
-    pixels, factors = pixels[by_sequence], factors[by_sequence]
-    windows = Windows(*(v[by_sequence] for v in windows))
-    rows, columns = _filters(windows, flip[by_sequence], pixels.shape[2:], image_size, device)
-    at = 0
-    for steps, count in zip(sequences, np.bincount(sequence.reshape(-1)), strict=True):
-        end = at + int(count)
-        while at < end:
-            some = slice(at, min(at + CPU_IMAGES, end))
-            x = _resize(pixels[some], rows[some], columns[some])
-            for step in steps:
-                x = _adjust(x, int(step), factors[some, int(step)])
-            for image, k in zip(x, by_sequence[some], strict=True):
-                torch.addcmul(shift, image, scale, out=out[k])
-            at = some.stop
-    return out
+    factors = None if jitter is None else torch.from_numpy(jitter.astype(np.float32)).to(device)
+    if native.handles(pixels):
+        steps = None if order is None else torch.from_numpy(order)
+        return native.augment(pixels, torch.from_numpy(np.stack(windows)), torch.from_numpy(flip), factors, steps, out)
+    x = _resize(pixels, *_filters(windows, flip, pixels.shape[2:], image_size, device))
+    if jitter is not None:
+        x = _colour(x, factors.view(-1, 4, 1, 1, 1), order, device.type != "cpu")
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (MEAN, STD))
+    return torch.addcmul(-mean / std, x, 1 / std, out=out)

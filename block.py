@@ -159,6 +159,10 @@ class _Block(torch.autograd.Function):
         return grad_x, grad_w.to(mean.dtype), grad_gamma, grad_beta, None
 
 
+def _compiled(x: Tensor, weight: Tensor) -> bool:
+    return native.handles(x) and weight.dtype == torch.float32 and weight.shape[0] == native.N_FILTERS
+
+
 def train_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, moments: PatchMoments | None = None) -> Tensor:
     """Convolution, batch normalisation by the batch's own statistics, ReLU and 2x2 max-pooling.
 
@@ -173,7 +177,7 @@ def train_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, moments: Patch
     # Pooling before normalising asks for a scale that is not negative: turn such a channel's filter round.
     sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(norm.weight.dtype)
     weight, gamma = conv.weight * sign.view(-1, 1, 1, 1), norm.weight * sign
-    compiled = native.handles(x) and weight.dtype == torch.float32 and weight.shape[0] == native.N_FILTERS
+    compiled = _compiled(x, weight)
     if moments is not None:
         block = native.FirstBlock if compiled else _FirstBlock
         out, mean, var = block.apply(x, weight, gamma, norm.bias, norm.eps, moments)
@@ -195,7 +199,7 @@ def eval_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     weight = (conv.weight * scale.view(-1, 1, 1, 1)).to(x.dtype)
     bias = (conv.bias - norm.running_mean) * scale + norm.bias
-    if not torch.is_grad_enabled() and native.handles(x) and bias.dtype == torch.float32:
+    if not torch.is_grad_enabled() and _compiled(x, conv.weight):
         return native.eval_block(x, weight, bias)
     bias = bias.to(x.dtype)
     parts = x.split(_images_at_a_time(x, weight.shape[0]))

@@ -18,6 +18,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
+import native
 from evaluation import Evaluator, result_line
 from options import check_stored, parse, run_folder, settle
 from predict import predict
@@ -37,7 +38,8 @@ def pick_device(args: argparse.Namespace) -> torch.device:
     if args.gpu is not None and args.gpu >= n_gpu:
         raise UserError(f"--gpu {args.gpu}: PyTorch sees {n_gpu} GPUs here; leave the flag out to use the CPU")
     if args.cpu or n_gpu == 0:
-        print(f"device: CPU, {torch.get_num_threads()} threads" + ("" if args.cpu else " (no GPU found)"))
+        found = "" if args.cpu else " (no GPU found)"
+        print(f"device: CPU{found}, {torch.get_num_threads()} threads, {native.library().state}")
         return torch.device("cpu")
     device = torch.device("cuda", args.gpu or 0)
     torch.cuda.set_device(device)

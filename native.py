@@ -1,11 +1,12 @@
 """The hot loops of kernels.cpp, compiled for this machine at first use, as autograd functions.
 
-They take the place of the functions of block.py and metalearner.py, which hold the same arithmetic in PyTorch, on a CPU in float32
-or bfloat16. Where no C++ compiler is found, or the tensors are others, those run.
+They take the place of functions of block.py, metalearner.py and augment.py, which hold the same arithmetic in PyTorch, on a CPU
+in float32 or bfloat16. Where no C++ compiler is found, or the tensors are others, those run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -22,8 +23,10 @@ from torch import Tensor
 
 SOURCE = Path(__file__).resolve().parent / "kernels.cpp"
 COMPILERS = ("g++", "c++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
-FLAGS += ("-fno-predictive-commoning", "-Wno-psabi")
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-fno-predictive-commoning", "-Wno-psabi"]  # the first one needs more registers than there are
+DIGEST = 32  # bytes of a SHA-256
+SLOWER = "without compiled kernels, at half the speed"
 N_FILTERS, TILE = 32, 128  # C and TILE in kernels.cpp
 
 # p: a tensor's memory, f: float, l: a whole number
@@ -35,9 +38,11 @@ SIGNATURES = {
     "first_backward": "ppppppppfpppppllll",
     "first_eval": "ppppllll",
     "patch_moments": "pppllll",
+    "augment": "ppppppl" + "llll",
     "meta_forward": "p" * 18 + "lll",
     "meta_backward": "p" * 29 + "lll",
 }
+BY_TYPE = [name for name in SIGNATURES if name.startswith(("block", "first", "patch"))]  # one for each of _SUFFIX
 _TYPES = {"p": ctypes.c_void_p, "f": ctypes.c_float, "l": ctypes.c_int64}
 _SUFFIX = {torch.float32: "_float", torch.bfloat16: "_bfloat16"}
 
@@ -47,52 +52,57 @@ class Library:
 
     Attributes:
         functions: by name; empty where nothing could be compiled.
-        why: one line for people.
+        state: how it went, in words for people.
     """
 
     def __init__(self):
         self.functions = {}
         compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
         if compiler is None:
-            self.why = "no C++ compiler found (install g++ or set CXX)"
+            self.state = f"{SLOWER} (no C++ compiler found: install g++, or set CXX)"
             return
         try:
-            library = ctypes.CDLL(str(_compiled(compiler)))
+            library = _load(compiler)
             for name, signature in SIGNATURES.items():
-                for suffix in [""] if name.startswith("meta") else _SUFFIX.values():
+                for suffix in _SUFFIX.values() if name in BY_TYPE else [""]:
                     function = getattr(library, name + suffix)
                     function.argtypes, function.restype = [_TYPES[s] for s in signature], None
                     self.functions[name + suffix] = function
-            self.why = f"compiled by {compiler}"
+            self.state = f"kernels compiled by {Path(compiler).name}"
         except (OSError, AttributeError, subprocess.SubprocessError) as e:
             self.functions = {}
-            output = (getattr(e, "stderr", None) or str(e)).strip()
-            self.why = f"{compiler} did not compile kernels.cpp: {output.splitlines()[0] if output else type(e).__name__}"
+            said = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
+            wrong = next((line for line in said if "error" in line), said[0] if said else type(e).__name__)
+            self.state = f"{SLOWER} ({compiler} cannot make kernels.cpp: {wrong})"
 
 
-def _compiled(compiler: str) -> Path:
-    """Path of the shared library, kept under ~/.cache (or XDG_CACHE_HOME) by all that it depends on."""
+def _load(compiler: str) -> ctypes.CDLL:
+    """Load the kernels, kept under ~/.cache (or XDG_CACHE_HOME) by all they depend on; compile them if they are missing."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     info = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
     processor = [line for line in info.splitlines() if line.startswith(("model name", "flags", "Features"))]
-    key = hashlib.sha256("\0".join((SOURCE.read_text(), *FLAGS, version, platform.platform(), *processor)).encode()).hexdigest()
+    parts = (SOURCE.read_text(), *FLAGS, version, platform.platform(), *processor)
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lstm-meta-learner"
-    path = folder / f"kernels-{key[:16]}.so"
-    if not path.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            place = tempfile.mkdtemp(prefix=".compile-", dir=folder)
-        except OSError:  # nowhere to keep it: compile it for this process
-            place = tempfile.mkdtemp(prefix="lstm-meta-learner-")
-            path = Path(place, path.name)
-        made, linked = Path(place, "kernels.o"), Path(place, "kernels.so")
+    path = folder / f"kernels-{key}.so"
+    with contextlib.suppress(OSError):
+        content = path.read_bytes()
+        if hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]:  # a damaged one would not just fail but crash
+            return ctypes.CDLL(str(path))
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    keep = os.access(folder, os.W_OK)  # if not, they are compiled for this process alone
+    with tempfile.TemporaryDirectory(prefix=".compile-", dir=folder if keep else None) as place:
+        made, linked = f"{place}/kernels.o", f"{place}/kernels.so"
         # linked without -fopenmp, so that it finds PyTorch's copy of the OpenMP runtime: two pools of threads would fight
-        for command in ([*FLAGS, "-c", str(SOURCE), "-o", str(made)], ["-shared", str(made), "-o", str(linked)]):
+        for command in ([*FLAGS, "-c", str(SOURCE), "-o", made], ["-shared", made, "-o", linked]):
             subprocess.run([compiler, *command], capture_output=True, text=True, check=True, timeout=300)
-        os.replace(linked, path)
-        if path.parent == folder:
-            shutil.rmtree(place, ignore_errors=True)
-    return path
+        with open(linked, "r+b") as file:
+            file.write(hashlib.sha256(file.read()).digest())  # what follows a library's last byte is nobody's
+        library = ctypes.CDLL(linked)
+        if keep:
+            os.replace(linked, path)
+        return library
 
 
 @functools.cache
@@ -102,7 +112,7 @@ def library() -> Library:
 
 def handles(x: Tensor) -> bool:
     """Whether there are kernels for such a tensor."""
-    return x.device.type == "cpu" and x.dtype in _SUFFIX and bool(library().functions)
+    return x.device.type == "cpu" and x.dtype in (*_SUFFIX, torch.uint8) and bool(library().functions)
 
 
 def _call(name: str, *args) -> None:
@@ -117,6 +127,14 @@ def _channels_last(x: Tensor) -> Tensor:
 def _activation(x: Tensor, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
     shape = (x.shape[0], N_FILTERS, height, width)
     return torch.empty(shape, dtype=dtype or x.dtype, memory_format=torch.channels_last)
+
+
+def augment(pixels: Tensor, windows: Tensor, flip: Tensor, jitter: Tensor | None, order: Tensor | None, out: Tensor) -> Tensor:
+    """What ``augment.transform`` does: windows int64 [4, B, 2], flip bool [B], jitter float32 [B, 4], order int64 [B, 4]."""
+    n, _, height, width = pixels.shape
+    args = [None if t is None else t.contiguous() for t in (pixels, windows, flip, jitter, order)]
+    _call("augment", *args, out, out.shape[2], n, height, width)
+    return out
 
 
 def patch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,8 +221,9 @@ def lstm_state(cI: Tensor, hidden_size: int) -> Tensor:
 class MetaStep(torch.autograd.Function):
     """One whole update of ``metalearner.MetaLearner`` after prep(loss): prep(grad), LSTM and cell.
 
-    (weight [4H, 2+H] and bias [4H] of the LSTM, WF [H+2, 1], bF [1, 1], WI, bI, grad [P, 1], h and c as ``lstm_state``
-    makes them, f [P, 1], i [P, 1], theta [P, 1]) -> the new h, c, f, i, theta. The backward pass makes the gates again instead of keeping them.
+    (weight [4H, 2+H] and bias [4H] of the LSTM, WF [H+2, 1], bF [1, 1], WI, bI, grad [P, 1], h and c as ``lstm_state`` makes
+    them, f [P, 1], i [P, 1], theta [P, 1]) -> the new h, c, f, i, theta. The backward pass makes the gates again instead of
+    keeping them.
     """
 
     @staticmethod

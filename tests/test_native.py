@@ -1,0 +1,277 @@
+"""The compiled kernels against the same arithmetic in PyTorch, and what happens where they cannot be compiled."""
+
+import os
+import platform
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+
+import native
+from block import PatchMoments, eval_block, train_block
+from episode import Episode, evaluate_episode, train_episode
+from learner import Learner
+from metalearner import MetaLearner
+
+WITHOUT = SimpleNamespace(functions={}, state="")
+PORTABLE = [flag if flag != "-march=native" else "-march=x86-64-v3" for flag in native.FLAGS]  # AVX2, no AVX-512
+
+
+@pytest.fixture(params=["this processor", "without AVX-512"])
+def compiled(request, monkeypatch):
+    """Kernels made for this processor, and those that one without AVX-512 would get."""
+    if request.param == "without AVX-512":
+        if platform.machine() != "x86_64":
+            pytest.skip("not an x86-64 processor")
+        monkeypatch.setattr(native, "FLAGS", PORTABLE)
+        found = native.Library()
+        monkeypatch.setattr(native, "library", lambda: found)
+    if not native.library().functions:
+        pytest.skip(native.library().state)
+    return monkeypatch
+
+
+def plain(monkeypatch, function):
+    """What ``function`` gives without the kernels."""
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "library", lambda: WITHOUT)
+        return function()
+
+
+def relative(a, b):
+    return ((a - b).double().norm() / b.double().norm().clamp_min(1e-30)).item()
+
+
+def layers(n_channels, dtype=torch.float32):
+    conv, norm = torch.nn.Conv2d(n_channels, 32, 3, padding=1), torch.nn.BatchNorm2d(32, eps=1e-3, momentum=0.95)
+    with torch.no_grad():
+        norm.weight.uniform_(-1, 1)
+        norm.bias.uniform_(-1, 1)
+    return conv.to(dtype), norm.to(dtype)
+
+
+def channels_last(*shape):
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (21, 10), (10, 21), (5, 5), (2, 7), (42, 42)])
+def test_block(compiled, first, height, width):
+    """Odd sizes, too, whose last row and column are not pooled but count in the statistics; scales of both signs."""
+    conv, norm = layers(3 if first else 32)
+    x = channels_last(3, 3 if first else 32, height, width).requires_grad_(not first)
+    ahead = torch.randn(3, 32, height // 2, width // 2)
+
+    def run():
+        norm.reset_running_stats()
+        out = train_block(x, conv, norm, PatchMoments.of(x) if first else None)
+        inputs = [conv.weight, norm.weight, norm.bias] + ([] if first else [x])
+        return [out, *torch.autograd.grad(out, inputs, ahead), norm.running_mean.clone(), norm.running_var.clone()]
+
+    for ours, theirs in zip(run(), plain(compiled, run), strict=True):
+        assert ours.shape == theirs.shape
+        assert relative(ours, theirs) < 2e-5
+
+
+@pytest.mark.parametrize("channels", [3, 32])
+def test_block_in_bf16(compiled, channels):
+    """No further from float32 with the same rounded inputs than PyTorch is, which rounds more in between."""
+    conv, norm = layers(channels)
+    with torch.no_grad():
+        conv.weight.copy_(conv.weight.bfloat16())
+    x, ahead = channels_last(4, channels, 20, 20).bfloat16(), torch.randn(4, 32, 10, 10).bfloat16()
+
+    def run(dtype=torch.bfloat16):
+        images = x.to(dtype).requires_grad_(channels > 3)
+        out = train_block(images, conv, norm, PatchMoments.of(images.detach()) if channels == 3 else None)
+        assert out.dtype == dtype
+        return [out, *torch.autograd.grad(out, [conv.weight, norm.weight, norm.bias], ahead.to(dtype))]
+
+    for ours, theirs, exact in zip(run(), plain(compiled, run), run(torch.float32), strict=True):
+        assert relative(ours.float(), exact) < max(1.1 * relative(theirs.float(), exact), 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [3, 32])
+@torch.no_grad()
+def test_block_in_eval_mode(compiled, channels, dtype):
+    conv, norm = layers(channels)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    x = channels_last(2, channels, 11, 14).to(dtype)
+    ours, theirs = eval_block(x, conv, norm), plain(compiled, lambda: eval_block(x, conv, norm))
+    assert ours.dtype == theirs.dtype
+    assert relative(ours.float(), theirs.float()) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_the_first_of_equal_maxima_gets_the_gradient(compiled):
+    """Constant images: all numbers of a window are equal, but at the border."""
+    conv, norm = layers(32)
+    x = torch.ones(2, 32, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def run():
+        return torch.autograd.grad(train_block(x, conv, norm)[:, :, 1:-1, 1:-1].sum(), [x])[0]
+
+    assert torch.allclose(run(), plain(compiled, run), atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("channels", [3, 32])
+def test_what_is_not_finite_stays_so(compiled, channels, bad):
+    conv, norm = layers(channels)
+    x = channels_last(2, channels, 8, 8)
+    x[0, 1, 3, 3] = bad
+    out = train_block(x, conv, norm, PatchMoments.of(x) if channels == 3 else None)
+    assert not torch.isfinite(out).all()
+    meta, good = MetaLearner(4, 5, 300), torch.randn(300, 1)
+    grad = good.clone()
+    grad[7] = bad
+
+    def run():
+        state = meta.initial_state()
+        return torch.cat((meta(torch.tensor(1.0), grad, state).c, meta(torch.tensor(bad), good, state).c)).isfinite()
+
+    found = run()
+    assert not found.all()
+    assert torch.equal(found, plain(compiled, run))
+
+
+def test_patch_moments(compiled):
+    for shape in ((2, 3, 9, 14), (1, 3, 16, 16), (3, 3, 2, 2)):
+        x = channels_last(*shape)
+        ours, theirs = PatchMoments.of(x), plain(compiled, lambda x=x: PatchMoments.of(x))
+        assert relative(ours.total, theirs.total) < 1e-5
+        assert relative(ours.product, theirs.product) < 1e-6
+        assert ours.count == theirs.count
+
+
+@pytest.mark.parametrize(("hidden_size", "n_params"), [(20, 900), (20, 128), (1, 5), (7, 130)])
+def test_steps_of_the_meta_learner(compiled, hidden_size, n_params):
+    """Three steps, whose gradients reach all that is learned; P need not fill the tiles."""
+    meta = MetaLearner(4, hidden_size, n_params)
+    with torch.no_grad():
+        meta.metalstm.WF.normal_()
+        meta.metalstm.WI.normal_()
+        meta.metalstm.cI.normal_()
+    size = 10 ** torch.empty(3, n_params, 1).uniform_(-7, 1)  # on both sides of prep's e^-10
+    grads, losses, ahead = size * torch.randn(3, n_params, 1).sign(), torch.rand(3), torch.randn(n_params, 1)
+
+    def run():
+        state = meta.initial_state()
+        for loss, grad in zip(losses, grads, strict=True):
+            state = meta(loss, grad, state)
+        return [state.c, state.f, state.i, *torch.autograd.grad(state.c, list(meta.parameters()), ahead)]
+
+    for ours, theirs in zip(run(), plain(compiled, run), strict=True):
+        assert relative(ours, theirs) < 1e-5
+
+
+def an_episode(conv_dtype=None, image_size=32):
+    torch.manual_seed(3)
+    w_grad, wo_grad = (Learner(image_size, 1e-3, 0.95, 5, conv_dtype) for _ in range(2))
+    meta = MetaLearner(4, 20, w_grad.get_flat_params().numel())
+    meta.metalstm.init_cI(w_grad.get_flat_params())
+    y = torch.arange(5)
+    support, query = channels_last(10, 3, image_size, image_size), channels_last(15, 3, image_size, image_size)
+    episode = Episode(support, y.repeat_interleave(2), query, y.repeat_interleave(3), torch.arange(10).repeat(3, 1))
+    optimizer = torch.optim.Adam(meta.parameters(), fused=True)
+    tested = evaluate_episode(episode, w_grad, wo_grad, meta, 10)[0]
+    trained = train_episode(episode, w_grad, wo_grad, meta, optimizer, 10, 0.25)[0]
+    return [tested, trained, *(p.grad for p in meta.parameters())]
+
+
+def test_an_episode(compiled):
+    ours, theirs = an_episode(), plain(compiled, an_episode)
+    for a, b in zip(ours[:2], theirs[:2], strict=True):
+        assert a.item() == pytest.approx(b.item(), rel=1e-4)
+    assert not torch.equal(torch.stack(ours[:2]), torch.stack(theirs[:2])), "the kernels were not used"
+
+
+def test_the_number_of_threads_changes_no_bit(compiled):
+    """Of the kernels: PyTorch's convolutions see to themselves."""
+    conv, norm = layers(3)
+    x, meta, grad = channels_last(5, 3, 20, 20), MetaLearner(4, 20, 3000), torch.randn(3000, 1) * 1e-3
+    kept, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            out = train_block(x, conv, norm, PatchMoments.of(x))
+            state = meta(torch.tensor(1.0), grad, meta(torch.tensor(1.0), grad, meta.initial_state()))
+            found = torch.autograd.grad(out.sum() + state.c.sum(), [conv.weight, norm.weight, *meta.parameters()])
+            results.append([out, state.c, *found])
+    finally:
+        torch.set_num_threads(kept)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_float64_and_other_widths_are_pytorchs():
+    conv, norm = layers(3, torch.float64)
+    x = channels_last(2, 3, 8, 8).double()
+    assert train_block(x, conv, norm, PatchMoments.of(x)).dtype == torch.float64
+    narrow, norm = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8)
+    assert train_block(x.float(), narrow, norm, PatchMoments.of(x.float())).shape == (2, 8, 4, 4)
+    with torch.no_grad():
+        assert eval_block(x.float(), narrow, norm).shape == (2, 8, 4, 4)
+
+
+# ---- Compiling ----
+
+PROBE = "import native, torch; print(bool(native.library().functions)); print(native.library().state)"
+
+
+def probe(cache, **environment):
+    env = os.environ | {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)} | environment
+    found = subprocess.run([sys.executable, "-c", PROBE], env=env, capture_output=True, text=True, check=True)
+    assert found.stderr == ""
+    made, state = found.stdout.splitlines()
+    return made == "True", state
+
+
+def test_without_a_compiler_it_says_so_and_goes_on(tmp_path):
+    for environment, words in (
+        ({"PATH": str(tmp_path)}, "install g++"),
+        ({"CXX": str(tmp_path / "none")}, "No such file"),
+        ({"CXX": "/bin/false"}, "/bin/false"),
+    ):
+        made, state = probe(tmp_path, **({"CXX": ""} | environment))
+        assert not made
+        assert words in state
+        assert "half the speed" in state
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compilers_error_is_shown(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho note >&2\necho 'a.cpp:1: error: bad' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    made, state = probe(tmp_path / "cache", CXX=str(compiler))
+    assert not made
+    assert "a.cpp:1: error: bad" in state
+    assert list((tmp_path / "cache" / "lstm-meta-learner").iterdir()) == []
+
+
+def test_compiled_once_and_again_if_damaged(tmp_path):
+    if not native.library().functions:
+        pytest.skip(native.library().state)
+    assert probe(tmp_path)[0]
+    (made,) = (tmp_path / "lstm-meta-learner").iterdir()
+    first = made.stat()
+    assert probe(tmp_path, PATH=f"{os.environ['PATH']}")[0]
+    assert made.stat().st_mtime_ns == first.st_mtime_ns
+    made.write_bytes(made.read_bytes()[:1000])
+    assert probe(tmp_path)[0]
+    assert made.stat().st_size == first.st_size
+    assert list((tmp_path / "lstm-meta-learner").iterdir()) == [made]
+
+
+def test_nowhere_to_keep_them(tmp_path):
+    if not native.library().functions:
+        pytest.skip(native.library().state)
+    occupied = tmp_path / "file"
+    occupied.write_text("")
+    assert probe(occupied)[0]
+    assert occupied.read_text() == ""
