@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
+from capture import Captured
 from dataloader import EpisodeDataset, episodes
 from episode import Episode, evaluate_episode
 from learner import Learner
@@ -21,43 +22,43 @@ from utils import summary
 
 
 class Evaluator:
-    """Adapts to episodes and reports on their query images, with a pair of learners of its own as scratch space.
+    """Adapts the meta-learner to episodes and reports on their query images, with learners of its own as scratch space.
 
     On a CPU several episodes go side by side, each on one thread: faster than one after another on all threads, and the same
     bits whatever the number of cores.
     """
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, learners: tuple[Learner, Learner]):
-        self.args, self.device = args, device
+    def __init__(
+        self, args: argparse.Namespace, device: torch.device, learners: tuple[Learner, Learner], metalearner: MetaLearner
+    ):
+        self.args, self.device, self.metalearner = args, device, metalearner
         self.n_threads = torch.get_num_threads() if device.type == "cpu" else 1
         self.pairs = [copy.deepcopy(learners) for _ in range(self.n_threads)]
+        self.free: queue.SimpleQueue = queue.SimpleQueue()
+        for pair in self.pairs:
+            self.free.put(pair)
+        self.one = Captured(self._one) if device.type == "cuda" else self._one
+
+    def _one(self, episode: Episode) -> tuple[torch.Tensor, torch.Tensor]:
+        pair = self.free.get()
+        try:
+            return evaluate_episode(episode, *pair, self.metalearner, self.args.batch_size)
+        finally:
+            self.free.put(pair)
 
     def __call__(
-        self,
-        dataset: EpisodeDataset,
-        metalearner: MetaLearner,
-        after_each: Callable[[], None] = lambda: None,
+        self, dataset: EpisodeDataset, after_each: Callable[[], None] = lambda: None
     ) -> tuple[list[float], list[float]]:
         """Evaluate all episodes of a data set, calling ``after_each`` in between.
 
         Returns:
             The losses and the accuracies in percent, one an episode in their order.
         """
-        args, free = self.args, queue.SimpleQueue()
-        for pair in self.pairs:
-            free.put(pair)
-
-        def one(episode: Episode) -> tuple[torch.Tensor, torch.Tensor]:
-            pair = free.get()
-            try:
-                return evaluate_episode(episode, *pair, metalearner, args.batch_size)
-            finally:
-                free.put(pair)
-
+        args, results = self.args, []
         stream = episodes(dataset, 0, args.n_workers, self.device, args.pin_mem, ignore_signals)
-        results = []
         bar = tqdm(total=len(dataset), desc=dataset.split.name, unit="ep", leave=False, disable=None)
-        for result in side_by_side(one, stream, self.n_threads) if self.device.type == "cpu" else map(one, stream):
+        on_cpu = self.device.type == "cpu"
+        for result in side_by_side(self.one, stream, self.n_threads) if on_cpu else map(self.one, stream):
             results.append(result)
             bar.update()
             after_each()

@@ -83,7 +83,7 @@ def test(args: argparse.Namespace, device: torch.device, checkpoint: dict) -> No
             schedule = CROSS_SCHEDULE
         these = argparse.Namespace(**{**vars(args), "n_shot": n_shot, **schedule})
         dataset = episode_dataset(these, "test", counts[-1])
-        losses, accuracies = Evaluator(these, device, learners)(dataset, metalearner)
+        losses, accuracies = Evaluator(these, device, learners, metalearner)(dataset)
         name = f"test {n_shot}-shot ({schedule['epoch']} x {schedule['batch_size']})" if args.shots else "test"
         for count in counts:
             print(result_line(name, losses[:count], accuracies[:count]))

@@ -16,7 +16,7 @@ from augment import Windows, transform
 from cache import load_image
 from dataloader import draw_order, scan_classes
 from episode import Episode, adapt, query_loss
-from training import build, load_metalearner
+from training import build, load_metalearner, make_reproducible
 from utils import UserError, whole_file
 
 
@@ -115,6 +115,7 @@ def predict(args: argparse.Namespace, device: torch.device, checkpoint: dict) ->
         if not images:
             raise UserError(f"--support {args.support}/{name}: no images there; a class needs at least one example")
     files = gather(args.query)
+    make_reproducible(args.seed)
     learners, metalearner = build(args, device)
     load_metalearner(metalearner, checkpoint, Path(args.resume))
     labels = torch.tensor([k for k, images in enumerate(support) for _ in images], device=device)

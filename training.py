@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from capture import Captured
 from dataloader import EpisodeDataset, episodes, scan_split
-from episode import train_episode
+from episode import Episode, train_episode
 from evaluation import Evaluator, result_line
 from learner import Learner
 from metalearner import MetaLearner
@@ -26,10 +27,14 @@ MAX_SKIPPED = 20  # updates in a row whose loss or gradient is not finite
 
 
 def make_reproducible(seed: int) -> None:
-    """Same seed, same bits: seed the initialisation, and let cuDNN choose among deterministic algorithms only."""
+    """Same seed, same bits: seed the initialisation, and let cuDNN choose among deterministic algorithms only.
+
+    TF32, which keeps 10 bits of float32's 23, is off: float32 means float32.
+    """
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def build(args: argparse.Namespace, device: torch.device) -> tuple[tuple[Learner, Learner], MetaLearner]:
@@ -78,8 +83,9 @@ class Training:
         self.val_set = episode_dataset(args, "val", args.episode_val)
         self.data = {s.split.name: s.fingerprint for s in (self.train_set, self.val_set)}
         self.learners, self.metalearner = build(args, device)
-        self.evaluate = Evaluator(args, device, self.learners)
+        self.evaluate = Evaluator(args, device, self.learners, self.metalearner)
         self.optimizer = torch.optim.Adam(self.metalearner.parameters(), lr=args.lr, fused=True)
+        self.step = Captured(self.train_episode, self.optimizer) if device.type == "cuda" else self.train_episode
         self.done, self.validated, self.best = 0, 0, None
         self.since_log = {"loss": [], "accuracy": [], "skipped": []}  # of the episodes since the last line of the log
         self.skipped_in_a_row = 0
@@ -111,6 +117,10 @@ class Training:
             left.unlink(missing_ok=True)
         self.signals = Signals()
         self.saved = time.monotonic()
+
+    def train_episode(self, episode: Episode) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        args = self.args
+        return train_episode(episode, *self.learners, self.metalearner, self.optimizer, args.batch_size, args.grad_clip)
 
     def snapshot(self, *names: str) -> None:
         """Write the checkpoint under each of the names in ``ckpts/``; what was there stays until the new one is whole."""
@@ -196,7 +206,7 @@ class Training:
         self.snapshot(LAST)  # an end during validation costs the validation only
         names = [f"meta-learner-{self.done}.pth.tar", LAST]
         if args.val_freq:
-            loss, accuracy = self.evaluate(self.val_set, self.metalearner, self.stop_if_asked)
+            loss, accuracy = self.evaluate(self.val_set, self.stop_if_asked)
             found = summary(accuracy)
             if self.tensorboard is not None:
                 self.tensorboard.add_scalar("val/loss", summary(loss)["mean"], self.done)
@@ -239,11 +249,9 @@ class Training:
         self.logged, since = self.done, time.perf_counter()
         stream = episodes(self.train_set, self.done, args.n_workers, self.device, args.pin_mem, ignore_signals)
         for episode in stream:
-            loss, accuracy, skipped = train_episode(
-                episode, *self.learners, self.metalearner, self.optimizer, args.batch_size, args.grad_clip
-            )
+            found = self.step(episode)
             self.done += 1
-            for k, v in zip(self.since_log, (loss, accuracy, skipped), strict=True):
+            for k, v in zip(self.since_log, found, strict=True):
                 self.since_log[k].append(v)
             bar.update()
             if self.done % args.log_freq == 0 or self.done == args.episode:
@@ -288,7 +296,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict, path: Pat
         if len(optimizer.state) not in (0, len(optimizer.param_groups[0]["params"])):
             raise ValueError("moments of other parameters")
         for group in optimizer.param_groups:
-            group.update(lr=lr, fused=True, foreach=None)
+            group.update(lr=lr, fused=True, foreach=None, capturable=False)
     except Exception as e:  # whatever stands there instead of Adam's state
         raise UserError(f"{path}: its optimiser's state does not fit ({type(e).__name__}: {e}); it can only be tested") from e
 

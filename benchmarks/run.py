@@ -6,6 +6,7 @@ Every figure is the median of several rounds; a round runs ours, then the textbo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import platform
 import statistics
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -24,7 +26,10 @@ import textbook
 import torch
 
 import dataloader
+import learner
+import native
 from cache import load_image, reduced_size
+from capture import Captured
 from dataloader import EpisodeDataset, scan_split
 from episode import Episode, evaluate_episode, train_episode
 from evaluation import side_by_side
@@ -37,46 +42,56 @@ BATCH_SIZE = 25
 
 
 class Ours:
-    """The project's path: decoded images, batched augmentation, hand-written backward passes."""
+    """The project's path: decoded images, batched augmentation, hand-written backward passes, compiled or captured."""
 
-    def __init__(self, device: torch.device, n_class=5, image_size=84, precision=None, **_):
+    def __init__(self, device: torch.device, n_class=5, image_size=84, precision=None, batch_size=BATCH_SIZE, **_):
         torch.manual_seed(719)
         first = Learner(image_size, 1e-3, 0.95, n_class, precision).to(device)
         self.learners = (first, copy.deepcopy(first))
         self.scratch = copy.deepcopy(self.learners)
+        self.batch_size = batch_size
         self.meta = MetaLearner(4, 20, first.get_flat_params().numel()).to(device)
         self.meta.metalstm.init_cI(first.get_flat_params())
         self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=1e-3, fused=True)
+        graphs = device.type == "cuda"
+        self.train = Captured(self._train, self.optimizer) if graphs else self._train
+        self.test = Captured(self._test) if graphs else self._test
 
-    def train(self, episode: Episode, batch_size: int = BATCH_SIZE) -> torch.Tensor:
-        return train_episode(episode, *self.learners, self.meta, self.optimizer, batch_size, 0.25)[0]
+    def _train(self, episode: Episode) -> tuple[torch.Tensor, ...]:
+        return train_episode(episode, *self.learners, self.meta, self.optimizer, self.batch_size, 0.25)
 
-    def test(self, episode: Episode, batch_size: int = BATCH_SIZE) -> torch.Tensor:
-        return evaluate_episode(episode, *self.learners, self.meta, batch_size)[0]
+    def _test(self, episode: Episode) -> tuple[torch.Tensor, ...]:
+        return evaluate_episode(episode, *self.scratch, self.meta, self.batch_size)
 
-
-    def test_in_a_thread(self, episode: Episode) -> torch.Tensor:
-        pair = copy.deepcopy(self.scratch)
-        return evaluate_episode(episode, *pair, self.meta, BATCH_SIZE)[0]
+    def test_in_a_thread(self, episode: Episode) -> tuple[torch.Tensor, ...]:
+        return evaluate_episode(episode, *copy.deepcopy(self.scratch), self.meta, self.batch_size)
 
 
 class Textbook:
     """Plain modules, NCHW, autograd through everything."""
 
-    def __init__(self, device: torch.device, n_class=5, image_size=84, **_):
+    def __init__(self, device: torch.device, n_class=5, image_size=84, batch_size=BATCH_SIZE, **_):
         torch.manual_seed(719)
         self.learners = [textbook.TextbookLearner(image_size, 1e-3, 0.95, n_class).to(device) for _ in range(2)]
+        self.batch_size = batch_size
         n_params = sum(p.numel() for p in self.learners[0].parameters())
         self.meta = textbook.TextbookMetaLearner(20, n_params).to(device)
         flat = torch.cat([p.detach().reshape(-1) for p in self.learners[0].parameters()])
         self.meta.metalstm["cI"].data.copy_(flat.unsqueeze(1))
         self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=1e-3, fused=True)
 
-    def train(self, episode: Episode, batch_size: int = BATCH_SIZE) -> torch.Tensor:
-        return textbook.train_episode(episode, self.learners, self.meta, self.optimizer, batch_size, 0.25)[0]
+    def train(self, episode: Episode) -> tuple[torch.Tensor, ...]:
+        return textbook.train_episode(episode, self.learners, self.meta, self.optimizer, self.batch_size, 0.25)
 
-    def test(self, episode: Episode, batch_size: int = BATCH_SIZE) -> torch.Tensor:
-        return textbook.evaluate_episode(episode, self.learners, self.meta, batch_size)[0]
+    def test(self, episode: Episode) -> tuple[torch.Tensor, ...]:
+        return textbook.evaluate_episode(episode, self.learners, self.meta, self.batch_size)
+
+
+@contextlib.contextmanager
+def without_kernels():
+    """PyTorch alone, as where there is no C++ compiler."""
+    with mock.patch.object(native, "library", return_value=mock.Mock(functions={})):
+        yield
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -88,12 +103,17 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def turns(functions: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each function, all of them once a round after one round that is not counted."""
+    """Median seconds of each function, all of them once a round after one round that is not counted.
+
+    What is called the textbook's runs with the C library's own setting of the allocator, as a plain program does; what is said
+    to have no compiler runs without the kernels.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(rounds + 1):
         for name, function in functions.items():
-            keep_freed_memory(name != "textbook")  # a plain program has glibc's defaults
-            spent = seconds(function, device)
+            keep_freed_memory(name != "textbook")
+            with without_kernels() if "no compiler" in name else contextlib.nullcontext():
+                spent = seconds(function, device)
             if round_:
                 times[name].append(spent)
     return {name: statistics.median(values) for name, values in times.items()}
@@ -109,10 +129,11 @@ def table(*head: str) -> list[str]:
 
 def end_to_end(root: Path, rounds: int, workers: int, device: torch.device) -> list[str]:
     """Episodes from images on disk through to the update, each path with its own data pipeline running ahead."""
-    lines = table("end to end, ms an episode", "ours fp32", "ours bf16", "textbook", "fp32 ratio", "bf16 ratio")
-    for what, split in (("train", "train"), ("test", "test")):
+    names = ["ours fp32", "ours bf16", *(["ours fp32, no compiler"] if device.type == "cpu" else []), "textbook"]
+    spent = {}
+    for what in ("train", "test"):
         length = 4 * (rounds + 2)
-        found = scan_split(root, split)
+        found = scan_split(root, what)
         ours = EpisodeDataset(found, 719, **RECIPE, augment="port", length=length)
         plain = textbook.TextbookDataset(found, 719, **RECIPE, length=length)
 
@@ -122,18 +143,18 @@ def end_to_end(root: Path, rounds: int, workers: int, device: torch.device) -> l
             step = getattr(model, what)
             return lambda: [step(Episode(*(t.to(device) for t in next(stream)))) for _ in range(4)]
 
-        streams = [dataloader.episodes(ours, 0, workers, device, True) for _ in range(2)]
-        spent = turns(
-            {
-                "fp32": stepper(Ours(device), streams[0]),
-                "bf16": stepper(Ours(device, precision=torch.bfloat16), streams[1]),
-                "textbook": stepper(Textbook(device), textbook.episodes(plain, workers)),
-            },
-            rounds,
-            device,
-        )
-        a, b, c = (spent[k] * 250 for k in ("fp32", "bf16", "textbook"))
-        lines.append(row(what, a, b, c, c / a, c / b))
+        steppers = {}
+        for name in names:
+            if name == "textbook":
+                steppers[name] = stepper(Textbook(device), textbook.episodes(plain, workers))
+            else:
+                model = Ours(device, precision=torch.bfloat16 if "bf16" in name else None)
+                steppers[name] = stepper(model, dataloader.episodes(ours, 0, workers, device, True))
+        spent[what] = turns(steppers, rounds, device)
+    lines = table("end to end", "training, ms an episode", "times the textbook's speed", "testing, ms", "times")
+    for name in names:
+        cells = [x for of in spent.values() for x in (of[name] * 250, of["textbook"] / of[name])]
+        lines.append(row(name, *cells))
     return lines
 
 
@@ -156,7 +177,7 @@ def parts(root: Path, rounds: int, device: torch.device) -> list[str]:
     found = scan_split(root, "train")
     ready = EpisodeDataset(found, 719, **RECIPE, augment="port", length=10**6)
     slow = textbook.TextbookDataset(found, 719, **RECIPE, length=10**6)
-    learner, other = ours.learners[0].train(), plain.learners[0].train()
+    w_grad, other = ours.learners[0].train(), plain.learners[0].train()
     flat = episode.support.contiguous()
     grad = torch.randn_like(ours.meta.metalstm.cI) * 1e-3
     loss = torch.tensor(1.5, device=device)
@@ -174,7 +195,7 @@ def parts(root: Path, rounds: int, device: torch.device) -> list[str]:
     index = iter(range(10**6))
     pairs = {
         "one inner update of the learner": (
-            lambda: learner.loss_and_grad(episode.support, episode.support_y),
+            lambda: w_grad.loss_and_grad(episode.support, episode.support_y),
             textbook_update,
         ),
         "meta-learner, 8 updates forward and back": (
@@ -188,14 +209,14 @@ def parts(root: Path, rounds: int, device: torch.device) -> list[str]:
         "training, data aside": (lambda: ours.train(episode), lambda: plain.train(episode)),
         "testing, data aside": (lambda: ours.test(episode), lambda: plain.test(episode)),
     }
-    lines = table("part, ms", "ours fp32", "textbook", "ratio")
+    names = ["ours", *(["ours, no compiler"] if device.type == "cpu" else []), "textbook"]
+    lines = table("part, ms", *names, "ours : textbook")
     for name, (mine, theirs) in pairs.items():
-        one_thread = "one thread" in name
         n_threads = torch.get_num_threads()
-        torch.set_num_threads(1 if one_thread else n_threads)
-        spent = turns({"ours": mine, "textbook": theirs}, rounds, device)
+        torch.set_num_threads(1 if "one thread" in name else n_threads)
+        spent = turns({k: theirs if k == "textbook" else mine for k in names}, rounds, device)
         torch.set_num_threads(n_threads)
-        lines.append(row(name, spent["ours"] * 1e3, spent["textbook"] * 1e3, spent["textbook"] / spent["ours"]))
+        lines.append(row(name, *(v * 1e3 for v in spent.values()), spent["textbook"] / spent["ours"]))
     return lines
 
 
@@ -205,7 +226,7 @@ sys.path[:0] = [{root!r}, {root!r} + "/benchmarks"]
 import torch, run
 device = torch.device({device!r})
 model, episode = run.{kind}(device), run.synthetic(device, n_pass={n_pass})
-model.{what}(run.synthetic(device, n_pass=1, image_size=84))  # what loads once
+model.{what}(run.synthetic(device, n_pass=1))  # what loads once
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 base, peak, stop = resident(), 0, threading.Event()
@@ -219,7 +240,7 @@ for _ in range(2):
     model.{what}(episode)
 stop.set()
 watcher.join()
-print((torch.cuda.max_memory_allocated() if device.type == "cuda" else peak - base) / 2**20)
+print((torch.cuda.max_memory_reserved() if device.type == "cuda" else peak - base) / 2**20)
 """
 
 
@@ -249,15 +270,22 @@ def scaling(rounds: int, device: torch.device) -> list[str]:
         {"n_pass": 16},
         {"image_size": 42},
         {"image_size": 112},
+        {"filters": 16},
+        {"filters": 64},
     ]
     lines = table("training episode, data aside", "learner parameters", "ours ms", "textbook ms", "ratio")
     for variant in variants:
-        episode = synthetic(device, **(RECIPE | variant))
-        ours, plain = Ours(device, **(RECIPE | variant)), Textbook(device, **(RECIPE | variant))
-        size = episode.support.shape[0]
-        pair = {name: partial(model.train, episode, size) for name, model in (("ours", ours), ("textbook", plain))}
+        shape = RECIPE | variant
+        filters = shape.pop("filters", 32)
+        episode = synthetic(device, **shape)
+        shape["batch_size"] = episode.support.shape[0]
+        with mock.patch.object(learner, "N_FILTERS", filters), mock.patch.object(textbook, "N_FILTERS", filters):
+            ours, plain = Ours(device, **shape), Textbook(device, **shape)
+        pair = {name: partial(model.train, episode) for name, model in (("ours", ours), ("textbook", plain))}
         spent = turns(pair, rounds, device)
         name = ", ".join(f"{k} {v}" for k, v in variant.items()) or "the recipe"
+        if filters != 32 and device.type == "cpu":
+            name += " (PyTorch's blocks: the kernels are for 32)"
         n_params = ours.meta.metalstm.cI.numel()
         lines.append(row(name, n_params, spent["ours"] * 1e3, spent["textbook"] * 1e3, spent["textbook"] / spent["ours"]))
     return lines
@@ -291,7 +319,8 @@ def reduction() -> list[str]:
 def machine(device: torch.device) -> str:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = next((x.split(":")[1].strip() for x in info.splitlines() if x.startswith("model name")), platform.processor())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
+    name = f"{cpu}, {torch.get_num_threads()} threads, {native.library().state}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True, check=False)
     return f"{name}; torch {torch.__version__}; commit {commit.stdout.strip() or 'unknown'}; {time.strftime('%Y-%m-%d')}"

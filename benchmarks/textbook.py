@@ -20,6 +20,8 @@ from dataloader import Augmentation, Split, draw_augmentation, draw_images, draw
 from episode import Episode
 from metalearner import prep
 
+N_FILTERS = 32
+
 
 class TextbookLearner(nn.Module):
     """Conv4 with convolution (and its bias), batch normalisation, ReLU and pooling one after another."""
@@ -27,9 +29,9 @@ class TextbookLearner(nn.Module):
     def __init__(self, image_size: int, bn_eps: float, bn_momentum: float, n_classes: int):
         super().__init__()
         for b in range(1, 5):
-            self.add_module(f"conv{b}", nn.Conv2d(3 if b == 1 else 32, 32, 3, padding=1))
-            self.add_module(f"norm{b}", nn.BatchNorm2d(32, eps=bn_eps, momentum=bn_momentum))
-        self.cls = nn.Linear(32 * (image_size // 16) ** 2, n_classes)
+            self.add_module(f"conv{b}", nn.Conv2d(3 if b == 1 else N_FILTERS, N_FILTERS, 3, padding=1))
+            self.add_module(f"norm{b}", nn.BatchNorm2d(N_FILTERS, eps=bn_eps, momentum=bn_momentum))
+        self.cls = nn.Linear(N_FILTERS * (image_size // 16) ** 2, n_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         for b in range(1, 5):

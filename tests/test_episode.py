@@ -113,7 +113,7 @@ def test_a_validation_leaves_training_as_it_was(master):
     dataset = EpisodeDataset(scan_split(master, "val"), 719, 3, 2, 2, 2, 16, "port", 3)
     episode, w_grad, wo_grad, meta = make()
     optimizer = torch.optim.Adam(meta.parameters(), fused=True)
-    evaluate = Evaluator(args, torch.device("cpu"), (w_grad, wo_grad))
+    evaluate = Evaluator(args, torch.device("cpu"), (w_grad, wo_grad), meta)
     train_episode(episode, w_grad, wo_grad, meta, optimizer, 100, 0.25)
     states, original = [], meta.forward
     meta.forward = lambda *inputs: states.append(original(*inputs)) or states[-1]
@@ -130,7 +130,7 @@ def test_a_validation_leaves_training_as_it_was(master):
         return modes, random.getstate(), numbers[1].tolist(), numbers[2:], of_torch
 
     before, rest = everything(), the_rest()
-    evaluate(dataset, meta)
+    evaluate(dataset)
     assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
     assert rest == the_rest()
     assert len(states) == 3 * 2  # episodes x passes

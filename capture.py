@@ -1,0 +1,85 @@
+"""Whole episodes as CUDA graphs: recorded once, then replayed by a single launch instead of thousands."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from episode import Episode
+
+WARM_UP = 3  # episodes in the ordinary way before the recording: libraries make their workspaces, Adam its moments
+
+
+class Captured:
+    """A function of an episode, recorded as a CUDA graph after ``WARM_UP`` calls and replayed from then on.
+
+    It is the same code either way, and the warm-up counts: a training's first episodes are trained on. What it reads and
+    changes besides the episode (parameters, moments, running statistics) must keep its place in memory.
+
+    Args:
+        function: (Episode) -> tuple of tensors, waiting for nothing.
+        optimizer: whose step ``function`` takes, if it does.
+    """
+
+    def __init__(self, function: Callable[[Episode], tuple[Tensor, ...]], optimizer: torch.optim.Optimizer | None = None):
+        self.function, self.optimizer = function, optimizer
+        self.stream = torch.cuda.Stream()  # for warm-up and recording: workspaces made by the first serve the second
+        self.calls, self.failed = 0, False
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, episode: Episode) -> tuple[Tensor, ...]:
+        """The function's results, on the current stream.
+
+        Raises:
+            ValueError: this episode's shapes are not those of the recorded one.
+        """
+        if self.graph is None and self.calls >= WARM_UP and not self.failed:
+            self._record(episode)
+        self.calls += 1
+        if self.graph is None:
+            return self._ordinarily(episode)
+        for place, tensor in zip(self.inputs, episode, strict=True):
+            if place.shape != tensor.shape:
+                raise ValueError(f"an episode with {list(tensor.shape)}, but the graph was recorded with {list(place.shape)}")
+            place.copy_(tensor, non_blocking=True)
+        self.graph.replay()
+        return tuple(t.clone() for t in self.outputs)
+
+    def _ordinarily(self, episode: Episode) -> tuple[Tensor, ...]:
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            results = self.function(episode)
+        current.wait_stream(self.stream)
+        return tuple(t.clone() for t in results)
+
+    def _record(self, episode: Episode) -> None:
+        self.inputs = Episode(*(t.clone() for t in episode))
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # The thread that pins memory for the data pipeline goes on meanwhile, so only this thread's calls are watched.
+            how = {"stream": self.stream, "capture_error_mode": "thread_local"}
+            with _capturable(self.optimizer), torch.cuda.graph(graph, **how):
+                self.outputs = self.function(self.inputs)
+        except RuntimeError as e:
+            self.failed = True
+            tqdm.write(f"episodes are not replayed as a CUDA graph, and slower: {str(e).splitlines()[0]}")
+        else:
+            self.graph = graph
+
+
+@contextlib.contextmanager
+def _capturable(optimizer: torch.optim.Optimizer | None):
+    """Adam asks for this flag while it is recorded, and warns of it at any other time."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False
