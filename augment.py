@@ -158,8 +158,8 @@ def transform(
     out = torch.empty(len(pixels), 3, image_size, image_size, device=device, memory_format=torch.channels_last)
     factors = None if jitter is None else torch.from_numpy(jitter.astype(np.float32)).to(device)
     if native.handles(pixels):
-        steps = None if order is None else torch.from_numpy(order)
-        return native.augment(pixels, torch.from_numpy(np.stack(windows)), torch.from_numpy(flip), factors, steps, out)
+        table, steps = np.stack(windows).astype(np.int64), None if order is None else torch.from_numpy(order.astype(np.int64))
+        return native.augment(pixels, torch.from_numpy(table), torch.from_numpy(flip), factors, steps, out)
     x = _resize(pixels, *_filters(windows, flip, pixels.shape[2:], image_size, device))
     if jitter is not None:
         x = _colour(x, factors.view(-1, 4, 1, 1, 1), order, device.type != "cpu")

@@ -1,4 +1,4 @@
-"""The hot loops of kernels.cpp, compiled for this machine at first use, as autograd functions.
+"""The hot loops in kernels/, compiled for this machine at first use, as autograd functions.
 
 They take the place of functions of block.py, metalearner.py and augment.py, which hold the same arithmetic in PyTorch, on a CPU
 in float32 or bfloat16. Where no C++ compiler is found, or the tensors are others, those run.
@@ -21,29 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SOURCE = Path(__file__).resolve().parent / "kernels.cpp"
+FOLDER = Path(__file__).resolve().parent / "kernels"
+MAIN = FOLDER / "kernels.cpp"  # includes the rest
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fno-predictive-commoning", "-Wno-psabi"]  # the first one needs more registers than there are
 DIGEST = 32  # bytes of a SHA-256
 SLOWER = "without compiled kernels, at half the speed"
-N_FILTERS, TILE = 32, 128  # C and TILE in kernels.cpp
+N_FILTERS, TILE = 32, 128  # C and TILE in kernels/
 
-# p: a tensor's memory, f: float, l: a whole number
-SIGNATURES = {
-    "block_forward": "pppfpppppllll",
-    "block_backward": "ppppppppfppllll",
-    "block_eval": "pppllll",
-    "first_forward": "ppppfppppppllll",
-    "first_backward": "ppppppppfpppppllll",
-    "first_eval": "ppppllll",
-    "patch_moments": "pppllll",
-    "augment": "ppppppl" + "llll",
-    "meta_forward": "p" * 18 + "lll",
-    "meta_backward": "p" * 29 + "lll",
-}
-BY_TYPE = [name for name in SIGNATURES if name.startswith(("block", "first", "patch"))]  # one for each of _SUFFIX
-_TYPES = {"p": ctypes.c_void_p, "f": ctypes.c_float, "l": ctypes.c_int64}
+ANY_TYPE = ("augment", "meta_forward", "meta_backward")
+BY_TYPE = ("block_forward", "block_backward", "block_eval", "first_forward", "first_backward", "first_eval", "patch_moments")
+_TYPES = {"p": ctypes.c_void_p, "f": ctypes.c_float, "l": ctypes.c_int64}  # the letters of kernels.cpp
 _SUFFIX = {torch.float32: "_float", torch.bfloat16: "_bfloat16"}
 
 
@@ -63,17 +52,16 @@ class Library:
             return
         try:
             library = _load(compiler)
-            for name, signature in SIGNATURES.items():
-                for suffix in _SUFFIX.values() if name in BY_TYPE else [""]:
-                    function = getattr(library, name + suffix)
-                    function.argtypes, function.restype = [_TYPES[s] for s in signature], None
-                    self.functions[name + suffix] = function
+            for name in (*ANY_TYPE, *(name + suffix for name in BY_TYPE for suffix in _SUFFIX.values())):
+                letters = ctypes.c_char_p.in_dll(library, f"{name}_arguments").value.decode()
+                address = ctypes.c_void_p.in_dll(library, f"{name}_address").value
+                self.functions[name] = ctypes.CFUNCTYPE(None, *(_TYPES[letter] for letter in letters))(address)
             self.state = f"kernels compiled by {Path(compiler).name}"
-        except (OSError, AttributeError, subprocess.SubprocessError) as e:
+        except (OSError, ValueError, subprocess.SubprocessError) as e:
             self.functions = {}
             said = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
             wrong = next((line for line in said if "error" in line), said[0] if said else type(e).__name__)
-            self.state = f"{SLOWER} ({compiler} cannot make kernels.cpp: {wrong})"
+            self.state = f"{SLOWER} ({compiler} cannot compile kernels/: {wrong})"
 
 
 def _load(compiler: str) -> ctypes.CDLL:
@@ -81,7 +69,8 @@ def _load(compiler: str) -> ctypes.CDLL:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     info = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
     processor = [line for line in info.splitlines() if line.startswith(("model name", "flags", "Features"))]
-    parts = (SOURCE.read_text(), *FLAGS, version, platform.platform(), *processor)
+    sources = [path.read_text() for path in (MAIN, *sorted(FOLDER.glob("*.h")))]
+    parts = (*sources, *FLAGS, version, platform.platform(), *processor)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lstm-meta-learner"
     path = folder / f"kernels-{key}.so"
@@ -95,7 +84,7 @@ def _load(compiler: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix=".compile-", dir=folder if keep else None) as place:
         made, linked = f"{place}/kernels.o", f"{place}/kernels.so"
         # linked without -fopenmp, so that it finds PyTorch's copy of the OpenMP runtime: two pools of threads would fight
-        for command in ([*FLAGS, "-c", str(SOURCE), "-o", made], ["-shared", made, "-o", linked]):
+        for command in ([*FLAGS, "-c", str(MAIN), "-o", made], ["-shared", made, "-o", linked]):
             subprocess.run([compiler, *command], capture_output=True, text=True, check=True, timeout=300)
         with open(linked, "r+b") as file:
             file.write(hashlib.sha256(file.read()).digest())  # what follows a library's last byte is nobody's

@@ -1,0 +1,199 @@
+// What follows a convolution in a block of the learner: see block.py.
+
+#pragma once
+
+#include <cmath>
+#include "vectors.h"
+
+namespace {
+
+constexpr int C = 32;  // filters of the learner
+constexpr int HALVES = C / LANES;
+
+struct Shape {
+  len images, height, width;
+  len rows() const { return height / 2; }  // after pooling
+  len columns() const { return width / 2; }
+  len count() const { return images * height * width; }
+  len pooled() const { return rows() * columns() * C; }
+};
+
+struct Norm {  // batch statistics and what follows from them
+  double mean[C], invstd[C];
+  float scale[C], shift[C];
+  void set(const float* gamma, const float* beta, const float* var, float eps) {
+    for (int c = 0; c < C; c++) {
+      invstd[c] = 1 / std::sqrt(double(var[c]) + eps);
+      scale[c] = float(gamma[c] * invstd[c]);
+      shift[c] = beta ? float(beta[c] - mean[c] * gamma[c] * invstd[c]) : 0;
+    }
+  }
+  static Norm only_bias(const float* bias) {
+    Norm norm;
+    for (int c = 0; c < C; c++) norm.scale[c] = 1, norm.shift[c] = bias[c];
+    return norm;
+  }
+};
+
+// What passes through the batch statistics adds k0 + k1 * y to the gradient of each output y of the convolution.
+struct Through {
+  double k0[C], k1[C];
+  void set(const Norm& norm, const float* gamma, const double* sums, len count, float* grad_gamma, float* grad_beta) {
+    for (int c = 0; c < C; c++) {
+      const double beta = sums[c], of_gamma = norm.invstd[c] * (sums[C + c] - norm.mean[c] * beta);
+      const double scale = gamma[c] * norm.invstd[c];
+      k1[c] = -scale * norm.invstd[c] * of_gamma / count;
+      k0[c] = -scale * beta / count - norm.mean[c] * k1[c];
+      grad_gamma[c] = float(of_gamma);
+      grad_beta[c] = float(beta);
+    }
+  }
+};
+
+template <class T>
+void pool_image(const T* y, T* pooled, uint8_t* where, const Shape& s) {
+  for (len r = 0; r < s.rows(); r++)
+    for (len q = 0; q < s.columns(); q++)
+      for (int v = 0; v < C; v += LANES) {
+        const T* p = y + (2 * r * s.width + 2 * q) * C + v;
+        vec best = load(p);
+        ivec at = ivec{};
+        larger(best, at, load(p + C), 1);
+        larger(best, at, load(p + s.width * C), 2);
+        larger(best, at, load(p + (s.width + 1) * C), 3);
+        const len to = (r * s.columns() + q) * C + v;
+        store(pooled + to, best);
+        if (where) narrowed(where + to, at);
+      }
+}
+
+// Sum, and sum of squares (by way of the deviations from the mean of a pair of rows, whose squares lose no digits).
+template <class T>
+void statistics_of_image(const T* y, const Shape& s, double* sums) {
+  std::memset(sums, 0, 2 * C * sizeof(double));
+  for (len r = 0; r < s.height; r += 2) {
+    const T* p = y + r * s.width * C;
+    const len n = (r + 1 < s.height ? 2 : 1) * s.width;
+    vec mean[HALVES] = {}, square[HALVES] = {};
+    for (len k = 0; k < n; k++)
+      UNROLL for (int v = 0; v < HALVES; v++) mean[v] += load(p + k * C + v * LANES);
+    UNROLL for (int v = 0; v < HALVES; v++) mean[v] = mean[v] / float(n);
+    for (len k = 0; k < n; k++)
+      UNROLL for (int v = 0; v < HALVES; v++) {
+        const vec d = load(p + k * C + v * LANES) - mean[v];
+        square[v] += d * d;
+      }
+    for (int c = 0; c < C; c++) {
+      const double m = mean[c / LANES][c % LANES];
+      sums[c] += m * n;
+      sums[C + c] += square[c / LANES][c % LANES] + m * m * n;
+    }
+  }
+}
+
+INLINE vec affine(vec y, const Norm& norm, int channel) { return y * load(norm.scale + channel) + load(norm.shift + channel); }
+INLINE ivec positive(vec y, const Norm& norm, int channel) { return ~(affine(y, norm, channel) <= 0); }
+
+template <class T>
+void affine_relu_image(const T* pooled, T* out, const Norm& norm, len size) {
+  for (len k = 0; k < size; k += C)
+    UNROLL for (int v = 0; v < C; v += LANES) store(out + k + v, relu(affine(load(pooled + k + v), norm, v)));
+}
+
+template <class T>
+void block_forward(const T* y, const float* gamma, const float* beta, float eps, T* pooled, uint8_t* where, T* out,
+                   float* mean, float* var, len images, len height, len width, len threads) {
+  const Shape s{images, height, width};
+  std::vector<double> parts(s.images * 2 * C);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (len b = 0; b < s.images; b++) {
+    const T* of_image = y + b * s.height * s.width * C;
+    statistics_of_image(of_image, s, &parts[b * 2 * C]);
+    pool_image(of_image, pooled + b * s.pooled(), where + b * s.pooled(), s);
+  }
+  double sums[2 * C];
+  total(parts, s.images, 2 * C, sums);
+  Norm norm;
+  for (int c = 0; c < C; c++) {
+    norm.mean[c] = sums[c] / s.count();
+    const double v = sums[C + c] / s.count() - norm.mean[c] * norm.mean[c];
+    mean[c] = float(norm.mean[c]);
+    var[c] = float(v < 0 ? 0 : v);
+  }
+  norm.set(gamma, beta, var, eps);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (len b = 0; b < s.images; b++) affine_relu_image(pooled + b * s.pooled(), out + b * s.pooled(), norm, s.pooled());
+}
+
+// In eval mode: the maxima, plus bias, through the ReLU.
+template <class T>
+void block_eval(const T* y, const float* bias, T* out, len images, len height, len width, len threads) {
+  const Shape s{images, height, width};
+  const Norm norm = Norm::only_bias(bias);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (len b = 0; b < s.images; b++) {
+    pool_image(y + b * s.height * s.width * C, out + b * s.pooled(), nullptr, s);
+    affine_relu_image(out + b * s.pooled(), out + b * s.pooled(), norm, s.pooled());
+  }
+}
+
+// Sums over an image's positions of the gradient behind the ReLU, and of its product with the maxima.
+template <class T>
+void gradient_sums_of_image(const T* grad, const T* pooled, const Norm& norm, const Shape& s, double* sums) {
+  std::memset(sums, 0, 2 * C * sizeof(double));
+  for (len r = 0; r < s.rows(); r++) {
+    vec plain[HALVES] = {}, product[HALVES] = {};
+    const len start = r * s.columns() * C;
+    for (len k = start; k < start + s.columns() * C; k += C)
+      UNROLL for (int v = 0; v < HALVES; v++) {
+        const vec y = load(pooled + k + v * LANES);
+        const vec g = keep(positive(y, norm, v * LANES), load(grad + k + v * LANES));
+        plain[v] += g;
+        product[v] += g * y;
+      }
+    for (int c = 0; c < C; c++) {
+      sums[c] += plain[c / LANES][c % LANES];
+      sums[C + c] += product[c / LANES][c % LANES];
+    }
+  }
+}
+
+// y [B, H, W, C] turns into its gradient.
+template <class T>
+void block_backward(const T* grad, const T* pooled, const uint8_t* where, T* y, const float* gamma, const float* beta,
+                    const float* mean, const float* var, float eps, float* grad_gamma, float* grad_beta, len images, len height, len width,
+                    len threads) {
+  const Shape s{images, height, width};
+  std::vector<double> parts(s.images * 2 * C);
+  Norm norm;
+  for (int c = 0; c < C; c++) norm.mean[c] = mean[c];
+  norm.set(gamma, beta, var, eps);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (len b = 0; b < s.images; b++)
+    gradient_sums_of_image(grad + b * s.pooled(), pooled + b * s.pooled(), norm, s, &parts[b * 2 * C]);
+  double sums[2 * C];
+  total(parts, s.images, 2 * C, sums);
+  Through through;
+  through.set(norm, gamma, sums, s.count(), grad_gamma, grad_beta);
+  float k0[C], k1[C];
+  for (int c = 0; c < C; c++) k0[c] = float(through.k0[c]), k1[c] = float(through.k1[c]);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (len b = 0; b < s.images; b++)
+    for (len r = 0; r < s.height; r++)
+      for (len q = 0; q < s.width; q += 2)
+        UNROLL for (int v = 0; v < C; v += LANES) {
+          vec g = {};
+          ivec at = {};
+          if (r / 2 < s.rows() && q / 2 < s.columns()) {
+            const len from = b * s.pooled() + (r / 2 * s.columns() + q / 2) * C + v;
+            g = keep(positive(load(pooled + from), norm, v), load(grad + from)) * load(norm.scale + v);
+            at = widened(where + from);
+          }
+          const int left = int(r % 2) * 2;
+          T* p = y + ((b * s.height + r) * s.width + q) * C + v;
+          store(p, load(k0 + v) + load(k1 + v) * load(p) + keep(at == left, g));
+          if (q + 1 < s.width) store(p + C, load(k0 + v) + load(k1 + v) * load(p + C) + keep(at == left + 1, g));
+        }
+}
+
+}  // namespace

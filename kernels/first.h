@@ -1,0 +1,219 @@
+// The first block: its convolution's output, the largest tensor of the network, stays in the registers.
+
+#pragma once
+
+#include <algorithm>
+#include "blocks.h"
+
+namespace {
+
+constexpr int TAPS = 27;  // 3 x 3 pixels of 3 colours under a filter
+
+struct Padded {  // an image [height, width, 3] with a border of zeros
+  len stride;
+  std::vector<float> pixels;
+  explicit Padded(const Shape& s) : stride((s.width + 2) * 3), pixels((s.height + 2) * stride + LANES) {}
+  template <class T>
+  void copy(const T* x, const Shape& s) {
+    for (len r = 0; r < s.height; r++)
+      for (len k = 0; k < s.width * 3; k++) pixels[(r + 1) * stride + 3 + k] = number(x[r * s.width * 3 + k]);
+  }
+};
+
+// Filters [C, 3 colours, 3, 3] in the order in which an image's pixels lie: [row, 3 columns x 3 colours, C]
+struct Filters {
+  float w[TAPS][C];
+  static int place(int tap) { return tap % 3 * 9 + tap / 3; }  // of tap (row, column, colour) in (colour, row, column)
+  explicit Filters(const float* weight) {
+    for (int t = 0; t < TAPS; t++)
+      for (int c = 0; c < C; c++) w[t][c] = weight[c * TAPS + place(t)];
+  }
+};
+
+template <int N, class T>  // N pooled pixels side by side
+INLINE void first_pixels(const float* in, len stride, const Filters& filters, const Norm& norm, uint8_t* where, T* out) {
+  vec y[2][2 * N][HALVES] = {};
+  for (int row = 0; row < 3; row++)
+    ROLLED for (int t = 0; t < 9; t++) {
+      vec w[HALVES];
+      UNROLL for (int v = 0; v < HALVES; v++) w[v] = load(filters.w[row * 9 + t] + v * LANES);
+      UNROLL for (int dr = 0; dr < 2; dr++)
+        UNROLL for (int dq = 0; dq < 2 * N; dq++) {
+          const vec x = all(in[(dr + row) * stride + dq * 3 + t]);
+          UNROLL for (int v = 0; v < HALVES; v++) y[dr][dq][v] += x * w[v];
+        }
+    }
+  UNROLL for (int n = 0; n < N; n++)
+    UNROLL for (int v = 0; v < HALVES; v++) {
+      vec best = y[0][2 * n][v];
+      ivec at = ivec{};
+      larger(best, at, y[0][2 * n + 1][v], 1);
+      larger(best, at, y[1][2 * n][v], 2);
+      larger(best, at, y[1][2 * n + 1][v], 3);
+      const len to = n * C + v * LANES;
+      if (where) narrowed(where + to, at);
+      store(out + to, relu(affine(best, norm, v * LANES)));
+    }
+}
+
+template <class T>
+void first_images(const T* x, const Filters& filters, const Norm& norm, uint8_t* where, T* out, const Shape& s, len threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    Padded padded(s);
+#pragma omp for schedule(static)
+    for (len b = 0; b < s.images; b++) {
+      padded.copy(x + b * s.height * s.width * 3, s);
+      for (len r = 0; r < s.rows(); r++) {
+        const float* in = padded.pixels.data() + 2 * r * padded.stride;
+        const len row = b * s.pooled() + r * s.columns() * C;
+        len q = 0;
+        for (; q + 3 <= s.columns(); q += 3) {
+          const len to = row + q * C;
+          first_pixels<3>(in + q * 6, padded.stride, filters, norm, where ? where + to : nullptr, out + to);
+        }
+        for (; q < s.columns(); q++) {
+          const len to = row + q * C;
+          first_pixels<1>(in + q * 6, padded.stride, filters, norm, where ? where + to : nullptr, out + to);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void first_forward(const T* x, const float* weight, const float* gamma, const float* beta, float eps, const double* patches,
+                   const double* products, uint8_t* where, T* out, float* mean, float* var, len images, len height, len width, len threads) {
+  const Shape s{images, height, width};
+  Norm norm;
+  for (int c = 0; c < C; c++) {
+    double m = 0, square = 0;
+    for (int j = 0; j < TAPS; j++) {
+      double inner = 0;
+      for (int k = 0; k < TAPS; k++) inner += products[j * TAPS + k] * weight[c * TAPS + k];
+      square += inner * weight[c * TAPS + j];
+      m += patches[j] * weight[c * TAPS + j];
+    }
+    norm.mean[c] = m / s.count();
+    const double v = square / s.count() - norm.mean[c] * norm.mean[c];
+    mean[c] = float(norm.mean[c]);
+    var[c] = float(v < 0 ? 0 : v);
+  }
+  norm.set(gamma, beta, var, eps);
+  first_images(x, Filters(weight), norm, where, out, s, threads);
+}
+
+// In eval mode: the maxima, plus bias, through the ReLU.
+template <class T>
+void first_eval(const T* x, const float* weight, const float* bias, T* out, len images, len height, len width, len threads) {
+  first_images(x, Filters(weight), Norm::only_bias(bias), nullptr, out, Shape{images, height, width}, threads);
+}
+
+// Sums over an image's maxima of the gradient behind the ReLU, [C], and of its products with the patches, [TAPS, C].
+template <class T>
+void first_sums_of_image(const Padded& padded, const T* grad, const T* out, const uint8_t* where, const Shape& s, double* result) {
+  for (int v = 0; v < C; v += LANES) {
+    vec plain = {}, sums[TAPS] = {};
+    for (len r = 0; r < s.rows(); r++)
+      for (len q = 0; q < s.columns(); q++) {
+        const len from = (r * s.columns() + q) * C + v;
+        const vec g = keep(~(load(out + from) <= 0), load(grad + from));
+        const ivec at = widened(where + from);
+        plain += g;
+        ROLLED for (int k = 0; k < 4; k++) {
+          const vec here = keep(at == k, g);
+          const float* top = padded.pixels.data() + (2 * r + k / 2) * padded.stride + (2 * q + k % 2) * 3;
+          const float *middle = top + padded.stride, *bottom = middle + padded.stride;
+          UNROLL for (int t = 0; t < 9; t++) sums[t] += here * top[t];
+          UNROLL for (int t = 0; t < 9; t++) sums[9 + t] += here * middle[t];
+          UNROLL for (int t = 0; t < 9; t++) sums[18 + t] += here * bottom[t];
+        }
+      }
+    for (int k = 0; k < LANES; k++) {
+      result[v + k] = plain[k];
+      for (int t = 0; t < TAPS; t++) result[C + t * C + v + k] = sums[t][k];
+    }
+  }
+}
+
+template <class T>
+void first_backward(const T* grad, const T* x, const float* weight, const T* out, const uint8_t* where, const float* gamma,
+                    const float* mean, const float* var, float eps, const double* patches, const double* products,
+                    float* grad_weight, float* grad_gamma, float* grad_beta, len images, len height, len width, len threads) {
+  const Shape s{images, height, width};
+  constexpr len SIZE = C + TAPS * C;
+  std::vector<double> parts(s.images * SIZE);
+#pragma omp parallel num_threads(threads)
+  {
+    Padded padded(s);
+#pragma omp for schedule(static)
+    for (len b = 0; b < s.images; b++) {
+      const len at = b * s.pooled();
+      padded.copy(x + b * s.height * s.width * 3, s);
+      first_sums_of_image(padded, grad + at, out + at, where + at, s, &parts[b * SIZE]);
+    }
+  }
+  double found[SIZE], sums[2 * C];
+  total(parts, s.images, SIZE, found);
+  const double* at_maxima = found + C;
+  for (int c = 0; c < C; c++) {
+    sums[c] = found[c];
+    sums[C + c] = 0;  // gradient times maximum, which is filter times patch
+    for (int t = 0; t < TAPS; t++) sums[C + c] += at_maxima[t * C + c] * weight[c * TAPS + Filters::place(t)];
+  }
+  Norm norm;
+  for (int c = 0; c < C; c++) norm.mean[c] = mean[c];
+  norm.set(gamma, nullptr, var, eps);
+  Through through;
+  through.set(norm, gamma, sums, s.count(), grad_gamma, grad_beta);
+  for (int c = 0; c < C; c++)
+    for (int t = 0; t < TAPS; t++) {
+      const int j = Filters::place(t);
+      double inner = 0;
+      for (int k = 0; k < TAPS; k++) inner += products[j * TAPS + k] * weight[c * TAPS + k];
+      const double direct = at_maxima[t * C + c] * gamma[c] * norm.invstd[c];
+      grad_weight[c * TAPS + j] = float(direct + through.k0[c] * patches[j] + through.k1[c] * inner);
+    }
+}
+
+// Sums and sums of products of the 3x3 patches, [TAPS] and [TAPS, TAPS] in the order (colour, row, column).
+template <class T>
+void patch_moments(const T* x, double* patches, double* products, len images, len height, len width, len threads) {
+  const Shape s{images, height, width};
+  constexpr int COUNT = 30, SIZE = TAPS * COUNT;  // taps, ones for the sums, zeros up to a multiple of COLUMNS
+  const int wide = int((2 * s.width + LANES - 1) / LANES * LANES);  // two rows of pixels at a time
+  std::vector<double> parts(s.images * SIZE);
+#pragma omp parallel num_threads(threads)
+  {
+    const len stride = s.width + 2, plane = (s.height + 2) * stride;
+    std::vector<float> planes(3 * plane), z(COUNT * wide), sums(COUNT * COUNT * LANES);
+#pragma omp for schedule(static)
+    for (len b = 0; b < s.images; b++) {
+      for (len r = 0; r < s.height; r++)
+        for (len q = 0; q < s.width; q++)
+          for (int c = 0; c < 3; c++)
+            planes[c * plane + (r + 1) * stride + q + 1] = number(x[((b * s.height + r) * s.width + q) * 3 + c]);
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (len r = 0; r < s.height; r += 2) {
+        const int rows = r + 1 < s.height ? 2 : 1;
+        std::fill(z.begin(), z.end(), 0.0f);
+        for (int row = 0; row < rows; row++) {
+          for (int t = 0; t < TAPS; t++)
+            std::memcpy(&z[t * wide + row * s.width], &planes[t / 9 * plane + (r + row + t / 3 % 3) * stride + t % 3],
+                        s.width * sizeof(float));
+          std::fill_n(&z[TAPS * wide + row * s.width], s.width, 1.0f);
+        }
+        add_products(z.data(), TAPS + 1, z.data(), COUNT, wide, sums.data());
+      }
+      for (int k = 0; k < SIZE; k++) parts[b * SIZE + k] = sum(load(&sums[k * LANES]));
+    }
+  }
+  std::vector<double> all_sums(SIZE);
+  total(parts, s.images, SIZE, all_sums.data());
+  for (int j = 0; j < TAPS; j++) {
+    patches[j] = all_sums[j * COUNT + TAPS];
+    for (int k = 0; k < TAPS; k++) products[j * TAPS + k] = all_sums[std::min(j, k) * COUNT + std::max(j, k)];
+  }
+}
+
+}  // namespace

@@ -1,0 +1,47 @@
+// The hot loops of an episode on a CPU, which native.py compiles, loads and calls. Their arithmetic is that of block.py,
+// metalearner.py and augment.py.
+//
+// Tensors are dense, images and activations channels last: [images, height, width, channels]. T is float or bfloat16 (as bits);
+// sums are float over a few rows and double beyond, always in the same order, so the number of threads changes no bit.
+
+#include <type_traits>
+
+#include "augment.h"
+#include "first.h"
+#include "meta.h"
+
+namespace {
+
+template <class A>
+constexpr char letter() {
+  return std::is_pointer<A>::value ? 'p' : std::is_same<A, float>::value ? 'f' : 'l';
+}
+template <class... A>
+struct Letters {
+  static constexpr char text[] = {letter<A>()..., 0};
+};
+template <class... A>
+constexpr const char* letters(void (*)(A...)) {
+  return Letters<A...>::text;
+}
+
+}  // namespace
+
+// Each function's address and the types of its arguments, under the names by which native.py looks for them.
+#define EXPORT(name, function)                             \
+  extern "C" {                                             \
+  void* name##_address = reinterpret_cast<void*>(function); \
+  const char* name##_arguments = letters(function);         \
+  }
+#define EXPORT_BOTH(name) EXPORT(name##_float, name<float>) EXPORT(name##_bfloat16, name<uint16_t>)
+
+EXPORT(augment, augment)
+EXPORT(meta_forward, meta_forward)
+EXPORT(meta_backward, meta_backward)
+EXPORT_BOTH(block_forward)
+EXPORT_BOTH(block_backward)
+EXPORT_BOTH(block_eval)
+EXPORT_BOTH(first_forward)
+EXPORT_BOTH(first_backward)
+EXPORT_BOTH(first_eval)
+EXPORT_BOTH(patch_moments)

@@ -1,0 +1,213 @@
+// One update by the meta-learner: see metalearner.py, whose names these are.
+//
+// The LSTM's state h and c, and what it read, x, lie tile by tile: [tiles, H, TILE] and [tiles, 2, TILE]. All else is flat, [P].
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include "vectors.h"
+
+namespace {
+
+constexpr int TILE = 128;  // coordinates at a time
+constexpr int CHUNKS = 16;  // whose sums are kept apart, whatever the number of threads
+constexpr int WIDE = 4;  // vectors of a row held in registers
+
+// One step of the LSTM for a tile of coordinates. z [2 + H, TILE]: what it reads; gates come out as [4 H, TILE] in PyTorch's
+// order (input, forget, candidate, output).
+INLINE void lstm_tile(const float* weight, const float* bias, int H, const float* z, const float* c, float* gates,
+                      float* squashed, float* new_c, float* new_h) {
+  for (int u = 0; u < H; u++)
+    for (int from = 0; from < TILE; from += WIDE * LANES) {
+      vec a[4][WIDE];
+      UNROLL for (int g = 0; g < 4; g++)
+        UNROLL for (int v = 0; v < WIDE; v++) a[g][v] = all(bias[g * H + u]);
+      for (int k = 0; k < H + 2; k++) {
+        vec in[WIDE];
+        UNROLL for (int v = 0; v < WIDE; v++) in[v] = load(z + k * TILE + from + v * LANES);
+        UNROLL for (int g = 0; g < 4; g++) {
+          const vec w = all(weight[(g * H + u) * (H + 2) + k]);
+          UNROLL for (int v = 0; v < WIDE; v++) a[g][v] += w * in[v];
+        }
+      }
+      UNROLL for (int v = 0; v < WIDE; v++) {
+        const int at = u * TILE + from + v * LANES;
+        const vec i = gate(a[0][v]), f = gate(a[1][v]), g = hyperbolic_tangent(a[2][v]), o = gate(a[3][v]);
+        const vec cell = f * load(c + at) + i * g, s = hyperbolic_tangent(cell);
+        store(gates + at, i);
+        store(gates + H * TILE + at, f);
+        store(gates + 2 * H * TILE + at, g);
+        store(gates + 3 * H * TILE + at, o);
+        store(squashed + at, s);
+        store(new_c + at, cell);
+        store(new_h + at, o * s);
+      }
+    }
+}
+
+INLINE len tiles(len P) { return (P + TILE - 1) / TILE; }
+
+struct Tile {  // a stretch of the coordinates
+  len start, size;
+  Tile(len t, len P) : start(t * TILE), size(std::min<len>(TILE, P - t * TILE)) {}
+  void get(float* to, const float* from) const {
+    std::memcpy(to, from + start, size * sizeof(float));
+    std::memset(to + size, 0, (TILE - size) * sizeof(float));
+  }
+  void put(float* to, const float* from) const { std::memcpy(to + start, from, size * sizeof(float)); }
+};
+
+INLINE void prep(float x, float* first, float* second) {
+  const float size = std::fabs(x);
+  const bool large = size >= 4.539992976e-05f;  // e^-10
+  *first = large ? std::log(size + 1e-8f) / 10 : -1;
+  *second = large ? (x > 0 ? 1.0f : -1.0f) : 22026.465794806718f * x;
+  if (x != x) *first = *second = x;
+}
+
+void meta_forward(const float* weight, const float* bias, const float* wf, const float* bf, const float* wi, const float* bi,
+               const float* grad, const float* h, const float* c, const float* f, const float* i, const float* theta, float* x,
+               float* new_h, float* new_c, float* new_f, float* new_i, float* new_theta, len H, len P, len threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> z((H + 2) * TILE), gates(4 * H * TILE), squashed(H * TILE), g(TILE), fo(TILE), io(TILE), th(TILE);
+#pragma omp for schedule(static)
+    for (len t = 0; t < tiles(P); t++) {
+      const Tile tile(t, P);
+      const len state = t * H * TILE;
+      tile.get(g.data(), grad);
+      for (int k = 0; k < TILE; k++) prep(g[k], &z[k], &z[TILE + k]);
+      std::copy_n(z.data(), 2 * TILE, x + t * 2 * TILE);
+      std::copy_n(h + state, H * TILE, &z[2 * TILE]);
+      lstm_tile(weight, bias, H, z.data(), c + state, gates.data(), squashed.data(), new_c + state, new_h + state);
+      tile.get(fo.data(), f);
+      tile.get(io.data(), i);
+      tile.get(th.data(), theta);
+      for (int at = 0; at < TILE; at += LANES) {
+        const vec value = load(&th[at]);
+        vec forget = value * wf[H] + load(&fo[at]) * wf[H + 1] + bf[0];
+        vec input = value * wi[H] + load(&io[at]) * wi[H + 1] + bi[0];
+        for (int u = 0; u < H; u++) {
+          const vec said = load(new_h + state + u * TILE + at);
+          forget += said * wf[u];
+          input += said * wi[u];
+        }
+        store(&fo[at], forget);
+        store(&io[at], input);
+        store(&th[at], sigmoid(forget) * value - sigmoid(input) * load(&g[at]));
+      }
+      tile.put(new_f, fo.data());
+      tile.put(new_i, io.data());
+      tile.put(new_theta, th.data());
+    }
+  }
+}
+
+// Gradient of what the LSTM read of its own last output: [H, TILE] from the gates' gradients [4 H, TILE].
+INLINE void back_through_weight(const float* weight, int H, const float* gates, float* grad_h) {
+  for (int u = 0; u < H; u += ROWS)
+    for (int from = 0; from < TILE; from += WIDE * LANES) {
+      const int rows = H - u < ROWS ? H - u : ROWS;
+      vec s[ROWS][WIDE] = {};
+      for (int r = 0; r < 4 * H; r++) {
+        vec g[WIDE];
+        UNROLL for (int v = 0; v < WIDE; v++) g[v] = load(gates + r * TILE + from + v * LANES);
+        UNROLL for (int p = 0; p < ROWS; p++) {
+          const vec w = all(weight[r * (H + 2) + 2 + u + (p < rows ? p : 0)]);
+          UNROLL for (int v = 0; v < WIDE; v++) s[p][v] += w * g[v];
+        }
+      }
+      for (int p = 0; p < rows; p++)
+        UNROLL for (int v = 0; v < WIDE; v++) store(grad_h + (u + p) * TILE + from + v * LANES, s[p][v]);
+    }
+}
+
+void meta_backward(const float* weight, const float* bias, const float* wf, const float* wi, const float* grad, const float* x,
+                   const float* h, const float* c, const float* f, const float* i, const float* theta, const float* new_f,
+                   const float* new_i, const float* grad_new_h, const float* grad_new_c, const float* grad_new_f,
+                   const float* grad_new_i, const float* grad_new_theta, float* grad_weight, float* grad_bias, float* grad_wf,
+                   float* grad_bf, float* grad_wi, float* grad_bi, float* grad_h, float* grad_c, float* grad_f, float* grad_i,
+                   float* grad_theta, len H, len P, len threads) {
+  const int columns = (H + 3 + COLUMNS - 1) / COLUMNS * COLUMNS;  // z, ones for the bias, zeros
+  const int cells = H + 3, size = 4 * H * columns, all_sizes = size + 2 * cells;
+  std::vector<double> parts(CHUNKS * all_sizes);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> z(columns * TILE), gates(4 * H * TILE), squashed(H * TILE), out_c(H * TILE), out_h(H * TILE);
+    std::vector<float> sums(size * LANES), f_sums(cells * LANES), i_sums(cells * LANES);
+    std::vector<float> g(TILE), th(TILE), fo(TILE), io(TILE), nf(TILE), ni(TILE), df(TILE), di(TILE), dth(TILE);
+    std::fill_n(&z[(H + 2) * TILE], TILE, 1.0f);
+#pragma omp for schedule(static)
+    for (len chunk = 0; chunk < CHUNKS; chunk++) {
+      for (auto* part : {&sums, &f_sums, &i_sums}) std::fill(part->begin(), part->end(), 0.0f);
+      for (len t = tiles(P) * chunk / CHUNKS; t < tiles(P) * (chunk + 1) / CHUNKS; t++) {
+        const Tile tile(t, P);
+        const len state = t * H * TILE;
+        const float *cell = c + state, *to_h = grad_new_h + state, *to_c = grad_new_c + state;
+        std::copy_n(x + t * 2 * TILE, 2 * TILE, z.data());
+        std::copy_n(h + state, H * TILE, &z[2 * TILE]);
+        lstm_tile(weight, bias, H, z.data(), cell, gates.data(), squashed.data(), out_c.data(), out_h.data());
+        tile.get(g.data(), grad);
+        tile.get(th.data(), theta);
+        tile.get(fo.data(), f);
+        tile.get(io.data(), i);
+        tile.get(nf.data(), new_f);
+        tile.get(ni.data(), new_i);
+        tile.get(df.data(), grad_new_f);
+        tile.get(di.data(), grad_new_i);
+        tile.get(dth.data(), grad_new_theta);
+        for (int at = 0; at < TILE; at += LANES) {
+          const vec value = load(&th[at]), d = load(&dth[at]);
+          const vec forget = sigmoid(load(&nf[at])), input = sigmoid(load(&ni[at]));
+          const vec to_f = load(&df[at]) + d * value * forget * (1.0f - forget);
+          const vec to_i = load(&di[at]) - d * load(&g[at]) * input * (1.0f - input);
+          auto add = [&](int k, vec with_f, vec with_i) {
+            float *sf = &f_sums[k * LANES], *si = &i_sums[k * LANES];
+            store(sf, load(sf) + to_f * with_f);
+            store(si, load(si) + to_i * with_i);
+          };
+          add(H, value, value);
+          add(H + 1, load(&fo[at]), load(&io[at]));
+          add(H + 2, all(1), all(1));
+          store(&dth[at], d * forget + to_f * wf[H] + to_i * wi[H]);
+          store(&df[at], to_f * wf[H + 1]);
+          store(&di[at], to_i * wi[H + 1]);
+          for (int u = 0; u < H; u++) {
+            const int k = u * TILE + at;
+            const vec said = load(&out_h[k]), s = load(&squashed[k]), d_h = load(to_h + k) + to_f * wf[u] + to_i * wi[u];
+            add(u, said, said);
+            float* gate = &gates[k];
+            const vec i_u = load(gate), f_u = load(gate + H * TILE), g_u = load(gate + 2 * H * TILE);
+            const vec o_u = load(gate + 3 * H * TILE), d_c = load(to_c + k) + d_h * o_u * (1.0f - s * s);
+            store(gate, d_c * g_u * i_u * (1.0f - i_u));
+            store(gate + H * TILE, d_c * load(cell + k) * f_u * (1.0f - f_u));
+            store(gate + 2 * H * TILE, d_c * i_u * (1.0f - g_u * g_u));
+            store(gate + 3 * H * TILE, d_h * s * o_u * (1.0f - o_u));
+            store(grad_c + state + k, d_c * f_u);
+          }
+        }
+        add_products(gates.data(), 4 * H, z.data(), columns, TILE, sums.data());
+        back_through_weight(weight, H, gates.data(), grad_h + state);
+        tile.put(grad_f, df.data());
+        tile.put(grad_i, di.data());
+        tile.put(grad_theta, dth.data());
+      }
+      double* part = &parts[chunk * all_sizes];
+      for (const auto* found : {&sums, &f_sums, &i_sums})
+        for (size_t k = 0; k < found->size(); k += LANES) *part++ = sum(load(&(*found)[k]));
+    }
+  }
+  std::vector<double> found(all_sizes);
+  total(parts, CHUNKS, all_sizes, found.data());
+  for (int r = 0; r < 4 * H; r++) {
+    for (int k = 0; k < H + 2; k++) grad_weight[r * (H + 2) + k] = float(found[r * columns + k]);
+    grad_bias[r] = float(found[r * columns + H + 2]);
+  }
+  const double *of_f = &found[size], *of_i = of_f + cells;
+  for (int k = 0; k < H + 2; k++) grad_wf[k] = float(of_f[k]), grad_wi[k] = float(of_i[k]);
+  *grad_bf = float(of_f[H + 2]);
+  *grad_bi = float(of_i[H + 2]);
+}
+
+}  // namespace
