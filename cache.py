@@ -44,7 +44,7 @@ def load_image(path: Path) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255
+                if image.mode.startswith("I"):  # 16 bits, "I" to older versions of Pillow, which would clip them at 255
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 return image.convert("RGB")
     except Exception as e:  # Pillow's decoders raise nearly anything on hostile bytes

@@ -9,6 +9,7 @@ between NumPy releases.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import zlib
@@ -237,6 +238,12 @@ class EpisodeDataset(Dataset):
 
     def __len__(self) -> int:
         return self.length
+
+    def first(self, n: int) -> EpisodeDataset:
+        """The same episodes, ``n`` of them."""
+        some = copy.copy(self)
+        some.length = n
+        return some
 
     def __getitem__(self, index: int) -> Drawn:
         classes, picks = draw_images(self.seed, self.split, index, self.n_class, self.n_shot + self.n_eval)

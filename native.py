@@ -23,7 +23,7 @@ from torch import Tensor
 
 FOLDER = Path(__file__).resolve().parent / "kernels"
 MAIN = FOLDER / "kernels.cpp"  # includes the rest
-COMPILERS = ("g++", "c++", "clang++")
+COMPILERS = ("g++", "c++")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fno-predictive-commoning", "-Wno-psabi"]  # the first one needs more registers than there are
 DIGEST = 32  # bytes of a SHA-256

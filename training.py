@@ -263,7 +263,7 @@ class Training:
             since += time.perf_counter() - paused
         bar.close()
         if args.plots:
-            few = episode_dataset(args, "val", RECORDED)
+            few = self.val_set.first(RECORDED)
             write_trace(self.folder, record(few, self.evaluate.pairs[0], self.metalearner, args.batch_size, self.device))
         best = f", best by validation: episode {self.best['episode']}" if self.best else ""
         logger.info(f"done: {self.folder / 'ckpts' / LAST}{best}")
