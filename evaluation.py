@@ -17,7 +17,7 @@ from dataloader import EpisodeDataset, episodes
 from episode import Episode, evaluate_episode
 from learner import Learner
 from metalearner import MetaLearner
-from runfolder import ignore_signals
+from runfolder import begin_worker
 from utils import summary
 
 
@@ -55,7 +55,7 @@ class Evaluator:
             The losses and the accuracies in percent, one an episode in their order.
         """
         args, results = self.args, []
-        stream = episodes(dataset, 0, args.n_workers, self.device, args.pin_mem, ignore_signals)
+        stream = episodes(dataset, 0, args.n_workers, self.device, args.pin_mem, begin_worker)
         bar = tqdm(total=len(dataset), desc=dataset.split.name, unit="ep", leave=False, disable=None)
         on_cpu = self.device.type == "cpu"
         for result in side_by_side(self.one, stream, self.n_threads) if on_cpu else map(self.one, stream):

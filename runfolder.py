@@ -14,9 +14,11 @@ import signal
 import socket
 import time
 from pathlib import Path
+from typing import IO
 
 from utils import UserError
 
+_locks: list[IO] = []  # held by this process
 BEST, LAST = "meta-learner-best.pth.tar", "meta-learner-last.pth.tar"
 
 
@@ -43,7 +45,11 @@ def locked(folder: Path):
             file.truncate(0)
             who = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
             file.write(who.encode())
-        yield
+        _locks.append(file)
+        try:
+            yield
+        finally:
+            _locks.remove(file)
 
 
 def check_run_state(path: Path, content: dict) -> None:
@@ -108,7 +114,12 @@ class Stopped(Exception):
         self.exit_code = 128 + number
 
 
-def ignore_signals(_worker: int = 0) -> None:
-    """In worker processes, which a signal to the whole group reaches too: they end when the training does."""
+def begin_worker(_worker: int = 0) -> None:
+    """What a worker process does first: heed no signal, since one to the whole group reaches it, too, and let go of the lock.
+
+    Workers end when the training does; one that was killed they survive by some seconds, in which it can be started again.
+    """
     for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(s, signal.SIG_IGN)
+    for file in _locks:
+        file.close()

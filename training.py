@@ -19,7 +19,7 @@ from learner import Learner
 from metalearner import MetaLearner
 from options import hyper_parameters, run_folder
 from recording import record, write_trace
-from runfolder import BEST, LAST, Signals, Stopped, ignore_signals
+from runfolder import BEST, LAST, Signals, Stopped, begin_worker
 from utils import Logger, UserError, save_checkpoint, summary
 
 RECORDED = 20  # validation episodes that are followed update by update for the plots
@@ -247,7 +247,7 @@ class Training:
         bar = tqdm(total=args.episode, initial=self.done, desc="train", unit="ep", disable=None)
         self.validate()
         self.logged, since = self.done, time.perf_counter()
-        stream = episodes(self.train_set, self.done, args.n_workers, self.device, args.pin_mem, ignore_signals)
+        stream = episodes(self.train_set, self.done, args.n_workers, self.device, args.pin_mem, begin_worker)
         for episode in stream:
             found = self.step(episode)
             self.done += 1

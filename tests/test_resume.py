@@ -6,13 +6,16 @@ import random
 import re
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from test_cli import expect, metrics, tensors, train
+from conftest import ROOT
+from test_cli import SMALL, expect, metrics, tensors, train
 
 import cache
 import evaluation
@@ -109,6 +112,29 @@ def test_killed_at_random_instants(data, tmp_path, undisturbed, capsys, number):
                     path.unlink() if path.is_file() else path.rmdir()
     finish(data, tmp_path / "logs")
     assert_as_undisturbed(data, tmp_path / "logs", undisturbed, capsys)
+
+
+def test_killed_while_worker_processes_are_alive(data, tmp_path, undisturbed, capsys):
+    """They outlive it by some seconds and must not keep it from being started again at once."""
+    command = [sys.executable, str(ROOT / "main.py"), "--data-root", str(data), "--save", str(tmp_path / "logs")]
+    command += ["--mode", "train", "--episode", str(EPISODES), "--val-freq", "20", "--episode-val", "2", *SMALL]
+    command += ["--resume", "auto", "--save-minutes", "0", "--n-workers", "2"]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    for line in (5, 30):  # of the log: then it is killed
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=alone) as process:
+            for text in process.stdout:
+                if text.startswith(f"[{line}/") or text.startswith(f"[ {line}/"):
+                    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                    process.kill()
+                    break  # the workers keep the pipe open
+        assert process.returncode == -signal.SIGKILL
+        assert len(workers) == 2
+    assert subprocess.run(command, capture_output=True, env=alone).returncode == 0
+    assert_as_undisturbed(data, tmp_path / "logs", undisturbed, capsys)
+    deadline = time.monotonic() + 30
+    while any(Path("/proc", pid).exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path("/proc", pid).exists() for pid in workers)
 
 
 def die_at(module, name, call):
