@@ -50,6 +50,11 @@ class Windows(NamedTuple):
         return Windows(zero, sizes, zero + image_size, zero)
 
 
+def _sent(values: np.ndarray, device: torch.device) -> Tensor:
+    """On the device, without waiting there for what was asked of it before."""
+    return torch.from_numpy(values).to(device, non_blocking=True)
+
+
 def _weights(start: Tensor, extent: Tensor, out: Tensor, skip: Tensor, length: int, image_size: int) -> Tensor:
     """Antialiased bilinear filter along one axis (Pillow's: a triangle as wide as the step when it reduces).
 
@@ -72,9 +77,9 @@ def _weights(start: Tensor, extent: Tensor, out: Tensor, skip: Tensor, length: i
 
 def _filters(windows: Windows, flip: np.ndarray, size: tuple[int, int], image_size: int, device: torch.device):
     """Weights of all images' rows [B, image_size, H] and columns [B, image_size, W], mirrored where ``flip`` [B] says so."""
-    table = torch.from_numpy(np.stack(windows).astype(np.float32)).to(device)  # [4, B, 2]
+    table = _sent(np.stack(windows).astype(np.float32), device)  # [4, B, 2]
     rows, columns = (_weights(*table[:, :, axis], size[axis], image_size) for axis in (0, 1))
-    mirrored = torch.from_numpy(flip).to(device).view(-1, 1, 1)
+    mirrored = _sent(flip, device).view(-1, 1, 1)
     return rows, torch.where(mirrored, columns.flip(1), columns)
 
 
@@ -130,7 +135,7 @@ def _colour(x: Tensor, factors: Tensor, order: np.ndarray, together: bool) -> Te
                 which = np.flatnonzero(order[:, place] == step)
                 x[which] = _adjust(x[which], step, factors[which, step])
         return x
-    neutral, order = factors.new_tensor((1, 1, 1, 0)), torch.from_numpy(order).to(x.device)
+    neutral, order = _sent(np.array((1, 1, 1, 0), dtype=np.float32), x.device), _sent(order, x.device)
     for place in range(4):
         for step in range(4):
             here = (order[:, place] == step).view(-1, 1, 1, 1)
@@ -156,12 +161,12 @@ def transform(
     """
     device = pixels.device
     out = torch.empty(len(pixels), 3, image_size, image_size, device=device, memory_format=torch.channels_last)
-    factors = None if jitter is None else torch.from_numpy(jitter.astype(np.float32)).to(device)
+    factors = None if jitter is None else _sent(jitter.astype(np.float32), device)
     if native.handles(pixels):
         table, steps = np.stack(windows).astype(np.int64), None if order is None else torch.from_numpy(order.astype(np.int64))
         return native.augment(pixels, torch.from_numpy(table), torch.from_numpy(flip), factors, steps, out)
     x = _resize(pixels, *_filters(windows, flip, pixels.shape[2:], image_size, device))
     if jitter is not None:
         x = _colour(x, factors.view(-1, 4, 1, 1, 1), order, device.type != "cpu")
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (MEAN, STD))
+    mean, std = (_sent(np.array(v, dtype=np.float32), device).view(3, 1, 1) * 255 for v in (MEAN, STD))
     return torch.addcmul(-mean / std, x, 1 / std, out=out)

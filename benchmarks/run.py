@@ -29,7 +29,7 @@ import dataloader
 import learner
 import native
 from cache import load_image, reduced_size
-from capture import Captured
+from capture import WARM_UP, Captured
 from dataloader import EpisodeDataset, scan_split
 from episode import Episode, evaluate_episode, train_episode
 from evaluation import side_by_side
@@ -103,24 +103,30 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def turns(functions: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each function, all of them once a round after one round that is not counted.
+    """Median seconds of each function, all of them once a round.
+
+    One round is not counted; on a GPU those are not, in which graphs are recorded.
 
     What is called the textbook's runs with the C library's own setting of the allocator, as a plain program does; what is said
     to have no compiler runs without the kernels.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for round_ in range(rounds + 1):
+    uncounted = WARM_UP + 1 if device.type == "cuda" else 1
+    for round_ in range(uncounted + rounds):
         for name, function in functions.items():
             keep_freed_memory(name != "textbook")
             with without_kernels() if "no compiler" in name else contextlib.nullcontext():
                 spent = seconds(function, device)
-            if round_:
+            if round_ >= uncounted:
                 times[name].append(spent)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def row(*cells: object) -> str:
-    return "| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells) + " |"
+    def text(cell: object) -> str:
+        return str(cell) if not isinstance(cell, float) else f"{cell:.0f}" if cell >= 1000 else f"{cell:.3g}"
+
+    return "| " + " | ".join(map(text, cells)) + " |"
 
 
 def table(*head: str) -> list[str]:
@@ -132,7 +138,7 @@ def end_to_end(root: Path, rounds: int, workers: int, device: torch.device) -> l
     names = ["ours fp32", "ours bf16", *(["ours fp32, no compiler"] if device.type == "cpu" else []), "textbook"]
     spent = {}
     for what in ("train", "test"):
-        length = 4 * (rounds + 2)
+        length = 4 * (rounds + WARM_UP + 2)
         found = scan_split(root, what)
         ours = EpisodeDataset(found, 719, **RECIPE, augment="port", length=length)
         plain = textbook.TextbookDataset(found, 719, **RECIPE, length=length)
@@ -236,7 +242,7 @@ def watch():
         peak = max(peak, resident())
 watcher = threading.Thread(target=watch)
 watcher.start()
-for _ in range(2):
+for _ in range(run.WARM_UP + 2 if device.type == "cuda" else 2):
     model.{what}(episode)
 stop.set()
 watcher.join()

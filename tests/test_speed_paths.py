@@ -212,3 +212,31 @@ def test_nothing_in_an_episode_synchronises(master, batch_size, conv_dtype, devi
             fast.train(episode, batch_size)
             evaluate_episode(episode, *scratch, fast.meta, batch_size)
     assert not torch.equal(before, fast.meta.metalstm.cI)
+
+
+class Copies(NoSynchronisation):
+    """Copies from one device to another are allowed, but none that waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func._schema.name == "aten::_to_copy" and kwargs.get("device", args[0].device) != args[0].device:
+            assert kwargs.get("non_blocking"), "a copy that waits"
+            self.n += 1
+            return func(*args, **kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_episode_is_assembled_without_waiting_for_the_gpu(master, split):
+    """On PyTorch's meta device, which takes a GPU's way; the host then runs ahead and the GPU never idles."""
+    dataset = EpisodeDataset(scan_split(master, split), 719, 5, 5, 3, 2, 32, "port", 1)
+    drawn = dataset[0]
+    with Copies() as copies:
+        episode = dataset.assemble(drawn, torch.device("meta"))
+    assert copies.n >= 4
+    assert episode.query.device.type == "meta"
+    assert episode.query.shape == (15, 3, 32, 32)
