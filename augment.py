@@ -162,7 +162,7 @@ def transform(
     device = pixels.device
     out = torch.empty(len(pixels), 3, image_size, image_size, device=device, memory_format=torch.channels_last)
     factors = None if jitter is None else _sent(jitter.astype(np.float32), device)
-    if native.handles(pixels):
+    if native.handles(pixels, torch.uint8):
         table, steps = np.stack(windows).astype(np.int64), None if order is None else torch.from_numpy(order.astype(np.int64))
         return native.augment(pixels, torch.from_numpy(table), torch.from_numpy(flip), factors, steps, out)
     x = _resize(pixels, *_filters(windows, flip, pixels.shape[2:], image_size, device))

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from block import PatchMoments
 from learner import Learner
 from metalearner import MetaLearner, MetaState
+from native import PatchMoments
 
 
 class Episode(NamedTuple):

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from block import PatchMoments, eval_block, train_block
+from block import eval_block, train_block
+from native import PatchMoments
 
 N_FILTERS = 32
 N_BLOCKS = 4
@@ -70,8 +71,6 @@ class Learner(nn.Module):
             in eval mode the running statistics do.
         """
         x = x.to(self.conv_dtype or x.dtype)
-        if self.training and moments is None:
-            moments = PatchMoments.of(x)
         for b in range(1, N_BLOCKS + 1):
             conv, norm = getattr(self, f"conv{b}"), getattr(self, f"norm{b}")
             x = train_block(x, conv, norm, moments if b == 1 else None) if self.training else eval_block(x, conv, norm)

@@ -30,8 +30,9 @@ def prep(x: Tensor) -> Tensor:
     Returns:
         [2, ...], same dtype.
     """
-    large = x.abs() >= math.exp(-P_PREP)
-    first = torch.where(large, torch.log(x.abs() + 1e-8) / P_PREP, -torch.ones_like(x))
+    size = x.abs()
+    large = size >= math.exp(-P_PREP)
+    first = torch.where(large, torch.log(size + 1e-8) / P_PREP, -1.0)
     second = torch.where(large, torch.sign(x), math.exp(P_PREP) * x)
     return torch.stack((first, second))
 
@@ -39,47 +40,11 @@ def prep(x: Tensor) -> Tensor:
 class MetaState(NamedTuple):
     """What the meta-learner remembers of the updates so far; f and i are kept *before* the sigmoid."""
 
-    lstm_h: Tensor  # [hidden_size, P]: coordinates last, so that each unit's numbers lie together; native.py has its own order
+    lstm_h: Tensor  # [P, hidden_size]; native.py has an order of its own
     lstm_c: Tensor  # the same
     f: Tensor  # [P, 1]
     i: Tensor  # [P, 1]
     c: Tensor  # [P, 1], the learner's parameters
-
-
-class _LSTMStep(torch.autograd.Function):
-    """nn.LSTMCell over the coordinates, backward written by hand: (weight [4H, 2+H], bias [4H], x [2, P], h, c) -> h, c.
-
-    Rows of weight and bias are in the order input, forget, output gate, candidate: the three sigmoids are one block. x is a
-    constant, so its gradient is never made.
-    """
-
-    @staticmethod
-    def forward(ctx, weight, bias, x, h, c):
-        n = h.shape[0]
-        z = torch.cat((x, h))
-        gates = torch.addmm(bias.unsqueeze(1), weight, z)
-        gates[: 3 * n].sigmoid_()
-        gates[3 * n :].tanh_()
-        i, f, o, g = gates.split(n)
-        new_c = torch.addcmul(f * c, i, g)
-        squashed = torch.tanh(new_c)
-        ctx.save_for_backward(weight, z, c, gates, squashed)
-        return o * squashed, new_c
-
-    @staticmethod
-    def backward(ctx, grad_h, grad_c):
-        weight, z, c, gates, squashed = ctx.saved_tensors
-        n = c.shape[0]
-        i, f, o, g = gates.split(n)
-        grad_c = grad_c + torch.ops.aten.tanh_backward(grad_h * o, squashed)
-        grad = torch.empty_like(gates)
-        torch.mul(grad_c, g, out=grad[:n])
-        torch.mul(grad_c, c, out=grad[n : 2 * n])
-        torch.mul(grad_h, squashed, out=grad[2 * n : 3 * n])
-        torch.mul(grad_c, i, out=grad[3 * n :])
-        torch.ops.aten.sigmoid_backward.grad_input(grad[: 3 * n], gates[: 3 * n], grad_input=grad[: 3 * n])
-        torch.ops.aten.tanh_backward.grad_input(grad[3 * n :], g, grad_input=grad[3 * n :])
-        return grad @ z.t(), grad.sum(1), None, weight[:, 2:].t() @ grad, grad_c * f
 
 
 class MetaLSTMCell(nn.Module):
@@ -114,21 +79,16 @@ class MetaLSTMCell(nn.Module):
         """One update.
 
         Args:
-            h: [hidden_size, P], what the LSTM says of each coordinate.
+            h: [P, hidden_size], what the LSTM says of each coordinate.
             grad: [P, 1], a constant: the paper's first-order assumption.
             f, i, c: [P, 1], the last gates before the sigmoid and the last cell state.
 
         Returns:
             The new f, i and c, [P, 1] each.
         """
-        f = self._gate(self.WF, self.bF, h, c, f)
-        i = self._gate(self.WI, self.bI, h, c, i)
+        f = torch.addmm(self.bF, torch.cat((h, c, f), dim=1), self.WF)
+        i = torch.addmm(self.bI, torch.cat((h, c, i), dim=1), self.WI)
         return f, i, torch.sigmoid(f) * c - torch.sigmoid(i) * grad
-
-    @staticmethod
-    def _gate(w: Tensor, b: Tensor, h: Tensor, c: Tensor, last: Tensor) -> Tensor:
-        """[h, c, last] w + b without building the [P, hidden_size + 2] matrix."""
-        return (w[:-2].t() @ h).t() + c * w[-2] + last * w[-1] + b
 
 
 class MetaLearner(nn.Module):
@@ -158,7 +118,7 @@ class MetaLearner(nn.Module):
         """The state before the first update: c_0 = cI, all else zero."""
         cI = self.metalstm.cI
         n = self.lstm.hidden_size
-        h = native.lstm_state(cI, n) if native.handles(cI) else cI.new_zeros(n, cI.shape[0])
+        h = native.lstm_state(cI, n) if native.handles(cI) else cI.new_zeros(cI.shape[0], n)
         zero = torch.zeros_like(cI)
         return MetaState(h, h, zero, zero, cI)
 
@@ -173,19 +133,13 @@ class MetaLearner(nn.Module):
         Returns:
             The new state; ``state.c`` holds the learner's new parameters with their graph.
         """
-        # prep(loss) is the same for all coordinates: its share of the LSTM's input is a bias
-        lstm = self.lstm
-        bias = lstm.bias_ih + lstm.bias_hh + lstm.weight_ih[:, :2] @ prep(loss)
-        weight = torch.cat((lstm.weight_ih[:, 2:], lstm.weight_hh), dim=1)
         if native.handles(grad):
-            cell = self.metalstm
+            lstm, cell = self.lstm, self.metalstm
+            # prep(loss) is the same for all coordinates: its share of the LSTM's input is a bias
+            bias = lstm.bias_ih + lstm.bias_hh + lstm.weight_ih[:, :2] @ prep(loss)
+            weight = torch.cat((lstm.weight_ih[:, 2:], lstm.weight_hh), dim=1)
             return MetaState(*native.MetaStep.apply(weight, bias, cell.WF, cell.bF, cell.WI, cell.bI, grad, *state))
-        weight, bias = (_sigmoids_together(v) for v in (weight, bias))
-        h, c = _LSTMStep.apply(weight, bias, prep(grad.squeeze(1)), state.lstm_h, state.lstm_c)
+        x = prep(torch.cat((loss.view(1), grad.squeeze(1))))
+        x = torch.cat((x[:, :1].expand(-1, len(grad)), x[:, 1:])).t()  # [P, 4]
+        h, c = self.lstm(x, (state.lstm_h, state.lstm_c))
         return MetaState(h, c, *self.metalstm(h, grad, state.f, state.i, state.c))
-
-
-def _sigmoids_together(v: Tensor) -> Tensor:
-    """Rows of PyTorch's order (input, forget, candidate, output) -> (input, forget, output, candidate)."""
-    i, f, g, o = v.chunk(4)
-    return torch.cat((i, f, o, g))

@@ -1,7 +1,7 @@
 """The hot loops in kernels/, compiled for this machine at first use, as autograd functions.
 
-They take the place of functions of block.py, metalearner.py and augment.py, which hold the same arithmetic in PyTorch, on a CPU
-in float32 or bfloat16. Where no C++ compiler is found, or the tensors are others, those run.
+On a CPU, in float32 or bfloat16, they take the place of what block.py, metalearner.py and augment.py compute in plain PyTorch.
+Where no C++ compiler is found, and for all other tensors, that runs.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 FOLDER = Path(__file__).resolve().parent / "kernels"
 MAIN = FOLDER / "kernels.cpp"  # includes the rest
@@ -27,7 +28,7 @@ COMPILERS = ("g++", "c++")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fno-predictive-commoning", "-Wno-psabi"]  # the first one needs more registers than there are
 DIGEST = 32  # bytes of a SHA-256
-SLOWER = "without compiled kernels, at half the speed"
+SLOWER = "without compiled kernels, at a third of the speed"
 N_FILTERS, TILE = 32, 128  # C and TILE in kernels/
 
 ANY_TYPE = ("augment", "meta_forward", "meta_backward")
@@ -99,9 +100,14 @@ def library() -> Library:
     return Library()
 
 
-def handles(x: Tensor) -> bool:
-    """Whether there are kernels for such a tensor."""
-    return x.device.type == "cpu" and x.dtype in (*_SUFFIX, torch.uint8) and bool(library().functions)
+def handles(x: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether there are kernels and ``x`` is of a type that they know, one of ``dtypes`` (float32 if none is named)."""
+    return x.device.type == "cpu" and x.dtype in (dtypes or (torch.float32,)) and bool(library().functions)
+
+
+def handles_block(x: Tensor, weight: Tensor) -> bool:
+    """Whether there are kernels for a block with this input and these filters."""
+    return handles(x, *_SUFFIX) and weight.dtype == torch.float32 and weight.shape[0] == N_FILTERS
 
 
 def _call(name: str, *args) -> None:
@@ -126,15 +132,25 @@ def augment(pixels: Tensor, windows: Tensor, flip: Tensor, jitter: Tensor | None
     return out
 
 
-def patch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums and sums of products of the 3x3 patches of images [B, 3, H, W]: [27] and [27, 27], float64."""
-    total, product = x.new_empty(27, dtype=torch.float64), x.new_empty(27, 27, dtype=torch.float64)
-    _call("patch_moments" + _SUFFIX[x.dtype], _channels_last(x), total, product, x.shape[0], x.shape[2], x.shape[3])
-    return total, product
+class PatchMoments(NamedTuple):
+    """Sums over all positions of the 3x3 patches (zero-padded) of a batch of images."""
+
+    total: Tensor  # [27], float64
+    product: Tensor  # [27, 27], float64
+    count: int  # number of positions
+
+    @staticmethod
+    def of(x: Tensor) -> PatchMoments | None:
+        """Moments of images [B, 3, H, W]; None where the kernels, which alone make use of them, do not handle these."""
+        if not handles(x, *_SUFFIX):
+            return None
+        total, product = x.new_empty(27, dtype=torch.float64), x.new_empty(27, 27, dtype=torch.float64)
+        _call("patch_moments" + _SUFFIX[x.dtype], _channels_last(x), total, product, x.shape[0], x.shape[2], x.shape[3])
+        return PatchMoments(total, product, x.shape[0] * x.shape[2] * x.shape[3])
 
 
 class FirstBlock(torch.autograd.Function):
-    """As ``block._FirstBlock``; the convolution's output stays in the processor's registers."""
+    """(images, weight, gamma >= 0, beta, eps, their moments) -> output, batch mean [C], biased batch variance [C]."""
 
     @staticmethod
     def forward(ctx, x, weight, gamma, beta, eps, moments):
@@ -160,7 +176,7 @@ class FirstBlock(torch.autograd.Function):
 
 
 class Block(torch.autograd.Function):
-    """As ``block._Block``; what follows the convolution is two passes over its output, one forward and one back."""
+    """(input, weight, gamma >= 0, beta, eps) -> output, batch mean [C], biased batch variance [C]."""
 
     @staticmethod
     def forward(ctx, x, weight, gamma, beta, eps):
@@ -189,8 +205,36 @@ class Block(torch.autograd.Function):
         return grad_x, grad_w.to(gamma.dtype), grad_gamma, grad_beta, None
 
 
-def eval_block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Convolution with weight (in x's type) and bias (float32), 2x2 max-pooling and ReLU, without a graph."""
+def train_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, moments: PatchMoments | None) -> Tensor:
+    """See ``block.train_block``.
+
+    The order here is convolution -> pooling -> normalisation -> ReLU. That is the same function: normalisation is an affine
+    map a channel, which commutes with the maximum where its scale is positive, and a negative scale is folded into the sign of
+    the filter. Normalisation and ReLU then touch a quarter of the numbers.
+
+    The first block has two more liberties, since its input needs no gradient and its convolution is linear in the 27 numbers
+    under each filter. The batch statistics of its output follow from the images' moments, the same in all updates of an
+    episode, as does the part of its weight gradient that passes through those statistics; so its output, the largest tensor
+    of the network, need not be stored at all.
+    """
+    sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0)
+    weight, gamma = conv.weight * sign.view(-1, 1, 1, 1), norm.weight * sign
+    if x.shape[1] == 3:
+        out, mean, var = FirstBlock.apply(x, weight, gamma, norm.bias, norm.eps, moments or PatchMoments.of(x))
+    else:
+        out, mean, var = Block.apply(x, weight, gamma, norm.bias, norm.eps)
+    with torch.no_grad():
+        count = x.shape[0] * x.shape[2] * x.shape[3]
+        norm.running_mean.lerp_(mean * sign + conv.bias, norm.momentum)
+        norm.running_var.lerp_(var * (count / max(count - 1, 1)), norm.momentum)
+    return out
+
+
+def eval_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """See ``block.eval_block``; builds no graph. The running statistics become part of the convolution's weight and bias."""
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    weight = (conv.weight * scale.view(-1, 1, 1, 1)).to(x.dtype)
+    bias = (conv.bias - norm.running_mean) * scale + norm.bias
     x = _channels_last(x)
     n, channels, height, width = x.shape
     out = _activation(x, height // 2, width // 2)
