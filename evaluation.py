@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import queue
 from collections import deque
@@ -55,13 +56,13 @@ class Evaluator:
             The losses and the accuracies in percent, one an episode in their order.
         """
         args, results = self.args, []
-        stream = episodes(dataset, 0, args.n_workers, self.device, args.pin_mem, begin_worker)
         bar = tqdm(total=len(dataset), desc=dataset.split.name, unit="ep", leave=False, disable=None)
-        on_cpu = self.device.type == "cpu"
-        for result in side_by_side(self.one, stream, self.n_threads) if on_cpu else map(self.one, stream):
-            results.append(result)
-            bar.update()
-            after_each()
+        with contextlib.closing(episodes(dataset, 0, args.n_workers, self.device, args.pin_mem, begin_worker)) as stream:
+            on_cpu = self.device.type == "cpu"
+            for result in side_by_side(self.one, stream, self.n_threads) if on_cpu else map(self.one, stream):
+                results.append(result)
+                bar.update()
+                after_each()
         bar.close()
         losses, accuracies = (torch.stack(values).tolist() for values in zip(*results, strict=True))
         return losses, accuracies

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -180,6 +181,9 @@ def run(argv: list[str]) -> int:
     except UserError as error:
         print("error: " + str(error).replace("\n", "\\n"), file=sys.stderr)  # names may hold newlines
         return 2
+    except BrokenPipeError:  # who read the output is gone, as `| head` is after ten lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing it at the end would fail once more
+        return 128 + signal.SIGPIPE
     except OSError as error:  # such as a name too long, or a folder that may not be entered
         if error.filename is None:
             raise

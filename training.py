@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import math
 import time
@@ -247,20 +248,23 @@ class Training:
         bar = tqdm(total=args.episode, initial=self.done, desc="train", unit="ep", disable=None)
         self.validate()
         self.logged, since = self.done, time.perf_counter()
-        stream = episodes(self.train_set, self.done, args.n_workers, self.device, args.pin_mem, begin_worker)
-        for episode in stream:
-            found = self.step(episode)
-            self.done += 1
-            for k, v in zip(self.since_log, found, strict=True):
-                self.since_log[k].append(v)
-            bar.update()
-            if self.done % args.log_freq == 0 or self.done == args.episode:
-                self.log(time.perf_counter() - since)
-                since = time.perf_counter()
-            self.heed_signals()
-            paused = time.perf_counter()
-            self.validate()
-            since += time.perf_counter() - paused
+        # closed, its worker processes end; left to an exception's traceback, they would keep the process from ending
+        with contextlib.closing(
+            episodes(self.train_set, self.done, args.n_workers, self.device, args.pin_mem, begin_worker)
+        ) as stream:
+            for episode in stream:
+                found = self.step(episode)
+                self.done += 1
+                for k, v in zip(self.since_log, found, strict=True):
+                    self.since_log[k].append(v)
+                bar.update()
+                if self.done % args.log_freq == 0 or self.done == args.episode:
+                    self.log(time.perf_counter() - since)
+                    since = time.perf_counter()
+                self.heed_signals()
+                paused = time.perf_counter()
+                self.validate()
+                since += time.perf_counter() - paused
         bar.close()
         if args.plots:
             few = self.val_set.first(RECORDED)

@@ -12,6 +12,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -297,6 +298,23 @@ def scaling(rounds: int, device: torch.device) -> list[str]:
     return lines
 
 
+def start(root: Path, rounds: int, device: torch.device) -> list[str]:
+    """From the command to the end of its first episode, the images being decoded already."""
+    n_images = sum(map(len, scan_split(root, "train").files))
+    times = []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(ROOT / "main.py"), "--data-root", str(root), "--save", f"{folder}/logs"]
+            command += ["--mode", "train", "--episode", "2", "--log-freq", "1", "--val-freq", "0", "--plots", "false"]
+            command += ["--cpu"] if device.type == "cpu" else []
+            begun = time.perf_counter()
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+                next(line for line in process.stdout if line.startswith("["))
+                times.append(time.perf_counter() - begun)
+    lines = table("a run's start, to the end of its first episode", "s")
+    return [*lines, row(f"{n_images} images to train on, decoded before", statistics.median(times))]
+
+
 def reduction() -> list[str]:
     """What reducing a large photograph to 2 x 84 px changes in random crops of it, in grey levels."""
     import matplotlib
@@ -351,6 +369,7 @@ def main() -> None:
         lambda: parts(args.data_root, args.rounds, device),
         lambda: memory(device),
         lambda: scaling(max(1, args.rounds // 2), device),
+        lambda: start(args.data_root, 3, device),
         reduction,
     )
     for section in sections:

@@ -137,6 +137,22 @@ def test_killed_while_worker_processes_are_alive(data, tmp_path, undisturbed, ca
     assert not any(Path("/proc", pid).exists() for pid in workers)
 
 
+def test_whoever_reads_the_output_may_go(data, tmp_path, undisturbed, capsys):
+    """``| head -n 3``: it ends at once, with its workers and no traceback, and can be gone on with."""
+    command = [sys.executable, str(ROOT / "main.py"), "--data-root", str(data), "--save", str(tmp_path / "logs")]
+    command += ["--mode", "train", "--episode", str(EPISODES), "--val-freq", "20", "--episode-val", "2", *SMALL]
+    command += ["--resume", "auto", "--save-minutes", "0", "--n-workers", "2"]
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=alone) as process:
+        for _ in range(3):
+            process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(60) == 128 + signal.SIGPIPE
+        assert "Traceback" not in process.stderr.read()
+    assert subprocess.run(command, capture_output=True, env=alone).returncode == 0
+    assert_as_undisturbed(data, tmp_path / "logs", undisturbed, capsys)
+
+
 def die_at(module, name, call):
     """Replace a function by one that kills the process at its nth call, before it has done its work."""
     original, count = getattr(module, name), [0]
