@@ -26,7 +26,7 @@ from predict import predict
 from report import CROSS_SCHEDULE, read_results, table, write_results
 from runfolder import BEST, LAST, Stopped, check_run_state, locked
 from training import Training, build, episode_dataset, load_metalearner, make_reproducible
-from utils import UserError, keep_freed_memory, load_checkpoint
+from utils import Terminal, UserError, keep_freed_memory, load_checkpoint
 
 
 def pick_device(args: argparse.Namespace) -> torch.device:
@@ -198,5 +198,5 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes of any kind
+    Terminal.take_over()
     sys.exit(run(sys.argv[1:]))

@@ -19,6 +19,7 @@ from typing import IO
 from utils import UserError
 
 _locks: list[IO] = []  # held by this process
+HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 BEST, LAST = "meta-learner-best.pth.tar", "meta-learner-last.pth.tar"
 
 
@@ -83,14 +84,16 @@ def check_run_state(path: Path, content: dict) -> None:
 class Signals:
     """What was asked of this process from outside, looked at between episodes.
 
-    SIGTERM and SIGINT (Ctrl-C) ask for a snapshot and the end, SIGUSR1 (what Slurm sends before it preempts) for a snapshot.
-    A second SIGINT ends the process at once.
+    SIGTERM, SIGINT (Ctrl-C) and SIGHUP (the terminal is gone) ask for a snapshot and the end, SIGUSR1 (what Slurm sends before
+    it preempts) for a snapshot. A second SIGINT ends the process at once. What was ignored from the start, as SIGHUP is under
+    nohup and SIGINT in a script's background, stays so.
     """
 
     def __init__(self):
         self.stop: signal.Signals | None = None
         self.save = False
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        heeded = [s for s in HEEDED if signal.getsignal(s) != signal.SIG_IGN]
+        self._before = {s: signal.signal(s, self._note) for s in heeded}
 
     def _note(self, number: int, _frame) -> None:
         if number == signal.SIGUSR1:
@@ -119,7 +122,7 @@ def begin_worker(_worker: int = 0) -> None:
 
     Workers end when the training does; one that was killed they survive by some seconds, in which it can be started again.
     """
-    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for s in HEEDED:
         signal.signal(s, signal.SIG_IGN)
     for file in _locks:
         file.close()

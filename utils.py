@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import io
 import json
 import math
 import os
+import sys
 import tempfile
 import time
 import zipfile
@@ -73,6 +76,27 @@ class Logger:
         for file in (self._console, self._metrics):
             with contextlib.suppress(OSError):  # what could not be written was told when it was
                 file.close()
+
+
+class Terminal(io.FileIO):
+    """Standard output or error. When the terminal is gone, what is written there is lost, but nothing else."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as e:
+            if e.errno != errno.EIO:
+                raise
+            return len(data)
+
+    @classmethod
+    def take_over(cls) -> None:
+        """Send ``sys.stdout`` and ``sys.stderr`` through it, line by line."""
+        for name, number in (("stdout", 1), ("stderr", 2)):
+            raw = io.BufferedWriter(cls(number, "w", closefd=False))
+            encoding = getattr(sys, name).encoding
+            # file names may hold bytes of any kind
+            setattr(sys, name, io.TextIOWrapper(raw, encoding, errors="backslashreplace", line_buffering=True))
 
 
 def _append(file: IO[str], text: str) -> None:

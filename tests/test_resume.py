@@ -1,13 +1,16 @@
 """Whatever happens to a run, it goes on to the bits that it would have reached."""
 
+import fcntl
 import multiprocessing
 import os
+import pty
 import random
 import re
 import resource
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -29,6 +32,7 @@ EPISODES = 60
 
 
 def child(data, save, flags, prepare):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background may ignore
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     prepare()
     code = train(data, save, "--resume", "auto", "--save-minutes", "0", *flags, episode=EPISODES, val_freq=20)
@@ -205,6 +209,31 @@ def test_signal_saves_and_says_how_to_go_on(data, tmp_path, capfd, undisturbed):
     assert "stopped by SIGINT after episode 1; go on with --resume auto" in err
     assert "Traceback" not in err
     assert tensors(save)["episode"] == 1
+
+
+def test_a_terminal_that_goes_away_costs_no_episode(data, tmp_path, undisturbed, capsys):
+    """As when a laptop is closed on an ssh session; under nohup it is none of the training's business."""
+    command = [sys.executable, str(ROOT / "main.py"), "--data-root", str(data), "--save", str(tmp_path / "logs")]
+    command += ["--mode", "train", "--episode", str(EPISODES), "--val-freq", "20", "--episode-val", "2", *SMALL]
+    command += ["--resume", "auto"]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    for handler, code in ((signal.SIG_DFL, 128 + signal.SIGHUP), (signal.SIG_IGN, 0)):
+        ours, its = pty.openpty()
+
+        def own_terminal(its=its, handler=handler):
+            os.setsid()
+            fcntl.ioctl(its, termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGHUP, handler)
+
+        process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=alone, preexec_fn=own_terminal)
+        os.close(its)
+        seen = b""
+        while b"/60] loss" not in seen:
+            seen += os.read(ours, 1000)
+        os.close(ours)
+        assert process.wait(60) == code
+        assert 0 < tensors(tmp_path / "logs")["episode"] == metrics(tmp_path / "logs", "train")[-1]["episode"]
+    assert_as_undisturbed(data, tmp_path / "logs", undisturbed, capsys)
 
 
 def test_sigusr1_saves_and_goes_on(data, tmp_path):
