@@ -29,6 +29,7 @@ import utils
 from options import parse, settle
 
 EPISODES = 60
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def child(data, save, flags, prepare):
@@ -49,6 +50,12 @@ def finish(data, save):
     process = start(data, save)
     process.join(120)
     assert process.exitcode == 0
+
+
+def command_line(data, save, *flags):
+    """What ``start`` runs in a process of its own, as people type it."""
+    run = ["--mode", "train", "--data-root", str(data), "--save", str(save), "--resume", "auto", "--episode", str(EPISODES)]
+    return [sys.executable, str(ROOT / "main.py"), *run, "--val-freq", "20", "--episode-val", "2", *SMALL, *flags]
 
 
 def console(save):
@@ -120,12 +127,9 @@ def test_killed_at_random_instants(data, tmp_path, undisturbed, capsys, number):
 
 def test_killed_while_worker_processes_are_alive(data, tmp_path, undisturbed, capsys):
     """They outlive it by some seconds and must not keep it from being started again at once."""
-    command = [sys.executable, str(ROOT / "main.py"), "--data-root", str(data), "--save", str(tmp_path / "logs")]
-    command += ["--mode", "train", "--episode", str(EPISODES), "--val-freq", "20", "--episode-val", "2", *SMALL]
-    command += ["--resume", "auto", "--save-minutes", "0", "--n-workers", "2"]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = command_line(data, tmp_path / "logs", "--save-minutes", "0", "--n-workers", "2")
     for line in (5, 30):  # of the log: then it is killed
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=alone) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD) as process:
             for text in process.stdout:
                 if text.startswith(f"[{line}/") or text.startswith(f"[ {line}/"):
                     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -133,7 +137,7 @@ def test_killed_while_worker_processes_are_alive(data, tmp_path, undisturbed, ca
                     break  # the workers keep the pipe open
         assert process.returncode == -signal.SIGKILL
         assert len(workers) == 2
-    assert subprocess.run(command, capture_output=True, env=alone).returncode == 0
+    assert subprocess.run(command, capture_output=True, env=ONE_THREAD).returncode == 0
     assert_as_undisturbed(data, tmp_path / "logs", undisturbed, capsys)
     deadline = time.monotonic() + 30
     while any(Path("/proc", pid).exists() for pid in workers) and time.monotonic() < deadline:
@@ -143,17 +147,14 @@ def test_killed_while_worker_processes_are_alive(data, tmp_path, undisturbed, ca
 
 def test_whoever_reads_the_output_may_go(data, tmp_path, undisturbed, capsys):
     """``| head -n 3``: it ends at once, with its workers and no traceback, and can be gone on with."""
-    command = [sys.executable, str(ROOT / "main.py"), "--data-root", str(data), "--save", str(tmp_path / "logs")]
-    command += ["--mode", "train", "--episode", str(EPISODES), "--val-freq", "20", "--episode-val", "2", *SMALL]
-    command += ["--resume", "auto", "--save-minutes", "0", "--n-workers", "2"]
-    alone = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=alone) as process:
+    command = command_line(data, tmp_path / "logs", "--save-minutes", "0", "--n-workers", "2")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD) as process:
         for _ in range(3):
             process.stdout.readline()
         process.stdout.close()
         assert process.wait(60) == 128 + signal.SIGPIPE
         assert "Traceback" not in process.stderr.read()
-    assert subprocess.run(command, capture_output=True, env=alone).returncode == 0
+    assert subprocess.run(command, capture_output=True, env=ONE_THREAD).returncode == 0
     assert_as_undisturbed(data, tmp_path / "logs", undisturbed, capsys)
 
 
@@ -213,10 +214,7 @@ def test_signal_saves_and_says_how_to_go_on(data, tmp_path, capfd, undisturbed):
 
 def test_a_terminal_that_goes_away_costs_no_episode(data, tmp_path, undisturbed, capsys):
     """As when a laptop is closed on an ssh session; under nohup it is none of the training's business."""
-    command = [sys.executable, str(ROOT / "main.py"), "--data-root", str(data), "--save", str(tmp_path / "logs")]
-    command += ["--mode", "train", "--episode", str(EPISODES), "--val-freq", "20", "--episode-val", "2", *SMALL]
-    command += ["--resume", "auto"]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = command_line(data, tmp_path / "logs")
     for handler, code in ((signal.SIG_DFL, 128 + signal.SIGHUP), (signal.SIG_IGN, 0)):
         ours, its = pty.openpty()
 
@@ -225,7 +223,7 @@ def test_a_terminal_that_goes_away_costs_no_episode(data, tmp_path, undisturbed,
             fcntl.ioctl(its, termios.TIOCSCTTY, 0)
             signal.signal(signal.SIGHUP, handler)
 
-        process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=alone, preexec_fn=own_terminal)
+        process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=ONE_THREAD, preexec_fn=own_terminal)
         os.close(its)
         seen = b""
         while b"/60] loss" not in seen:
