@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -65,13 +66,21 @@ class Library:
             self.state = f"{SLOWER} ({compiler} cannot compile kernels/: {wrong})"
 
 
+def _openmp() -> list[str]:
+    """The OpenMP runtime that PyTorch has loaded: with another one beside it, two pools of threads would fight."""
+    maps = Path("/proc/self/maps")
+    loaded = {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()
+    return sorted(path for path in loaded if re.match(r"lib(gomp|iomp5|omp)\b", Path(path).name))[:1]
+
+
 def _load(compiler: str) -> ctypes.CDLL:
     """Load the kernels, kept under ~/.cache (or XDG_CACHE_HOME) by all they depend on; compile them if they are missing."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     info = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
     processor = [line for line in info.splitlines() if line.startswith(("model name", "flags", "Features"))]
     sources = [path.read_text() for path in (MAIN, *sorted(FOLDER.glob("*.h")))]
-    parts = (*sources, *FLAGS, version, platform.platform(), *processor)
+    openmp = _openmp()
+    parts = (*sources, *FLAGS, version, platform.platform(), *processor, *openmp)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lstm-meta-learner"
     path = folder / f"kernels-{key}.so"
@@ -84,8 +93,7 @@ def _load(compiler: str) -> ctypes.CDLL:
     keep = os.access(folder, os.W_OK)  # if not, they are compiled for this process alone
     with tempfile.TemporaryDirectory(prefix=".compile-", dir=folder if keep else None) as place:
         made, linked = f"{place}/kernels.o", f"{place}/kernels.so"
-        # linked without -fopenmp, so that it finds PyTorch's copy of the OpenMP runtime: two pools of threads would fight
-        for command in ([*FLAGS, "-c", str(MAIN), "-o", made], ["-shared", made, "-o", linked]):
+        for command in ([*FLAGS, "-c", str(MAIN), "-o", made], ["-shared", made, *openmp, "-o", linked]):
             subprocess.run([compiler, *command], capture_output=True, text=True, check=True, timeout=300)
         with open(linked, "r+b") as file:
             file.write(hashlib.sha256(file.read()).digest())  # what follows a library's last byte is nobody's
