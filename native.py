@@ -169,16 +169,16 @@ class FirstBlock(torch.autograd.Function):
         mean, var = torch.empty_like(gamma), torch.empty_like(gamma)
         args = (moments.total, moments.product, where, out, mean, var, n, height, width)
         _call("first_forward" + _SUFFIX[x.dtype], x, w, gamma, beta, eps, *args)
-        ctx.save_for_backward(x, w, out, where, gamma, mean, var, moments.total, moments.product)
+        ctx.save_for_backward(x, w, out, where, gamma, beta, mean, var, moments.total, moments.product)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
         return out, mean, var
 
     @staticmethod
     def backward(ctx, grad, _mean, _var):
-        x, w, out, where, gamma, mean, var, total, product = ctx.saved_tensors
+        x, w, out, where, gamma, beta, mean, var, total, product = ctx.saved_tensors
         grad_w, grad_gamma, grad_beta = torch.empty_like(w), torch.empty_like(gamma), torch.empty_like(gamma)
-        args = (gamma, mean, var, ctx.eps, total, product, grad_w, grad_gamma, grad_beta, x.shape[0], x.shape[2], x.shape[3])
+        args = (gamma, beta, mean, var, ctx.eps, total, product, grad_w, grad_gamma, grad_beta, x.shape[0], *x.shape[2:])
         _call("first_backward" + _SUFFIX[x.dtype], _channels_last(grad), x, w, out, where, *args)
         return None, grad_w, grad_gamma, grad_beta, None, None
 

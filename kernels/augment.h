@@ -8,7 +8,8 @@
 
 namespace {
 
-// The triangle filter along one axis, as _weights in augment.py: for each of size results the first pixel and weights from there.
+// The triangle filter along one axis, as _weights in augment.py: for each of size results the first pixel, and weights from
+// there on.
 struct Filter {
   int taps;
   std::vector<int> first;
@@ -79,8 +80,8 @@ void adjust(float* x, len plane, len pixels, int step, float factor) {
   }
 }
 
-// pixels [images, 3, height, width] -> out [images, size, size, 3]; windows [4, images, 2] as augment.Windows, jitter [images, 4]
-// and order [images, 4] or none.
+// pixels [images, 3, height, width] -> out [images, size, size, 3]; windows [4, images, 2] as augment.Windows, jitter and order
+// [images, 4] each, or none.
 void augment(const uint8_t* pixels, const len* windows, const uint8_t* flip, const float* jitter, const len* order,
                     float* out, len size, len images, len height, len width, len threads) {
   const len area = size * size, plane = (area + LANES - 1) / LANES * LANES;

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include "vectors.h"
 
@@ -18,27 +19,43 @@ struct Shape {
   len pooled() const { return rows() * columns() * C; }
 };
 
+struct Affine {  // what is done to each maximum before the ReLU
+  float scale[C], shift[C];
+  vec operator()(vec y, int channel) const { return y * load(scale + channel) + load(shift + channel); }
+  ivec positive(vec y, int channel) const { return ~((*this)(y, channel) <= 0); }
+};
+
+INLINE Affine only_bias(const float* bias) {
+  Affine affine;
+  for (int c = 0; c < C; c++) affine.scale[c] = 1, affine.shift[c] = bias[c];
+  return affine;
+}
+
 struct Norm {  // batch statistics and what follows from them
   double mean[C], invstd[C];
-  float scale[C], shift[C];
-  void set(const float* gamma, const float* beta, const float* var, float eps) {
+  Affine affine;
+  template <class M>
+  Norm(const M* means, const float* var, const float* gamma, const float* beta, float eps) {
     for (int c = 0; c < C; c++) {
+      mean[c] = means[c];
       invstd[c] = 1 / std::sqrt(double(var[c]) + eps);
-      scale[c] = float(gamma[c] * invstd[c]);
-      shift[c] = beta ? float(beta[c] - mean[c] * gamma[c] * invstd[c]) : 0;
+      affine.scale[c] = float(gamma[c] * invstd[c]);
+      affine.shift[c] = float(beta[c] - mean[c] * gamma[c] * invstd[c]);
     }
   }
-  static Norm only_bias(const float* bias) {
-    Norm norm;
-    for (int c = 0; c < C; c++) norm.scale[c] = 1, norm.shift[c] = bias[c];
-    return norm;
-  }
 };
+
+// Batch statistics of channel c from the sum and the sum of squares of its outputs.
+INLINE void statistics(int c, double sum, double square, len count, double* exact, float* mean, float* var) {
+  exact[c] = sum / count;
+  mean[c] = float(exact[c]);
+  var[c] = float(std::max(square / count - exact[c] * exact[c], 0.0));
+}
 
 // What passes through the batch statistics adds k0 + k1 * y to the gradient of each output y of the convolution.
 struct Through {
   double k0[C], k1[C];
-  void set(const Norm& norm, const float* gamma, const double* sums, len count, float* grad_gamma, float* grad_beta) {
+  Through(const Norm& norm, const float* gamma, const double* sums, len count, float* grad_gamma, float* grad_beta) {
     for (int c = 0; c < C; c++) {
       const double beta = sums[c], of_gamma = norm.invstd[c] * (sums[C + c] - norm.mean[c] * beta);
       const double scale = gamma[c] * norm.invstd[c];
@@ -56,11 +73,8 @@ void pool_image(const T* y, T* pooled, uint8_t* where, const Shape& s) {
     for (len q = 0; q < s.columns(); q++)
       for (int v = 0; v < C; v += LANES) {
         const T* p = y + (2 * r * s.width + 2 * q) * C + v;
-        vec best = load(p);
-        ivec at = ivec{};
-        larger(best, at, load(p + C), 1);
-        larger(best, at, load(p + s.width * C), 2);
-        larger(best, at, load(p + (s.width + 1) * C), 3);
+        ivec at;
+        const vec best = largest(load(p), load(p + C), load(p + s.width * C), load(p + (s.width + 1) * C), at);
         const len to = (r * s.columns() + q) * C + v;
         store(pooled + to, best);
         if (where) narrowed(where + to, at);
@@ -91,13 +105,10 @@ void statistics_of_image(const T* y, const Shape& s, double* sums) {
   }
 }
 
-INLINE vec affine(vec y, const Norm& norm, int channel) { return y * load(norm.scale + channel) + load(norm.shift + channel); }
-INLINE ivec positive(vec y, const Norm& norm, int channel) { return ~(affine(y, norm, channel) <= 0); }
-
 template <class T>
-void affine_relu_image(const T* pooled, T* out, const Norm& norm, len size) {
+void affine_relu_image(const T* pooled, T* out, const Affine& affine, len size) {
   for (len k = 0; k < size; k += C)
-    UNROLL for (int v = 0; v < C; v += LANES) store(out + k + v, relu(affine(load(pooled + k + v), norm, v)));
+    UNROLL for (int v = 0; v < C; v += LANES) store(out + k + v, relu(affine(load(pooled + k + v), v)));
 }
 
 template <class T>
@@ -111,35 +122,30 @@ void block_forward(const T* y, const float* gamma, const float* beta, float eps,
     statistics_of_image(of_image, s, &parts[b * 2 * C]);
     pool_image(of_image, pooled + b * s.pooled(), where + b * s.pooled(), s);
   }
-  double sums[2 * C];
+  double sums[2 * C], exact[C];
   total(parts, s.images, 2 * C, sums);
-  Norm norm;
-  for (int c = 0; c < C; c++) {
-    norm.mean[c] = sums[c] / s.count();
-    const double v = sums[C + c] / s.count() - norm.mean[c] * norm.mean[c];
-    mean[c] = float(norm.mean[c]);
-    var[c] = float(v < 0 ? 0 : v);
-  }
-  norm.set(gamma, beta, var, eps);
+  for (int c = 0; c < C; c++) statistics(c, sums[c], sums[C + c], s.count(), exact, mean, var);
+  const Norm norm(exact, var, gamma, beta, eps);
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (len b = 0; b < s.images; b++) affine_relu_image(pooled + b * s.pooled(), out + b * s.pooled(), norm, s.pooled());
+  for (len b = 0; b < s.images; b++)
+    affine_relu_image(pooled + b * s.pooled(), out + b * s.pooled(), norm.affine, s.pooled());
 }
 
 // In eval mode: the maxima, plus bias, through the ReLU.
 template <class T>
 void block_eval(const T* y, const float* bias, T* out, len images, len height, len width, len threads) {
   const Shape s{images, height, width};
-  const Norm norm = Norm::only_bias(bias);
+  const Affine affine = only_bias(bias);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (len b = 0; b < s.images; b++) {
     pool_image(y + b * s.height * s.width * C, out + b * s.pooled(), nullptr, s);
-    affine_relu_image(out + b * s.pooled(), out + b * s.pooled(), norm, s.pooled());
+    affine_relu_image(out + b * s.pooled(), out + b * s.pooled(), affine, s.pooled());
   }
 }
 
 // Sums over an image's positions of the gradient behind the ReLU, and of its product with the maxima.
 template <class T>
-void gradient_sums_of_image(const T* grad, const T* pooled, const Norm& norm, const Shape& s, double* sums) {
+void gradient_sums_of_image(const T* grad, const T* pooled, const Affine& affine, const Shape& s, double* sums) {
   std::memset(sums, 0, 2 * C * sizeof(double));
   for (len r = 0; r < s.rows(); r++) {
     vec plain[HALVES] = {}, product[HALVES] = {};
@@ -147,7 +153,7 @@ void gradient_sums_of_image(const T* grad, const T* pooled, const Norm& norm, co
     for (len k = start; k < start + s.columns() * C; k += C)
       UNROLL for (int v = 0; v < HALVES; v++) {
         const vec y = load(pooled + k + v * LANES);
-        const vec g = keep(positive(y, norm, v * LANES), load(grad + k + v * LANES));
+        const vec g = keep(affine.positive(y, v * LANES), load(grad + k + v * LANES));
         plain[v] += g;
         product[v] += g * y;
       }
@@ -161,20 +167,17 @@ void gradient_sums_of_image(const T* grad, const T* pooled, const Norm& norm, co
 // y [B, H, W, C] turns into its gradient.
 template <class T>
 void block_backward(const T* grad, const T* pooled, const uint8_t* where, T* y, const float* gamma, const float* beta,
-                    const float* mean, const float* var, float eps, float* grad_gamma, float* grad_beta, len images, len height, len width,
-                    len threads) {
+                    const float* mean, const float* var, float eps, float* grad_gamma, float* grad_beta, len images,
+                    len height, len width, len threads) {
   const Shape s{images, height, width};
   std::vector<double> parts(s.images * 2 * C);
-  Norm norm;
-  for (int c = 0; c < C; c++) norm.mean[c] = mean[c];
-  norm.set(gamma, beta, var, eps);
+  const Norm norm(mean, var, gamma, beta, eps);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (len b = 0; b < s.images; b++)
-    gradient_sums_of_image(grad + b * s.pooled(), pooled + b * s.pooled(), norm, s, &parts[b * 2 * C]);
+    gradient_sums_of_image(grad + b * s.pooled(), pooled + b * s.pooled(), norm.affine, s, &parts[b * 2 * C]);
   double sums[2 * C];
   total(parts, s.images, 2 * C, sums);
-  Through through;
-  through.set(norm, gamma, sums, s.count(), grad_gamma, grad_beta);
+  const Through through(norm, gamma, sums, s.count(), grad_gamma, grad_beta);
   float k0[C], k1[C];
   for (int c = 0; c < C; c++) k0[c] = float(through.k0[c]), k1[c] = float(through.k1[c]);
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -186,7 +189,7 @@ void block_backward(const T* grad, const T* pooled, const uint8_t* where, T* y, 
           ivec at = {};
           if (r / 2 < s.rows() && q / 2 < s.columns()) {
             const len from = b * s.pooled() + (r / 2 * s.columns() + q / 2) * C + v;
-            g = keep(positive(load(pooled + from), norm, v), load(grad + from)) * load(norm.scale + v);
+            g = keep(norm.affine.positive(load(pooled + from), v), load(grad + from)) * load(norm.affine.scale + v);
             at = widened(where + from);
           }
           const int left = int(r % 2) * 2;

@@ -31,7 +31,7 @@ struct Filters {
 };
 
 template <int N, class T>  // N pooled pixels side by side
-INLINE void first_pixels(const float* in, len stride, const Filters& filters, const Norm& norm, uint8_t* where, T* out) {
+INLINE void first_pixels(const float* in, len stride, const Filters& filters, const Affine& affine, uint8_t* where, T* out) {
   vec y[2][2 * N][HALVES] = {};
   for (int row = 0; row < 3; row++)
     ROLLED for (int t = 0; t < 9; t++) {
@@ -45,19 +45,17 @@ INLINE void first_pixels(const float* in, len stride, const Filters& filters, co
     }
   UNROLL for (int n = 0; n < N; n++)
     UNROLL for (int v = 0; v < HALVES; v++) {
-      vec best = y[0][2 * n][v];
-      ivec at = ivec{};
-      larger(best, at, y[0][2 * n + 1][v], 1);
-      larger(best, at, y[1][2 * n][v], 2);
-      larger(best, at, y[1][2 * n + 1][v], 3);
+      ivec at;
+      const vec best = largest(y[0][2 * n][v], y[0][2 * n + 1][v], y[1][2 * n][v], y[1][2 * n + 1][v], at);
       const len to = n * C + v * LANES;
       if (where) narrowed(where + to, at);
-      store(out + to, relu(affine(best, norm, v * LANES)));
+      store(out + to, relu(affine(best, v * LANES)));
     }
 }
 
 template <class T>
-void first_images(const T* x, const Filters& filters, const Norm& norm, uint8_t* where, T* out, const Shape& s, len threads) {
+void first_images(const T* x, const Filters& filters, const Affine& affine, uint8_t* where, T* out, const Shape& s,
+                  len threads) {
 #pragma omp parallel num_threads(threads)
   {
     Padded padded(s);
@@ -70,48 +68,51 @@ void first_images(const T* x, const Filters& filters, const Norm& norm, uint8_t*
         len q = 0;
         for (; q + 3 <= s.columns(); q += 3) {
           const len to = row + q * C;
-          first_pixels<3>(in + q * 6, padded.stride, filters, norm, where ? where + to : nullptr, out + to);
+          first_pixels<3>(in + q * 6, padded.stride, filters, affine, where ? where + to : nullptr, out + to);
         }
         for (; q < s.columns(); q++) {
           const len to = row + q * C;
-          first_pixels<1>(in + q * 6, padded.stride, filters, norm, where ? where + to : nullptr, out + to);
+          first_pixels<1>(in + q * 6, padded.stride, filters, affine, where ? where + to : nullptr, out + to);
         }
       }
     }
   }
 }
 
+// Sum over all positions of channel c's output times tap j of the patch that it was made from.
+INLINE double output_times_tap(const double* products, const float* weight, int c, int j) {
+  double sum = 0;
+  for (int k = 0; k < TAPS; k++) sum += products[j * TAPS + k] * weight[c * TAPS + k];
+  return sum;
+}
+
 template <class T>
 void first_forward(const T* x, const float* weight, const float* gamma, const float* beta, float eps, const double* patches,
-                   const double* products, uint8_t* where, T* out, float* mean, float* var, len images, len height, len width, len threads) {
+                   const double* products, uint8_t* where, T* out, float* mean, float* var, len images, len height,
+                   len width, len threads) {
   const Shape s{images, height, width};
-  Norm norm;
+  double exact[C];
   for (int c = 0; c < C; c++) {
-    double m = 0, square = 0;
+    double sum = 0, square = 0;
     for (int j = 0; j < TAPS; j++) {
-      double inner = 0;
-      for (int k = 0; k < TAPS; k++) inner += products[j * TAPS + k] * weight[c * TAPS + k];
-      square += inner * weight[c * TAPS + j];
-      m += patches[j] * weight[c * TAPS + j];
+      square += output_times_tap(products, weight, c, j) * weight[c * TAPS + j];
+      sum += patches[j] * weight[c * TAPS + j];
     }
-    norm.mean[c] = m / s.count();
-    const double v = square / s.count() - norm.mean[c] * norm.mean[c];
-    mean[c] = float(norm.mean[c]);
-    var[c] = float(v < 0 ? 0 : v);
+    statistics(c, sum, square, s.count(), exact, mean, var);
   }
-  norm.set(gamma, beta, var, eps);
-  first_images(x, Filters(weight), norm, where, out, s, threads);
+  first_images(x, Filters(weight), Norm(exact, var, gamma, beta, eps).affine, where, out, s, threads);
 }
 
 // In eval mode: the maxima, plus bias, through the ReLU.
 template <class T>
 void first_eval(const T* x, const float* weight, const float* bias, T* out, len images, len height, len width, len threads) {
-  first_images(x, Filters(weight), Norm::only_bias(bias), nullptr, out, Shape{images, height, width}, threads);
+  first_images(x, Filters(weight), only_bias(bias), nullptr, out, Shape{images, height, width}, threads);
 }
 
 // Sums over an image's maxima of the gradient behind the ReLU, [C], and of its products with the patches, [TAPS, C].
 template <class T>
-void first_sums_of_image(const Padded& padded, const T* grad, const T* out, const uint8_t* where, const Shape& s, double* result) {
+void first_sums_of_image(const Padded& padded, const T* grad, const T* out, const uint8_t* where, const Shape& s,
+                         double* result) {
   for (int v = 0; v < C; v += LANES) {
     vec plain = {}, sums[TAPS] = {};
     for (len r = 0; r < s.rows(); r++)
@@ -138,8 +139,9 @@ void first_sums_of_image(const Padded& padded, const T* grad, const T* out, cons
 
 template <class T>
 void first_backward(const T* grad, const T* x, const float* weight, const T* out, const uint8_t* where, const float* gamma,
-                    const float* mean, const float* var, float eps, const double* patches, const double* products,
-                    float* grad_weight, float* grad_gamma, float* grad_beta, len images, len height, len width, len threads) {
+                    const float* beta, const float* mean, const float* var, float eps, const double* patches,
+                    const double* products, float* grad_weight, float* grad_gamma, float* grad_beta, len images, len height,
+                    len width, len threads) {
   const Shape s{images, height, width};
   constexpr len SIZE = C + TAPS * C;
   std::vector<double> parts(s.images * SIZE);
@@ -161,18 +163,14 @@ void first_backward(const T* grad, const T* x, const float* weight, const T* out
     sums[C + c] = 0;  // gradient times maximum, which is filter times patch
     for (int t = 0; t < TAPS; t++) sums[C + c] += at_maxima[t * C + c] * weight[c * TAPS + Filters::place(t)];
   }
-  Norm norm;
-  for (int c = 0; c < C; c++) norm.mean[c] = mean[c];
-  norm.set(gamma, nullptr, var, eps);
-  Through through;
-  through.set(norm, gamma, sums, s.count(), grad_gamma, grad_beta);
+  const Norm norm(mean, var, gamma, beta, eps);
+  const Through through(norm, gamma, sums, s.count(), grad_gamma, grad_beta);
   for (int c = 0; c < C; c++)
     for (int t = 0; t < TAPS; t++) {
       const int j = Filters::place(t);
-      double inner = 0;
-      for (int k = 0; k < TAPS; k++) inner += products[j * TAPS + k] * weight[c * TAPS + k];
       const double direct = at_maxima[t * C + c] * gamma[c] * norm.invstd[c];
-      grad_weight[c * TAPS + j] = float(direct + through.k0[c] * patches[j] + through.k1[c] * inner);
+      const double by_mean = through.k0[c] * patches[j], by_var = through.k1[c] * output_times_tap(products, weight, c, j);
+      grad_weight[c * TAPS + j] = float(direct + by_mean + by_var);
     }
 }
 

@@ -48,10 +48,15 @@ INLINE float number(float x) { return x; }
 INLINE float number(uint16_t x) { uint32_t b = uint32_t(x) << 16; float f; memcpy(&f, &b, sizeof f); return f; }
 INLINE vec keep(ivec mask, vec x) { return floats(mask & bits(x)); }
 INLINE vec relu(vec x) { return x < 0 ? vec{} : x; }  // NaN stays NaN
-INLINE void larger(vec& best, ivec& at, vec x, int position) {  // the first of equals wins, NaN over all, as in PyTorch
-  const ivec won = (x > best) | (x != x);
-  best = won ? x : best;
-  at = won ? (ivec{} + position) : at;
+INLINE vec largest(vec a, vec b, vec c, vec d, ivec& at) {  // the first of equals wins, NaN over all, as in PyTorch
+  at = ivec{};
+  const vec rest[] = {b, c, d};
+  UNROLL for (int k = 0; k < 3; k++) {
+    const ivec won = (rest[k] > a) | (rest[k] != rest[k]);
+    a = won ? rest[k] : a;
+    at = won ? (ivec{} + k + 1) : at;
+  }
+  return a;
 }
 INLINE double sum(vec x) {
   double s = 0;
