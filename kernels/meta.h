@@ -1,6 +1,6 @@
 // One update by the meta-learner: see metalearner.py, whose names these are.
 //
-// The LSTM's state h and c, and what it read, x, lie tile by tile: [tiles, H, TILE] and [tiles, 2, TILE]. The rest is flat, [P].
+// The LSTM's state h and c, and its input x, lie tile by tile: [tiles, H, TILE] and [tiles, 2, TILE]. The rest is flat, [P].
 
 #pragma once
 

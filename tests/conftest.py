@@ -1,3 +1,4 @@
+import copy
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +10,33 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from episode import evaluate_episode, train_episode
+from learner import Learner
+from metalearner import MetaLearner
+
+
+class Model:
+    """Learners, meta-learner and Adam as in training, always from the same initialisation."""
+
+    def __init__(self, image_size, dtype=torch.float32, conv_dtype=None, device="cpu", batch_size=25):
+        torch.manual_seed(1)
+        w_grad = Learner(image_size, 1e-3, 0.95, 5, conv_dtype).to(device, dtype)
+        self.learners, self.scratch = ((w_grad, copy.deepcopy(w_grad)), (copy.deepcopy(w_grad), copy.deepcopy(w_grad)))
+        self.meta = MetaLearner(4, 20, w_grad.get_flat_params().numel()).to(device, dtype)
+        self.meta.metalstm.init_cI(w_grad.get_flat_params())
+        self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=1e-3, fused=True)
+        self.batch_size = batch_size
+
+    def train(self, episode):
+        return train_episode(episode, *self.learners, self.meta, self.optimizer, self.batch_size, 0.25)
+
+    def test(self, episode):
+        return evaluate_episode(episode, *self.scratch, self.meta, self.batch_size)
+
+    def everything(self):
+        adam = [t for state in self.optimizer.state.values() for t in state.values()]
+        return [t.clone() for t in (*self.meta.state_dict().values(), *adam)]
 
 
 @pytest.fixture(autouse=True)

@@ -2,22 +2,20 @@
 read and wrote, as a graph does, and plays them again in the same memory."""
 
 import contextlib
-import copy
 import json
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+from conftest import Model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import capture
 import native
 from capture import WARM_UP, Captured
-from episode import Episode, evaluate_episode, train_episode
-from learner import Learner
-from metalearner import MetaLearner
+from episode import Episode
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
@@ -106,32 +104,11 @@ def episodes(n, device, image_size=32):
         yield Episode(support, y.repeat_interleave(2), query, y.repeat_interleave(3), order)
 
 
-class Model:
-    def __init__(self, device, conv_dtype=None, batch_size=25):
-        torch.manual_seed(719)
-        w_grad = Learner(32, 1e-3, 0.95, 5, conv_dtype).to(device)
-        self.learners, self.scratch = ((w_grad, copy.deepcopy(w_grad)) for _ in range(2))
-        self.meta = MetaLearner(4, 20, w_grad.get_flat_params().numel()).to(device)
-        self.meta.metalstm.init_cI(w_grad.get_flat_params())
-        self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=1e-3, fused=True)
-        self.batch_size = batch_size
-
-    def train(self, episode):
-        return train_episode(episode, *self.learners, self.meta, self.optimizer, self.batch_size, 0.25)
-
-    def test(self, episode):
-        return evaluate_episode(episode, *self.scratch, self.meta, self.batch_size)
-
-    def everything(self):
-        adam = [t for state in self.optimizer.state.values() for t in state.values()]
-        return [t.clone() for t in (*self.meta.state_dict().values(), *adam)]
-
-
 @pytest.mark.parametrize("conv_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("batch_size", [25, 4])
 def test_captured_episodes_are_the_eager_ones_bit_for_bit(device, batch_size, conv_dtype):
     """Training and testing by turns, from the warm-up into the replays."""
-    eager, graphed = Model(device, conv_dtype, batch_size), Model(device, conv_dtype, batch_size)
+    eager, graphed = (Model(32, conv_dtype=conv_dtype, device=device, batch_size=batch_size) for _ in range(2))
     train, test = Captured(graphed.train, graphed.optimizer), Captured(graphed.test)
     for episode in episodes(WARM_UP + 4, device):
         for ours, theirs in zip((*train(episode), *test(episode)), (*eager.train(episode), *eager.test(episode)), strict=True):
@@ -144,7 +121,7 @@ def test_captured_episodes_are_the_eager_ones_bit_for_bit(device, batch_size, co
 
 def test_results_are_the_callers_to_keep(device):
     """The graph writes its own memory anew each time."""
-    model = Model(device)
+    model = Model(32, device=device)
     test = Captured(model.test)
     results = [test(episode) for episode in episodes(WARM_UP + 3, device)]
     losses = [loss.item() for loss, _ in results]
@@ -152,7 +129,7 @@ def test_results_are_the_callers_to_keep(device):
 
 
 def test_an_update_that_is_not_finite_is_skipped_by_the_graph_too(device):
-    model = Model(device)
+    model = Model(32, device=device)
     train = Captured(model.train, model.optimizer)
     *good, bad, last = episodes(WARM_UP + 3, device)
     for episode in good:
@@ -166,7 +143,7 @@ def test_an_update_that_is_not_finite_is_skipped_by_the_graph_too(device):
 
 
 def test_other_shapes_are_refused(device):
-    model = Model(device)
+    model = Model(32, device=device)
     test = Captured(model.test)
     (first, *_) = list(episodes(1, device))
     for _ in range(WARM_UP + 1):
@@ -176,7 +153,7 @@ def test_other_shapes_are_refused(device):
 
 
 def test_where_it_cannot_be_recorded_it_goes_on_in_the_ordinary_way(device, capsys, monkeypatch):
-    eager, graphed = Model(device), Model(device)
+    eager, graphed = Model(32, device=device), Model(32, device=device)
     train = Captured(graphed.train, graphed.optimizer)
 
     @contextlib.contextmanager
@@ -211,7 +188,7 @@ def test_the_tape_sees_what_a_graph_would_miss(tape):
 @pytest.mark.parametrize("mode", ["train", "test"])
 def test_gpu_and_cpu_agree(mode):
     """Each episode from the same parameters: rounding grows from episode to episode."""
-    here, there = Model("cpu"), Model("cuda")
+    here, there = Model(32), Model(32, device="cuda")
     step = Captured(getattr(there, mode), there.optimizer)
     for ours, theirs in zip(episodes(WARM_UP + 3, "cpu"), episodes(WARM_UP + 3, "cuda"), strict=True):
         there.meta.load_state_dict(here.meta.state_dict())

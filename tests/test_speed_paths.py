@@ -1,19 +1,16 @@
 """What was done for speed: hand-written backward passes, bfloat16, no waiting for a GPU."""
 
 import contextlib
-import copy
 from unittest import mock
 
 import numpy as np
 import pytest
 import textbook
 import torch
+from conftest import Model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataloader import EpisodeDataset, episodes, scan_split
-from episode import evaluate_episode, train_episode
-from learner import Learner
-from metalearner import MetaLearner
 
 CPU = torch.device("cpu")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -24,21 +21,6 @@ def drawn(master, image_size, length, dtype=torch.float32, device=CPU):
     dataset = EpisodeDataset(scan_split(master, "train"), 719, 5, 5, 3, 2, image_size, "port", length)
     for episode in episodes(dataset, 0, 0, device, False):
         yield episode._replace(support=episode.support.to(dtype), query=episode.query.to(dtype))
-
-
-class Fast:
-    """The project's own path."""
-
-    def __init__(self, image_size, dtype=torch.float32, conv_dtype=None, device=CPU):
-        torch.manual_seed(1)
-        w_grad = Learner(image_size, 1e-3, 0.95, 5, conv_dtype).to(device, dtype)
-        self.learners = (w_grad, copy.deepcopy(w_grad))
-        self.meta = MetaLearner(4, 20, w_grad.get_flat_params().numel()).to(device, dtype)
-        self.meta.metalstm.init_cI(w_grad.get_flat_params())
-        self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=1e-3, fused=True)
-
-    def train(self, episode, batch_size=25):
-        return train_episode(episode, *self.learners, self.meta, self.optimizer, batch_size, 0.25)[0]
 
 
 class Textbook:
@@ -60,10 +42,10 @@ class Textbook:
 @pytest.mark.parametrize("batch_size", [25, 10])
 def test_twenty_consecutive_episodes_of_training_are_the_textbooks(master, batch_size):
     """In float64, where rounding cannot hide a wrong gradient and none has room to grow."""
-    fast = Fast(32, torch.float64)
+    fast = Model(32, torch.float64, batch_size=batch_size)
     plain = Textbook(fast, 32, torch.float64)
     for episode in drawn(master, 32, 20 if batch_size == 25 else 2, torch.float64):
-        assert fast.train(episode, batch_size).item() == pytest.approx(plain.train(episode, batch_size).item(), rel=1e-9)
+        assert fast.train(episode)[0].item() == pytest.approx(plain.train(episode, batch_size).item(), rel=1e-9)
     theirs = plain.meta.state_dict()
     for name, value in fast.meta.state_dict().items():
         assert torch.allclose(value, theirs[name], rtol=1e-6, atol=1e-9), name
@@ -73,11 +55,11 @@ def test_twenty_consecutive_episodes_of_training_are_the_textbooks(master, batch
 def test_each_episode_in_float32_is_the_textbooks(master, image_size, length):
     """Each from the textbook's parameters, since rounding grows from episode to episode: left alone in float32, the two were
     2e-3 to 3e-2 apart within 20 episodes with three seeds, and the textbook 3e-3 from itself in float64 with one."""
-    fast = Fast(image_size)
+    fast = Model(image_size)
     plain = Textbook(fast, image_size)
     for episode in drawn(master, image_size, length):
         fast.meta.load_state_dict(plain.meta.state_dict())
-        assert fast.train(episode).item() == pytest.approx(plain.train(episode).item(), rel=1e-3)
+        assert fast.train(episode)[0].item() == pytest.approx(plain.train(episode).item(), rel=1e-3)
 
 
 class Convolutions(TorchDispatchMode):
@@ -96,13 +78,13 @@ class Convolutions(TorchDispatchMode):
 @pytest.mark.parametrize("image_size", [32, 84])
 def test_bf16_is_close_to_fp32(master, image_size):
     """Each episode from the same parameters, for the same reason."""
-    full, half = Fast(image_size), Fast(image_size, conv_dtype=torch.bfloat16)
+    full, half = Model(image_size), Model(image_size, conv_dtype=torch.bfloat16)
     for episode in drawn(master, image_size, 4):
         half.meta.load_state_dict(full.meta.state_dict())
         with Convolutions() as seen:
-            loss = half.train(episode).item()
+            loss = half.train(episode)[0].item()
         assert seen.dtypes == {torch.bfloat16}
-        assert loss == pytest.approx(full.train(episode).item(), rel=0.02)
+        assert loss == pytest.approx(full.train(episode)[0].item(), rel=0.02)
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in half.meta.parameters())
 
 
@@ -203,14 +185,13 @@ def test_the_detector_detects(guilty, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_nothing_in_an_episode_synchronises(master, batch_size, conv_dtype, device):
     """Inner loop, backward pass, clipping, Adam, accuracy; the second episode finds Adam's state there already."""
-    fast = Fast(16, conv_dtype=conv_dtype, device=device)
-    scratch = copy.deepcopy(fast.learners)
+    fast = Model(16, conv_dtype=conv_dtype, device=device, batch_size=batch_size)
     before = fast.meta.metalstm.cI.detach().clone()
     batches = list(drawn(master, 16, 2, device=torch.device(device)))
     with no_synchronisation():
         for episode in batches:
-            fast.train(episode, batch_size)
-            evaluate_episode(episode, *scratch, fast.meta, batch_size)
+            fast.train(episode)
+            fast.test(episode)
     assert not torch.equal(before, fast.meta.metalstm.cI)
 
 
