@@ -17,6 +17,7 @@ import native
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of pixels in [0, 1]
 STD = (0.229, 0.224, 0.225)
+PIXELS = {"imagenet": (MEAN, STD), "unit": ((0.0,) * 3, (1.0,) * 3)}  # mean and deviation by --pixels
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as Pillow's mode L
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
@@ -144,7 +145,13 @@ def _colour(x: Tensor, factors: Tensor, order: np.ndarray, together: bool) -> Te
 
 
 def transform(
-    pixels: Tensor, windows: Windows, image_size: int, flip: np.ndarray, jitter: np.ndarray | None, order: np.ndarray | None
+    pixels: Tensor,
+    windows: Windows,
+    image_size: int,
+    flip: np.ndarray,
+    jitter: np.ndarray | None,
+    order: np.ndarray | None,
+    scale: str = "imagenet",
 ) -> Tensor:
     """From decoded images to what the learner sees.
 
@@ -155,18 +162,20 @@ def transform(
         flip: [B] bool, which ones to mirror.
         jitter: [B, 4] float64, factors of brightness, contrast, saturation and hue shift in turns; None leaves colours alone.
         order: [B, 4] int64, the order in which those are applied, a permutation of 0 to 3 each.
+        scale: "imagenet" for ImageNet's mean and deviation, "unit" for numbers from 0 to 1.
 
     Returns:
-        [B, 3, image_size, image_size] float32 in channels_last format, of ImageNet's zero mean and unit variance.
+        [B, 3, image_size, image_size] float32 in channels_last format.
     """
     device = pixels.device
     out = torch.empty(len(pixels), 3, image_size, image_size, device=device, memory_format=torch.channels_last)
     factors = None if jitter is None else _sent(jitter.astype(np.float32), device)
     if native.handles(pixels, torch.uint8):
         table, steps = np.stack(windows).astype(np.int64), None if order is None else torch.from_numpy(order.astype(np.int64))
-        return native.augment(pixels, torch.from_numpy(table), torch.from_numpy(flip), factors, steps, out)
+        mean, std = (torch.tensor(v) for v in PIXELS[scale])
+        return native.augment(pixels, torch.from_numpy(table), torch.from_numpy(flip), factors, steps, (mean, std), out)
     x = _resize(pixels, *_filters(windows, flip, pixels.shape[2:], image_size, device))
     if jitter is not None:
         x = _colour(x, factors.view(-1, 4, 1, 1, 1), order, device.type != "cpu")
-    mean, std = (_sent(np.array(v, dtype=np.float32), device).view(3, 1, 1) * 255 for v in (MEAN, STD))
+    mean, std = (_sent(np.array(v, dtype=np.float32), device).view(3, 1, 1) * 255 for v in PIXELS[scale])
     return torch.addcmul(-mean / std, x, 1 / std, out=out)

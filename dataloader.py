@@ -134,9 +134,14 @@ def draw_images(seed: int, split: Split, index: int, n_class: int, n_image: int)
     return classes, np.stack(images)
 
 
-def draw_order(seed: int, split: str, index: int, n_pass: int, n_support: int) -> np.ndarray:
-    """Order of the support images in each pass over them, [n_pass, n_support] int64."""
-    return np.argsort(_generator(seed, split, index, _ORDER).random((n_pass, n_support)), axis=1, kind="stable")
+def draw_order(seed: int, split: str, index: int, n_pass: int, n_support: int, shuffle: str = "pass") -> np.ndarray:
+    """Order of the support images in each pass over them, [n_pass, n_support] int64.
+
+    Args:
+        shuffle: "pass" for a new order in each pass, "episode" for one in all of them.
+    """
+    order = np.argsort(_generator(seed, split, index, _ORDER).random((n_pass, n_support)), axis=1, kind="stable")
+    return order if shuffle == "pass" else np.broadcast_to(order[:1], order.shape).copy()
 
 
 class Augmentation(NamedTuple):
@@ -203,6 +208,8 @@ class EpisodeDataset(Dataset):
         image_size: height and width of the result in pixels.
         augment: "port" for the older port's transforms (random for the train split), "none" to squash each image.
         length: how many episodes there are.
+        pixels: "imagenet" or "unit", see ``augment.transform``.
+        shuffle: "pass" or "episode", see ``draw_order``.
         cache_dir: where the decoded images go, see ``cache.decoded``.
 
     Raises:
@@ -220,12 +227,14 @@ class EpisodeDataset(Dataset):
         image_size: int,
         augment: str,
         length: int,
+        pixels: str = "imagenet",
+        shuffle: str = "pass",
         cache_dir: Path | None = None,
     ):
         check_split(split, n_class, n_shot, n_eval)
         self.split, self.seed, self.length = split, seed, length
         self.n_class, self.n_shot, self.n_eval, self.n_pass = n_class, n_shot, n_eval, n_pass
-        self.image_size, self.augment = image_size, augment
+        self.image_size, self.augment, self.pixels, self.shuffle = image_size, augment, pixels, shuffle
         self._first = np.cumsum([0] + [len(files) for files in split.files])
         files = [path for of_class in split.files for path in of_class]
         self._decoded = decoded(split.name, files, split.root, image_size, cache_dir)
@@ -261,7 +270,7 @@ class EpisodeDataset(Dataset):
             windows = Windows.crops(augmentation.box, self.image_size)
         else:
             windows = Windows.centres(sizes, self.image_size)
-        order = draw_order(self.seed, self.split.name, index, self.n_pass, self.n_class * self.n_shot)
+        order = draw_order(self.seed, self.split.name, index, self.n_pass, self.n_class * self.n_shot, self.shuffle)
         return Drawn(torch.from_numpy(pixels), windows, augmentation, torch.from_numpy(order))
 
     def assemble(self, drawn: Drawn, device: torch.device) -> Episode:
@@ -270,7 +279,7 @@ class EpisodeDataset(Dataset):
         if drawn.augmentation is not None:
             _, flip, jitter, order = drawn.augmentation
         pixels = drawn.pixels.to(device, non_blocking=True)
-        x = transform(pixels, drawn.windows, self.image_size, flip, jitter, order)
+        x = transform(pixels, drawn.windows, self.image_size, flip, jitter, order, self.pixels)
         n_support = self.n_class * self.n_shot
         y = torch.arange(self.n_class, device=device)
         return Episode(

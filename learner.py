@@ -32,6 +32,8 @@ class Learner(nn.Module):
         bn_eps: epsilon of the batch normalisation.
         bn_momentum: share of the newest batch in the running statistics.
         n_classes: number of classes of an episode (n-way).
+        bn_scale: where batch normalisation's scale starts: "uniform", U(0, 1), the default of Torch and of PyTorch before 1.2,
+            with which both earlier codes ran; or "one", PyTorch's default since.
         conv_dtype: what the convolutions and what lies between them are computed in; parameters, batch statistics, classifier
             and loss keep the parameters' own type.
 
@@ -45,6 +47,7 @@ class Learner(nn.Module):
         bn_eps: float,
         bn_momentum: float,
         n_classes: int,
+        bn_scale: str = "uniform",
         conv_dtype: torch.dtype | None = None,
     ):
         super().__init__()
@@ -53,6 +56,8 @@ class Learner(nn.Module):
         for b in range(1, N_BLOCKS + 1):
             self.add_module(f"conv{b}", nn.Conv2d(3 if b == 1 else N_FILTERS, N_FILTERS, 3, padding=1))
             self.add_module(f"norm{b}", nn.BatchNorm2d(N_FILTERS, eps=bn_eps, momentum=bn_momentum))
+            if bn_scale == "uniform":
+                nn.init.uniform_(getattr(self, f"norm{b}").weight)
         self.cls = nn.Linear(N_FILTERS * (image_size // MIN_IMAGE_SIZE) ** 2, n_classes)
         self.conv_dtype = conv_dtype
         # where each stretch of the flat vector goes: (module, "weight" or "bias", shape), in the order of parameters()

@@ -54,17 +54,24 @@ class MetaLSTMCell(nn.Module):
     i_t = [h_t, c_{t-1}, i_{t-1}] WI + bI
     c_t = sigmoid(f_t) * c_{t-1} - sigmoid(i_t) * grad_t
 
-    WF, WI ~ U(-0.01, 0.01); bF ~ U(4, 6), bI ~ U(*bi_range), by default U(-5, -4): it starts as gradient descent with a
-    small step. cI, the initial cell state, is the learner's initialisation, itself learned (see ``init_cI``).
+    WF, WI ~ U(-0.01, 0.01); bF ~ U(*bf_range), bI ~ U(*bi_range), by default U(4, 6) and U(-5, -4): it starts as
+    gradient descent with a small step. cI, the initial cell state, is the learner's initialisation, itself learned (see
+    ``init_cI``).
     """
 
-    def __init__(self, hidden_size: int, n_learner_params: int, bi_range: tuple[float, float] = (-5.0, -4.0)):
+    def __init__(
+        self,
+        hidden_size: int,
+        n_learner_params: int,
+        bi_range: tuple[float, float] = (-5.0, -4.0),
+        bf_range: tuple[float, float] = (4.0, 6.0),
+    ):
         super().__init__()
         self.WF = nn.Parameter(torch.empty(hidden_size + 2, 1).uniform_(-0.01, 0.01))
         self.WI = nn.Parameter(torch.empty(hidden_size + 2, 1).uniform_(-0.01, 0.01))
         self.cI = nn.Parameter(torch.zeros(n_learner_params, 1))
         self.bI = nn.Parameter(torch.empty(1, 1).uniform_(*bi_range))
-        self.bF = nn.Parameter(torch.empty(1, 1).uniform_(4, 6))
+        self.bF = nn.Parameter(torch.empty(1, 1).uniform_(*bf_range))
 
     @torch.no_grad()
     def init_cI(self, flat_params: Tensor) -> None:
@@ -98,7 +105,9 @@ class MetaLearner(nn.Module):
         input_size: numbers that the LSTM reads for a coordinate; always 4.
         hidden_size: width of the LSTM, its weights shared by all coordinates.
         n_learner_params: P, the length of the learner's flat parameter vector.
-        bi_range: range of the uniform distribution from which bI starts.
+        bi_range, bf_range: ranges of the uniform distributions from which bI and bF start.
+        lstm_init: "pytorch" for the LSTM as PyTorch starts it, U(-1/sqrt(hidden_size), 1/sqrt(hidden_size)); "authors" for
+            U(-0.01, 0.01) and the single bias that their LSTM has: ``bias_hh`` stays zero.
     """
 
     def __init__(
@@ -107,12 +116,18 @@ class MetaLearner(nn.Module):
         hidden_size: int,
         n_learner_params: int,
         bi_range: tuple[float, float] = (-5.0, -4.0),
+        bf_range: tuple[float, float] = (4.0, 6.0),
+        lstm_init: str = "pytorch",
     ):
         super().__init__()
         if input_size != INPUT_SIZE:
             raise ValueError(f"input_size is {input_size}, but prep(loss) and prep(grad) make {INPUT_SIZE} numbers")
         self.lstm = nn.LSTMCell(input_size, hidden_size)
-        self.metalstm = MetaLSTMCell(hidden_size, n_learner_params, bi_range)
+        if lstm_init == "authors":
+            for parameter in self.lstm.parameters():
+                nn.init.uniform_(parameter, -0.01, 0.01)
+            nn.init.zeros_(self.lstm.bias_hh).requires_grad_(False)
+        self.metalstm = MetaLSTMCell(hidden_size, n_learner_params, bi_range, bf_range)
 
     def initial_state(self) -> MetaState:
         """The state before the first update: c_0 = cI, all else zero."""

@@ -132,11 +132,20 @@ def _activation(x: Tensor, height: int, width: int, dtype: torch.dtype | None = 
     return torch.empty(shape, dtype=dtype or x.dtype, memory_format=torch.channels_last)
 
 
-def augment(pixels: Tensor, windows: Tensor, flip: Tensor, jitter: Tensor | None, order: Tensor | None, out: Tensor) -> Tensor:
-    """What ``augment.transform`` does: windows int64 [4, B, 2], flip bool [B], jitter float32 [B, 4], order int64 [B, 4]."""
+def augment(
+    pixels: Tensor,
+    windows: Tensor,
+    flip: Tensor,
+    jitter: Tensor | None,
+    order: Tensor | None,
+    scale: tuple[Tensor, Tensor],
+    out: Tensor,
+) -> Tensor:
+    """What ``augment.transform`` does: windows int64 [4, B, 2], flip bool [B], jitter float32 [B, 4], order int64 [B, 4], and
+    scale the mean and the deviation, float32 [3] each."""
     n, _, height, width = pixels.shape
     args = [None if t is None else t.contiguous() for t in (pixels, windows, flip, jitter, order)]
-    _call("augment", *args, out, out.shape[2], n, height, width)
+    _call("augment", *args, *scale, out, out.shape[2], n, height, width)
     return out
 
 

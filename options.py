@@ -28,6 +28,11 @@ HYPER_PARAMETERS = (
     "bn_momentum",
     "bn_eps",
     "augment",
+    "pixels",
+    "shuffle",
+    "bn_scale",
+    "lstm_init",
+    "bf_init",
     "bi_init",
     "precision",
     "seed",
@@ -121,6 +126,8 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
         "none: every image squashed to a square, as the authors",
         choices=("port", "none"),
     )
+    words = "imagenet: less ImageNet's mean, by its deviation, as the port; unit: from 0 to 1, as the authors"
+    add("--pixels", "imagenet", words, choices=("imagenet", "unit"))
     add("--cache-dir", None, "where decoded images go (default: .decoded in the data root)", metavar="DIR")
     add("--n-workers", 2, "processes that prepare episodes, the same ones for any N", type=whole(0, 256), metavar="N")
     add("--pin-mem", True, "page-locked memory for copies to the GPU", type=boolean, metavar="BOOL")
@@ -138,6 +145,10 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     add = group("learner and its training on the support set")
     add("--epoch", 8, "passes over the support set", type=whole(1, 10000), metavar="N")
     add("--batch-size", 25, "images of a support minibatch", type=whole(1), metavar="N")
+    words = "order of the support images in smaller minibatches: new in each pass, or one an episode, as the authors"
+    add("--shuffle", "pass", words, choices=("pass", "episode"))
+    words = "start of batch normalisation's scale: uniform, U(0, 1), as both earlier codes; one, as PyTorch since 1.2"
+    add("--bn-scale", "uniform", words, choices=("uniform", "one"))
     add("--bn-momentum", 0.95, "share of the newest batch in the running statistics", type=real(0, 1), metavar="X")
     add("--bn-eps", 1e-3, "epsilon of batch normalisation", type=real(0, 1, low_open=True), metavar="X")
 
@@ -148,6 +159,9 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     add("--lr", 1e-3, "learning rate of Adam", type=real(0, 1, low_open=True), metavar="X")
     add("--grad-clip", 0.25, "largest norm of its gradient", type=real(0, 1e6, low_open=True), metavar="X")
     bias = real(-100, 100)
+    words = "start of its LSTM: pytorch, as the port; authors: U(-0.01, 0.01) and one bias"
+    add("--lstm-init", "pytorch", words, choices=("pytorch", "authors"))
+    add("--bf-init", [4.0, 6.0], "range in which bF starts (authors: 4 5)", type=bias, nargs=2, metavar=("LOW", "HIGH"))
     add("--bi-init", [-5.0, -4.0], "range in which bI starts", type=bias, nargs=2, metavar=("LOW", "HIGH"))
 
     add = group("prediction")
@@ -197,8 +211,10 @@ def settle(
     stored = {k: v for k, v in (stored or {}).items() if k in HYPER_PARAMETERS}
     args = argparse.Namespace(**{**defaults, **stored, **given})
     args.data_root = Path(args.data_root) if args.data_root else ROOT / "data" / args.data
-    if args.bi_init[0] > args.bi_init[1]:
-        raise UserError(f"--bi-init {args.bi_init[0]:g} {args.bi_init[1]:g}: the first must not be the larger one")
+    for name in ("bi_init", "bf_init"):
+        low, high = getattr(args, name)
+        if low > high:
+            raise UserError(f"--{name.replace('_', '-')} {low:g} {high:g}: the first must not be the larger one")
     return args
 
 

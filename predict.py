@@ -41,14 +41,14 @@ def gather(paths: list[str]) -> list[Path]:
     return found
 
 
-def prepare(files: list[Path], image_size: int, augment: str, device: torch.device) -> Tensor:
+def prepare(files: list[Path], args: argparse.Namespace, device: torch.device) -> Tensor:
     """Decode and transform as for validation: [B, 3, image_size, image_size] float32."""
     out = []
     for path in files:  # one by one: photographs differ in size, and are large
         pixels = torch.from_numpy(np.asarray(load_image(path)).transpose(2, 0, 1)[None].copy()).to(device)
         sizes = np.array([pixels.shape[2:]])
-        windows = (Windows.squashed if augment == "none" else Windows.centres)(sizes, image_size)
-        out.append(transform(pixels, windows, image_size, np.zeros(1, dtype=bool), None, None))
+        windows = (Windows.squashed if args.augment == "none" else Windows.centres)(sizes, args.image_size)
+        out.append(transform(pixels, windows, args.image_size, np.zeros(1, dtype=bool), None, None, args.pixels))
     return torch.cat(out).contiguous(memory_format=torch.channels_last)
 
 
@@ -119,9 +119,9 @@ def predict(args: argparse.Namespace, device: torch.device, checkpoint: dict) ->
     learners, metalearner = build(args, device)
     load_metalearner(metalearner, checkpoint, Path(args.resume))
     labels = torch.tensor([k for k, images in enumerate(support) for _ in images], device=device)
-    x = prepare([path for images in support for path in images], args.image_size, args.augment, device)
-    query = prepare(files, args.image_size, args.augment, device)
-    order = torch.from_numpy(draw_order(args.seed, "test", 0, args.epoch, len(labels))).to(device)
+    x = prepare([path for images in support for path in images], args, device)
+    query = prepare(files, args, device)
+    order = torch.from_numpy(draw_order(args.seed, "test", 0, args.epoch, len(labels), args.shuffle)).to(device)
     unknown = torch.zeros(len(files), dtype=torch.int64, device=device)
     episode = Episode(x, labels, query, unknown, order)
     learners[1].eval()

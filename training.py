@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import importlib.metadata
 import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -41,12 +47,35 @@ def make_reproducible(seed: int) -> None:
 def build(args: argparse.Namespace, device: torch.device) -> tuple[tuple[Learner, Learner], MetaLearner]:
     """The pair (learner_w_grad, learner_wo_grad), and the meta-learner whose cI starts as the learner's parameters."""
     conv_dtype = {"fp32": None, "bf16": torch.bfloat16}[args.precision]
-    learner_w_grad = Learner(args.image_size, args.bn_eps, args.bn_momentum, args.n_class, conv_dtype).to(device)
+    shape = (args.image_size, args.bn_eps, args.bn_momentum, args.n_class)
+    learner_w_grad = Learner(*shape, args.bn_scale, conv_dtype).to(device)
     learner_wo_grad = copy.deepcopy(learner_w_grad)
     flat = learner_w_grad.get_flat_params()
-    metalearner = MetaLearner(args.input_size, args.hidden_size, flat.numel(), tuple(args.bi_init)).to(device)
+    start = (tuple(args.bi_init), tuple(args.bf_init), args.lstm_init)
+    metalearner = MetaLearner(args.input_size, args.hidden_size, flat.numel(), *start).to(device)
     metalearner.metalstm.init_cI(flat)
     return (learner_w_grad, learner_wo_grad), metalearner
+
+
+def provenance(device: torch.device) -> dict[str, object]:
+    """What was run, by which code, on what: command (with names of files instead of their paths), commit, versions, machine."""
+    root = Path(__file__).resolve().parent
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv]
+    packages = ("torch", "torchvision", "numpy", "pillow")
+    return {
+        "command": "python " + shlex.join(words),
+        "commit": commit,
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",
+    }
 
 
 def load_metalearner(metalearner: MetaLearner, content: dict, path: Path) -> None:
@@ -68,7 +97,7 @@ def load_metalearner(metalearner: MetaLearner, content: dict, path: Path) -> Non
 
 
 def episode_dataset(args: argparse.Namespace, split: str, length: int) -> EpisodeDataset:
-    shape = {k: getattr(args, k) for k in ("n_class", "n_shot", "n_eval", "image_size", "augment")}
+    shape = {k: getattr(args, k) for k in ("n_class", "n_shot", "n_eval", "image_size", "augment", "pixels", "shuffle")}
     found = scan_split(args.data_root, split)
     cache_dir = Path(args.cache_dir) if args.cache_dir else None
     return EpisodeDataset(found, args.seed, n_pass=args.epoch, length=length, cache_dir=cache_dir, **shape)
@@ -85,11 +114,13 @@ class Training:
         self.data = {s.split.name: s.fingerprint for s in (self.train_set, self.val_set)}
         self.learners, self.metalearner = build(args, device)
         self.evaluate = Evaluator(args, device, self.learners, self.metalearner)
-        self.optimizer = torch.optim.Adam(self.metalearner.parameters(), lr=args.lr, fused=True)
+        learned = [p for p in self.metalearner.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(learned, lr=args.lr, fused=True)
         self.step = Captured(self.train_episode, self.optimizer) if device.type == "cuda" else self.train_episode
         self.done, self.validated, self.best = 0, 0, None
         self.since_log = {"loss": [], "accuracy": [], "skipped": []}  # of the episodes since the last line of the log
         self.skipped_in_a_row = 0
+        self.about = (checkpoint or {}).get("about") or provenance(device)
         logs_end_at = None
         if checkpoint is not None:
             load_metalearner(self.metalearner, checkpoint, Path(args.resume))
@@ -131,6 +162,7 @@ class Training:
             "optim": self.optimizer.state_dict(),
             "hyper_parameters": hyper_parameters(self.args),
             "best": self.best,
+            "about": self.about,
             "run": {
                 "validated": self.validated,
                 "since_log": {k: [float(v) for v in values] for k, values in self.since_log.items()},

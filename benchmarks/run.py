@@ -47,7 +47,7 @@ class Ours:
 
     def __init__(self, device: torch.device, n_class=5, image_size=84, precision=None, batch_size=BATCH_SIZE, **_):
         torch.manual_seed(719)
-        first = Learner(image_size, 1e-3, 0.95, n_class, precision).to(device)
+        first = Learner(image_size, 1e-3, 0.95, n_class, "one", precision).to(device)
         self.learners = (first, copy.deepcopy(first))
         self.scratch = copy.deepcopy(self.learners)
         self.batch_size = batch_size

@@ -35,7 +35,6 @@ struct Filter {
 
 enum Step { BRIGHTNESS, CONTRAST, SATURATION, HUE };
 constexpr float GREY[3] = {0.299f, 0.587f, 0.114f};
-constexpr float MEAN[3] = {0.485f, 0.456f, 0.406f}, STD[3] = {0.229f, 0.224f, 0.225f};
 
 INLINE vec clamp(vec x, float low, float high) { return at_most(at_least(x, low), high); }
 INLINE vec absolute(vec x) { return floats(bits(x) & 0x7fffffff); }
@@ -81,9 +80,9 @@ void adjust(float* x, len plane, len pixels, int step, float factor) {
 }
 
 // pixels [images, 3, height, width] -> out [images, size, size, 3]; windows [4, images, 2] as augment.Windows, jitter and order
-// [images, 4] each, or none.
+// [images, 4] each, or none; mean and deviation [3] of pixels in [0, 1].
 void augment(const uint8_t* pixels, const len* windows, const uint8_t* flip, const float* jitter, const len* order,
-                    float* out, len size, len images, len height, len width, len threads) {
+             const float* mean, const float* deviation, float* out, len size, len images, len height, len width, len threads) {
   const len area = size * size, plane = (area + LANES - 1) / LANES * LANES;
 #pragma omp parallel num_threads(threads)
   {
@@ -112,7 +111,7 @@ void augment(const uint8_t* pixels, const len* windows, const uint8_t* flip, con
       if (jitter)
         for (int k = 0; k < 4; k++) adjust(x.data(), plane, area, int(order[b * 4 + k]), jitter[b * 4 + order[b * 4 + k]]);
       for (int c = 0; c < 3; c++) {
-        const float shift = -MEAN[c] / STD[c], scale = 1 / (255 * STD[c]);
+        const float shift = -mean[c] / deviation[c], scale = 1 / (255 * deviation[c]);
         for (len k = 0; k < area; k++) out[(b * area + k) * 3 + c] = shift + x[c * plane + k] * scale;
       }
     }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# 5-way 1-shot: the authors' recipe. Edit below; flags given to this script override.
+# 5-way 1-shot: the authors' schedule with the older port's images and initialisation. Edit below; flags given to this script override.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements.txt
@@ -14,14 +14,19 @@ use_python requirements.txt
   --n-eval 15 \
   --image-size 84 \
   --augment port \
+  --pixels imagenet \
   --episode 75000 \
   --episode-val 100 \
   --epoch 12 \
   --batch-size 5 \
+  --shuffle pass \
+  --bn-scale uniform \
   --bn-momentum 0.9 \
   --bn-eps 1e-3 \
   --input-size 4 \
   --hidden-size 20 \
+  --lstm-init pytorch \
+  --bf-init 4 6 \
   --bi-init -5 -4 \
   --precision fp32 \
   --lr 1e-3 \

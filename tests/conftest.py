@@ -21,7 +21,7 @@ class Model:
 
     def __init__(self, image_size, dtype=torch.float32, conv_dtype=None, device="cpu", batch_size=25):
         torch.manual_seed(1)
-        w_grad = Learner(image_size, 1e-3, 0.95, 5, conv_dtype).to(device, dtype)
+        w_grad = Learner(image_size, 1e-3, 0.95, 5, "one", conv_dtype).to(device, dtype)
         self.learners, self.scratch = ((w_grad, copy.deepcopy(w_grad)), (copy.deepcopy(w_grad), copy.deepcopy(w_grad)))
         self.meta = MetaLearner(4, 20, w_grad.get_flat_params().numel()).to(device, dtype)
         self.meta.metalstm.init_cI(w_grad.get_flat_params())

@@ -287,6 +287,7 @@ def test_the_shell_scripts(master, tmp_path, recipe):
 
 
 ONE_SHOT = dict(n_shot=1, epoch=12, batch_size=5, bn_momentum=0.9, save="logs-1shot")
+AUTHORS = dict(augment="none", pixels="unit", shuffle="episode", lstm_init="authors", bf_init=[4.0, 5.0])
 
 
 @pytest.mark.parametrize(
@@ -294,6 +295,8 @@ ONE_SHOT = dict(n_shot=1, epoch=12, batch_size=5, bn_momentum=0.9, save="logs-1s
     [
         ("train_5s_5c", dict(resume="auto")),
         ("train_1s_5c", dict(ONE_SHOT, episode=75000, resume="auto")),
+        ("train_5s_5c_authors", dict(AUTHORS, save="logs-authors", resume="auto")),
+        ("train_1s_5c_authors", dict(ONE_SHOT, **AUTHORS, save="logs-1shot-authors", episode=75000, resume="auto")),
         ("eval_1s_5c", dict(ONE_SHOT, mode="test", episode_test=[100, 250, 600])),
         ("eval_5s_5c", dict(mode="test", episode_test=[100, 250, 600])),
     ],

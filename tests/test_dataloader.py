@@ -5,6 +5,7 @@ from conftest import photograph
 from PIL import Image
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
+from augment import MEAN, STD
 from cache import load_image
 from dataloader import (
     EpisodeDataset,
@@ -184,3 +185,17 @@ def test_no_augmentation_squashes_every_split_alike(master):
     images = [next(episodes(dataset(master, "train", augment="none"), 0, 0, CPU, False)).support for _ in range(2)]
     assert torch.equal(*images)
     assert images[0].shape == (6, 3, 16, 16)
+
+
+def test_one_order_an_episode_as_the_authors_have_it():
+    order = draw_order(719, "train", 3, 4, 25, "episode")
+    assert (order == draw_order(719, "train", 3, 1, 25)[0]).all()
+    assert order.shape == (4, 25)
+    assert sorted(order[0]) == list(range(25))
+
+
+def test_pixels_from_zero_to_one(master):
+    unit, normalised = (next(episodes(dataset(master, "val", pixels=p), 0, 0, CPU, False)).query for p in ("unit", "imagenet"))
+    assert 0 <= unit.min() < unit.max() <= 1
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    assert torch.allclose((unit - mean) / std, normalised, atol=1e-5)

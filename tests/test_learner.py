@@ -30,6 +30,14 @@ def test_order_of_the_flat_vector():
     assert torch.equal(learner.get_flat_params(), expected)
 
 
+def test_scale_of_batch_normalisation_starts_as_in_the_earlier_codes():
+    uniform, one = Learner(**SHAPE), Learner(**SHAPE, bn_scale="one")
+    scales = torch.cat([getattr(uniform, f"norm{b}").weight.detach() for b in (1, 2, 3, 4)])
+    assert 0 <= scales.min() < 0.1 < 0.9 < scales.max() <= 1
+    assert abs(scales.mean() - 0.5) < 0.1
+    assert all((getattr(one, f"norm{b}").weight == 1).all() for b in (1, 2, 3, 4))
+
+
 def test_too_small_images_are_refused():
     with pytest.raises(ValueError, match="at least 16"):
         Learner(15, 1e-3, 0.95, 5)

@@ -83,3 +83,13 @@ def test_starts_as_gradient_descent_with_a_small_step():
     step = meta.metalstm.cI - c
     assert torch.nn.functional.cosine_similarity((step - 0.01 * meta.metalstm.cI), grad, dim=0).item() > 0.5
     assert step.abs().max() < 0.1
+
+
+def test_the_authors_initialisation():
+    meta = MetaLearner(4, 20, 100, bf_range=(4, 5), lstm_init="authors")
+    assert all(p.abs().max() <= 0.01 for p in meta.lstm.parameters())
+    assert meta.lstm.weight_hh.std() > 0.004
+    assert (meta.lstm.bias_hh == 0).all()
+    assert not meta.lstm.bias_hh.requires_grad
+    assert 4 <= meta.metalstm.bF.item() <= 5
+    assert -5 <= meta.metalstm.bI.item() <= -4

@@ -8,7 +8,8 @@ from utils import UserError
 PUBLISHED = dict(
     n_class=5, n_shot=5, n_eval=15, epoch=8, batch_size=25, image_size=84, episode=50000, episode_val=100, val_freq=1000,
     bn_momentum=0.95, bn_eps=1e-3, lr=1e-3, grad_clip=0.25, hidden_size=20, input_size=4, bi_init=[-5.0, -4.0],
-    augment="port", precision="fp32", seed=719,
+    augment="port", pixels="imagenet", shuffle="pass", bn_scale="uniform", lstm_init="pytorch", bf_init=[4.0, 6.0],
+    precision="fp32", seed=719,
 )  # fmt: skip
 
 
@@ -58,6 +59,11 @@ def test_booleans_mean_what_they_say():
         ("--precision fp16", "--precision"),
         ("--bi-init 1", "--bi-init"),
         ("--bi-init 1 0", "--bi-init"),
+        ("--bf-init 1 0", "--bf-init"),
+        ("--pixels 255", "--pixels"),
+        ("--shuffle never", "--shuffle"),
+        ("--bn-scale 1", "--bn-scale"),
+        ("--lstm-init port", "--lstm-init"),
         ("--n-workers 9999", "--n-workers"),
         ("--epsiode 3", "--epsiode"),
         ("--episod 3", "--episod"),

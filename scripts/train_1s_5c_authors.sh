@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# 5-way 1-shot: the authors' recipe (no augmentation, their initialisation, their pixels). Edit below; flags given to this script override.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+use_python requirements.txt
+
+"$PYTHON" "$ROOT/main.py" --mode train \
+  --save logs-1shot-authors \
+  --resume auto \
+  --seed 719 \
+  --data miniImagenet \
+  --n-class 5 \
+  --n-shot 1 \
+  --n-eval 15 \
+  --image-size 84 \
+  --augment none \
+  --pixels unit \
+  --episode 75000 \
+  --episode-val 100 \
+  --epoch 12 \
+  --batch-size 5 \
+  --shuffle episode \
+  --bn-scale uniform \
+  --bn-momentum 0.9 \
+  --bn-eps 1e-3 \
+  --input-size 4 \
+  --hidden-size 20 \
+  --lstm-init authors \
+  --bf-init 4 5 \
+  --bi-init -5 -4 \
+  --precision fp32 \
+  --lr 1e-3 \
+  --grad-clip 0.25 \
+  --n-workers 2 \
+  --log-freq 50 \
+  --val-freq 1000 \
+  "$@"

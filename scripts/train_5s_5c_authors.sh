@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# 5-way 5-shot: the authors' recipe (no augmentation, their initialisation, their pixels). Edit below; flags given to this script override.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+use_python requirements.txt
+
+"$PYTHON" "$ROOT/main.py" --mode train \
+  --save logs-authors \
+  --resume auto \
+  --seed 719 \
+  --data miniImagenet \
+  --n-class 5 \
+  --n-shot 5 \
+  --n-eval 15 \
+  --image-size 84 \
+  --augment none \
+  --pixels unit \
+  --episode 50000 \
+  --episode-val 100 \
+  --epoch 8 \
+  --batch-size 25 \
+  --shuffle episode \
+  --bn-scale uniform \
+  --bn-momentum 0.95 \
+  --bn-eps 1e-3 \
+  --input-size 4 \
+  --hidden-size 20 \
+  --lstm-init authors \
+  --bf-init 4 5 \
+  --bi-init -5 -4 \
+  --precision fp32 \
+  --lr 1e-3 \
+  --grad-clip 0.25 \
+  --n-workers 2 \
+  --log-freq 50 \
+  --val-freq 1000 \
+  "$@"
