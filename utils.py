@@ -1,85 +1,104 @@
-"""Logging, files that are whole or not there, and statistics."""
+"""What every part needs: errors, exit codes, flags, junk files, whole files, locks and statistics. Imports no PyTorch."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import ctypes
 import errno
 import io
-import json
 import math
 import os
+import signal
+import socket
 import sys
 import tempfile
 import time
-import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
-import torch
-from tqdm import tqdm
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+SPLITS = ("train", "val", "test")
+_JUNK = {"__macosx", "thumbs.db", "desktop.ini", "icon\r"}
 
 
 class UserError(Exception):
     """Something that the user can mend: shown as one line, exit code 2."""
 
 
-class Logger:
-    """One run's console and files: ``console.log`` for people, ``metrics.jsonl`` (an object an event) for programs.
+# ---- The command line ----
 
-    Args:
-        folder: the run's folder, made if it is missing.
-        at: from ``position``: what stands beyond it was written by a process that was killed, and is cut off.
 
-    Raises:
-        UserError: the folder cannot be made or written, or a file is shorter than ``at`` says.
-    """
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line and flags are never abbreviated."""
 
-    NAMES = ("console.log", "metrics.jsonl")
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
 
-    def __init__(self, folder: Path, at: dict[str, int] | None = None):
-        self.folder = folder
-        at = at or {}
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def whole(low: int, high: int = 10**9) -> Callable[[str], int]:
+    """A parser of whole numbers from ``low`` to ``high``."""
+
+    def parse(text: str) -> int:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            how = {"encoding": "utf-8", "errors": "backslashreplace"}  # file names may hold bytes of any kind
-            self._console, self._metrics = ((folder / name).open("a", **how) for name in self.NAMES)
-            for file, name in zip((self._console, self._metrics), self.NAMES, strict=True):
-                size = (folder / name).stat().st_size
-                if size < at.get(name, 0):
-                    raise UserError(f"{file.name}: {size} bytes, but the snapshot saw {at[name]}; choose another --save")
-                file.truncate(at.get(name, size))
-        except OSError as e:
-            raise UserError(f"{folder}: cannot be written ({e.strerror}); choose another folder with --save") from e
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"is {text!r}, but must be a whole number from {low} to {high}")
+        return value
 
-    def position(self) -> dict[str, int]:
-        """How long the two files are, in bytes, once they are safely on disk."""
-        for file in (self._console, self._metrics):
-            os.fsync(file.fileno())
-        return {name: (self.folder / name).stat().st_size for name in self.NAMES}
+    return parse
 
-    def info(self, text: str) -> None:
-        """Print a line, above the progress bar if there is one, and keep it with its time."""
-        tqdm.write(text)
-        _append(self._console, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
-    def event(self, kind: str, **values) -> None:
-        """Append one JSON object to ``metrics.jsonl``; wall-clock quantities go under the key ``time``.
+def real(low: float, high: float, low_open: bool = False) -> Callable[[str], float]:
+    """A parser of finite numbers from ``low`` (itself excluded if ``low_open``) to ``high``."""
 
-        A number that is not finite becomes null: JSON has no other word for it.
-        """
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        _append(self._metrics, json.dumps({"event": kind, **values}) + "\n")
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or (low_open and value == low):
+            bound = "above" if low_open else "from"
+            raise argparse.ArgumentTypeError(f"is {text!r}, but must be a number {bound} {low:g} up to {high:g}")
+        return value
 
-    def close(self) -> None:
-        for file in (self._console, self._metrics):
-            with contextlib.suppress(OSError):  # what could not be written was told when it was
-                file.close()
+    return parse
+
+
+def exit_code(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    """Run a command: 0 or what it returns; 2 and one line on stderr for whatever the user can mend."""
+    try:
+        return main(argv) or 0
+    except UserError as error:
+        return complain(error)
+    except BrokenPipeError:  # the reader of the output has gone, as `| head` does after ten lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails once more
+        return 128 + signal.SIGPIPE
+    except OSError as error:  # such as a name that is too long, or a folder without permission
+        if error.filename is None:
+            raise
+        return complain(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def complain(error: object) -> int:
+    """One line on stderr; returns the exit code 2."""
+    print("error: " + str(error).replace("\n", "\\n"), file=sys.stderr)  # file names may hold newlines
+    return 2
 
 
 class Terminal(io.FileIO):
-    """Standard output or error. When the terminal is gone, what is written there is lost, but nothing else."""
+    """Standard output or error that survives its terminal: what is written after the terminal has gone is lost, nothing else."""
 
     def write(self, data) -> int:
         try:
@@ -99,17 +118,17 @@ class Terminal(io.FileIO):
             setattr(sys, name, io.TextIOWrapper(raw, encoding, errors="backslashreplace", line_buffering=True))
 
 
-def _append(file: IO[str], text: str) -> None:
-    try:
-        file.write(text)
-        file.flush()
-    except OSError as e:
-        raise UserError(f"{file.name}: cannot be written ({e.strerror}); free some space or choose another --save") from e
+# ---- Files ----
+
+
+def is_junk(name: str) -> bool:
+    """Whether a file or folder is hidden, or litter of an operating system."""
+    return name.startswith(".") or name.lower() in _JUNK
 
 
 @contextlib.contextmanager
-def whole_file(path: Path):
-    """Open a temporary file beside ``path`` for binary writing; it takes the name only once it is complete and on disk.
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside ``path`` for binary writing; it takes the name only when it is complete and on disk.
 
     Raises:
         UserError: it cannot be written; whatever was at ``path`` is still there.
@@ -117,7 +136,7 @@ def whole_file(path: Path):
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:200]}.", suffix=".tmp", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
@@ -139,62 +158,47 @@ def _umask() -> int:
     return mask
 
 
-def save_checkpoint(content: dict, *paths: Path) -> None:
-    """Write one checkpoint under each of the names, the same bytes."""
-    for path in paths:
-        with whole_file(path) as file:
-            try:
-                torch.save(content, file)
-            except RuntimeError as e:  # torch wraps a failed write
-                raise OSError(None, str(e).splitlines()[0]) from e
+_locks: list[IO[bytes]] = []  # held by this process
 
 
-def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint of ours or of the older port, without executing anything that it contains.
-
-    Returns:
-        A dict with at least ``episode`` (int) and ``metalearner`` (a state dict of CPU tensors).
-
-    Raises:
-        UserError: there is no such file, or it is no checkpoint.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; give --resume a file written by training")
-    try:
-        if zipfile.is_zipfile(path):  # PyTorch writes the members' checksums but does not look at them
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:
-                    raise ValueError("its bytes are not those that were written")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # any bytes may be in there, so anything may be raised
-        raise UserError(f"{path}: not a checkpoint ({type(e).__name__}); give --resume a file written by training") from e
-    ours = isinstance(content, dict) and isinstance(content.get("episode"), int)
-    if not ours or not isinstance(content.get("metalearner"), dict):
-        raise UserError(f"{path}: not a checkpoint of this project: it lacks 'episode' or 'metalearner'")
-    if content["episode"] < 0:
-        raise UserError(f"{path}: episode {content['episode']} cannot be; take an earlier checkpoint")
-    if not all(isinstance(v, torch.Tensor) for v in content["metalearner"].values()):
-        raise UserError(f"{path}: not a checkpoint of this project: 'metalearner' holds things that are no tensors")
-    for name, value in content["metalearner"].items():
-        if not value.is_floating_point() or value.layout != torch.strided:
-            raise UserError(f"{path}: {name} is {value.dtype}, {value.layout}, but should be a dense tensor of floats")
-        if not torch.isfinite(value).all():
-            raise UserError(f"{path}: {name} holds numbers that are not finite; take an earlier checkpoint")
-    return content
-
-
-def keep_freed_memory(keep: bool = True) -> None:
-    """Ask glibc to keep large freed blocks for the next episode instead of handing them back to the system page by page.
-
-    Elsewhere than on glibc it does nothing.
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file, made if missing, for this process alone. The system releases it however the process ends.
 
     Args:
-        keep: False for the thresholds at which glibc arrives by itself.
+        wait: wait for another holder instead of raising. On a file system without locks this goes on without one.
+
+    Raises:
+        UserError: another process holds it; the message says which.
+        OSError: the file cannot be opened for writing.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << (30 if keep else 25))  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1 if keep else 1 << 26)  # M_TRIM_THRESHOLD
+    with path.open("a+b", buffering=0) as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as e:
+            if not wait:
+                file.seek(0)
+                holder = file.read().decode(errors="replace").strip() or "another process"
+                raise UserError(f"{path.parent}: in use by {holder}; wait for it, or choose another folder") from e
+        with contextlib.suppress(OSError):  # a full disk shows when something that matters is written
+            file.truncate(0)
+            who = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+            file.write(who.encode())
+        _locks.append(file)
+        try:
+            yield
+        finally:
+            _locks.remove(file)
+
+
+def release_locks() -> None:
+    """Close the lock files that a worker process has inherited: it may outlive a killed parent, which can then start again."""
+    for file in _locks:
+        file.close()
+
+
+# ---- Statistics ----
 
 
 def summary(values: Iterable[float]) -> dict[str, float]:
