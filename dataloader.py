@@ -1,4 +1,4 @@
-"""Images on disk -> episodes.
+"""Image files on disk -> episodes.
 
 An episode is a pure function of (seed, split, index): its classes, its images, each augmentation parameter and the order of its
 minibatches come from generators made from these three. Workers, prefetching and resuming need no state.
@@ -10,30 +10,35 @@ between NumPy releases.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import os
-import zlib
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
 
-from augment import Windows, transform
-from cache import decoded
 from episode import Episode
-from utils import UserError
+from utils import SPLITS, UserError, is_junk
 
-SPLITS = ("train", "val", "test")
 CROP_AREA = (0.08, 1.0)  # share of the image's area
 CROP_RATIO = (3 / 4, 4 / 3)
 JITTER = (0.4, 0.4, 0.4, 0.2)  # brightness, contrast, saturation, hue
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of pixels in [0, 1]
+STD = (0.229, 0.224, 0.225)
+PIXELS = {"imagenet": (MEAN, STD), "unit": ((0.0,) * 3, (1.0,) * 3)}  # mean and deviation by --pixels
 _PICK, _AUGMENT, _ORDER = range(3)  # one stream each, so that changing one leaves the others alone
-_IGNORED = {"thumbs.db", "desktop.ini"}
+
+
+# ---- Files ----
 
 
 class Split(NamedTuple):
@@ -46,13 +51,16 @@ class Split(NamedTuple):
 
 
 def scan_split(root: Path, split: str) -> Split:
-    """List ``root/<split>/<class>/<image>``; hidden files and operating systems' droppings are ignored.
+    """List ``root/<split>/<class>/<image>``; hidden files and litter of operating systems are ignored.
 
     Raises:
-        UserError: the folder is missing or empty, or something in it is not what its place says.
+        UserError: the folder is missing or empty, or it holds something unexpected.
     """
     if not root.is_dir():
-        raise UserError(f"--data-root {root}: no such folder; it should hold train/, val/ and test/ with a folder a class")
+        raise UserError(
+            f"--data-root {root}: no such folder; make it with data/prepare.py (data/README.md says from what), or try "
+            "scripts/quickstart.sh, which needs no download"
+        )
     folder = root / split
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; --data-root should hold train/, val/ and test/")
@@ -63,7 +71,7 @@ def scan_classes(folder: Path, what: str) -> tuple[list[str], list[list[Path]]]:
     """List ``folder/<class>/<image>``; ``what`` names the folder in errors.
 
     Raises:
-        UserError: the folder is missing or empty, or something in it is not what its place says.
+        UserError: the folder is missing or empty, or it holds something unexpected.
     """
     if not folder.is_dir():
         raise UserError(f"{what} {folder}: no such folder")
@@ -91,18 +99,40 @@ def _visible(folder: Path) -> list[os.DirEntry]:
             entries = sorted(found, key=lambda entry: entry.name)
     except OSError as e:
         raise UserError(f"{folder}: cannot be read ({e.strerror})") from e
-    return [e for e in entries if not e.name.startswith(".") and e.name.lower() not in _IGNORED]
+    return [e for e in entries if not is_junk(e.name)]
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link in a circle
+    except OSError:  # a link that leads to itself
         return False
 
 
+def load_image(path: Path) -> Image.Image:
+    """Decode one file to RGB, whatever its mode, turned as its EXIF orientation says.
+
+    Raises:
+        UserError: it cannot be decoded, or is implausibly large; it is named.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):  # 16 bits; older versions of Pillow call it "I" and would clip it at 255
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                return image.convert("RGB")
+    except Exception as e:  # Pillow's decoders raise nearly anything on damaged files
+        reason = str(e).replace(repr(str(path)), "").replace(str(path), "").strip(" :") or type(e).__name__
+        raise UserError(f"{path}: not a readable image ({reason.splitlines()[0]}); remove or replace it") from e
+
+
+# ---- Chance ----
+
+
 def check_split(split: Split, n_class: int, n_shot: int, n_eval: int) -> None:
-    """See that each possible episode can be drawn.
+    """Check that every episode can be drawn.
 
     Raises:
         UserError: there are too few classes, or a class has too few images; it is named.
@@ -145,7 +175,7 @@ def draw_order(seed: int, split: str, index: int, n_pass: int, n_support: int, s
 
 
 class Augmentation(NamedTuple):
-    """One image a row: what RandomResizedCrop, RandomHorizontalFlip and ColorJitter draw, in the order of application."""
+    """One row per image: what RandomResizedCrop, RandomHorizontalFlip and ColorJitter draw, in the order of application."""
 
     box: np.ndarray  # [B, 4] int64: top, left, height, width of the crop in pixels of the source
     flip: np.ndarray  # [B] bool
@@ -188,17 +218,49 @@ def draw_augmentation(seed: int, split: str, index: int, sizes: np.ndarray) -> A
     return Augmentation(np.stack((top, left, h, w), axis=1), flip, jitter, order)
 
 
-class Drawn(NamedTuple):
-    """An episode's source images and what is to become of them: all that the augmentation needs, on whichever device."""
+# ---- Pixels ----
 
-    pixels: Tensor  # [n_class * (n_shot + n_eval), 3, H, W] uint8: support, then query; small images padded right and below
-    windows: Windows
-    augmentation: Augmentation | None
-    order: Tensor  # see Episode
+
+def train_image(image: Image.Image, drawn: Augmentation, k: int, image_size: int) -> Image.Image:
+    """Apply row ``k`` of the training augmentation: crop and resize, flip, then the four colours in their drawn order."""
+    top, left, height, width = (int(v) for v in drawn.box[k])
+    image = TF.resized_crop(image, top, left, height, width, [image_size, image_size], InterpolationMode.BILINEAR)
+    if drawn.flip[k]:
+        image = TF.hflip(image)
+    adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    for which in drawn.order[k]:
+        image = adjust[which](image, float(drawn.jitter[k, which]))
+    return image
+
+
+def eval_image(image: Image.Image, image_size: int, augment: str) -> Image.Image:
+    """Resize without chance.
+
+    Args:
+        augment: "port" for the shorter side to image_size * 8 // 7, then the centre; "none" for the whole image squashed to a
+            square, as the authors do in training, too.
+    """
+    if augment == "none":
+        return TF.resize(image, [image_size, image_size], InterpolationMode.BILINEAR)
+    image = TF.resize(image, [image_size * 8 // 7], InterpolationMode.BILINEAR)
+    return TF.center_crop(image, [image_size, image_size])
+
+
+def to_input(images: list[Image.Image], pixels: str) -> Tensor:
+    """What the learner reads: [B, 3, H, W] float32.
+
+    Args:
+        pixels: "imagenet" for [0, 1] less ImageNet's mean, divided by its deviation; "unit" for [0, 1].
+    """
+    mean, std = PIXELS[pixels]
+    return torch.stack([TF.normalize(TF.to_tensor(image), mean, std) for image in images])
+
+
+# ---- Episodes ----
 
 
 class EpisodeDataset(Dataset):
-    """Episodes 0, 1, ... of a split, from its decoded images.
+    """Episodes 0, 1, ... of a split, read from its image files.
 
     Args:
         split: as ``scan_split`` lists it.
@@ -206,14 +268,13 @@ class EpisodeDataset(Dataset):
         n_class, n_shot, n_eval: shape of the episode.
         n_pass: passes over the support set in the inner loop (``--epoch``).
         image_size: height and width of the result in pixels.
-        augment: "port" for the older port's transforms (random for the train split), "none" to squash each image.
-        length: how many episodes there are.
-        pixels: "imagenet" or "unit", see ``augment.transform``.
+        augment: "port" for the older port's transforms (random ones for the train split), "none" to squash each image.
+        length: number of episodes.
+        pixels: "imagenet" or "unit", see ``to_input``.
         shuffle: "pass" or "episode", see ``draw_order``.
-        cache_dir: where the decoded images go, see ``cache.decoded``.
 
     Raises:
-        UserError: the split cannot serve such episodes, or a file cannot be used.
+        UserError: the split cannot serve such episodes.
     """
 
     def __init__(
@@ -229,21 +290,22 @@ class EpisodeDataset(Dataset):
         length: int,
         pixels: str = "imagenet",
         shuffle: str = "pass",
-        cache_dir: Path | None = None,
     ):
         check_split(split, n_class, n_shot, n_eval)
         self.split, self.seed, self.length = split, seed, length
         self.n_class, self.n_shot, self.n_eval, self.n_pass = n_class, n_shot, n_eval, n_pass
         self.image_size, self.augment, self.pixels, self.shuffle = image_size, augment, pixels, shuffle
-        self._first = np.cumsum([0] + [len(files) for files in split.files])
-        files = [path for of_class in split.files for path in of_class]
-        self._decoded = decoded(split.name, files, split.root, image_size, cache_dir)
+        self.files = [path for of_class in split.files for path in of_class]
+        self._first = np.cumsum([0] + [len(of_class) for of_class in split.files])
 
     @property
     def fingerprint(self) -> str:
-        """Of the classes, the files' names and the decoded pixels: two data sets that share it give the same episodes."""
-        names = "\0".join(str(path.relative_to(self.split.root)) for of_class in self.split.files for path in of_class)
-        return f"{zlib.crc32(names.encode('utf-8', 'surrogateescape')):08x}-{self._decoded.checksum:08x}"
+        """16 hex digits over the files' names, classes and sizes in bytes: two data sets that share it are the same."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            name = str(path.relative_to(self.split.root))
+            digest.update(f"{name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         return self.length
@@ -254,50 +316,41 @@ class EpisodeDataset(Dataset):
         some.length = n
         return some
 
-    def __getitem__(self, index: int) -> Drawn:
+    def numbers(self, index: int) -> np.ndarray:
+        """The places in ``files`` of an episode's images, support set first: [n_class * (n_shot + n_eval)] int64."""
         classes, picks = draw_images(self.seed, self.split, index, self.n_class, self.n_shot + self.n_eval)
         numbers = self._first[classes][:, None] + picks
-        numbers = np.concatenate((numbers[:, : self.n_shot].reshape(-1), numbers[:, self.n_shot :].reshape(-1)))
-        sizes = self._decoded.sizes[numbers]
-        pixels = np.zeros((len(numbers), 3, *sizes.max(axis=0)), dtype=np.uint8)
-        for row, number, (height, width) in zip(pixels, numbers, sizes, strict=True):
-            row[:, :height, :width] = self._decoded.image(number)
-        augmentation = None
-        if self.augment == "none":
-            windows = Windows.squashed(sizes, self.image_size)
-        elif self.split.name == "train":
-            augmentation = draw_augmentation(self.seed, self.split.name, index, sizes)
-            windows = Windows.crops(augmentation.box, self.image_size)
-        else:
-            windows = Windows.centres(sizes, self.image_size)
-        order = draw_order(self.seed, self.split.name, index, self.n_pass, self.n_class * self.n_shot, self.shuffle)
-        return Drawn(torch.from_numpy(pixels), windows, augmentation, torch.from_numpy(order))
+        return np.concatenate((numbers[:, : self.n_shot].reshape(-1), numbers[:, self.n_shot :].reshape(-1)))
 
-    def assemble(self, drawn: Drawn, device: torch.device) -> Episode:
-        """Augment a drawn episode on ``device``."""
-        flip, jitter, order = np.zeros(len(drawn.pixels), dtype=bool), None, None
-        if drawn.augmentation is not None:
-            _, flip, jitter, order = drawn.augmentation
-        pixels = drawn.pixels.to(device, non_blocking=True)
-        x = transform(pixels, drawn.windows, self.image_size, flip, jitter, order, self.pixels)
+    def order(self, index: int) -> Tensor:
+        """See ``Episode.order``."""
         n_support = self.n_class * self.n_shot
-        y = torch.arange(self.n_class, device=device)
-        return Episode(
-            x[:n_support],
-            y.repeat_interleave(self.n_shot),
-            x[n_support:],
-            y.repeat_interleave(self.n_eval),
-            drawn.order.to(device, non_blocking=True),
-        )
+        return torch.from_numpy(draw_order(self.seed, self.split.name, index, self.n_pass, n_support, self.shuffle))
 
-    def assemble_on_cpu(self, drawn: Drawn) -> Episode:
-        """Augment by one thread, whether in a worker process or not: the same bits either way."""
-        n_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return self.assemble(drawn, torch.device("cpu"))
-        finally:
-            torch.set_num_threads(n_threads)
+    def augmentation(self, index: int, sizes: np.ndarray) -> Augmentation | None:
+        """The episode's random transforms, if its split and ``augment`` ask for them; ``sizes`` as in ``draw_augmentation``."""
+        random = self.augment == "port" and self.split.name == "train"
+        return draw_augmentation(self.seed, self.split.name, index, sizes) if random else None
+
+    def episode(self, x: Tensor, order: Tensor) -> Episode:
+        """An episode of the images ``x``, support set first."""
+        n_support = self.n_class * self.n_shot
+        y = torch.arange(self.n_class, device=x.device)
+        y_support, y_query = y.repeat_interleave(self.n_shot), y.repeat_interleave(self.n_eval)
+        return Episode(x[:n_support], y_support, x[n_support:], y_query, order)
+
+    def __getitem__(self, index: int) -> Episode:
+        images = [load_image(self.files[number]) for number in self.numbers(index)]
+        drawn = self.augmentation(index, np.array([(image.height, image.width) for image in images]))
+        if drawn is None:
+            images = [eval_image(image, self.image_size, self.augment) for image in images]
+        else:
+            images = [train_image(image, drawn, k, self.image_size) for k, image in enumerate(images)]
+        return self.episode(to_input(images, self.pixels), self.order(index))
+
+    def deliver(self, item: Episode, device: torch.device) -> Episode:
+        """Bring what ``__getitem__`` made in a worker process to the device that trains."""
+        return Episode(*(t.to(device, non_blocking=True) for t in item))
 
 
 def episodes(
@@ -308,24 +361,20 @@ def episodes(
     pin_memory: bool,
     worker_init: Callable[[int], None] | None = None,
 ) -> Iterator[Episode]:
-    """Yield episodes ``start``, ``start + 1``, ... of a data set in order, on ``device``.
-
-    Worker processes run ahead: for a CPU they do all the work, for a GPU they read and the GPU augments.
-    """
-    on_cpu = device.type == "cpu"
+    """Yield episodes ``start``, ``start + 1``, ... of a data set in order, on ``device``; worker processes run ahead."""
     loader = DataLoader(
         dataset,
         batch_size=None,
         sampler=range(start, len(dataset)),
         num_workers=n_workers,
-        collate_fn=dataset.assemble_on_cpu if on_cpu else _as_it_is,
-        pin_memory=pin_memory and not on_cpu,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory and device.type != "cpu",
         worker_init_fn=worker_init,
-        generator=torch.Generator(),  # or it draws from the global one, which is the training's
+        generator=torch.Generator(),  # or it draws from the global one, which belongs to the training
     )
     for item in loader:
-        yield item if on_cpu else dataset.assemble(item, device)
+        yield dataset.deliver(item, device)
 
 
-def _as_it_is(drawn: Drawn) -> Drawn:
-    return drawn
+def _as_it_is(item: object) -> object:
+    return item

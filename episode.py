@@ -1,21 +1,21 @@
-"""One episode: the learner is trained on the support set by the meta-learner, then judged on the query set.
+"""Algorithm 1 of the paper: in each episode the meta-learner trains the learner on the support set, and the query set's loss
+trains the meta-learner.
 
-``adapt`` is the inner loop that training and evaluation share. ``train_episode`` updates the meta-learner by what the query set
-says; ``evaluate_episode`` only reports it.
+``updates`` is the inner loop, which training and evaluation share (lines 6 to 13), ``train_episode`` adds the update of the
+meta-learner (lines 14 to 18), and ``evaluate_episode`` only reports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from learner import Learner
+from learner import FlatModule
 from metalearner import MetaLearner, MetaState
-from native import PatchMoments
 
 
 class Episode(NamedTuple):
@@ -28,52 +28,53 @@ class Episode(NamedTuple):
     order: Tensor  # [epoch, n_class * n_shot], int64: the order of the support images in each pass over them
 
 
-def minibatches(episode: Episode, batch_size: int):
-    """The support minibatches of all passes: images, labels, and the images' moments where one batch holds the whole set.
+def minibatches(episode: Episode, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images and labels of all support minibatches of all passes.
 
-    Such a batch keeps its own order; smaller ones are drawn from a shuffled set.
+    A minibatch that holds the whole support set keeps the set's own order; smaller ones follow ``episode.order``.
     """
-    if batch_size >= episode.support.shape[0]:
-        moments = PatchMoments.of(episode.support)
-        for _ in episode.order:
-            yield episode.support, episode.support_y, moments
-    else:
-        for pass_order in episode.order:
-            for indices in pass_order.split(batch_size):
-                yield episode.support[indices], episode.support_y[indices], None
+    for order in episode.order:
+        if batch_size >= len(episode.support):
+            yield episode.support, episode.support_y
+        else:
+            for indices in order.split(batch_size):
+                yield episode.support[indices], episode.support_y[indices]
 
 
 def updates(
-    episode: Episode, learner_w_grad: Learner, metalearner: MetaLearner, batch_size: int
+    episode: Episode, learner_w_grad: FlatModule, metalearner: MetaLearner, batch_size: int
 ) -> Iterator[tuple[Tensor, MetaState]]:
-    """Train the learner on the support set, one meta-learner step a minibatch.
+    """Train the learner on the support set, one step of the meta-learner per minibatch.
 
     Args:
-        episode: see ``Episode``; ``order`` has as many rows as there are passes.
-        learner_w_grad: takes each cell state's values and yields loss and gradient; its running statistics end up being those
-            of the support images.
+        episode: see ``Episode``; ``order`` has one row per pass.
+        learner_w_grad: takes each cell state's values and yields loss and gradient; its running statistics end as those of the
+            support images.
         metalearner: makes each cell state from the last one.
         batch_size: images of a minibatch; the last one of a pass may be smaller.
 
     Yields:
-        After each update the loss [] that led to it and the meta-learner's new state, whose ``c`` [P, 1] is the learner's
-        new parameters, with their graph unless under ``torch.no_grad()``.
+        After each update the loss [] that led to it and the meta-learner's new state, whose ``c`` [P, 1] is the learner's new
+        parameters, with their graph unless under ``torch.no_grad()``.
     """
-    episode = episode._replace(support=episode.support.to(learner_w_grad.conv_dtype or episode.support.dtype))
     learner_w_grad.train()
     learner_w_grad.reset_batch_stats()
     state = metalearner.initial_state()
-    for x, y, moments in minibatches(episode, batch_size):
+    for x, y in minibatches(episode, batch_size):
         learner_w_grad.copy_flat_params(state.c)
-        loss, grad = learner_w_grad.loss_and_grad(x, y, moments)
-        state = metalearner(loss, grad / x.shape[0], state)
+        loss, grad = learner_w_grad.loss_and_grad(x, y)
+        state = metalearner(loss, grad / len(x), state)
         yield loss, state
 
 
 def adapt(
-    episode: Episode, learner_w_grad: Learner, metalearner: MetaLearner, batch_size: int
+    episode: Episode, learner_w_grad: FlatModule, metalearner: MetaLearner, batch_size: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """All updates of an episode, see ``updates``: the last cell state [P, 1] and the support losses, [] each."""
+    """All updates of an episode, see ``updates``.
+
+    Returns:
+        The last cell state [P, 1] and the support losses, [] each.
+    """
     losses = []
     for loss, state in updates(episode, learner_w_grad, metalearner, batch_size):
         losses.append(loss)
@@ -82,9 +83,9 @@ def adapt(
 
 
 def query_loss(
-    episode: Episode, learner_w_grad: Learner, learner_wo_grad: Learner, cI: Tensor
+    episode: Episode, learner_w_grad: FlatModule, learner_wo_grad: FlatModule, cI: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Judge a cell state on the query set, in whichever mode (train or eval) learner_wo_grad is.
+    """Judge a cell state on the query set, in the mode (train or eval) of learner_wo_grad.
 
     Returns:
         The mean cross entropy [] and the logits [n_class * n_eval, n_class].
@@ -95,27 +96,36 @@ def query_loss(
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """Share of right answers in percent, []."""
+    """Share of correct answers in percent, []."""
     return (logits.argmax(dim=1) == y).float().mean() * 100.0
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """Take the optimiser's step, unless the loss or the gradient is not finite."""
+    if finite:
+        optimizer.step()
 
 
 def train_episode(
     episode: Episode,
-    learner_w_grad: Learner,
-    learner_wo_grad: Learner,
+    learner_w_grad: FlatModule,
+    learner_wo_grad: FlatModule,
     metalearner: MetaLearner,
     optimizer: torch.optim.Optimizer,
     batch_size: int,
     grad_clip: float,
+    step: Callable[[torch.optim.Optimizer, Tensor], None] = step_if_finite,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One update of the meta-learner (paper, algorithm 1), which a loss or gradient that is not finite does not reach.
+    """One update of the meta-learner.
 
     Args:
-        optimizer: an Adam made with ``fused=True``: it skips a step by a flag on the device, so that nothing waits for it.
+        optimizer: of the meta-learner's parameters, cI among them.
+        grad_clip: largest norm of their joint gradient.
+        step: takes the optimiser's step if its second argument [], bool, is true.
 
     Returns:
-        Query loss [], query accuracy [] in percent, and whether the update was skipped [], bool; detached and still on
-        the device.
+        Query loss [], query accuracy [] in percent, and whether the update was skipped [], bool, because the loss or the
+        gradient was not finite; detached and still on the device.
     """
     learner_wo_grad.train()
     cI, _ = adapt(episode, learner_w_grad, metalearner, batch_size)
@@ -123,19 +133,18 @@ def train_episode(
     optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(metalearner.parameters(), grad_clip)
-    skipped = ~(torch.isfinite(loss.detach()) & torch.isfinite(norm))
-    optimizer.found_inf = skipped.float()
-    optimizer.step()
-    return loss.detach(), accuracy(logits.detach(), episode.query_y), skipped
+    finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
+    step(optimizer, finite)
+    return loss.detach(), accuracy(logits.detach(), episode.query_y), ~finite
 
 
 @torch.no_grad()
 def evaluate_episode(
-    episode: Episode, learner_w_grad: Learner, learner_wo_grad: Learner, metalearner: MetaLearner, batch_size: int
+    episode: Episode, learner_w_grad: FlatModule, learner_wo_grad: FlatModule, metalearner: MetaLearner, batch_size: int
 ) -> tuple[Tensor, Tensor]:
-    """The same inner loop without the meta-learner's graph; query images are normalised by the support set's statistics.
+    """The same inner loop without the meta-learner's graph; the support set's running statistics normalise the query images.
 
-    Both learners are scratch space here: give evaluation a pair of its own and training notices nothing.
+    Both learners are overwritten: give evaluation a pair of its own.
 
     Returns:
         Query loss [] and query accuracy [] in percent, still on the device.

@@ -1,13 +1,13 @@
-"""The learner: the network that the meta-learner trains (paper, section 4; the 32-filter Conv4).
+"""The learner: the network that the meta-learner trains (paper, section 4: four convolutional blocks of 32 filters).
 
-Two instances share one shape and play two parts:
+Two instances of one network play two parts:
 
 ``learner_w_grad``
     An ordinary model with leaf parameters. It yields the support loss and its gradient, which are *inputs* of the
     meta-learner and constants to its graph.
 ``learner_wo_grad``
-    Holds no parameters of its own. Its weights *are* slices of the meta-learner's last cell state cI, so the gradient
-    of the query loss flows through them into the meta-learner.
+    Its weights *are* slices of the meta-learner's last cell state cI, so the gradient of the query loss flows through
+    them into the meta-learner. It has no leaf parameters of its own while it does so.
 """
 
 from __future__ import annotations
@@ -16,122 +16,141 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from block import eval_block, train_block
-from native import PatchMoments
-
 N_FILTERS = 32
 N_BLOCKS = 4
 MIN_IMAGE_SIZE = 2**N_BLOCKS
 
 
-class Learner(nn.Module):
+class FlatModule(nn.Module):
+    """A network that the meta-learner can train: its parameters are read and written as one flat vector.
+
+    Derive your own network from this class instead of ``nn.Module``, and write ``__init__`` and ``forward(x) -> logits`` as
+    usual. Any layers will do, as long as all parameters are floats of one dtype and none is shared between two layers. The flat
+    vector follows the order of ``parameters()``; P is its length.
+    """
+
+    _slots: list[tuple[nn.Module, str, torch.Size]] | None = None
+
+    def slots(self) -> list[tuple[nn.Module, str, torch.Size]]:
+        """Where each stretch of the flat vector belongs: (module, name in it, shape).
+
+        Raises:
+            ValueError: two layers share a parameter.
+        """
+        if self._slots is None:  # kept, because transfer_params takes the parameters away
+            named = [(m, name, p.shape) for m in self.modules() for name, p in m.named_parameters(recurse=False)]
+            if len(named) != len(list(self.parameters())):
+                raise ValueError("two layers share a parameter, but each needs a place of its own in the flat vector")
+            self._slots = named
+        return self._slots
+
+    def slices(self, flat: Tensor) -> list[Tensor]:
+        """Cut a flat vector [P] or [P, 1] into views with the parameters' shapes.
+
+        Raises:
+            ValueError: its length is not P.
+        """
+        shapes = [shape for _, _, shape in self.slots()]
+        sizes = [shape.numel() for shape in shapes]
+        if flat.numel() != sum(sizes):
+            raise ValueError(f"the flat vector has {flat.numel()} numbers, but this learner has {sum(sizes)}")
+        return [part.view(shape) for part, shape in zip(flat.reshape(-1).split(sizes), shapes, strict=True)]
+
+    def get_flat_params(self) -> Tensor:
+        """A detached copy of the parameters as one vector [P]."""
+        return torch.cat([getattr(m, name).detach().reshape(-1) for m, name, _ in self.slots()])
+
+    @torch.no_grad()
+    def copy_flat_params(self, cI: Tensor) -> None:
+        """Overwrite the parameters' values with those of a cell state (for learner_w_grad).
+
+        Args:
+            cI: [P] or [P, 1]; its graph, if any, is left behind.
+        """
+        for (m, name, _), value in zip(self.slots(), self.slices(cI), strict=True):
+            getattr(m, name).copy_(value)
+
+    def transfer_params(self, learner_w_grad: FlatModule, cI: Tensor) -> None:
+        """Make slices of a cell state this learner's weights (for learner_wo_grad).
+
+        From the first call on this learner owns no parameters: each weight is a view of ``cI`` and carries its ``grad_fn``, so
+        a loss computed here back-propagates into whatever made ``cI``.
+
+        Args:
+            learner_w_grad: the twin whose buffers (batch normalisation's running statistics) are copied.
+            cI: [P] or [P, 1], the meta-learner's last cell state.
+        """
+        self.copy_buffers(learner_w_grad)
+        for (m, name, _), value in zip(self.slots(), self.slices(cI), strict=True):
+            m._parameters.pop(name, None)
+            setattr(m, name, value)
+
+    @torch.no_grad()
+    def copy_buffers(self, other: FlatModule) -> None:
+        """Copy the values of another instance's buffers."""
+        for mine, theirs in zip(self.buffers(), other.buffers(), strict=True):
+            mine.copy_(theirs)
+
+    def reset_batch_stats(self) -> None:
+        """Reset batch normalisation's running statistics to mean 0 and variance 1: before each episode, both learners."""
+        for m in self.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.reset_running_stats()
+
+    def loss_and_grad(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross entropy of a minibatch and its gradient, both detached.
+
+        Args:
+            x: inputs [B, ...]; y: labels [B], int64.
+
+        Returns:
+            The loss [] and its gradient with respect to the flat parameters [P, 1], zero where the loss does not depend on one.
+        """
+        with torch.enable_grad():
+            loss = F.cross_entropy(self(x), y)
+            grads = torch.autograd.grad(loss, list(self.parameters()), allow_unused=True, materialize_grads=True)
+        return loss.detach(), torch.cat([g.reshape(-1) for g in grads]).unsqueeze(1)
+
+
+class Learner(FlatModule):
     """Four blocks of convolution, batch normalisation, ReLU and 2x2 max-pooling, then a linear classifier.
 
     Args:
         image_size: height and width of the images in pixels, at least 16.
-        bn_eps: epsilon of the batch normalisation.
+        bn_eps: epsilon of batch normalisation.
         bn_momentum: share of the newest batch in the running statistics.
         n_classes: number of classes of an episode (n-way).
-        bn_scale: where batch normalisation's scale starts: "uniform", U(0, 1), the default of Torch and of PyTorch before 1.2,
-            with which both earlier codes ran; or "one", PyTorch's default since.
-        conv_dtype: what the convolutions and what lies between them are computed in; parameters, batch statistics, classifier
-            and loss keep the parameters' own type.
+        bn_scale: where batch normalisation's scale starts: "uniform" for U(0, 1), as in the authors' Torch and the port's
+            PyTorch 1.0; "one" as in PyTorch since 1.2.
 
     Raises:
         ValueError: ``image_size`` is smaller than 16, so that nothing is left after four poolings.
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        bn_eps: float,
-        bn_momentum: float,
-        n_classes: int,
-        bn_scale: str = "uniform",
-        conv_dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, image_size: int, bn_eps: float, bn_momentum: float, n_classes: int, bn_scale: str = "uniform"):
         super().__init__()
         if image_size < MIN_IMAGE_SIZE:
             raise ValueError(f"image_size is {image_size}, but four poolings need at least {MIN_IMAGE_SIZE} pixels")
         for b in range(1, N_BLOCKS + 1):
-            self.add_module(f"conv{b}", nn.Conv2d(3 if b == 1 else N_FILTERS, N_FILTERS, 3, padding=1))
-            self.add_module(f"norm{b}", nn.BatchNorm2d(N_FILTERS, eps=bn_eps, momentum=bn_momentum))
+            conv = nn.Conv2d(3 if b == 1 else N_FILTERS, N_FILTERS, 3, padding=1)
+            norm = nn.BatchNorm2d(N_FILTERS, eps=bn_eps, momentum=bn_momentum)
             if bn_scale == "uniform":
-                nn.init.uniform_(getattr(self, f"norm{b}").weight)
+                nn.init.uniform_(norm.weight)
+            self.add_module(f"conv{b}", conv)
+            self.add_module(f"norm{b}", norm)
         self.cls = nn.Linear(N_FILTERS * (image_size // MIN_IMAGE_SIZE) ** 2, n_classes)
-        self.conv_dtype = conv_dtype
-        # where each stretch of the flat vector goes: (module, "weight" or "bias", shape), in the order of parameters()
-        self._slots = [(m, name, p.shape) for m in self.children() for name, p in m.named_parameters()]
-        self.sizes = [shape.numel() for _, _, shape in self._slots]
 
-    def forward(self, x: Tensor, moments: PatchMoments | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Class scores.
 
         Args:
-            x: images [B, 3, image_size, image_size], float; fastest in channels_last memory format.
-            moments: ``PatchMoments.of(x)`` with x in ``conv_dtype``, worth giving when the same images come again and again.
+            x: images [B, 3, image_size, image_size], float.
 
         Returns:
             Logits [B, n_classes]. In train mode the batch's own statistics normalise (and update the running ones);
             in eval mode the running statistics do.
         """
-        x = x.to(self.conv_dtype or x.dtype)
         for b in range(1, N_BLOCKS + 1):
             conv, norm = getattr(self, f"conv{b}"), getattr(self, f"norm{b}")
-            x = train_block(x, conv, norm, moments if b == 1 else None) if self.training else eval_block(x, conv, norm)
-        return self.cls(x.flatten(1).to(self.cls.weight.dtype))
-
-    def loss_and_grad(self, x: Tensor, y: Tensor, moments: PatchMoments | None = None) -> tuple[Tensor, Tensor]:
-        """Mean cross entropy of a minibatch and its gradient, both cut off from any graph.
-
-        Args:
-            x: images [B, 3, H, W]; y: labels [B], int64; moments: see ``forward``.
-
-        Returns:
-            The loss [] and its gradient with respect to the flat parameters [P, 1].
-        """
-        with torch.enable_grad():
-            loss = F.cross_entropy(self(x, moments), y)
-            grads = torch.autograd.grad(loss, list(self.parameters()), allow_unused=True, materialize_grads=True)
-        return loss.detach(), torch.cat([g.reshape(-1) for g in grads]).unsqueeze(1)
-
-    def get_flat_params(self) -> Tensor:
-        """A detached copy of the parameters as one vector [P], in the order of ``parameters()``."""
-        return torch.cat([getattr(m, name).detach().reshape(-1) for m, name, _ in self._slots])
-
-    def _slices(self, flat: Tensor) -> list[Tensor]:
-        if flat.numel() != sum(self.sizes):
-            raise ValueError(f"the flat vector has {flat.numel()} numbers, but this learner has {sum(self.sizes)}")
-        parts = flat.reshape(-1).split(self.sizes)
-        return [part.view(shape) for part, (_, _, shape) in zip(parts, self._slots, strict=True)]
-
-    @torch.no_grad()
-    def copy_flat_params(self, cI: Tensor) -> None:
-        """Overwrite the parameters' values with those of a cell state (learner_w_grad's part).
-
-        Args:
-            cI: [P] or [P, 1]; its graph, if any, is left behind.
-        """
-        torch._foreach_copy_([getattr(m, name) for m, name, _ in self._slots], self._slices(cI))
-
-    def transfer_params(self, learner_w_grad: Learner, cI: Tensor) -> None:
-        """Let slices of a cell state *be* this learner's weights (learner_wo_grad's part).
-
-        From the first call on this learner owns no parameters: each ``weight`` and ``bias`` is a view of ``cI`` and
-        carries its ``grad_fn``, so a loss computed here back-propagates into whatever made ``cI``.
-
-        Args:
-            learner_w_grad: the twin whose running statistics of batch normalisation are copied.
-            cI: [P] or [P, 1], the meta-learner's last cell state.
-        """
-        with torch.no_grad():
-            torch._foreach_copy_(list(self.buffers()), list(learner_w_grad.buffers()))
-        for (m, name, _), value in zip(self._slots, self._slices(cI), strict=True):
-            m._parameters.pop(name, None)
-            setattr(m, name, value)
-
-    def reset_batch_stats(self) -> None:
-        """Forget the running statistics: mean 0, variance 1. Before each episode, both learners."""
-        for m in self.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.reset_running_stats()
+            x = F.max_pool2d(F.relu(norm(conv(x))), 2)
+        return self.cls(x.flatten(1))

@@ -1,200 +1,176 @@
-"""Train and test the LSTM meta-learner, look into it and use it.
+"""Train the LSTM meta-learner, test it, look into it and use it.
 
     python main.py --mode train --data-root data/miniImagenet
     python main.py --mode test
 
-``python main.py --help`` lists the flags.
+``python main.py --help`` lists the flags. ``train`` below is the paper's algorithm 1: its inner loop is in episode.py, and the
+two networks are in learner.py and metalearner.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import os
-import signal
 import sys
 from pathlib import Path
 
-# Deterministic cuBLAS needs its workspace fixed before CUDA starts.
+# Deterministic cuBLAS needs a workspace of fixed size before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
-import native
-from evaluation import Evaluator, result_line
-from options import check_stored, parse, run_folder, settle
-from predict import predict
-from report import CROSS_SCHEDULE, read_results, table, write_results
-from runfolder import BEST, LAST, Stopped, check_run_state, locked
-from training import Training, build, episode_dataset, load_metalearner, make_reproducible
-from utils import Terminal, UserError, keep_freed_memory, load_checkpoint
+from around import checkpoints
+from around.evaluation import Evaluator, judge
+from around.flags import parse, run_folder, settle
+from around.predict import predict
+from around.recording import RECORDED, record, write_trace
+from around.results import provenance, tables, write_results
+from around.run import BEST, LAST, Run, Stopped, begin_worker
+from around.way import Way, choose, dataset
+from dataloader import episodes
+from episode import train_episode
+from learner import FlatModule
+from metalearner import MetaLearner
+from utils import Terminal, UserError, exit_code
 
 
-def pick_device(args: argparse.Namespace) -> torch.device:
-    """The GPU where there is one, else the CPU, with a line that says so.
-
-    Raises:
-        UserError: ``--gpu`` names a GPU that is not there.
-    """
-    n_gpu = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if args.gpu is not None and args.gpu >= n_gpu:
-        raise UserError(f"--gpu {args.gpu}: PyTorch sees {n_gpu} GPUs here; leave the flag out to use the CPU")
-    if args.cpu or n_gpu == 0:
-        found = "" if args.cpu else " (no GPU found)"
-        print(f"device: CPU{found}, {torch.get_num_threads()} threads, {native.library().state}")
-        return torch.device("cpu")
-    device = torch.device("cuda", args.gpu or 0)
-    torch.cuda.set_device(device)
-    print(f"device: {torch.cuda.get_device_name(device)}")
-    return device
+def make_reproducible(seed: int) -> None:
+    """Same seed, same bits: seed the initialisation and restrict cuDNN to deterministic algorithms, without TF32."""
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+        backend.fp32_precision = "ieee"
 
 
-def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | None) -> None:
-    """Train in the run folder, alone in it and to be stopped at any time."""
-    training = Training(args, device, checkpoint)
-    try:
-        training.run()
-    finally:
-        training.close()
-    if args.plots:
-        show_plots(training.folder)
-
-
-def show_plots(folder: Path) -> None:
-    """Draw a run's pictures and say where they are."""
-    from plots import plot  # matplotlib takes a second to load, which other modes need not wait for
-
-    print("drawn: " + " ".join(str(path) for path in plot(folder)))
-
-
-def test(args: argparse.Namespace, device: torch.device, checkpoint: dict) -> None:
-    """Report a checkpoint's accuracy on episodes of the test classes, and keep it in the run folder.
-
-    The episodes are the same for every count in ``--episode-test``: the first 100 of the 600 are the 100. A number of shots
-    that the model was not trained on is tested with the authors' schedule for that case.
-    """
+def build(args: argparse.Namespace, way: Way) -> tuple[tuple[FlatModule, FlatModule], MetaLearner]:
+    """The pair (learner_w_grad, learner_wo_grad), and the meta-learner, whose cI starts as the learner's parameters."""
     make_reproducible(args.seed)
+    learner_w_grad = way.learner(args.image_size, args.bn_eps, args.bn_momentum, args.n_class, args.bn_scale)
+    learner_w_grad = learner_w_grad.to(way.device)
+    learner_wo_grad = copy.deepcopy(learner_w_grad)
+    theta = learner_w_grad.get_flat_params()
+    start = (tuple(args.bi_init), tuple(args.bf_init), args.lstm_init)
+    metalearner = way.metalearner(args.input_size, args.hidden_size, theta.numel(), *start).to(way.device)
+    metalearner.metalstm.init_cI(theta)
+    return (learner_w_grad, learner_wo_grad), metalearner
+
+
+def train(run: Run) -> None:
+    """Train the meta-learner for ``--episode`` episodes; validate and save every ``--val-freq``."""
+    args, way = run.args, choose(run.args)
+    print(way.description)
+    train_set = dataset(args, way, "train", args.episode)
+    val_set = dataset(args, way, "val", args.episode_val)
+    learners, metalearner = build(args, way)
+    learned = [p for p in metalearner.parameters() if p.requires_grad]
+    optimizer = way.adam(learned, lr=args.lr)
+    evaluate = Evaluator(args, way, learners, metalearner)
+
+    def one(episode):
+        return train_episode(episode, *learners, metalearner, optimizer, args.batch_size, args.grad_clip, way.step)
+
+    step = way.recorded(one, optimizer)
+    description = (
+        f"{args.n_class}-way {args.n_shot}-shot, {args.image_size} px, {metalearner.metalstm.cI.numel()} learner parameters; "
+        f"{args.data_root}: {len(train_set.split.classes)} classes to train on, {len(val_set.split.classes)} to validate on; "
+        f"{args.episode} episodes, into {run.folder}"
+    )
+    fingerprints = {"train": train_set.fingerprint, "val": val_set.fingerprint}
+    done = run.restore(metalearner, optimizer, fingerprints, way.device, description)
+
+    def validate(n: int) -> None:
+        if run.due(n):
+            run.keep(n, *(evaluate(val_set, run.stop_if_asked) if args.val_freq else ([], [])))
+
+    validate(done)  # if the last process ended while it validated
+    # closing the stream ends its worker processes; a traceback that held it would keep this process from ending
+    with contextlib.closing(episodes(train_set, done, args.n_workers, way.device, args.pin_mem, begin_worker)) as stream:
+        for n, episode in enumerate(stream, done + 1):
+            loss, accuracy, skipped = step(episode)
+            run.log(n, loss, accuracy, skipped)
+            validate(n)
+    if args.plots:
+        few = val_set.first(RECORDED)
+        write_trace(run.folder, record(few, evaluate.pairs[0], metalearner, args.batch_size, way.device))
+    run.say_done()
+
+
+def test(args: argparse.Namespace, checkpoint: dict) -> None:
+    """Report a checkpoint's accuracy on episodes of the test classes, and keep it in the run folder."""
+    way, path = choose(args), Path(args.resume)
+    print(way.description)
+    learners, metalearner = build(args, way)
+    checkpoints.load_metalearner(metalearner, checkpoint, path)
+    print(f"testing {path} after {checkpoint['episode']} episodes, on {args.data_root}")
     trained_on = checkpoint.get("hyper_parameters", {}).get("n_shot", args.n_shot)
-    learners, metalearner = build(args, device)
-    load_metalearner(metalearner, checkpoint, Path(args.resume))
-    print(f"testing {args.resume} after {checkpoint['episode']} episodes, on {args.data_root}")
-    counts, tests = sorted(set(args.episode_test)), {}
-    for n_shot in args.shots or [args.n_shot]:
-        schedule = {"epoch": args.epoch, "batch_size": args.batch_size}
-        if args.shots and n_shot != trained_on:
-            schedule = CROSS_SCHEDULE
-        these = argparse.Namespace(**{**vars(args), "n_shot": n_shot, **schedule})
-        dataset = episode_dataset(these, "test", counts[-1])
-        losses, accuracies = Evaluator(these, device, learners, metalearner)(dataset)
-        name = f"test {n_shot}-shot ({schedule['epoch']} x {schedule['batch_size']})" if args.shots else "test"
-        for count in counts:
-            print(result_line(name, losses[:count], accuracies[:count]))
-        tests[n_shot] = {**schedule, "counts": counts, "accuracies": accuracies, "losses": losses}
-    folder = Path(args.resume).resolve().parent.parent
-    if Path(args.resume).resolve().parent.name == "ckpts":
-        content = {
-            "checkpoint": Path(args.resume).name,
-            "episode": checkpoint["episode"],
-            "best": checkpoint.get("best"),
-            "seed": args.seed,
-            "n_class": args.n_class,
-            "data": args.data_root.name,
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-            "tests": tests,
-        }
-        path = write_results(folder, content)
-        print(f"written to {path}\n\n{table([read_results(folder)])}")
+    tests = judge(args, way, learners, metalearner, trained_on)
+    if path.resolve().parent.name == "ckpts":
+        folder = path.resolve().parent.parent
+        written = write_results(folder, args, checkpoint, tests, provenance(way.device))
+        print(f"written to {written}\n\n{tables([folder])}")
 
 
-def find_checkpoint(args: argparse.Namespace) -> Path:
-    """The run folder's best checkpoint, or its last where validation was off.
+def find_checkpoint(args: argparse.Namespace) -> str:
+    """``--resume``, or else the run folder's best checkpoint, or its last if validation was off.
 
     Raises:
         UserError: there is none.
     """
+    if args.resume not in (None, "auto"):
+        return args.resume
     folder = run_folder(args) / "ckpts"
     for name in (BEST, LAST):
         if (folder / name).is_file():
-            return folder / name
+            return str(folder / name)
     raise UserError(f"{folder}: no checkpoint there; train first, or name one with --resume")
 
 
-def read_checkpoint(path: str) -> dict:
-    """``utils.load_checkpoint``, with all else that it holds checked before use."""
-    content = load_checkpoint(Path(path))
-    check_stored(Path(path), content.get("hyper_parameters", {}))
-    check_run_state(Path(path), content)
-    return content
+def show_plots(folder: Path) -> None:
+    """Draw a run's pictures and print where they are."""
+    from around.plots import plot  # matplotlib takes a second to load, which other modes need not wait for
+
+    print("drawn: " + " ".join(str(path) for path in plot(folder)))
 
 
-def begun_with(path: Path, content: dict, given: dict[str, object]) -> None:
-    """See that a run goes on with the hyper-parameters that it was begun with.
-
-    Raises:
-        UserError: a given flag says otherwise; it is named.
-    """
-    for name, value in content.get("hyper_parameters", {}).items():
-        if name in given and given[name] != value:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{flag} {given[name]}: {path} was begun with {flag} {value}; leave it at that, or choose another --save"
-            )
-
-
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     given, defaults = parse(argv)
     args = settle(given, defaults)
-    resume = given.get("resume")
     if args.mode == "train":
-        with locked(run_folder(args)):
-            if resume == "auto":
-                last = run_folder(args) / "ckpts" / LAST
-                resume = str(last) if last.is_file() else None
-            checkpoint = read_checkpoint(resume) if resume else None
-            if checkpoint is not None:
-                begun_with(Path(resume), checkpoint, given)
-            args = settle({**given, "resume": resume}, defaults, (checkpoint or {}).get("hyper_parameters"))
-            if checkpoint is not None and checkpoint["episode"] == args.episode == checkpoint.get("run", {}).get("validated"):
-                print(f"{resume}: has seen all {args.episode} episodes; nothing to do")
-                return
-            device = pick_device(args)
-            keep_freed_memory()
-            train(args, device, checkpoint)
+        try:
+            with Run(given, defaults) as run:
+                if run.finished:
+                    print(f"{run.args.resume}: has seen all {run.args.episode} episodes; nothing to do")
+                    return 0
+                train(run)
+                if run.args.plots:
+                    show_plots(run.folder)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            return stopped.exit_code
     elif args.mode == "plot":
         show_plots(run_folder(args))
+    elif args.mode == "results":
+        print(tables([Path(folder) for folder in args.runs or [run_folder(args)]]))
     else:
-        resume = resume if resume not in (None, "auto") else str(find_checkpoint(args))
-        checkpoint = read_checkpoint(resume)
-        args = settle({**given, "resume": resume}, defaults, checkpoint.get("hyper_parameters"))
-        device = pick_device(args)
-        keep_freed_memory()
+        path = find_checkpoint(args)
+        checkpoint = checkpoints.load(Path(path))
+        args = settle({**given, "resume": path}, defaults, checkpoint.get("hyper_parameters"))
         if args.mode == "test":
-            test(args, device, checkpoint)
+            test(args, checkpoint)
         else:
-            predict(args, device, checkpoint)
+            way = choose(args)
+            learners, metalearner = build(args, way)
+            checkpoints.load_metalearner(metalearner, checkpoint, Path(path))
+            predict(args, way, learners, metalearner)
+    return 0
 
 
 def run(argv: list[str]) -> int:
     """``main`` with its exit code: 2, and one line on stderr, for whatever the user can mend."""
-    try:
-        main(argv)
-    except UserError as error:
-        print("error: " + str(error).replace("\n", "\\n"), file=sys.stderr)  # names may hold newlines
-        return 2
-    except BrokenPipeError:  # who read the output is gone, as `| head` is after ten lines
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing it at the end would fail once more
-        return 128 + signal.SIGPIPE
-    except OSError as error:  # such as a name too long, or a folder that may not be entered
-        if error.filename is None:
-            raise
-        print("error: " + f"{error.filename}: {error.strerror}".replace("\n", "\\n"), file=sys.stderr)
-        return 2
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_code(main, argv)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Gradient descent, theta_t = theta_{t-1} - alpha_t * grad_t, has the form of an LSTM's cell update,
 c_t = f_t * c_{t-1} + i_t * c~_t, with f_t = 1, i_t = alpha_t and c~_t = -grad_t (equation 2). The meta-learner learns f, i
-and the initial state c_0 = cI, for all coordinates with the same few weights.
+and the initial state c_0 = cI, with the same few weights for all coordinates.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-import native
-
 P_PREP = 10.0
 INPUT_SIZE = 4  # prep(loss) and prep(grad), two numbers each
 
 
 def prep(x: Tensor) -> Tensor:
-    """Split magnitude from sign, so that numbers of any scale can be read by one network (paper, appendix A).
+    """Split magnitude from sign, so that one network can read numbers of any scale (paper, appendix A).
 
     (log(|x| + 1e-8) / p, sign(x)) where |x| >= e^-p, else (-1, e^p * x), with p = 10.
 
@@ -38,25 +36,24 @@ def prep(x: Tensor) -> Tensor:
 
 
 class MetaState(NamedTuple):
-    """What the meta-learner remembers of the updates so far; f and i are kept *before* the sigmoid."""
+    """What the meta-learner remembers between updates. The gates f and i are kept *before* the sigmoid."""
 
-    lstm_h: Tensor  # [P, hidden_size]; native.py has an order of its own
-    lstm_c: Tensor  # the same
+    lstm_h: Tensor  # [P, hidden_size]; a subclass may arrange the two in its own way
+    lstm_c: Tensor  # [P, hidden_size]
     f: Tensor  # [P, 1]
     i: Tensor  # [P, 1]
     c: Tensor  # [P, 1], the learner's parameters
 
 
 class MetaLSTMCell(nn.Module):
-    """One scalar LSTM cell a coordinate of the learner, all with the same gates (paper, equations 3 and 4).
+    """One scalar LSTM cell per coordinate of the learner, all with the same gate weights (paper, equations 3 and 4).
 
     f_t = [h_t, c_{t-1}, f_{t-1}] WF + bF
     i_t = [h_t, c_{t-1}, i_{t-1}] WI + bI
     c_t = sigmoid(f_t) * c_{t-1} - sigmoid(i_t) * grad_t
 
-    WF, WI ~ U(-0.01, 0.01); bF ~ U(*bf_range), bI ~ U(*bi_range), by default U(4, 6) and U(-5, -4): it starts as
-    gradient descent with a small step. cI, the initial cell state, is the learner's initialisation, itself learned (see
-    ``init_cI``).
+    WF, WI ~ U(-0.01, 0.01); bF ~ U(*bf_range), bI ~ U(*bi_range). With the default ranges it starts as gradient descent with a
+    small step. cI, the initial cell state, is the learner's initialisation, itself learned (see ``init_cI``).
     """
 
     def __init__(
@@ -78,7 +75,7 @@ class MetaLSTMCell(nn.Module):
         """Start from the learner's own initialisation.
 
         Args:
-            flat_params: [P], as ``Learner.get_flat_params`` gives it.
+            flat_params: [P], as ``Learner.get_flat_params`` returns it.
         """
         self.cI.copy_(flat_params.reshape(-1, 1))
 
@@ -86,9 +83,9 @@ class MetaLSTMCell(nn.Module):
         """One update.
 
         Args:
-            h: [P, hidden_size], what the LSTM says of each coordinate.
+            h: [P, hidden_size], the LSTM's output for each coordinate.
             grad: [P, 1], a constant: the paper's first-order assumption.
-            f, i, c: [P, 1], the last gates before the sigmoid and the last cell state.
+            f, i, c: [P, 1], the last gates before the sigmoid, and the last cell state.
 
         Returns:
             The new f, i and c, [P, 1] each.
@@ -102,12 +99,15 @@ class MetaLearner(nn.Module):
     """The whole meta-learner: an LSTM that reads loss and gradient, and the cell that updates the learner.
 
     Args:
-        input_size: numbers that the LSTM reads for a coordinate; always 4.
+        input_size: numbers that the LSTM reads per coordinate; always 4.
         hidden_size: width of the LSTM, its weights shared by all coordinates.
         n_learner_params: P, the length of the learner's flat parameter vector.
         bi_range, bf_range: ranges of the uniform distributions from which bI and bF start.
-        lstm_init: "pytorch" for the LSTM as PyTorch starts it, U(-1/sqrt(hidden_size), 1/sqrt(hidden_size)); "authors" for
-            U(-0.01, 0.01) and the single bias that their LSTM has: ``bias_hh`` stays zero.
+        lstm_init: "pytorch" for PyTorch's default, U(-1/sqrt(hidden_size), 1/sqrt(hidden_size)) and two biases, as the port;
+            "authors" for U(-0.01, 0.01) and a single bias (``bias_hh`` stays zero), as the authors' Lua code.
+
+    Raises:
+        ValueError: ``input_size`` is not 4.
     """
 
     def __init__(
@@ -132,9 +132,7 @@ class MetaLearner(nn.Module):
     def initial_state(self) -> MetaState:
         """The state before the first update: c_0 = cI, all else zero."""
         cI = self.metalstm.cI
-        n = self.lstm.hidden_size
-        h = native.lstm_state(cI, n) if native.handles(cI) else cI.new_zeros(cI.shape[0], n)
-        zero = torch.zeros_like(cI)
+        h, zero = cI.new_zeros(cI.shape[0], self.lstm.hidden_size), torch.zeros_like(cI)
         return MetaState(h, h, zero, zero, cI)
 
     def forward(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
@@ -148,13 +146,6 @@ class MetaLearner(nn.Module):
         Returns:
             The new state; ``state.c`` holds the learner's new parameters with their graph.
         """
-        if native.handles(grad):
-            lstm, cell = self.lstm, self.metalstm
-            # prep(loss) is the same for all coordinates: its share of the LSTM's input is a bias
-            bias = lstm.bias_ih + lstm.bias_hh + lstm.weight_ih[:, :2] @ prep(loss)
-            weight = torch.cat((lstm.weight_ih[:, 2:], lstm.weight_hh), dim=1)
-            return MetaState(*native.MetaStep.apply(weight, bias, cell.WF, cell.bF, cell.WI, cell.bI, grad, *state))
-        x = prep(torch.cat((loss.view(1), grad.squeeze(1))))
-        x = torch.cat((x[:, :1].expand(-1, len(grad)), x[:, 1:])).t()  # [P, 4]
+        x = torch.cat((prep(loss).expand(len(grad), 2), prep(grad.squeeze(1)).t()), dim=1)  # [P, 4]
         h, c = self.lstm(x, (state.lstm_h, state.lstm_c))
         return MetaState(h, c, *self.metalstm(h, grad, state.f, state.i, state.c))

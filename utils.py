@@ -98,7 +98,7 @@ def complain(error: object) -> int:
 
 
 class Terminal(io.FileIO):
-    """Standard output or error that survives its terminal: what is written after the terminal has gone is lost, nothing else."""
+    """Standard output or error that survives its terminal: only what is written after the terminal has gone is lost."""
 
     def write(self, data) -> int:
         try:

@@ -1,4 +1,4 @@
-"""Few-shot learning put to use: adapt to the user's own photographs, then classify others."""
+"""Few-shot learning in use: adapt to the user's own photographs, then classify others."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from augment import Windows, transform
-from cache import load_image
-from dataloader import draw_order, scan_classes
+from around.way import Way
+from dataloader import draw_order, eval_image, load_image, scan_classes, to_input
 from episode import Episode, adapt, query_loss
-from training import build, load_metalearner, make_reproducible
+from learner import FlatModule
+from metalearner import MetaLearner
 from utils import UserError, whole_file
 
 
@@ -43,17 +43,12 @@ def gather(paths: list[str]) -> list[Path]:
 
 def prepare(files: list[Path], args: argparse.Namespace, device: torch.device) -> Tensor:
     """Decode and transform as for validation: [B, 3, image_size, image_size] float32."""
-    out = []
-    for path in files:  # one by one: photographs differ in size, and are large
-        pixels = torch.from_numpy(np.asarray(load_image(path)).transpose(2, 0, 1)[None].copy()).to(device)
-        sizes = np.array([pixels.shape[2:]])
-        windows = (Windows.squashed if args.augment == "none" else Windows.centres)(sizes, args.image_size)
-        out.append(transform(pixels, windows, args.image_size, np.zeros(1, dtype=bool), None, None, args.pixels))
-    return torch.cat(out).contiguous(memory_format=torch.channels_last)
+    images = [eval_image(load_image(path), args.image_size, args.augment) for path in files]
+    return to_input(images, args.pixels).to(device)
 
 
 def write_table(path: Path, classes: list[str], files: list[Path], probabilities: np.ndarray) -> None:
-    """One line an image: file, class, its probability, and all classes' probabilities."""
+    """One line per image: file, class, its probability, and all classes' probabilities."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["file", "class", "probability", *classes])
@@ -96,7 +91,9 @@ def _square(image: Image.Image, side: int) -> Image.Image:
 
 
 @torch.no_grad()
-def predict(args: argparse.Namespace, device: torch.device, checkpoint: dict) -> None:
+def predict(
+    args: argparse.Namespace, way: Way, learners: tuple[FlatModule, FlatModule], metalearner: MetaLearner
+) -> None:
     """Adapt to the classes in ``--support`` and say which of them each image in ``--query`` shows.
 
     Raises:
@@ -115,9 +112,7 @@ def predict(args: argparse.Namespace, device: torch.device, checkpoint: dict) ->
         if not images:
             raise UserError(f"--support {args.support}/{name}: no images there; a class needs at least one example")
     files = gather(args.query)
-    make_reproducible(args.seed)
-    learners, metalearner = build(args, device)
-    load_metalearner(metalearner, checkpoint, Path(args.resume))
+    device = way.device
     labels = torch.tensor([k for k, images in enumerate(support) for _ in images], device=device)
     x = prepare([path for images in support for path in images], args, device)
     query = prepare(files, args, device)

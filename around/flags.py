@@ -1,19 +1,17 @@
-"""The command line: flags, their bounds, and what a checkpoint says of them."""
+"""The command line: flags, their bounds, and their values from a checkpoint."""
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
 from pathlib import Path
 
 from learner import MIN_IMAGE_SIZE
 from metalearner import INPUT_SIZE
-from utils import UserError
+from utils import Parser, UserError, real, whole
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 
-# What shapes the meta-learner and its episodes: stored in each checkpoint, from where test mode takes it.
+# What shapes the meta-learner and its episodes: each checkpoint stores it, and test mode takes it from there.
 HYPER_PARAMETERS = (
     "n_shot",
     "n_eval",
@@ -39,37 +37,6 @@ HYPER_PARAMETERS = (
 )
 
 
-def whole(low: int, high: int = 10**9) -> Callable[[str], int]:
-    """A parser of whole numbers from ``low`` to ``high``."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"is {text!r}, but must be a whole number from {low} to {high}")
-        return value
-
-    return parse
-
-
-def real(low: float, high: float, low_open: bool = False) -> Callable[[str], float]:
-    """A parser of finite numbers from ``low`` (itself excluded if ``low_open``) to ``high``."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or (low_open and value == low):
-            bound = "above" if low_open else "from"
-            raise argparse.ArgumentTypeError(f"is {text!r}, but must be a number {bound} {low:g} up to {high:g}")
-        return value
-
-    return parse
-
-
 def boolean(text: str) -> bool:
     """true/false, so that ``--pin-mem False`` means what it says."""
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -78,21 +45,13 @@ def boolean(text: str) -> bool:
     return words[text.lower()]
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line."""
-
-    def error(self, message: str):
-        raise UserError(message.removeprefix("argument "))
-
-
 def build_parser() -> tuple[Parser, dict[str, object]]:
-    """The parser, which leaves out what is not given, and every flag's default beside it."""
+    """The parser, which leaves out flags that are not given, and every flag's default."""
     parser = Parser(
         prog="main.py",
         description="The LSTM meta-learner of Ravi & Larochelle (ICLR 2017). The defaults are the 5-way 5-shot recipe.",
         epilog="examples:  python main.py --mode train --data-root data/miniImagenet   |   python main.py --mode test",
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     defaults: dict[str, object] = {}
 
@@ -107,13 +66,15 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
         return add
 
     add = group("what to do")
-    modes = ("train", "test", "plot", "predict")
-    add("--mode", "train", "train; test a checkpoint; plot a run; predict: classify photographs", choices=modes)
-    words = "checkpoint to go on from or to test; auto: the run folder's, if there is one (default of test: its best)"
+    modes = ("train", "test", "plot", "results", "predict")
+    words = "train; test a checkpoint; plot a run; results: table of tested runs; predict: classify photographs"
+    add("--mode", "train", words, choices=modes)
+    words = "checkpoint to continue or to test; auto: the run folder's last, if it has one (default of test: its best)"
     add("--resume", None, words, metavar="CKPT")
     add("--seed", 719, "seed of initialisation and episodes", type=whole(0, 2**32 - 1), metavar="N")
     add("--save-minutes", 5.0, "minutes between two snapshots", type=real(0, 1e6), metavar="X")
     add("--save", "logs", "the run folder is SAVE-SEED, with log, metrics and checkpoints", metavar="PATH")
+    add("--runs", None, "run folders for --mode results", nargs="+", metavar="DIR")
 
     add = group("data")
     add("--data", "miniImagenet", "data set's name, a folder in data/", metavar="NAME")
@@ -126,18 +87,18 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
         "none: every image squashed to a square, as the authors",
         choices=("port", "none"),
     )
-    words = "imagenet: less ImageNet's mean, by its deviation, as the port; unit: from 0 to 1, as the authors"
+    words = "imagenet: ImageNet's mean subtracted, divided by its deviation, as the port; unit: 0 to 1, as the authors"
     add("--pixels", "imagenet", words, choices=("imagenet", "unit"))
-    add("--cache-dir", None, "where decoded images go (default: .decoded in the data root)", metavar="DIR")
-    add("--n-workers", 2, "processes that prepare episodes, the same ones for any N", type=whole(0, 256), metavar="N")
+    add("--cache-dir", None, "folder for decoded images (default: .decoded in the data root)", metavar="DIR")
+    add("--n-workers", 2, "processes that prepare episodes; any N gives the same ones", type=whole(0, 256), metavar="N")
     add("--pin-mem", True, "page-locked memory for copies to the GPU", type=boolean, metavar="BOOL")
 
     add = group("episodes")
     add("--n-class", 5, "classes of an episode (n-way)", type=whole(2, 1000), metavar="N")
-    add("--n-shot", 5, "support images a class (k-shot)", type=whole(1, 1000), metavar="N")
-    add("--n-eval", 15, "query images a class", type=whole(1, 1000), metavar="N")
+    add("--n-shot", 5, "support images per class (k-shot)", type=whole(1, 1000), metavar="N")
+    add("--n-eval", 15, "query images per class", type=whole(1, 1000), metavar="N")
     add("--episode", 50000, "episodes of training", type=whole(1), metavar="N")
-    add("--episode-val", 100, "episodes of a validation, each time the same", type=whole(1), metavar="N")
+    add("--episode-val", 100, "episodes of a validation, the same each time", type=whole(1), metavar="N")
     words = "episodes of a test, or several counts of the same ones"
     add("--episode-test", [600], words, type=whole(1), nargs="+", metavar="N")
     add("--shots", None, "numbers of shots to test with, such as 1 5", type=whole(1, 1000), nargs="+", metavar="K")
@@ -145,7 +106,7 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     add = group("learner and its training on the support set")
     add("--epoch", 8, "passes over the support set", type=whole(1, 10000), metavar="N")
     add("--batch-size", 25, "images of a support minibatch", type=whole(1), metavar="N")
-    words = "order of the support images in smaller minibatches: new in each pass, or one an episode, as the authors"
+    words = "order of the support images in smaller minibatches: new in each pass, or one per episode, as the authors"
     add("--shuffle", "pass", words, choices=("pass", "episode"))
     words = "start of batch normalisation's scale: uniform, U(0, 1), as both earlier codes; one, as PyTorch since 1.2"
     add("--bn-scale", "uniform", words, choices=("uniform", "one"))
@@ -154,7 +115,7 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
 
     add = group("meta-learner and its training")
     size = whole(INPUT_SIZE, INPUT_SIZE)
-    add("--input-size", INPUT_SIZE, "numbers that its LSTM reads of a coordinate", type=size, metavar="N")
+    add("--input-size", INPUT_SIZE, "numbers that its LSTM reads per coordinate", type=size, metavar="N")
     add("--hidden-size", 20, "width of its LSTM", type=whole(1, 4096), metavar="N")
     add("--lr", 1e-3, "learning rate of Adam", type=real(0, 1, low_open=True), metavar="X")
     add("--grad-clip", 0.25, "largest norm of its gradient", type=real(0, 1e6, low_open=True), metavar="X")
@@ -165,13 +126,14 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     add("--bi-init", [-5.0, -4.0], "range in which bI starts", type=bias, nargs=2, metavar=("LOW", "HIGH"))
 
     add = group("prediction")
-    add("--support", None, "examples: a folder with one folder of images a class", metavar="DIR")
-    add("--query", None, "what to classify: images or folders of images", nargs="+", metavar="PATH")
-    add("--out", "predictions", "the answers go to OUT.csv and OUT.png", metavar="PATH")
+    add("--support", None, "examples: a folder with one folder of images per class", metavar="DIR")
+    add("--query", None, "images to classify, or folders of them", nargs="+", metavar="PATH")
+    add("--out", "predictions", "answers are written to OUT.csv and OUT.png", metavar="PATH")
 
     add = group("machine and log")
     add("--cpu", False, "use the CPU even where there is a GPU", action="store_true")
     add("--gpu", None, "insist on GPU number N (default: the first one, else the CPU)", type=whole(0, 63), metavar="N")
+    add("--plain", False, "without fast/, in plain PyTorch as the root has it: slower, equal to rounding", action="store_true")
     add("--precision", "fp32", "of the learner's convolutions; all else is fp32", choices=("fp32", "bf16"))
     add("--plots", True, "pictures in the run folder at the end of training", type=boolean, metavar="BOOL")
     add("--tensorboard", False, "also write the log's numbers for TensorBoard, into the run folder", action="store_true")
@@ -199,7 +161,7 @@ def parse(argv: list[str]) -> tuple[dict[str, object], dict[str, object]]:
 def settle(
     given: dict[str, object], defaults: dict[str, object], stored: dict[str, object] | None = None
 ) -> argparse.Namespace:
-    """What holds: a given flag before the checkpoint's hyper-parameter before the default.
+    """Settle each flag's value. Precedence: command line, checkpoint, default.
 
     Args:
         given, defaults: from ``parse``.
@@ -219,7 +181,7 @@ def settle(
 
 
 def check_stored(path: Path, stored: object) -> None:
-    """See that a checkpoint's hyper-parameters are such as the flags admit.
+    """Check that the flags admit a checkpoint's hyper-parameters.
 
     Raises:
         UserError: one is not; it is named.

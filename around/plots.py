@@ -19,9 +19,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from recording import LAYERS, QUANTILES, read_trace
-from report import NAME as RESULTS
-from report import read_results
+from around.recording import LAYERS, QUANTILES, read_trace
+from around.results import NAME as RESULTS
+from around.results import read_results
 from utils import UserError, summary
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -166,9 +166,9 @@ def histogram(folder: Path) -> Figure:
     tests = read_results(folder)["tests"]
     figure, axis = plt.subplots(figsize=(5, 3.6))
     looks = ((BLUE, ""), (ORANGE, "//"), (GREEN, ".."), (GREY, "xx"))
-    for (shots, test), (colour, hatch) in zip(sorted(tests.items()), looks, strict=False):
+    for test, (colour, hatch) in zip(tests, looks, strict=False):
         s = summary(test["accuracies"])
-        label = f"{shots}-shot: {s['mean']:.2f} ± {s['ci95']:.2f} %"
+        label = f"{test['n_shot']}-shot, episode {test['episode']}: {s['mean']:.2f} ± {s['ci95']:.2f} %"
         values = np.array(test["accuracies"])
         axis.hist(values, bins=_bins(values), color=colour, alpha=0.6, hatch=hatch, label=label)
         axis.axvline(s["mean"], color=colour, linestyle="--", linewidth=1)

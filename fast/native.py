@@ -1,7 +1,7 @@
 """The hot loops in kernels/, compiled for this machine at first use, as autograd functions.
 
-On a CPU, in float32 or bfloat16, they take the place of what block.py, metalearner.py and augment.py compute in plain PyTorch.
-Where no C++ compiler is found, and for all other tensors, that runs.
+On a CPU, in float32 or bfloat16, they replace what learner.py, metalearner.py and augment.py in this folder compute in PyTorch,
+which also runs where no C++ compiler is found, and for all other tensors.
 """
 
 from __future__ import annotations

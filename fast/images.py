@@ -1,55 +1,41 @@
-"""Images are decoded once: a split becomes one array of bytes on disk, memory-mapped ever after.
+"""Episodes from images that are decoded once and augmented in batches.
 
-A cache is a folder ``<split>-<largest side>-<key>`` holding ``pixels.bin`` (each image as [3, height, width] uint8, one after
-another) and ``index.npz`` (sizes, checksum). The key is a hash of everything that the pixels depend on: names, sizes and
-modification times of the files, and the settings below. The folder is filled under another name and then renamed, so that it
-is whole or not there; of two processes that want it at once, one builds and the other waits.
+At first use a split becomes one array of bytes on disk, which later runs map into memory. Such a cache is a folder
+``<split>-<largest side>-<key>`` with ``pixels.bin`` (each image as [3, height, width] uint8, one after another) and
+``index.npz`` (sizes, checksum). The key is a hash of everything that the pixels depend on: names, sizes and modification times of
+the files, and the settings below. The folder is filled under another name and then renamed, so it is either complete or absent;
+if two processes want it at once, one builds it and the other waits.
 
-Images whose shorter side is at most twice ``image_size`` are kept to the pixel, mini-ImageNet's usual 84 px among them. Larger
-ones are reduced to that, once: a random crop, whose area is half of the image's on average, then still has at least its pixels.
+Images whose shorter side is at most twice ``image_size`` keep every pixel; mini-ImageNet's usual 84 px are among them. Larger
+ones are reduced to that once. A random crop covers half of an image on average, so it still has at least ``image_size`` pixels
+a side.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
-import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
-from utils import UserError
+from dataloader import Augmentation, EpisodeDataset, Split, load_image
+from episode import Episode
+from fast.augment import Windows, transform
+from utils import UserError, locked
 
 FOLDER = ".decoded"
 FORMAT = 2  # raise it whenever the same files would give other bytes
-
-
-def load_image(path: Path) -> Image.Image:
-    """Decode one file to RGB, whatever its mode, turned as its EXIF orientation says.
-
-    Raises:
-        UserError: it cannot be decoded, or is implausibly large; it is named.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I"):  # 16 bits, "I" to older versions of Pillow, which would clip them at 255
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                return image.convert("RGB")
-    except Exception as e:  # Pillow's decoders raise nearly anything on hostile bytes
-        reason = str(e).replace(repr(str(path)), "").replace(str(path), "").strip(" :") or type(e).__name__
-        raise UserError(f"{path}: not a readable image ({reason.splitlines()[0]}); remove or replace it") from e
 
 
 def reduced_size(width: int, height: int, image_size: int) -> tuple[int, int]:
@@ -71,7 +57,6 @@ class DecodedSplit:
 
     Attributes:
         sizes: [N, 2] int64, height and width of each image in pixels.
-        checksum: CRC-32 of all pixels.
     """
 
     def __init__(self, folder: Path):
@@ -81,12 +66,12 @@ class DecodedSplit:
             ValueError, OSError, KeyError, zlib.error, zipfile.BadZipFile: it is damaged.
         """
         with np.load(folder / "index.npz", allow_pickle=False) as index:
-            self.sizes, self.checksum = index["sizes"], int(index["checksum"])
+            self.sizes, checksum = index["sizes"], int(index["checksum"])
         ends = np.cumsum(self.sizes.prod(axis=1) * 3)
         self._starts = np.concatenate(([0], ends[:-1]))
         self._pixels = np.memmap(folder / "pixels.bin", dtype=np.uint8, mode="r")
-        if self._pixels.size != ends[-1] or _checksum(self._pixels) != self.checksum:
-            raise ValueError("its bytes are not those that were written")
+        if self._pixels.size != ends[-1] or _checksum(self._pixels) != checksum:
+            raise ValueError("its bytes have changed")
 
     def image(self, k: int) -> np.ndarray:
         """Image ``k``, [3, height, width] uint8, read-only."""
@@ -114,14 +99,14 @@ def _key(files: list[Path], root: Path, image_size: int) -> str:
 
 
 def decoded(name: str, files: list[Path], root: Path, image_size: int, cache_dir: Path | None) -> DecodedSplit:
-    """The split's decoded images, from the cache or built now with all cores.
+    """The split's decoded images, from the cache, which all cores build if it is missing.
 
     Args:
         name: of the split.
-        files: its images, in the order in which they get their numbers.
+        files: its images, in the order of their numbers.
         root: the data set's folder; the cache lies in it unless ``cache_dir`` says otherwise.
         image_size: size in pixels that episodes will have, see ``reduced_size``.
-        cache_dir: where caches go instead.
+        cache_dir: where the caches lie instead.
 
     Raises:
         UserError: an image cannot be decoded, or the cache cannot be written.
@@ -134,9 +119,7 @@ def decoded(name: str, files: list[Path], root: Path, image_size: int, cache_dir
         return found
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with (place / "lock").open("ab") as lock:
-            with contextlib.suppress(OSError):  # a file system without locks: then two may build, and the last one stays
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(place / "lock", wait=True):
             found = _finished(folder)  # by the process that held the lock until now
             if found is not None:
                 return found
@@ -160,7 +143,7 @@ def _finished(folder: Path) -> DecodedSplit | None:
         return None
     try:
         return DecodedSplit(folder)
-    except Exception as e:  # whatever damaged bytes lead to: the pictures are still there
+    except Exception as e:  # damaged bytes raise nearly anything; the image files are still there
         tqdm.write(f"{folder}: damaged ({e}); building it again")
         return None
 
@@ -184,3 +167,68 @@ def _build(folder: Path, name: str, files: list[Path], image_size: int) -> None:
         np.savez(out, sizes=np.array(sizes, dtype=np.int64), checksum=np.uint32(checksum))
         out.flush()
         os.fsync(out.fileno())
+
+
+class Drawn(NamedTuple):
+    """An episode's source images and what the augmentation needs, on whichever device."""
+
+    pixels: Tensor  # [n_class * (n_shot + n_eval), 3, H, W] uint8: support, then query; small images padded right and below
+    windows: Windows
+    augmentation: Augmentation | None
+    order: Tensor  # see Episode
+
+
+class FastEpisodeDataset(EpisodeDataset):
+    """``dataloader.EpisodeDataset`` from decoded images; its pixels differ by Pillow's rounding to whole grey levels.
+
+    Args:
+        split: and all others: as for ``EpisodeDataset``.
+        device: for a CPU the worker processes augment; for a GPU they read, and the GPU augments.
+        cache_dir: where the decoded images lie, see ``decoded``.
+
+    Raises:
+        UserError: the split cannot serve such episodes, or a file cannot be used.
+    """
+
+    def __init__(self, split: Split, *args, device: torch.device, cache_dir: Path | None = None, **kwargs):
+        super().__init__(split, *args, **kwargs)
+        self.device = device
+        self._decoded = decoded(split.name, self.files, split.root, self.image_size, cache_dir)
+
+    def draw(self, index: int) -> Drawn:
+        """Read an episode's images and draw its random numbers."""
+        numbers = self.numbers(index)
+        sizes = self._decoded.sizes[numbers]
+        pixels = np.zeros((len(numbers), 3, *sizes.max(axis=0)), dtype=np.uint8)
+        for row, number, (height, width) in zip(pixels, numbers, sizes, strict=True):
+            row[:, :height, :width] = self._decoded.image(number)
+        augmentation = self.augmentation(index, sizes)
+        if augmentation is not None:
+            windows = Windows.crops(augmentation.box, self.image_size)
+        else:
+            windows = (Windows.squashed if self.augment == "none" else Windows.centres)(sizes, self.image_size)
+        return Drawn(torch.from_numpy(pixels), windows, augmentation, self.order(index))
+
+    def assemble(self, drawn: Drawn, device: torch.device) -> Episode:
+        """Augment a drawn episode on ``device``."""
+        flip, jitter, order = np.zeros(len(drawn.pixels), dtype=bool), None, None
+        if drawn.augmentation is not None:
+            _, flip, jitter, order = drawn.augmentation
+        pixels = drawn.pixels.to(device, non_blocking=True)
+        x = transform(pixels, drawn.windows, self.image_size, flip, jitter, order, self.pixels)
+        return self.episode(x, drawn.order.to(device, non_blocking=True))
+
+    def __getitem__(self, index: int) -> Episode | Drawn:
+        drawn = self.draw(index)
+        if self.device.type != "cpu":
+            return drawn
+        n_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # in a worker process or not: the same bits
+        try:
+            return self.assemble(drawn, self.device)
+        finally:
+            torch.set_num_threads(n_threads)
+
+    def deliver(self, item: Episode | Drawn, device: torch.device) -> Episode:
+        """See ``EpisodeDataset.deliver``."""
+        return self.assemble(item, device) if isinstance(item, Drawn) else item

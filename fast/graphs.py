@@ -11,18 +11,24 @@ from tqdm import tqdm
 
 from episode import Episode
 
-WARM_UP = 3  # episodes in the ordinary way before the recording: libraries make their workspaces, Adam its moments
+WARM_UP = 3  # ordinary episodes before the recording: libraries make their workspaces, Adam its moments
+
+
+def step_on_device(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """``episode.step_if_finite`` without waiting for the device: a fused Adam reads the flag there."""
+    optimizer.found_inf = (~finite).float()
+    optimizer.step()
 
 
 class Captured:
     """A function of an episode, recorded as a CUDA graph after ``WARM_UP`` calls and replayed from then on.
 
-    It is the same code either way, and the warm-up counts: a training's first episodes are trained on. What it reads and
-    changes besides the episode (parameters, moments, running statistics) must keep its place in memory.
+    The same code runs either way, and the warm-up counts: training learns from its first episodes, too. Whatever the function
+    reads and changes besides the episode (parameters, moments, running statistics) must keep its place in memory.
 
     Args:
-        function: (Episode) -> tuple of tensors, waiting for nothing.
-        optimizer: whose step ``function`` takes, if it does.
+        function: (Episode) -> tuple of tensors; it must not wait for the GPU.
+        optimizer: the one whose step ``function`` takes, if any.
     """
 
     def __init__(self, function: Callable[[Episode], tuple[Tensor, ...]], optimizer: torch.optim.Optimizer | None = None):
@@ -35,7 +41,7 @@ class Captured:
         """The function's results, on the current stream.
 
         Raises:
-            ValueError: this episode's shapes are not those of the recorded one.
+            ValueError: this episode's shapes differ from the recorded one's.
         """
         if self.graph is None and self.calls >= WARM_UP and not self.failed:
             self._record(episode)
@@ -61,20 +67,20 @@ class Captured:
         self.inputs = Episode(*(t.clone() for t in episode))
         graph = torch.cuda.CUDAGraph()
         try:
-            # The thread that pins memory for the data pipeline goes on meanwhile, so only this thread's calls are watched.
+            # The thread that pins memory for the data pipeline keeps running, so only this thread's calls are watched.
             how = {"stream": self.stream, "capture_error_mode": "thread_local"}
             with _capturable(self.optimizer), torch.cuda.graph(graph, **how):
                 self.outputs = self.function(self.inputs)
         except RuntimeError as e:
             self.failed = True
-            tqdm.write(f"episodes are not replayed as a CUDA graph, and slower: {str(e).splitlines()[0]}")
+            tqdm.write(f"no CUDA graph, so episodes run in the ordinary, slower way: {str(e).splitlines()[0]}")
         else:
             self.graph = graph
 
 
 @contextlib.contextmanager
 def _capturable(optimizer: torch.optim.Optimizer | None):
-    """Adam asks for this flag while it is recorded, and warns of it at any other time."""
+    """Adam requires this flag while it is recorded, and warns about it at any other time."""
     groups = [] if optimizer is None else optimizer.param_groups
     for group in groups:
         group["capturable"] = True

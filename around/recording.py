@@ -15,14 +15,16 @@ from metalearner import MetaLearner
 from utils import UserError, whole_file
 
 NAME = "trace.npz"
+RECORDED = 20  # validation episodes that are followed update by update
 LAYERS = (*(f"block {b}" for b in range(1, N_BLOCKS + 1)), "classifier")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def layers(learner: Learner) -> list[slice]:
     """Where each of ``LAYERS`` stands in the flat parameter vector."""
-    ends = np.cumsum([0, *learner.sizes])
-    return [slice(int(ends[k]), int(ends[min(k + 4, len(ends) - 1)])) for k in range(0, len(learner.sizes), 4)]
+    sizes = [shape.numel() for _, _, shape in learner.slots()]
+    ends = np.cumsum([0, *sizes])
+    return [slice(int(ends[k]), int(ends[min(k + 4, len(sizes))])) for k in range(0, len(sizes), 4)]
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
-"""Whole batches of images cropped, resized, flipped and coloured at once, each with parameters of its own.
+"""Whole batches of images cropped, resized, flipped and coloured at once, each image with its own parameters.
 
-What torchvision does to one Pillow image after another, on the device that trains: an antialiased crop-and-resize is two small
-matrix products, rows and columns apart as in Pillow; the colours are elementwise. Pillow rounds to whole grey levels after
-each step and this does not, which is all that separates the two.
+This does on the device that trains what dataloader.py does with torchvision to one Pillow image after another. An antialiased
+crop-and-resize is two small matrix products, rows and columns apart as in Pillow; the colours are elementwise. Pillow rounds to
+whole grey levels after each step and this does not: there is no other difference.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import native
+from dataloader import PIXELS
+from fast import native
 
-MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of pixels in [0, 1]
-STD = (0.229, 0.224, 0.225)
-PIXELS = {"imagenet": (MEAN, STD), "unit": ((0.0,) * 3, (1.0,) * 3)}  # mean and deviation by --pixels
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as Pillow's mode L
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 

@@ -1,0 +1,117 @@
+"""Checkpoints: written whole, read without executing anything that they contain, and checked before use."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from pathlib import Path
+
+import torch
+
+from around.flags import check_stored
+from metalearner import MetaLearner
+from utils import UserError, whole_file
+
+
+def save(content: dict, *paths: Path) -> None:
+    """Write one checkpoint under each of the names."""
+    for path in paths:
+        with whole_file(path) as file:
+            try:
+                torch.save(content, file)
+            except RuntimeError as e:  # torch wraps a failed write
+                raise OSError(None, str(e).splitlines()[0]) from e
+
+
+def load(path: Path) -> dict:
+    """Read a checkpoint of this project or of the older port.
+
+    Returns:
+        A dict with at least ``episode`` (int) and ``metalearner`` (a state dict of CPU tensors).
+
+    Raises:
+        UserError: there is no such file, or its content is not what training writes.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; give --resume a file written by training")
+    try:
+        if zipfile.is_zipfile(path):  # PyTorch writes checksums but does not read them
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise ValueError("its bytes have changed")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # damaged or foreign bytes raise nearly anything
+        raise UserError(f"{path}: not a checkpoint ({type(e).__name__}); give --resume a file written by training") from e
+    try:
+        wrong = _wrong(content)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # some part is missing or of another type
+        wrong = "its run state is not what training writes"
+    if wrong:
+        raise UserError(f"{path}: {wrong}; take another checkpoint")
+    check_stored(path, content.get("hyper_parameters", {}))
+    return content
+
+
+def _wrong(content: object) -> str | None:
+    """What is wrong with a checkpoint's content, if anything. Parts that are missing altogether may raise."""
+    if not isinstance(content, dict) or not isinstance(content.get("episode"), int):
+        return "not a checkpoint of this project: it lacks 'episode'"
+    if content["episode"] < 0:
+        return f"episode {content['episode']} cannot be"
+    tensors = content.get("metalearner")
+    if not isinstance(tensors, dict) or not all(isinstance(v, torch.Tensor) for v in tensors.values()):
+        return "not a checkpoint of this project: it lacks 'metalearner', a table of tensors"
+    for name, value in tensors.items():
+        if not value.is_floating_point() or value.layout != torch.strided:
+            return f"{name} is {value.dtype}, {value.layout}, but should be a dense tensor of floats"
+        if not torch.isfinite(value).all():
+            return f"{name} holds numbers that are not finite"
+    best, run = content.get("best"), content.get("run")
+    if best is not None and not (isinstance(best["episode"], int) and math.isfinite(best["accuracy"])):
+        return "its best validation is not what training writes"
+    if run is not None:
+        log, counts = run["since_log"], [run["validated"], run["skipped_in_a_row"], *run["logs_end_at"].values()]
+        sound = list(log) == ["loss", "accuracy", "skipped"] and len({len(v) for v in log.values()}) == 1
+        sound = sound and all(isinstance(x, float) for v in log.values() for x in v)
+        sound = sound and all(isinstance(n, int) and n >= 0 for n in counts)
+        if not sound or not all(isinstance(run["data"][split], str) for split in ("train", "val")):
+            return "its run state is not what training writes"
+    return None
+
+
+def load_metalearner(metalearner: MetaLearner, content: dict, path: Path) -> None:
+    """Put a checkpoint's tensors into the meta-learner.
+
+    Raises:
+        UserError: their names or shapes are not those that the flags ask for.
+    """
+    wanted, found = metalearner.state_dict(), content["metalearner"]
+    for name in sorted(wanted.keys() ^ found.keys()):
+        raise UserError(f"{path}: its meta-learner {'lacks' if name in wanted else 'has an unknown'} {name}")
+    for name, tensor in wanted.items():
+        if found[name].shape != tensor.shape:
+            raise UserError(
+                f"{path}: {name} is {list(found[name].shape)}, but the flags make it {list(tensor.shape)}; "
+                "--image-size, --n-class and --hidden-size must be those of its training"
+            )
+    metalearner.load_state_dict(found)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, content: dict, path: Path) -> None:
+    """Put a checkpoint's moments into Adam, whose settings stay the flags'.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(content["optim"])
+        for p, state in optimizer.state.items():
+            if state["exp_avg"].shape != p.shape or state["exp_avg_sq"].shape != p.shape:
+                raise ValueError("moments of another shape")
+        if len(optimizer.state) not in (0, len(optimizer.param_groups[0]["params"])):
+            raise ValueError("moments of other parameters")
+    except Exception as e:  # damaged or foreign content raises nearly anything
+        raise UserError(f"{path}: its optimiser's state does not fit ({type(e).__name__}: {e}); it can only be tested") from e
+    for group, flags in zip(optimizer.param_groups, settings, strict=True):
+        group.update(flags)

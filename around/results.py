@@ -1,0 +1,239 @@
+"""Results as papers report them: a run's tests in its ``results.json``, and Markdown tables of one or several runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from around.flags import HYPER_PARAMETERS, ROOT
+from utils import UserError, summary, whole_file
+
+NAME = "results.json"
+
+# accuracy in percent, 5-way on mini-ImageNet: recipe, validation, test on 600 episodes, and more about it (paper's table 1;
+# the port's README)
+PUBLISHED = {
+    5: [
+        ("paper", "", "60.60 ± 0.71", ""),
+        ("the authors' code as the port's writer ran it", "", "about 53", ""),
+        ("the older port, seed 719", "59.08 (std 9.9)", "57.76 (std 8.6)", "after 41,000 of 50,000 episodes"),
+        ("the older port, seed 53", "58.04 (std 9.1)", "58.14 (std 8.5)", "after 44,000 of 50,000 episodes"),
+    ],
+    1: [("paper", "", "43.44 ± 0.77", "")],
+}
+PORT = {  # what makes the port's recipe, and the authors'
+    "augment": "port",
+    "pixels": "imagenet",
+    "bn_scale": "uniform",
+    "lstm_init": "pytorch",
+    "bf_init": [4.0, 6.0],
+    "bi_init": [-5.0, -4.0],
+    "lr": 1e-3,
+    "grad_clip": 0.25,
+    "image_size": 84,
+    "precision": "fp32",
+}
+AUTHORS = {**PORT, "augment": "none", "pixels": "unit", "lstm_init": "authors", "bf_init": [4.0, 5.0]}
+# 97.5 % quantile of Student's t distribution for 1, 2, ... 10 degrees of freedom
+T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def provenance(device: torch.device) -> dict[str, object]:
+    """What runs, which code, on what: command (with the names of files instead of their paths), commit, versions, machine."""
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv]
+    packages = ("torch", "torchvision", "numpy", "pillow")
+    return {
+        "command": "python " + shlex.join(words),
+        "commit": commit,
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",
+    }
+
+
+def is_mini_imagenet(classes: list[str]) -> bool:
+    """Whether these are mini-ImageNet's 20 test classes."""
+    lists = json.loads((ROOT / "data" / "splits" / "mini-imagenet.json").read_text(encoding="utf-8"))
+    return sorted(classes) == sorted(lists["test"])
+
+
+def write_results(folder: Path, args: argparse.Namespace, checkpoint: dict, tests: list[dict], about: dict) -> Path:
+    """Add tests to a run's ``results.json``; an earlier test of the same thing is replaced, all others stay.
+
+    Args:
+        folder: the run's.
+        args: of the test.
+        checkpoint: what was tested.
+        tests: from ``evaluation.judge``.
+        about: of the test, from ``provenance``.
+
+    Returns:
+        The file's path.
+    """
+    path = folder / NAME
+    stored = checkpoint.get("hyper_parameters", {})
+    run, best = checkpoint.get("run", {}), checkpoint.get("best") or {}
+    content = {
+        "training": {
+            **checkpoint.get("about", {}),
+            "seed": stored.get("seed"),
+            "hyper_parameters": stored,
+            "data": {"fingerprints": run.get("data", {})},
+            **_progress(folder),
+        },
+        "tests": read_results(folder)["tests"] if path.exists() else [],
+    }
+    tested = {
+        "checkpoint": Path(args.resume).name,
+        "episode": checkpoint["episode"],
+        "validation": best if best.get("episode") == checkpoint["episode"] else None,
+        "data": args.data_root.name,
+        "episodes_drawn_by_seed": args.seed,
+        "contradicts_training": {k: getattr(args, k) for k, v in stored.items() if getattr(args, k) != v},
+        "about": about,
+    }
+    for test in tests:
+        test = tested | test
+        content["tests"] = [t for t in content["tests"] if _key(t) != _key(test)] + [test]
+    with whole_file(path) as file:
+        file.write((json.dumps(content, indent=1, default=str) + "\n").encode())
+    return path
+
+
+def _key(test: dict) -> tuple:
+    names = ("checkpoint", "episode", "data", "fingerprint", "n_class", "n_shot", "n_eval", "epoch", "batch_size")
+    return (*(test[name] for name in names), test["episodes_drawn_by_seed"], str(test["counts"]))
+
+
+def _progress(folder: Path) -> dict[str, object]:
+    """How far and how long a run has trained, from its metrics: episodes, and hours without validations and pauses."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        train = [e for e in map(json.loads, lines) if e["event"] == "train"]
+        return {"episodes": train[-1]["episode"], "hours": round(sum(e["time"]["seconds"] for e in train) / 3600, 3)}
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return {}
+
+
+def read_results(folder: Path) -> dict:
+    """What ``write_results`` wrote.
+
+    Raises:
+        UserError: there is none, or it is something else.
+    """
+    path = folder / NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["training"]["seed"], content["training"]["hyper_parameters"]
+        for test in content["tests"]:
+            _key(test), test["accuracies"][0], test["validation"], test["mini_imagenet"]
+    except FileNotFoundError as e:
+        raise UserError(f"{folder}: no {NAME} there; test the run first (python main.py --mode test)") from e
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+        raise UserError(f"{path}: not a test's results, or of an older version; move it away and test the run again") from e
+    return content
+
+
+def recipe(stored: dict[str, object]) -> str:
+    """The name of a recipe: the port's, the authors', or the nearer one of the two with its differences."""
+    port, authors = ([k for k, v in known.items() if stored.get(k, v) != v] for known in (PORT, AUTHORS))
+    name, differ = ("port", port) if len(port) <= len(authors) else ("authors", authors)
+    changes = [f"{k.replace('_', '-')} {_words(stored[k])}" for k in HYPER_PARAMETERS if k in differ]
+    return name + (", but " + ", ".join(changes) if changes else "")
+
+
+def _words(value: object) -> str:
+    return " ".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean over seeds and half-width of its 95 % interval by Student's t distribution; at least two values."""
+    quantile = T_QUANTILE[len(values) - 2] if len(values) - 2 < len(T_QUANTILE) else 1.96
+    return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def tables(folders: list[Path]) -> str:
+    """Markdown tables of tested runs: one for each data set, n-way and k-shot, with published results beside mini-ImageNet's.
+
+    A row is one tested checkpoint. Runs that differ in their seed only are followed by their mean. A folder without a test is
+    skipped, with a note.
+
+    Raises:
+        UserError: nothing in these folders has been tested.
+    """
+    rows, notes = [], []
+    for folder in folders:
+        try:
+            content = read_results(folder)
+        except UserError as e:
+            notes.append(f"skipped {e}")
+            continue
+        rows += [(content["training"], test) for test in content["tests"]]
+    if not rows:
+        raise UserError("; ".join(notes) or "no run folders given; name some with --runs")
+    groups: dict[tuple, list] = {}
+    for training, test in rows:
+        data = "mini-ImageNet" if test["mini_imagenet"] else test["data"]
+        groups.setdefault((not test["mini_imagenet"], data, test["n_class"], -test["n_shot"]), []).append((training, test))
+    blocks = [_table(data, n_class, -shots, groups[key]) for key in sorted(groups) for _, data, n_class, shots in [key]]
+    return "\n\n".join(blocks + notes)
+
+
+def _table(data: str, n_class: int, shots: int, rows: list[tuple[dict, dict]]) -> str:
+    counts = sorted({count for _, test in rows for count in test["counts"]})
+    lines = [
+        f"{data}, {n_class}-way {shots}-shot, accuracy in %, mean ± 95 % interval over test episodes:",
+        "",
+        "| recipe | seed | tested | validation | " + " | ".join(f"{count} episodes" for count in counts) + " |",
+        "|-|-|-|-|" + "-|" * len(counts),
+    ]
+    groups: dict[str, list] = {}
+    for training, test in rows:
+        trained_on = training["hyper_parameters"].get("n_shot", shots)
+        name = recipe(training["hyper_parameters"]) + (f", trained on {trained_on}-shot" if trained_on != shots else "")
+        groups.setdefault(name, []).append((training, test))
+    for name in sorted(groups):
+        means: dict[tuple, dict[int, float]] = {}
+        for training, test in sorted(groups[name], key=lambda row: (row[0]["seed"] or 0, row[1]["episode"])):
+            val, length = test["validation"], training.get("episodes")
+            cells = [cell(test["accuracies"], c) if c in test["counts"] else "" for c in counts]
+            kind = "best" if "best" in test["checkpoint"] else "last" if "last" in test["checkpoint"] else "checkpoint"
+            tested = f"{kind}, {test['episode']:,}" + (f" of {length:,} episodes" if length else " episodes")
+            shown = f"{val['accuracy']:.2f} (std {val['std']:.1f})" if val and "std" in val else ""
+            lines.append(f"| {name} | {training['seed']} | {tested} | {shown} | " + " | ".join(cells) + " |")
+            for c in test["counts"]:
+                means.setdefault((kind, c), {})[training["seed"]] = summary(test["accuracies"][:c])["mean"]
+        for kind in ("best", "last"):
+            over = {c: list(of.values()) for (k, c), of in means.items() if k == kind and len(of) > 1}
+            if over:
+                cells = ["{:.2f} ± {:.2f}".format(*interval(over[c])) if c in over else "" for c in counts]
+                n = max(map(len, over.values()))
+                lines.append(f"| {name}, mean of {n} seeds, {kind} | | | | " + " | ".join(cells) + " |")
+    if data == "mini-ImageNet" and n_class == 5:
+        for name, val, test, more in PUBLISHED.get(shots, []):
+            lines.append(f"| {name} | | {more} | {val} |" + " |" * (len(counts) - 1) + f" {test} |")
+    return "\n".join(lines)
+
+
+def cell(accuracies: list[float], count: int) -> str:
+    """Mean, 95 % interval and standard deviation of the first ``count`` episodes."""
+    s = summary(accuracies[:count])
+    return f"{s['mean']:.2f} ± {s['ci95']:.2f} (std {s['std']:.1f})"

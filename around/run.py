@@ -1,0 +1,350 @@
+"""A training run's folder, and all that makes the run durable: lock, signals, snapshots and logs.
+
+``logs-<seed>/`` holds ``console.log``, ``metrics.jsonl``, ``lock`` and ``ckpts/``. ``meta-learner-last.pth.tar`` is the
+snapshot: everything that the next episode depends on, and the length of the two logs, so that a resumed run cuts off what a
+killed one wrote after its last snapshot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from around import checkpoints
+from around.flags import hyper_parameters, run_folder, settle
+from around.logs import Logger, open_tensorboard, result_line
+from around.results import provenance
+from metalearner import MetaLearner
+from utils import UserError, locked, release_locks, summary
+
+MAX_SKIPPED = 20  # updates in a row whose loss or gradient is not finite
+HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+BEST, LAST = "meta-learner-best.pth.tar", "meta-learner-last.pth.tar"
+
+
+class Run:
+    """A training in its folder, which is locked for this process.
+
+    In the order of a training::
+
+        with Run(given, defaults) as run:           # lock the folder, read the checkpoint, settle the flags: run.args
+            done = run.restore(metalearner, optimizer, fingerprints, description)
+            for each episode n:
+                run.log(n, loss, accuracy, skipped) # keep the numbers; write a line, save or stop if it is time to
+                if run.due(n):                      # save; is it time to validate?
+                    run.keep(n, losses, accuracies) # write the validation's result and the checkpoints
+
+    A run that is killed at any instant and started again reaches the same bits, logs included.
+
+    Args:
+        given, defaults: the flags, from ``flags.parse``.
+
+    Raises:
+        UserError: the folder is in use or cannot be written, or ``--resume`` names a checkpoint that cannot be continued.
+    """
+
+    def __init__(self, given: dict[str, object], defaults: dict[str, object]):
+        self._stack = contextlib.ExitStack()
+        self.folder = run_folder(settle(given, defaults))
+        self._stack.enter_context(_alone(self.folder))
+        try:
+            self._open(given, defaults)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _open(self, given: dict[str, object], defaults: dict[str, object]) -> None:
+        resume = given.get("resume")
+        if resume == "auto":
+            last = self.folder / "ckpts" / LAST
+            resume = str(last) if last.is_file() else None
+        self.checkpoint = checkpoints.load(Path(resume)) if resume else None
+        stored = (self.checkpoint or {}).get("hyper_parameters", {})
+        for name, value in stored.items():
+            if name in given and given[name] != value:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(
+                    f"{flag} {given[name]}: {resume} was begun with {flag} {value}; leave it at that, or choose another --save"
+                )
+        self.args = settle({**given, "resume": resume}, defaults, stored)
+        self.validated, self.best = 0, None
+        self.since_log: dict[str, list] = {"loss": [], "accuracy": [], "skipped": []}  # of the episodes since the last log line
+        self.skipped_in_a_row = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the checkpoint has seen and validated all episodes already."""
+        ckpt = self.checkpoint or {}
+        return ckpt.get("episode") == self.args.episode == ckpt.get("run", {}).get("validated")
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
+
+    def restore(
+        self,
+        metalearner: MetaLearner,
+        optimizer: torch.optim.Optimizer,
+        fingerprints: dict[str, str],
+        device: torch.device,
+        description: str,
+    ) -> int:
+        """Continue from the checkpoint, if there is one, and open the logs.
+
+        Args:
+            metalearner, optimizer: whose values are restored here and saved from now on.
+            fingerprints: of the data, by split.
+            description: what is trained on what, the first line of a new log.
+
+        Returns:
+            The number of episodes seen so far.
+
+        Raises:
+            UserError: the checkpoint does not fit to the flags, to the data or to the folder.
+        """
+        args, checkpoint, done, ends = self.args, self.checkpoint, 0, None
+        self.metalearner, self.optimizer, self.data = metalearner, optimizer, fingerprints
+        self.about = (checkpoint or {}).get("about") or provenance(device)
+        if checkpoint is not None:
+            path = Path(args.resume)
+            checkpoints.load_metalearner(metalearner, checkpoint, path)
+            checkpoints.load_optimizer(optimizer, checkpoint, path)
+            done = self.validated = checkpoint["episode"]
+            self.best = checkpoint.get("best")
+            if "run" in checkpoint:
+                ends = self._restore_run(checkpoint["run"], path)
+            if done > args.episode:
+                raise UserError(f"--episode {args.episode}: {args.resume} has seen {done} already; ask for more")
+        if ends is None and (self.folder / "ckpts" / LAST).exists():
+            raise UserError(
+                f"{self.folder}: holds a run already; continue it with --resume auto, or choose another --save or --seed"
+            )
+        self.logger = self._stack.enter_context(contextlib.closing(Logger(self.folder, ends or dict.fromkeys(Logger.NAMES, 0))))
+        self.tensorboard = open_tensorboard(self.folder, done) if args.tensorboard else None
+        if self.tensorboard is not None:
+            self._stack.enter_context(contextlib.closing(self.tensorboard))
+        for left in (self.folder / "ckpts").glob(".*.tmp"):  # by a process that was killed while writing; the folder is ours
+            left.unlink(missing_ok=True)
+        self.signals = Signals()
+        self._stack.callback(self.signals.restore)
+        if done == 0:
+            self.logger.info(description)
+        else:  # not in the log, which is to be that of an undisturbed run
+            print(f"resuming after episode {done} of {args.episode}, in {self.folder}")
+        self.bar = self._stack.enter_context(tqdm(total=args.episode, initial=done, desc="train", unit="ep", disable=None))
+        self.saved, self.logged, self.since = time.monotonic(), done, time.perf_counter()
+        return done
+
+    def _restore_run(self, run: dict, path: Path) -> dict[str, int] | None:
+        self.validated, self.skipped_in_a_row = run["validated"], run["skipped_in_a_row"]
+        self.since_log = {k: list(v) for k, v in run["since_log"].items()}
+        for split, fingerprint in self.data.items():
+            if run["data"][split] != fingerprint:
+                raise UserError(
+                    f"{self.args.data_root}/{split}: other images than those that {path} was trained on; "
+                    "bring them back, or start anew with another --save"
+                )
+        return run["logs_end_at"] if path.resolve().parent == (self.folder / "ckpts").resolve() else None
+
+    def log(self, n: int, loss: Tensor, accuracy: Tensor, skipped: Tensor) -> None:
+        """Take the numbers of episode ``n``, [] each; write a line every ``--log-freq``, save every ``--save-minutes``.
+
+        Raises:
+            UserError: too many updates in a row had to be skipped.
+            Stopped: a signal asked for it; the snapshot is written.
+        """
+        for kept, value in zip(self.since_log.values(), (loss, accuracy, skipped), strict=True):
+            kept.append(value)
+        self.bar.update()
+        if n % self.args.log_freq == 0 or n == self.args.episode:
+            self._write_line(n)
+        stop = self.signals.stop
+        if stop is not None or self.signals.save or time.monotonic() - self.saved >= 60 * self.args.save_minutes:
+            self.signals.save = False
+            self.snapshot(n, LAST)
+        if stop is not None:
+            raise Stopped(stop, self.folder, n)
+        self.episode = n
+
+    def _write_line(self, n: int) -> None:
+        seconds, device = time.perf_counter() - self.since, self.metalearner.metalstm.cI.device
+        loss, accuracy, skipped = (
+            torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values]).tolist()
+            for values in self.since_log.values()
+        )
+        finite = [v for v in loss if math.isfinite(v)]
+        mean_loss = summary(finite)["mean"] if finite else math.nan
+        mean_accuracy = summary(accuracy)["mean"]
+        rate, n_skipped, total = max(n - self.logged, 1) / seconds, int(sum(skipped)), self.args.episode
+        self.logger.event(
+            "train",
+            episode=n,
+            loss=loss[-1],
+            accuracy=accuracy[-1],
+            mean_loss=mean_loss,
+            mean_accuracy=mean_accuracy,
+            skipped=n_skipped,
+            time={"seconds": seconds, "episodes_per_second": rate},
+        )
+        self._board("train", n, mean_loss, mean_accuracy)
+        self.logger.info(
+            f"[{n:>{len(str(total))}}/{total}] loss {loss[-1]:.4f} (mean {mean_loss:.4f})  "
+            f"acc {accuracy[-1]:5.2f} % (mean {mean_accuracy:5.2f} %)  "
+            f"{rate:.2f} episodes/s, {_duration((total - n) / rate)} left"
+            + (f"  {n_skipped} updates skipped: loss or gradient not finite" if n_skipped else "")
+        )
+        for v in skipped:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if v else 0
+        self.since_log = {k: [] for k in self.since_log}
+        self.logged, self.since = n, time.perf_counter()
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            good = self.folder / "ckpts" / (BEST if (self.folder / "ckpts" / BEST).exists() else LAST)
+            where = f"the last good checkpoint is {good}" if good.exists() else "no checkpoint was written yet"
+            raise UserError(
+                f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite, up to episode {n}; "
+                f"{where}; a smaller --lr may help"
+            )
+
+    def _board(self, kind: str, n: int, loss: float, accuracy: float) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.add_scalar(f"{kind}/loss", loss, n)
+            self.tensorboard.add_scalar(f"{kind}/accuracy", accuracy, n)
+
+    def due(self, n: int) -> bool:
+        """Whether it is time to validate. If so, write a snapshot: an end during validation costs nothing else."""
+        args = self.args
+        due = (args.val_freq and n % args.val_freq == 0) or n == args.episode
+        if not due or self.validated == n:
+            return False
+        self.episode, self.paused = n, time.perf_counter()
+        self.snapshot(n, LAST)
+        return True
+
+    def keep(self, n: int, losses: list[float], accuracies: list[float]) -> None:
+        """Log the validation of episode ``n`` (empty lists: there was none) and write the checkpoints that belong to it."""
+        names = [f"meta-learner-{n}.pth.tar", LAST]
+        if accuracies:
+            loss, found = summary(losses), summary(accuracies)
+            self._board("val", n, loss["mean"], found["mean"])
+            self.logger.event("val", episode=n, loss=loss, accuracy=found)
+            better = self.best is None or found["mean"] > self.best["accuracy"]
+            if better:
+                self.best = {"episode": n, "accuracy": found["mean"], "std": found["std"]}
+                names.insert(0, BEST)
+            self.logger.info(result_line("val", losses, accuracies) + ("  best so far" if better else ""))
+        self.validated = n
+        self.snapshot(n, *names)
+        self.since += time.perf_counter() - self.paused
+
+    def stop_if_asked(self) -> None:
+        """End the run if a signal asks for it, during a validation: its snapshot is written already.
+
+        Raises:
+            Stopped: a signal asks for it.
+        """
+        if self.signals.stop is not None:
+            raise Stopped(self.signals.stop, self.folder, self.episode)
+
+    def snapshot(self, n: int, *names: str) -> None:
+        """Write the checkpoint of episode ``n`` under each of the names; the old file stays until the new one is complete."""
+        content = {
+            "episode": n,
+            "metalearner": self.metalearner.state_dict(),
+            "optim": self.optimizer.state_dict(),
+            "hyper_parameters": hyper_parameters(self.args),
+            "best": self.best,
+            "about": self.about,
+            "run": {
+                "validated": self.validated,
+                "since_log": {k: [float(v) for v in values] for k, values in self.since_log.items()},
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "data": self.data,
+                "logs_end_at": self.logger.position(),
+            },
+        }
+        checkpoints.save(content, *(self.folder / "ckpts" / name for name in names))
+        self.saved = time.monotonic()
+
+    def say_done(self) -> None:
+        """The log's last line."""
+        best = f", best by validation: episode {self.best['episode']}" if self.best else ""
+        self.bar.close()
+        self.logger.info(f"done: {self.folder / 'ckpts' / LAST}{best}")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path):
+    """Hold a run folder for this process alone; if nothing was put into it, it goes away again."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / "lock"):
+            try:
+                yield
+            finally:
+                if os.listdir(folder) == ["lock"]:
+                    (folder / "lock").unlink()
+                    folder.rmdir()
+    except OSError as e:
+        if e.filename is None or not Path(str(e.filename)).is_relative_to(folder):
+            raise
+        raise UserError(f"{folder}: cannot be written ({e.strerror}); choose another folder with --save") from e
+
+
+class Signals:
+    """What the outside has asked of this process, looked at between episodes.
+
+    SIGTERM, SIGINT (Ctrl-C) and SIGHUP (the terminal is gone) ask for a snapshot and the end; SIGUSR1 (Slurm sends it before it
+    preempts) asks for a snapshot. A second SIGINT ends the process at once. A signal that was ignored from the start, such as
+    SIGHUP under nohup or SIGINT in a script's background, stays ignored.
+    """
+
+    def __init__(self):
+        self.stop: signal.Signals | None = None
+        self.save = False
+        heeded = [s for s in HEEDED if signal.getsignal(s) != signal.SIG_IGN]
+        self._before = {s: signal.signal(s, self._note) for s in heeded}
+
+    def _note(self, number: int, _frame) -> None:
+        if number == signal.SIGUSR1:
+            self.save = True
+        elif number == signal.SIGINT and self.stop is not None:
+            raise KeyboardInterrupt
+        else:
+            self.stop = signal.Signals(number)
+
+    def restore(self) -> None:
+        """Give the signals back to their former handlers."""
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+
+class Stopped(Exception):
+    """A signal ended the run after its snapshot was written."""
+
+    def __init__(self, number: signal.Signals, folder: Path, episode: int):
+        super().__init__(f"stopped by {number.name} after episode {episode}; continue with --resume auto ({folder})")
+        self.exit_code = 128 + number
+
+
+def begin_worker(_worker: int = 0) -> None:
+    """What a worker process does first: ignore signals, since one to the whole group reaches it too, and release the locks.
+
+    Workers end with the training. If it is killed they survive it by some seconds, in which it can be started again.
+    """
+    for s in HEEDED:
+        signal.signal(s, signal.SIG_IGN)
+    release_locks()
+
+
+def _duration(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"

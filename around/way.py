@@ -1,0 +1,103 @@
+"""The choice between the plain root and ``fast/``: the one place that makes it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dataloader import EpisodeDataset, scan_split
+from episode import step_if_finite
+from learner import FlatModule, Learner
+from metalearner import MetaLearner
+from utils import UserError
+
+
+class Way(NamedTuple):
+    """The classes and functions that a program runs with. Signatures are the root's."""
+
+    device: torch.device
+    description: str  # for the first line of the output
+    learner: Callable[..., FlatModule]
+    metalearner: type[MetaLearner]
+    dataset: Callable[..., EpisodeDataset]
+    adam: Callable[..., torch.optim.Adam]
+    step: Callable[[torch.optim.Optimizer, torch.Tensor], None]
+    recorded: Callable[..., Callable]  # (function of an episode, optimizer or None) -> a function that does the same
+    lanes: int  # how many episodes are evaluated at once
+    map: Callable[[Callable, Iterable], Iterator]
+
+
+def choose(args: argparse.Namespace) -> Way:
+    """Pick the device, and ``fast/`` unless ``--plain`` is given or the folder is missing.
+
+    Raises:
+        UserError: ``--gpu`` names a GPU that does not exist, or a flag needs ``fast/``.
+    """
+    n_gpu = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if args.gpu is not None and args.gpu >= n_gpu:
+        raise UserError(f"--gpu {args.gpu}: PyTorch sees {n_gpu} GPUs here; leave the flag out to use the CPU")
+    if args.cpu or n_gpu == 0:
+        device = torch.device("cpu")
+        name = f"CPU{'' if args.cpu else ' (no GPU found)'}, {torch.get_num_threads()} threads"
+    else:
+        device = torch.device("cuda", args.gpu or 0)
+        torch.cuda.set_device(device)
+        name = torch.cuda.get_device_name(device)
+    if not args.plain and importlib.util.find_spec("fast") is not None:
+        return _fast(args, device, name)
+    if args.precision != "fp32":
+        raise UserError(f"--precision {args.precision}: needs fast/, which --plain leaves out; give --precision fp32")
+    why = "--plain" if args.plain else "there is no folder fast/"
+    description = f"device: {name}; plain PyTorch ({why})"
+    return Way(
+        device, description, Learner, MetaLearner, EpisodeDataset, torch.optim.Adam, step_if_finite, _as_it_is, 1, map
+    )
+
+
+def _as_it_is(function: Callable, optimizer: torch.optim.Optimizer | None = None) -> Callable:
+    return function
+
+
+def _fast(args: argparse.Namespace, device: torch.device, name: str) -> Way:
+    from fast.graphs import Captured, step_on_device
+    from fast.images import FastEpisodeDataset
+    from fast.learner import FastLearner
+    from fast.metalearner import FastMetaLearner
+    from fast.native import library
+    from fast.threads import keep_freed_memory, side_by_side
+
+    on_cpu = device.type == "cpu"
+    keep_freed_memory()
+    lanes = torch.get_num_threads() if on_cpu else 1
+    return Way(
+        device,
+        f"device: {name}, {library().state}" if on_cpu else f"device: {name}",
+        partial(FastLearner, conv_dtype={"fp32": None, "bf16": torch.bfloat16}[args.precision]),
+        FastMetaLearner,
+        partial(FastEpisodeDataset, device=device, cache_dir=Path(args.cache_dir) if args.cache_dir else None),
+        partial(torch.optim.Adam, fused=True),
+        step_on_device,
+        _as_it_is if on_cpu else Captured,
+        lanes,
+        partial(_side_by_side, side_by_side, lanes) if on_cpu else map,
+    )
+
+
+def _side_by_side(side_by_side: Callable, lanes: int, function: Callable, items: Iterable) -> Iterator:
+    return side_by_side(function, items, lanes)
+
+
+def dataset(args: argparse.Namespace, way: Way, split: str, length: int) -> EpisodeDataset:
+    """A split's episodes as the flags ask for them.
+
+    Raises:
+        UserError: the split cannot serve such episodes, or a file cannot be used.
+    """
+    shape = {k: getattr(args, k) for k in ("n_class", "n_shot", "n_eval", "image_size", "augment", "pixels", "shuffle")}
+    return way.dataset(scan_split(args.data_root, split), args.seed, n_pass=args.epoch, length=length, **shape)

@@ -1,0 +1,98 @@
+"""The learner, faster: kernels on a CPU, fewer operations everywhere."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fast import native
+from learner import N_BLOCKS, FlatModule, Learner
+
+
+class FastLearner(Learner):
+    """``learner.Learner`` with the same parameters, equal to rounding.
+
+    Batch normalisation subtracts the batch mean, which cancels the convolution's bias, so training skips it; only the running
+    mean includes it. The bias's gradient is then exactly zero, where plain PyTorch leaves rounding noise.
+
+    Args:
+        conv_dtype: what the convolutions and what lies between them are computed in, such as bfloat16; parameters, batch
+            statistics, classifier and loss keep the parameters' own dtype. The other arguments are ``Learner``'s.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        bn_eps: float,
+        bn_momentum: float,
+        n_classes: int,
+        bn_scale: str = "uniform",
+        conv_dtype: torch.dtype | None = None,
+    ):
+        super().__init__(image_size, bn_eps, bn_momentum, n_classes, bn_scale)
+        self.conv_dtype = conv_dtype
+        self._last: tuple[Tensor, int, Tensor, native.PatchMoments | None] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See ``Learner.forward``; fastest on images in channels_last memory format."""
+        x, moments = self._prepared(x)
+        for b in range(1, N_BLOCKS + 1):
+            conv, norm = getattr(self, f"conv{b}"), getattr(self, f"norm{b}")
+            x = train_block(x, conv, norm, moments if b == 1 else None) if self.training else eval_block(x, conv, norm)
+        return self.cls(x.flatten(1).to(self.cls.weight.dtype))
+
+    def _prepared(self, x: Tensor) -> tuple[Tensor, native.PatchMoments | None]:
+        """The images in ``conv_dtype`` and, where kernels use them, their moments: the same in all updates of an episode."""
+        if self._last is None or self._last[0] is not x or self._last[1] != x._version:
+            images = x.to(self.conv_dtype or x.dtype)
+            wanted = self.training and native.handles_block(images, self.conv1.weight)
+            self._last = (x, x._version, images, native.PatchMoments.of(images) if wanted else None)
+        return self._last[2:]
+
+    def reset_batch_stats(self) -> None:
+        """See ``FlatModule.reset_batch_stats``. A new episode begins."""
+        self._last = None
+        super().reset_batch_stats()
+
+    @torch.no_grad()
+    def copy_flat_params(self, cI: Tensor) -> None:
+        """See ``FlatModule.copy_flat_params``."""
+        torch._foreach_copy_([getattr(m, name) for m, name, _ in self.slots()], self.slices(cI))
+
+    @torch.no_grad()
+    def copy_buffers(self, other: FlatModule) -> None:
+        """See ``FlatModule.copy_buffers``. A new query set follows."""
+        self._last = None
+        torch._foreach_copy_(list(self.buffers()), list(other.buffers()))
+
+
+def train_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, moments: native.PatchMoments | None = None) -> Tensor:
+    """Convolution -> normalisation by the batch's own statistics -> ReLU -> 2x2 max-pooling.
+
+    Pooling comes before ReLU, which is the same function on a quarter of the numbers.
+
+    Args:
+        x: [B, C, H, W], float.
+        conv, norm: the block's weights, as parameters or as slices of a cell state; ``norm``'s running statistics are updated.
+        moments: of ``x`` if it is the images themselves, see ``native.PatchMoments``.
+
+    Returns:
+        [B, filters, H // 2, W // 2].
+    """
+    if native.handles_block(x, conv.weight):
+        return native.train_block(x, conv, norm, moments)
+    y = F.conv2d(x, conv.weight.to(x.dtype), padding=1)
+    y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, norm.momentum, norm.eps)
+    # through .data: autograd keeps the running mean, but its backward pass does not use it in train mode
+    norm.running_mean.data.add_(conv.bias.detach(), alpha=norm.momentum)
+    return F.relu(F.max_pool2d(y, 2))
+
+
+def eval_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """The same with the running statistics; arguments and result as for ``train_block``."""
+    if native.handles_block(x, conv.weight) and not torch.is_grad_enabled():
+        return native.eval_block(x, conv, norm)
+    y = F.conv2d(x, conv.weight.to(x.dtype), conv.bias.to(x.dtype), padding=1)
+    y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, norm.momentum, norm.eps)
+    return F.relu(F.max_pool2d(y, 2))
