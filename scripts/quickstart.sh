@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The whole road on a fresh machine, without any download of data: environment, a data set of rendered characters in mini-ImageNet's
-# layout, training, and a test on 20 classes never seen. The second time, what is there is used: it tests again.
+# Everything on a fresh machine, without downloading data: install what is missing, make a data set
+# of rendered characters in mini-ImageNet's layout, train on it, and test on 20 unseen classes.
+# A second call uses the data and the training that exist, and tests again.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements.txt
@@ -11,9 +12,10 @@ RUN=$ROOT/logs-quickstart
 "$PYTHON" "$ROOT/data/glyphs.py" --dest "$DATA"
 
 if [ -e "$RUN-719/ckpts" ]; then
-  echo "$RUN-719 is there: going on with it (to train anew, remove that folder)"
+  echo "$RUN-719 exists: continuing that training (delete the folder to start again)"
 fi
-# The recipe is the paper's but for what small characters ask: 32 px, no random crops, a larger first step, fewer episodes.
+# The default recipe with four changes for small characters: 32 pixels, no augmentation,
+# larger first learning rates (--bi-init), fewer episodes.
 "$PYTHON" "$ROOT/main.py" --mode train \
   --data-root "$DATA" \
   --save "$RUN" \

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Several tested runs in one Markdown table, with the mean over seeds and the published numbers: scripts/results.sh logs-*
+# Print several tested runs as a Markdown table, with the mean over seeds and the published numbers.
+#   bash scripts/results.sh logs-*
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements.txt
+
 "$PYTHON" "$ROOT/report.py" "$@"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint and all tests. Arguments go to pytest; files among them are the working directory's.
+# Run the linter, then the tests. Arguments go to pytest; paths among them may be relative to your
+# working directory.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements-dev.txt
@@ -7,7 +8,7 @@ use_python requirements-dev.txt
 for argument in "$@"; do
   case $argument in
     -* | /*) ;;
-    *) [ ! -f "${argument%%::*}" ] || argument=$PWD/$argument ;;
+    *) if [ -f "${argument%%::*}" ]; then argument=$PWD/$argument; fi ;;
   esac
   set -- "$@" "$argument"
   shift

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# 5-way 1-shot: the authors' schedule with the older port's images and initialisation. Edit below; flags given to this script override.
+# 5-way 1-shot: the authors' schedule with the older port's images and initialisation.
+# Edit the flags below; flags given to this script override them.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements.txt

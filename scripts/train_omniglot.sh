@@ -1,35 +1,45 @@
 #!/usr/bin/env bash
-# Trains the meta-learner on Omniglot, a second real data set: 5-way 1-shot, 28 pixels, whole characters held out.
-# The first run downloads it (torchvision, some 15 MB). Edit the flags below, or give others: they come last and win.
-#   bash scripts/train_omniglot.sh [--episode 2000 ...]
+# 5-way 1-shot on Omniglot, a second real data set: 28 pixels, tested on unseen characters.
+# The first run downloads it (torchvision, about 15 MB).
+# Edit the flags below; flags given to this script override them.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements.txt
 
-# 1,028 characters for training, 172 for validation, 423 for testing, 20 drawings of each -> data/omniglot
+# Write data/omniglot: 1,028 characters for training, 172 for validation, 423 for testing,
+# with 20 drawings of each.
 "$PYTHON" "$ROOT/data/prepare.py" omniglot
 
-# no augmentation: its crops, flips and colours make other characters of characters
-# n-eval 15: a character has only 20 drawings
+# No augmentation: crops, flips and colours turn one character into another.
+# A character has only 20 drawings, enough for 1 support and 15 query images.
 "$PYTHON" "$ROOT/main.py" --mode train \
   --save logs-omniglot \
   --resume auto \
+  --seed 719 \
   --data-root "$ROOT/data/omniglot" \
-  --image-size 28 \
-  --augment none \
   --n-class 5 \
   --n-shot 1 \
   --n-eval 15 \
-  --epoch 12 \
-  --batch-size 5 \
+  --image-size 28 \
+  --augment none \
+  --pixels imagenet \
   --episode 20000 \
   --episode-val 100 \
-  --val-freq 1000 \
-  --lr 1e-3 \
-  --grad-clip 0.25 \
+  --epoch 12 \
+  --batch-size 5 \
+  --shuffle pass \
+  --bn-scale uniform \
   --bn-momentum 0.9 \
   --bn-eps 1e-3 \
   --input-size 4 \
   --hidden-size 20 \
-  --seed 719 \
+  --lstm-init pytorch \
+  --bf-init 4 6 \
+  --bi-init -5 -4 \
+  --precision fp32 \
+  --lr 1e-3 \
+  --grad-clip 0.25 \
+  --n-workers 2 \
+  --log-freq 50 \
+  --val-freq 1000 \
   "$@"
