@@ -26,7 +26,7 @@ from around.evaluation import Evaluator, judge
 from around.flags import parse, run_folder, settle
 from around.predict import predict
 from around.recording import RECORDED, record, write_trace
-from around.results import provenance, tables, write_results
+from around.results import contradictions, provenance, tables, write_results
 from around.run import BEST, LAST, Run, Stopped, begin_worker
 from around.way import Way, choose, dataset
 from dataloader import episodes
@@ -105,7 +105,10 @@ def test(args: argparse.Namespace, checkpoint: dict) -> None:
     learners, metalearner = build(args, way)
     checkpoints.load_metalearner(metalearner, checkpoint, path)
     print(f"testing {path} after {checkpoint['episode']} episodes, on {args.data_root}")
-    trained_on = checkpoint.get("hyper_parameters", {}).get("n_shot", args.n_shot)
+    stored = checkpoint.get("hyper_parameters", {})
+    for name, value in contradictions(args, stored).items():
+        print(f"note: tested with --{name.replace('_', '-')} {value}, but trained with {stored[name]}")
+    trained_on = stored.get("n_shot", args.n_shot)
     tests = judge(args, way, learners, metalearner, trained_on)
     if path.resolve().parent.name == "ckpts":
         folder = path.resolve().parent.parent
@@ -158,6 +161,8 @@ def main(argv: list[str]) -> int:
         path = find_checkpoint(args)
         checkpoint = checkpoints.load(Path(path))
         args = settle({**given, "resume": path}, defaults, checkpoint.get("hyper_parameters"))
+        if not {"data", "data_root"} & given.keys() and isinstance(checkpoint.get("data_root"), str):
+            args.data_root = Path(checkpoint["data_root"])
         if args.mode == "test":
             test(args, checkpoint)
         else:

@@ -107,7 +107,7 @@ def write_results(folder: Path, args: argparse.Namespace, checkpoint: dict, test
         "validation": best if best.get("episode") == checkpoint["episode"] else None,
         "data": args.data_root.name,
         "episodes_drawn_by_seed": args.seed,
-        "contradicts_training": {k: getattr(args, k) for k, v in stored.items() if getattr(args, k) != v},
+        "contradicts_training": contradictions(args, stored),
         "about": about,
     }
     for test in tests:
@@ -116,6 +116,11 @@ def write_results(folder: Path, args: argparse.Namespace, checkpoint: dict, test
     with whole_file(path) as file:
         file.write((json.dumps(content, indent=1, default=str) + "\n").encode())
     return path
+
+
+def contradictions(args: argparse.Namespace, stored: dict[str, object]) -> dict[str, object]:
+    """The flags of a test that differ from the training's, by name."""
+    return {k: getattr(args, k) for k, v in stored.items() if getattr(args, k) != v}
 
 
 def _key(test: dict) -> tuple:

@@ -264,6 +264,7 @@ class Run:
             "hyper_parameters": hyper_parameters(self.args),
             "best": self.best,
             "about": self.about,
+            "data_root": str(self.args.data_root.resolve()),
             "run": {
                 "validated": self.validated,
                 "since_log": {k: [float(v) for v in values] for k, values in self.since_log.items()},

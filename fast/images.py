@@ -2,8 +2,8 @@
 
 At first use a split becomes one array of bytes on disk, which later runs map into memory. Such a cache is a folder
 ``<split>-<largest side>-<key>`` with ``pixels.bin`` (each image as [3, height, width] uint8, one after another) and
-``index.npz`` (sizes, checksum). The key is a hash of everything that the pixels depend on: names, sizes and modification times of
-the files, and the settings below. The folder is filled under another name and then renamed, so it is either complete or absent;
+``index.npz`` (sizes, checksum). The key is a hash of all that the pixels depend on: names, sizes and modification times of the
+files, and the settings below. The folder is filled under another name and then renamed, so it is either complete or absent;
 if two processes want it at once, one builds it and the other waits.
 
 Images whose shorter side is at most twice ``image_size`` keep every pixel; mini-ImageNet's usual 84 px are among them. Larger
