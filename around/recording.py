@@ -41,8 +41,8 @@ def record(
         E episodes, T updates, L layers:
         ``forget``, ``input``: [E, T, L, 6] float32, the gates after the sigmoid: mean over the layer's coordinates, then
         ``QUANTILES``; ``moved``: [E, T, L], |c_t - cI| / |cI| of the layer; ``support``, ``query``: [E, T], accuracy in
-        percent of the learner on either set, with the running statistics; and, of the last episode, ``images`` [Q, S, S, 3] uint8
-        and ``confusion`` [Q, 2] int64, true and predicted class of each query image.
+        percent of the learner on either set, with the running statistics; and, of the last episode, ``images`` [Q, S, S, 3]
+        uint8 and ``confusion`` [Q, 2] int64, true and predicted class of each query image.
     """
     w_grad, wo_grad = learners
     wo_grad.eval()
