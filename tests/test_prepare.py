@@ -209,7 +209,7 @@ def test_every_class_in_every_folder(tmp_path, run):
 @pytest.mark.parametrize(
     "form", [forms.layout_tar, forms.cache_pickles, forms.parquet_without_paths], ids=["files", "arrays", "parquet"]
 )
-def test_killed_at_any_time_it_goes_on(form, tmp_path, run):
+def test_killed_at_any_time_it_resumes(form, tmp_path, run):
     if "parquet" in form.__name__:
         pytest.importorskip("pyarrow")
     source = form(tmp_path)
@@ -219,7 +219,8 @@ def test_killed_at_any_time_it_goes_on(form, tmp_path, run):
     slow = f"""
 import sys, time
 sys.path.insert(0, {str(PREPARE.parent)!r})
-import build, prepare
+import prepare
+from forms import build
 put = build._put
 build._put = lambda *args: (time.sleep(0.02), put(*args))
 prepare.main([{str(source)!r}, '--dest', {str(dest)!r}])
@@ -238,7 +239,7 @@ prepare.main([{str(source)!r}, '--dest', {str(dest)!r}])
     half.write_bytes(b"half-writ")
     code, out, _ = run(source, "--dest", dest)
     assert code == 0
-    assert f"going on: {len(stored)} of 300" in out
+    assert f"resuming: {len(stored)} of 300" in out
     assert pixels(tree(dest)) == pixels(dataset())
     assert {p: (dest / p.relative_to(work)).stat().st_mtime_ns for p in stored} == stored
     assert not work.exists()
@@ -256,7 +257,7 @@ def test_interrupt_is_one_line(tmp_path, run, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("build._put", interrupt)
+    monkeypatch.setattr("forms.build._put", interrupt)
     code, _, err = run(forms.layout_zip(tmp_path), "--dest", tmp_path / "out")
     assert (code, err.count("\n")) == (130, 1)
     assert not (tmp_path / "out").exists()

@@ -27,7 +27,7 @@ def line_of(out, split):
 
 def test_mini_imagenet_is_called_by_its_name(tmp_path, check, monkeypatch):
     assert (plans.MINI.per_class, plans.TINY.per_class) == (600, 450)
-    monkeypatch.setattr("plans.MINI.per_class", 3)
+    monkeypatch.setattr("forms.plans.MINI.per_class", 3)
     code, out = check(forms.layout_folder(tmp_path))
     assert code == 0
     assert "\nmini-ImageNet, 64/16/20 x 3\n" in out
@@ -48,7 +48,7 @@ def test_what_is_missing_or_too_much_is_named(tmp_path, check):
     assert "not mini-ImageNet, 64/16/20 x 600" in out
     assert f"missing from train: 1 classes ({lost})" in out
     assert f"missing from val: 1 classes ({moved})" in out
-    assert "too much in test: 2 classes" in out
+    assert "too many in test: 2 classes" in out
     assert f"{short}: 598" in out
 
 
@@ -93,12 +93,12 @@ def test_other_data_sets(tmp_path, check):
     files = {f"{SPLITS[s]}/{s}-{c}/{i}.png": forms.png([s, c, i]) for s, c, i in names}
     code, out = check(forms.write(tmp_path / "own", files))
     assert code == 0
-    assert "not mini-ImageNet: 2/2/2 x 3 images, other classes" in out
+    assert "not mini-ImageNet, but a data set of its own: 2/2/2 x 3 images" in out
     assert line_of(out, "train")[4] == "12x12"
 
 
 def test_first_600_of_ilsvrc_are_not_called_mini_imagenet(tmp_path, check, monkeypatch):
-    monkeypatch.setattr("plans.MINI.per_class", 5)
+    monkeypatch.setattr("forms.plans.MINI.per_class", 5)
     source = forms.ilsvrc_folder(tmp_path)
     for split in SPLITS:
         (tmp_path / f"{split}.csv").unlink()
