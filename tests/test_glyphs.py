@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import utils
 from PIL import Image
+
+import utils
 
 SCRIPT = Path(__file__).resolve().parent.parent / "data" / "glyphs.py"
 SPEC = spec_from_file_location("glyphs", SCRIPT)
@@ -216,6 +217,15 @@ def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
 def test_a_damaged_marker_is_refused(tmp_path, capsys, marker):
     (tmp_path / "glyphs.json").write_text(marker, encoding="latin-1")
     assert "glyphs.json is damaged" in refused(capsys, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["forms", "splits", "splits/new"])
+def test_folders_of_code_are_refused(capsys, name):
+    assert glyphs.main(["--dest", str(SCRIPT.parent / name)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "part of the code" in captured.err
+    assert not (SCRIPT.parent / "splits" / "new").exists()
 
 
 def test_missing_images_are_noticed(tmp_path, capsys):

@@ -206,6 +206,41 @@ def test_every_class_in_every_folder(tmp_path, run):
     assert sorted(made) == sorted((name.rsplit("/", 1)[0], content) for name, content in dataset().items())
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_two_folders_of_the_same_classes(packed, tmp_path, run):
+    """A clone of github.com/Deo0330/split_minidataset, or its zip: part of each class in train/, the rest in val/."""
+    files = {".git/train/n1/x.jpg": b"x", ".gitattributes": b"x", "README.md": b"x"}
+    for n, (name, content) in enumerate(dataset().items()):
+        files[f"{('train', 'val')[n % 3 == 2]}/{name.split('/', 1)[1]}"] = content
+    source = tmp_path / "split_minidataset"
+    if packed:
+        source = forms.zipped(tmp_path / "main.zip", {f"split_minidataset-main/{k}": v for k, v in files.items()})
+    else:
+        forms.write(source, files)
+    code, out, _ = run(source, "--dest", tmp_path / "out")
+    assert code == 0
+    assert "every class in every part, split by mini-ImageNet's class lists" in out
+    assert tree(tmp_path / "out") == dataset()
+
+
+def test_two_folders_of_the_same_other_classes_need_a_split(tmp_path, run):
+    files = {f"{split}/{cls}/{i}.jpg": forms.photograph([i]) for split in ("train", "test") for cls in "abc" for i in (1, 2)}
+    source = forms.write(tmp_path / "own", files)
+    code, _, err = run(source, "--dest", tmp_path / "out")
+    assert code == 2
+    assert "--split" in err
+    assert run(source, "--split", "1/1/1", "--dest", tmp_path / "out")[0] == 0
+    assert len(tree(tmp_path / "out")) == len(files)  # images of the same name are both kept
+
+
+@pytest.mark.parametrize("name", ["forms", "splits", "forms/new", "../data/splits"])
+def test_folders_of_code_are_no_destination(name, tmp_path, run):
+    code, _, err = run(forms.layout_zip(tmp_path), "--dest", PREPARE.parent / name)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: ")
+    assert "part of the code" in err
+
+
 @pytest.mark.parametrize(
     "form", [forms.layout_tar, forms.cache_pickles, forms.parquet_without_paths], ids=["files", "arrays", "parquet"]
 )

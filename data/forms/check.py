@@ -24,6 +24,7 @@ from . import DATA
 from .plans import MINI, TINY, Known
 from .sources import is_image, natural, some
 
+SCRIPTS = DATA.parent / "scripts"
 _LOSSY = {"JPEG", "MPO", "WEBP"}
 _CHUNK = 256
 
@@ -263,7 +264,7 @@ def next_command(folder: Path, report: Report, record: dict[str, Any]) -> str:
     if images < 20:
         shots = min(5, images // 2)
         flags += ["--n-shot", str(shots), "--n-eval", str(min(15, images - shots))]
-    path = DATA.parent / "scripts" / script
+    path = SCRIPTS / script
     shown = path.relative_to(Path.cwd()) if Path.cwd() in path.parents else path
     return shlex.join(["bash", str(shown), *flags])
 
