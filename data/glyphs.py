@@ -49,14 +49,7 @@ RECIPE = 1  # raise it when the same settings come to give other images
 # ---- Classes: script by script, without characters that look like one already in the table (O/0, A/Α/А, З/3, n/ո) ----
 
 CHARACTERS = "".join(
-    [
-        "2345678",
-        "ABDEGHJKLMNPQRSTUWXYZaeghmtyßæ",
-        "ΓΔΘΞΣΦΨΩαβδελμξπσω",
-        "ДЖЛЦЧЩЪЫЭЮЯЉ",
-        "ԲԴԵԶԹԺԽԾԿՀՃՇՊՌՎՔՖձմ",
-        "დილორსტუფქძჭჯჰ",
-    ]
+    ["2345678", "ABDEGHJKLMNPQRSTUWXYZaeghmtyßæ", "ΓΔΘΞΣΦΨΩαβδελμξπσω", "ДЖЛЦЧЩЪЫЭЮЯЉ", "ԲԴԵԶԹԺԽԾԿՀՃՇՊՌՎՔՖձմ", "დილორსტუფქძჭჯჰ"]
 )
 
 # ---- Typefaces: files of matplotlib's mpl-data/fonts/ttf ----

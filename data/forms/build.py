@@ -27,14 +27,7 @@ from .sources import is_image, some
 
 RECORD = "prepared.json"  # in the data set: what it was made from, and its fingerprints
 _BATCH = 64
-_MAGIC = {
-    b"\xff\xd8\xff": ".jpg",
-    b"\x89PNG": ".png",
-    b"RIFF": ".webp",
-    b"BM": ".bmp",
-    b"II*\0": ".tif",
-    b"MM\0*": ".tif",
-}
+_MAGIC = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"BM": ".bmp", b"II*\0": ".tif", b"MM\0*": ".tif"}
 
 
 def work_folder(dest: Path) -> Path:
