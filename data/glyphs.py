@@ -49,7 +49,14 @@ RECIPE = 1  # raise it when the same settings come to give other images
 # ---- Classes: script by script, without characters that look like one already in the table (O/0, A/Α/А, З/3, n/ո) ----
 
 CHARACTERS = "".join(
-    ["2345678", "ABDEGHJKLMNPQRSTUWXYZaeghmtyßæ", "ΓΔΘΞΣΦΨΩαβδελμξπσω", "ДЖЛЦЧЩЪЫЭЮЯЉ", "ԲԴԵԶԹԺԽԾԿՀՃՇՊՌՎՔՖձմ", "დილორსტუფქძჭჯჰ"]
+    [
+        "2345678",
+        "ABDEGHJKLMNPQRSTUWXYZaeghmtyßæ",
+        "ΓΔΘΞΣΦΨΩαβδελμξπσω",
+        "ДЖЛЦЧЩЪЫЭЮЯЉ",
+        "ԲԴԵԶԹԺԽԾԿՀՃՇՊՌՎՔՖձմ",
+        "დილორსტუფქძჭჯჰ",
+    ]
 )
 
 # ---- Typefaces: files of matplotlib's mpl-data/fonts/ttf ----
@@ -70,7 +77,7 @@ PLACE = (-0.7, 0.7)  # of the free space to each side: 1 would touch the border
 ROTATION = (-8.0, 8.0)  # degrees; more would turn one character into another
 SHEAR = (-0.1, 0.1)
 STRETCH = (0.9, 1.1)  # width over height, relative to the typeface's
-CONTRAST = 0.45  # least difference of luma between paper and ink, of 1
+CONTRAST = 0.45  # least difference of luma between paper and ink, from 0 to 1
 TEXTURE = (0.0, 0.06)  # standard deviation of the paper's clouds
 BLUR = (0.0, 0.02)
 NOISE = (0.0, 0.05)  # standard deviation
@@ -86,8 +93,8 @@ def class_name(character: str) -> str:
 def class_splits() -> dict[str, list[str]]:
     """{'train': 64 characters, 'val': 16, 'test': 20}, disjoint.
 
-    Of each five neighbours in CHARACTERS the fifth goes to test, and four of each 25 go to val, so that every split
-    has all six scripts. The split does not depend on the seed.
+    Every fifth of CHARACTERS goes to test and four of every 25 to val, so that each split has all six scripts. The split
+    does not depend on the seed.
     """
     splits = {"train": [], "val": [], "test": []}
     for position, character in enumerate(CHARACTERS):
@@ -98,7 +105,7 @@ def class_splits() -> dict[str, list[str]]:
 
 @cache
 def character_map(face: str) -> frozenset[int]:
-    """The code points for which a typeface has a shape. Raises FileNotFoundError when matplotlib lacks the file."""
+    """The code points for which a typeface has a shape. Raises FileNotFoundError if matplotlib lacks the file."""
     return frozenset(FT2Font(face_file(face)).get_charmap())
 
 
@@ -129,7 +136,7 @@ def letter(character: str, face: str, font_size: int) -> Image.Image:
 
 
 def place(shape: Image.Image, rng: np.random.Generator, image_size: int) -> np.ndarray:
-    """Turns, slants, scales and moves a shape, whole, into the image. Ink coverage, float [image_size, image_size]."""
+    """Turn, slant, scale and move a whole shape into the image; returns ink coverage, float [image_size, image_size]."""
     angle = np.deg2rad(rng.uniform(*ROTATION))
     shear, stretch, size = rng.uniform(*SHEAR), rng.uniform(*STRETCH), rng.uniform(*SIZE)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -158,7 +165,7 @@ def colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 def draw(seed: int, character: str, index: int, image_size: int) -> Image.Image:
     """Image number `index` of a class: RGB, image_size x image_size pixels; a pure function of its arguments.
 
-    The choices do not depend on image_size: another size gives the same picture at another resolution, but for noise.
+    The choices do not depend on image_size: another size gives the same picture, except for noise.
     """
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(ord(character), index))))
     face = faces(character)[rng.integers(len(faces(character)))]

@@ -160,10 +160,9 @@ def _prepare(args: argparse.Namespace) -> int:
     if args.split and not args.dest:
         raise UserError("--split: name the folder to make with --dest, as it will not be mini-ImageNet")
     places = (args.dest,) if args.dest else (DATA / "miniImagenet", DATA / "tiny64")
-    for dest in places:
-        if dest.resolve() == path.resolve():
-            raise UserError(f"{path}: is the place of the data set itself; to check that it is right: --check {path}")
-    without = {p.resolve() for dest in places for p in (dest, work_folder(dest))}
+    if os.path.realpath(path) in map(os.path.realpath, places):
+        raise UserError(f"{path}: is the place of the data set itself; to check that it is right: --check {path}")
+    without = {os.path.realpath(p) for dest in places for p in (dest, work_folder(dest))}
     # listing an archive takes long: only when there is something to do
     source = None if path.is_file() else open_source(path, without)
     settings = _settings(args, path, source)
@@ -223,8 +222,7 @@ def _advice(error: OSError, args: argparse.Namespace) -> str:
 
 
 def _run(argv: list[str]) -> int:
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes of any kind
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes of any kind
     args = _parser().parse_args(argv)
     if (args.source is None) == (args.check is None):
         raise UserError("give either SOURCE or --check DIR (see --help)")

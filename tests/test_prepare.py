@@ -272,6 +272,7 @@ prepare.main([{str(source)!r}, '--dest', {str(dest)!r}])
     half = work / "val" / CLASSES["val"][0] / ".half.jpg.part"
     half.parent.mkdir(parents=True, exist_ok=True)
     half.write_bytes(b"half-writ")
+    (work / ".prepared.json.x.tmp").write_bytes(b"{")
     code, out, _ = run(source, "--dest", dest)
     assert code == 0
     assert f"resuming: {len(stored)} of 300" in out

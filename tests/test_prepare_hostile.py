@@ -424,6 +424,17 @@ def test_dest_that_holds_something_else(tmp_path, refused):
     assert (tmp_path / ".away.part" / "mine.txt").read_bytes() == b"mine"
 
 
+def test_links_in_a_circle(tmp_path, capsys):
+    os.symlink("circle", tmp_path / "circle")
+    source = forms.layout_zip(tmp_path)
+    for argv in (
+        [str(source), "--dest", str(tmp_path / "circle")],
+        [str(tmp_path / "circle"), "--dest", str(tmp_path / "out")],
+    ):
+        assert prepare.main(argv) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_source_that_is_the_dest(tmp_path, refused):
     source = forms.layout_folder(tmp_path)
     assert "--check" in refused(source, dest=source)

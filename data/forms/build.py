@@ -89,7 +89,8 @@ def build(plan: Plan, dest: Path, settings: dict[str, Any], link: str = "copy") 
             "fingerprints": {split: report.splits[split].fingerprint for split in SPLITS},
         }
         _write_record(work, record)
-        (work / ".lock").unlink(missing_ok=True)
+        for hidden in work.glob(".*"):  # the lock, and what a killed run has half-written
+            hidden.unlink()
         os.rename(work, dest)
     return report
 

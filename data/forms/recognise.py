@@ -30,7 +30,7 @@ def recognise(source: Source, options: Options) -> Plan:
     """Find the form of an open source.
 
     Returns:
-        The plan, which `plans.validate` has still to check.
+        The plan; call `plans.validate` on it.
 
     Raises:
         UserError: it is in no known form, or in one with a fault.

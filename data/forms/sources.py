@@ -14,7 +14,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -125,9 +125,9 @@ class Folder(Source):
 
     kind = "a folder"
 
-    def __init__(self, path: Path, without: Iterable[Path] = ()):
+    def __init__(self, path: Path, without: Collection[str] = ()):
         super().__init__(path)
-        self._without = {str(folder) for folder in without}
+        self._without = without
         self._stamp = hashlib.sha256()
         self._walk(self.path, "", ())
         self._sort()
@@ -334,7 +334,7 @@ class Union(Source):
                     yield f"{prefix}/{name}", file
 
 
-def open_source(path: Path, without: Iterable[Path] = ()) -> Source:
+def open_source(path: Path, without: Collection[str] = ()) -> Source:
     """Open the folder or archive at ``path``. The content of an archive tells its kind, not its name.
 
     Args:
