@@ -2,30 +2,30 @@
 
     python data/glyphs.py            # 100 classes x 60 JPEG images of 32 x 32 px in data/glyphs
 
-The quickstart trains on it: new characters are to be told apart after five examples each. A class is one character of
-six scripts; an image shows it in one of 20 typefaces, with its size, place, slant, colours, paper and noise varied.
-The typefaces are those inside the matplotlib package, never the system's, so that each machine draws the same shapes.
+The quickstart trains on it: a model learns to tell new characters apart after five examples of each. A class is one
+character of six scripts. An image shows it in one of 20 typefaces, at a random size, place and slant, in random colours,
+on random paper and with random noise. The typefaces come with the matplotlib package, so each machine draws the same.
 
     dest/{train,val,test}/<class>/<nnn>.jpg     64/16/20 classes, for example train/greek-capital-delta/007.jpg
     dest/glyphs.json                            the settings that made it
 
-An image is a pure function of (seed, character, index). One machine writes the same bytes each time; another version
-of Pillow brings another FreeType or JPEG encoder, and its pixels may differ by a few grey levels.
+An image is a pure function of (seed, character, index). One machine writes the same bytes each time. Another version of
+Pillow brings another FreeType or JPEG encoder: its pixels may differ by a few grey levels.
 
-The folder appears whole or not at all: it is made beside dest as .<name>.tmp and renamed. Exit codes: 0 made or there
+The folder appears when it is complete: it is made beside dest as .<name>.tmp and renamed. Exit codes: 0 made or there
 already, 2 bad flags or files (one line on stderr says which), 130 interrupted.
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
 import errno
 import json
-import os
 import shutil
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -36,12 +36,13 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs at the same moment are not kept apart there
-    fcntl = None
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for utils
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for forms
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from forms import DATA, refuse_code_folder
+
+from utils import Parser, UserError, exit_code, locked, whole
+
 MARKER = "glyphs.json"
 RECIPE = 1  # raise it when the same settings come to give other images
 
@@ -76,7 +77,7 @@ PLACE = (-0.7, 0.7)  # of the free space to each side: 1 would touch the border
 ROTATION = (-8.0, 8.0)  # degrees; more would turn one character into another
 SHEAR = (-0.1, 0.1)
 STRETCH = (0.9, 1.1)  # width over height, relative to the typeface's
-CONTRAST = 0.45  # least difference of luma between paper and ink, of 1
+CONTRAST = 0.45  # least difference of luma between paper and ink, from 0 to 1
 TEXTURE = (0.0, 0.06)  # standard deviation of the paper's clouds
 BLUR = (0.0, 0.02)
 NOISE = (0.0, 0.05)  # standard deviation
@@ -92,8 +93,8 @@ def class_name(character: str) -> str:
 def class_splits() -> dict[str, list[str]]:
     """{'train': 64 characters, 'val': 16, 'test': 20}, disjoint.
 
-    Of each five neighbours in CHARACTERS the fifth goes to test, and four of each 25 go to val, so that every split
-    has all six scripts. The split does not depend on the seed.
+    Every fifth of CHARACTERS goes to test and four of every 25 to val, so that each split has all six scripts. The split
+    does not depend on the seed.
     """
     splits = {"train": [], "val": [], "test": []}
     for position, character in enumerate(CHARACTERS):
@@ -104,7 +105,7 @@ def class_splits() -> dict[str, list[str]]:
 
 @cache
 def character_map(face: str) -> frozenset[int]:
-    """The code points for which a typeface has a shape. Raises FileNotFoundError when matplotlib lacks the file."""
+    """The code points for which a typeface has a shape. Raises FileNotFoundError if matplotlib lacks the file."""
     return frozenset(FT2Font(face_file(face)).get_charmap())
 
 
@@ -135,7 +136,7 @@ def letter(character: str, face: str, font_size: int) -> Image.Image:
 
 
 def place(shape: Image.Image, rng: np.random.Generator, image_size: int) -> np.ndarray:
-    """Turns, slants, scales and moves a shape, whole, into the image. Ink coverage, float [image_size, image_size]."""
+    """Turn, slant, scale and move a whole shape into the image; returns ink coverage, float [image_size, image_size]."""
     angle = np.deg2rad(rng.uniform(*ROTATION))
     shear, stretch, size = rng.uniform(*SHEAR), rng.uniform(*STRETCH), rng.uniform(*SIZE)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -164,7 +165,7 @@ def colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 def draw(seed: int, character: str, index: int, image_size: int) -> Image.Image:
     """Image number `index` of a class: RGB, image_size x image_size pixels; a pure function of its arguments.
 
-    The choices do not depend on image_size: another size gives the same picture at another resolution, but for noise.
+    The choices do not depend on image_size: another size gives the same picture, except for noise.
     """
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(ord(character), index))))
     face = faces(character)[rng.integers(len(faces(character)))]
@@ -181,7 +182,7 @@ def draw(seed: int, character: str, index: int, image_size: int) -> Image.Image:
 
 
 def make(folder: Path, settings: dict[str, int]) -> None:
-    """Writes the whole data set and its marker into an empty folder. Raises OSError."""
+    """Write the whole data set and its marker into an empty folder. Raises OSError."""
     seed, image_size, per_class = settings["seed"], settings["image_size"], settings["per_class"]
     digits = max(3, len(str(per_class - 1)))
     classes = [(split, character) for split, members in class_splits().items() for character in members]
@@ -198,11 +199,11 @@ def make(folder: Path, settings: dict[str, int]) -> None:
 
 
 def check(dest: Path, settings: dict[str, int]) -> bool:
-    """True when dest holds this very data set, False when it is absent or an empty folder; else raises ValueError."""
+    """True if dest holds this very data set, False if it is missing or empty. Raises UserError if it is anything else."""
     if not dest.exists():
         return False
     if not dest.is_dir():
-        raise ValueError(f"{dest} is a file, not a folder: choose another --dest")
+        raise UserError(f"{dest} is a file, not a folder: choose another --dest")
     if not any(dest.iterdir()):
         return False
     advice = "choose another --dest or remove it"
@@ -210,48 +211,35 @@ def check(dest: Path, settings: dict[str, int]) -> bool:
         found = json.loads((dest / MARKER).read_text(encoding="utf-8"))
         found = {key: found[key] for key in settings}
     except FileNotFoundError:
-        raise ValueError(f"{dest} holds something else (it has no {MARKER}): {advice}") from None
+        raise UserError(f"{dest} holds something else (it has no {MARKER}): {advice}") from None
     except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{dest / MARKER} is damaged: {advice}") from None
+        raise UserError(f"{dest / MARKER} is damaged: {advice}") from None
     differing = [f"{key} {found[key]!r} (asked: {settings[key]})" for key in settings if found[key] != settings[key]]
     if differing:
-        raise ValueError(f"{dest} was made with {', '.join(differing)}: {advice}")
+        raise UserError(f"{dest} was made with {', '.join(differing)}: {advice}")
     images, expected = sum(1 for _ in dest.glob("*/*/*.jpg")), len(CHARACTERS) * settings["per_class"]
     if images != expected:
-        raise ValueError(f"{dest} holds {images} images, {expected} were made: {advice}")
+        raise UserError(f"{dest} holds {images} images, {expected} were made: {advice}")
     return True
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds a folder's lock, which dies with the process: a second run waits here, and a killed one leaves nothing."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # file systems without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def ensure(dest: Path, settings: dict[str, int]) -> bool:
-    """Makes the data set unless it is there already; returns whether it was made.
+    """Make the data set unless it is there already; returns whether it was made.
 
-    Raises ValueError when something else is there (left as it is), OSError when it cannot be written.
+    Raises:
+        UserError: something else is there; it is left as it is.
+        OSError: it cannot be written.
     """
     if check(dest, settings):
         return False
     dest.parent.mkdir(parents=True, exist_ok=True)
-    with locked(dest.parent):
-        if check(dest, settings):  # another run made it while this one waited
-            return False
-        unfinished = dest.parent / f".{dest.name}.tmp"
-        if unfinished.exists():  # of a run that was killed
-            shutil.rmtree(unfinished)
+    lock, unfinished = dest.parent / f".{dest.name}.lock", dest.parent / f".{dest.name}.tmp"
+    with locked(lock, wait=True):
         try:
+            if check(dest, settings):  # another run made it while this one waited
+                return False
+            if unfinished.exists():  # of a run that was killed
+                shutil.rmtree(unfinished)
             unfinished.mkdir()
             make(unfinished, settings)
             if dest.exists():
@@ -259,86 +247,42 @@ def ensure(dest: Path, settings: dict[str, int]) -> bool:
             unfinished.rename(dest)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+            with contextlib.suppress(OSError):  # Windows does not remove an open file
+                lock.unlink()
     return True
 
 
 # ---- The command line ----
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def whole_number(low: int, high: int, unit: str):
-    """An argparse type: an int from low to high."""
-
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"give a whole number of {unit} from {low} to {high}, not {text!r}")
-        return value
-
-    return convert
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     summary = "Draw 100 classes of characters (64 train, 16 val, 20 test) as JPEG images; nothing is downloaded."
-    parser = Parser(prog="glyphs.py", description=summary, allow_abbrev=False)
-    where = parser.add_argument_group("where")
-    where.add_argument(
-        "--dest",
-        type=Path,
-        default=REPOSITORY / "data" / "glyphs",
-        metavar="FOLDER",
-        help="folder to make, which must not exist yet (default: %(default)s)",
-    )
-    what = parser.add_argument_group("what")
-    what.add_argument(
-        "--image-size",
-        type=whole_number(16, 512, "pixels"),
-        default=32,
-        metavar="PIXELS",
-        help="width and height of an image, 16 to 512 pixels (default: %(default)s)",
-    )
-    what.add_argument(
-        "--per-class",
-        type=whole_number(1, 10_000, "images"),
-        default=60,
-        metavar="IMAGES",
-        help="images of each class, 1 to 10000 (default: %(default)s)",
-    )
-    what.add_argument(
-        "--seed",
-        type=whole_number(0, 2**63 - 1, "the seed"),
-        default=719,
-        metavar="NUMBER",
-        help="seed of every random choice, no unit, 0 or more (default: %(default)s)",
-    )
+    parser = Parser(prog="glyphs.py", description=summary)
+    words = "folder to make, which must not exist yet (default: %(default)s)"
+    parser.add_argument("--dest", type=Path, default=DATA / "glyphs", metavar="FOLDER", help=words)
+    words = "width and height of an image, 16 to 512 pixels (default: %(default)s)"
+    parser.add_argument("--image-size", type=whole(16, 512), default=32, metavar="PIXELS", help=words)
+    words = "images of each class, 1 to 10000 (default: %(default)s)"
+    parser.add_argument("--per-class", type=whole(1, 10_000), default=60, metavar="IMAGES", help=words)
+    words = "seed of every random choice, 0 or more (default: %(default)s)"
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=719, metavar="NUMBER", help=words)
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code. Raises SystemExit(2) on bad flags."""
+def _run(argv: list[str]) -> int:
     args = parse(argv)
     settings = {"recipe": RECIPE, "seed": args.seed, "image_size": args.image_size, "per_class": args.per_class}
     started = time.perf_counter()
     try:
+        refuse_code_folder(args.dest)
         made = ensure(args.dest.resolve(), settings)
     except KeyboardInterrupt:
-        print("glyphs.py: interrupted, nothing is left behind", file=sys.stderr)
+        print("interrupted: nothing is left behind", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"glyphs.py: {error.filename or args.dest}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except (ValueError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links, before Python 3.13
-        print(f"glyphs.py: {error}", file=sys.stderr)
-        return 2
+        raise UserError(f"{error.filename or args.dest}: {error.strerror or error}") from error
+    except RuntimeError as error:  # a loop of symbolic links, before Python 3.13
+        raise UserError(f"{args.dest}: {error}") from error
     if not made:
         print(f"{args.dest} is there already, nothing to do")
         return 0
@@ -348,6 +292,11 @@ def main(argv: list[str] | None = None) -> int:
         f"{args.image_size} px, seed {args.seed}, drawn in {time.perf_counter() - started:.1f} s"
     )
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return exit_code(_run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

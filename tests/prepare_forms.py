@@ -16,9 +16,9 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 PREPARE = ROOT / "data" / "prepare.py"
-sys.path.insert(0, str(ROOT / "data"))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 prepare = importlib.import_module("prepare")
-plans = importlib.import_module("plans")
+plans = importlib.import_module("forms.plans")
 
 SPLITS = ("train", "val", "test")
 CLASSES = json.loads((ROOT / "data" / "splits" / "mini-imagenet.json").read_text())

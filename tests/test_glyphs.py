@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import utils
+
 SCRIPT = Path(__file__).resolve().parent.parent / "data" / "glyphs.py"
 SPEC = spec_from_file_location("glyphs", SCRIPT)
 glyphs = module_from_spec(SPEC)
@@ -217,6 +219,15 @@ def test_a_damaged_marker_is_refused(tmp_path, capsys, marker):
     assert "glyphs.json is damaged" in refused(capsys, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["forms", "splits", "splits/new"])
+def test_folders_of_code_are_refused(capsys, name):
+    assert glyphs.main(["--dest", str(SCRIPT.parent / name)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "part of the code" in captured.err
+    assert not (SCRIPT.parent / "splits" / "new").exists()
+
+
 def test_missing_images_are_noticed(tmp_path, capsys):
     dest = tmp_path / "set"
     assert glyphs.main(["--dest", str(dest), "--per-class", "1"]) == 0
@@ -239,10 +250,9 @@ def test_a_place_that_cannot_be_written(tmp_path, capsys):
     [["--image-size", "8"], ["--image-size", "big"], ["--per-class", "0"], ["--seed", "-1"], ["--sede", "1"], ["x"]],
 )
 def test_bad_flags_get_one_line(tmp_path, capsys, flags):
-    with pytest.raises(SystemExit) as caught:
-        glyphs.main(["--dest", str(tmp_path / "set"), *flags])
+    assert glyphs.main(["--dest", str(tmp_path / "set"), *flags]) == 2
     captured = capsys.readouterr()
-    assert caught.value.code == 2
+    assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert flags[0] in captured.err
     assert not (tmp_path / "set").exists()
@@ -282,7 +292,7 @@ def test_interrupted_it_leaves_nothing(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(glyphs.fcntl is None, reason="no locks on this system")
+@pytest.mark.skipif(utils.fcntl is None, reason="no locks on this system")
 def test_two_runs_at_once_make_one_data_set(made, tmp_path):
     command = [sys.executable, SCRIPT, "--dest", tmp_path / "set", "--per-class", "2"]
     runs = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]

@@ -206,10 +206,45 @@ def test_every_class_in_every_folder(tmp_path, run):
     assert sorted(made) == sorted((name.rsplit("/", 1)[0], content) for name, content in dataset().items())
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_two_folders_of_the_same_classes(packed, tmp_path, run):
+    """A clone of github.com/Deo0330/split_minidataset, or its zip: part of each class in train/, the rest in val/."""
+    files = {".git/train/n1/x.jpg": b"x", ".gitattributes": b"x", "README.md": b"x"}
+    for n, (name, content) in enumerate(dataset().items()):
+        files[f"{('train', 'val')[n % 3 == 2]}/{name.split('/', 1)[1]}"] = content
+    source = tmp_path / "split_minidataset"
+    if packed:
+        source = forms.zipped(tmp_path / "main.zip", {f"split_minidataset-main/{k}": v for k, v in files.items()})
+    else:
+        forms.write(source, files)
+    code, out, _ = run(source, "--dest", tmp_path / "out")
+    assert code == 0
+    assert "every class in every part, split by mini-ImageNet's class lists" in out
+    assert tree(tmp_path / "out") == dataset()
+
+
+def test_two_folders_of_the_same_other_classes_need_a_split(tmp_path, run):
+    files = {f"{split}/{cls}/{i}.jpg": forms.photograph([i]) for split in ("train", "test") for cls in "abc" for i in (1, 2)}
+    source = forms.write(tmp_path / "own", files)
+    code, _, err = run(source, "--dest", tmp_path / "out")
+    assert code == 2
+    assert "--split" in err
+    assert run(source, "--split", "1/1/1", "--dest", tmp_path / "out")[0] == 0
+    assert len(tree(tmp_path / "out")) == len(files)  # images of the same name are both kept
+
+
+@pytest.mark.parametrize("name", ["forms", "splits", "forms/new", "../data/splits"])
+def test_folders_of_code_are_no_destination(name, tmp_path, run):
+    code, _, err = run(forms.layout_zip(tmp_path), "--dest", PREPARE.parent / name)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: ")
+    assert "part of the code" in err
+
+
 @pytest.mark.parametrize(
     "form", [forms.layout_tar, forms.cache_pickles, forms.parquet_without_paths], ids=["files", "arrays", "parquet"]
 )
-def test_killed_at_any_time_it_goes_on(form, tmp_path, run):
+def test_killed_at_any_time_it_resumes(form, tmp_path, run):
     if "parquet" in form.__name__:
         pytest.importorskip("pyarrow")
     source = form(tmp_path)
@@ -219,7 +254,8 @@ def test_killed_at_any_time_it_goes_on(form, tmp_path, run):
     slow = f"""
 import sys, time
 sys.path.insert(0, {str(PREPARE.parent)!r})
-import build, prepare
+import prepare
+from forms import build
 put = build._put
 build._put = lambda *args: (time.sleep(0.02), put(*args))
 prepare.main([{str(source)!r}, '--dest', {str(dest)!r}])
@@ -236,9 +272,10 @@ prepare.main([{str(source)!r}, '--dest', {str(dest)!r}])
     half = work / "val" / CLASSES["val"][0] / ".half.jpg.part"
     half.parent.mkdir(parents=True, exist_ok=True)
     half.write_bytes(b"half-writ")
+    (work / ".prepared.json.x.tmp").write_bytes(b"{")
     code, out, _ = run(source, "--dest", dest)
     assert code == 0
-    assert f"going on: {len(stored)} of 300" in out
+    assert f"resuming: {len(stored)} of 300" in out
     assert pixels(tree(dest)) == pixels(dataset())
     assert {p: (dest / p.relative_to(work)).stat().st_mtime_ns for p in stored} == stored
     assert not work.exists()
@@ -256,7 +293,7 @@ def test_interrupt_is_one_line(tmp_path, run, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("build._put", interrupt)
+    monkeypatch.setattr("forms.build._put", interrupt)
     code, _, err = run(forms.layout_zip(tmp_path), "--dest", tmp_path / "out")
     assert (code, err.count("\n")) == (130, 1)
     assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """data/prepare.py --check: what a data set is, and what is wrong with it."""
 
+import json
 import shutil
 
 import prepare_forms as forms
@@ -27,7 +28,7 @@ def line_of(out, split):
 
 def test_mini_imagenet_is_called_by_its_name(tmp_path, check, monkeypatch):
     assert (plans.MINI.per_class, plans.TINY.per_class) == (600, 450)
-    monkeypatch.setattr("plans.MINI.per_class", 3)
+    monkeypatch.setattr("forms.plans.MINI.per_class", 3)
     code, out = check(forms.layout_folder(tmp_path))
     assert code == 0
     assert "\nmini-ImageNet, 64/16/20 x 3\n" in out
@@ -48,7 +49,7 @@ def test_what_is_missing_or_too_much_is_named(tmp_path, check):
     assert "not mini-ImageNet, 64/16/20 x 600" in out
     assert f"missing from train: 1 classes ({lost})" in out
     assert f"missing from val: 1 classes ({moved})" in out
-    assert "too much in test: 2 classes" in out
+    assert "too many in test: 2 classes" in out
     assert f"{short}: 598" in out
 
 
@@ -93,12 +94,12 @@ def test_other_data_sets(tmp_path, check):
     files = {f"{SPLITS[s]}/{s}-{c}/{i}.png": forms.png([s, c, i]) for s, c, i in names}
     code, out = check(forms.write(tmp_path / "own", files))
     assert code == 0
-    assert "not mini-ImageNet: 2/2/2 x 3 images, other classes" in out
+    assert "not mini-ImageNet, but a data set of its own: 2/2/2 x 3 images" in out
     assert line_of(out, "train")[4] == "12x12"
 
 
 def test_first_600_of_ilsvrc_are_not_called_mini_imagenet(tmp_path, check, monkeypatch):
-    monkeypatch.setattr("plans.MINI.per_class", 5)
+    monkeypatch.setattr("forms.plans.MINI.per_class", 5)
     source = forms.ilsvrc_folder(tmp_path)
     for split in SPLITS:
         (tmp_path / f"{split}.csv").unlink()
@@ -106,6 +107,80 @@ def test_first_600_of_ilsvrc_are_not_called_mini_imagenet(tmp_path, check, monke
     code, out = check(tmp_path / "out")
     assert code == 0
     assert "mini-ImageNet's classes, 64/16/20 x 5, but not the published images" in out
+
+
+def test_published_images_are_known_by_their_fingerprints(tmp_path, check, monkeypatch):
+    published = {"train": "a0f6099e953b59a0", "val": "47092cf1f09ba147", "test": "8b64ff4d6c3030ef"}
+    assert plans.MINI.fingerprints == published
+    monkeypatch.setattr("forms.plans.MINI.per_class", 3)
+    source = forms.layout_folder(tmp_path)
+    out = check(source)[1]
+    assert "the published images" not in out
+    monkeypatch.setattr("forms.plans.MINI.fingerprints", {split: line_of(out, split)[-1] for split in SPLITS})
+    assert "\nmini-ImageNet, 64/16/20 x 3: the published images\n" in check(source)[1]
+    a_file(source, "val").write_bytes(forms.photograph([77]))
+    assert "the published images" not in check(source)[1]
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+def test_a_split_of_ones_own_is_not_held_against_mini_imagenet(by_file, tmp_path, capsys, check):
+    source = forms.class_folders(tmp_path)
+    split = "60/20/20"
+    if by_file:
+        lists = {name: CLASSES[name][: (6, 2, 2)[n]] for n, name in enumerate(SPLITS)}
+        split = str(tmp_path / "split.json")
+        (tmp_path / "split.json").write_text(json.dumps(lists))
+    assert prepare.main([str(source), "--split", split, "--dest", str(tmp_path / "out")]) == 0
+    made = capsys.readouterr().out
+    code, out = check(tmp_path / "out")
+    assert code == 0
+    for text in (made, out):
+        assert "missing" not in text
+        assert "too many" not in text
+        assert f"a data set of its own: {'6/2/2' if by_file else split} x 3 images" in text
+
+
+def next_of(out):
+    return out.splitlines()[-1].removeprefix("next: ")
+
+
+def test_the_next_command(tmp_path, check, monkeypatch):
+    monkeypatch.chdir(forms.ROOT)
+    at = forms.layout_folder(tmp_path).rename(tmp_path / "my set")
+    for folder in at.glob("*/*"):
+        for n in range(20):
+            (folder / f"more{n}.jpg").write_bytes(forms.photograph([n], 8))
+    out = check(at)[1]
+    assert "not mini-ImageNet" in out  # it has findings, which come first
+    assert next_of(out) == f"correct what is listed above, then: --check {at}"
+    monkeypatch.setattr("forms.plans.MINI.per_class", 23)
+    assert next_of(check(at)[1]) == f"bash scripts/train_5s_5c.sh --data-root '{at}'"
+    monkeypatch.chdir(tmp_path)
+    assert next_of(check(at)[1]) == f"bash {forms.ROOT}/scripts/train_5s_5c.sh --data-root '{at}'"
+
+
+@pytest.mark.parametrize(
+    ("classes", "images", "flags"), [(2, 4, "--n-class 2 --n-shot 2 --n-eval 2"), (2, 1, None), (1, 20, None)]
+)
+def test_the_next_command_for_small_data_sets(classes, images, flags, tmp_path, check):
+    files = {f"{s}/{s}{c}/{i}.png": forms.png([c, i]) for s in SPLITS for c in range(classes) for i in range(images)}
+    said = next_of(check(forms.write(tmp_path / "own", files))[1])
+    assert said.endswith(f"train_5s_5c.sh --data-root {tmp_path}/own {flags}") if flags else said.startswith("add classes")
+
+
+def test_the_next_command_for_glyphs_and_omniglot(tmp_path, check, monkeypatch):
+    monkeypatch.chdir(forms.ROOT)
+    monkeypatch.setattr("forms.check.DATA", tmp_path)
+    monkeypatch.setattr("forms.check.SCRIPTS", forms.ROOT / "scripts")
+    files = {f"{s}/{s}{c}/{i}.png": forms.png([c, i]) for s in SPLITS for c in range(5) for i in range(20)}
+    omniglot = {"settings": {"source": "omniglot", "split": "5/5/5"}}
+    for name, marker, content, home, away in (
+        ("glyphs", "glyphs.json", {}, "quickstart.sh", "train_5s_5c.sh --data-root {} --image-size 12 --augment none"),
+        ("omniglot", "prepared.json", omniglot, "train_omniglot.sh", "train_omniglot.sh --data-root {}"),
+    ):
+        for place, wanted in ((tmp_path / name, home), (tmp_path / "else" / name, away)):
+            forms.write(place, files | {marker: json.dumps(content).encode()})
+            assert next_of(check(place)[1]) == f"bash scripts/{wanted.format(place)}"
 
 
 def test_fingerprint_of_a_png_is_of_its_pixels(tmp_path, check):

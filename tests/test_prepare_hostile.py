@@ -29,7 +29,7 @@ def refused(capsys, tmp_path):
         code = prepare.main([*map(str, argv), "--dest", str(dest)])
         out, err = capsys.readouterr()
         assert code == 2
-        assert err.startswith("prepare.py: ")
+        assert err.startswith("error: ")
         assert err.count("\n") == 1
         assert "Traceback" not in out + err
         assert tree(tmp_path) == before
@@ -195,7 +195,7 @@ def csv_with(tmp_path, change):
     [
         (lambda text: text.replace(",n01558993", ",n01704323", 1), "line 5: wrong label n01704323"),
         (lambda text: text + "x.jpg,../../up\n", "x.jpg is missing"),
-        (lambda text: text.replace(".jpg,n01558993", ".jpg,..", 1), "cannot be a class"),
+        (lambda text: text.replace(".jpg,n01558993", ".jpg,..", 1), "cannot be the name of a class"),
         (lambda text: text + "n0153282900000099.jpg,n01532829\n", "line 194: its image n0153282900000099.jpg is miss"),
         (lambda text: text + "n0153282900000099.jpg\n", "is not filename,label"),
         (lambda text: text + text.splitlines()[1] + "\n", "two images"),
@@ -335,7 +335,7 @@ def test_image_that_cannot_be_decoded(form, damage, tmp_path, refused, monkeypat
     monkeypatch.setattr(forms, "dataset", lambda: broken)
     line = refused(getattr(forms, form)(tmp_path))
     assert name.split("/")[-1] in line
-    assert "no sound image" in line
+    assert "not a sound image" in line
 
 
 def test_class_without_images(tmp_path, refused):
@@ -354,10 +354,10 @@ def test_class_without_images(tmp_path, refused):
 def test_wrong_path_and_empty_folder(tmp_path, refused):
     assert "no such file" in refused(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "no images" in refused(tmp_path / "empty")
+    assert "holds no images, no files at all" in refused(tmp_path / "empty")
     (tmp_path / "empty" / "a.npy").write_bytes(b"x")
     line = refused(tmp_path / "empty")
-    assert ".npy" in line
+    assert "holds no images among its 1 files (.npy)" in line
     assert "known forms" in line
     os.symlink(tmp_path / "gone", tmp_path / "dangling")
     assert "link" in refused(tmp_path / "dangling")
@@ -424,6 +424,17 @@ def test_dest_that_holds_something_else(tmp_path, refused):
     assert (tmp_path / ".away.part" / "mine.txt").read_bytes() == b"mine"
 
 
+def test_links_in_a_circle(tmp_path, capsys):
+    os.symlink("circle", tmp_path / "circle")
+    source = forms.layout_zip(tmp_path)
+    for argv in (
+        [str(source), "--dest", str(tmp_path / "circle")],
+        [str(tmp_path / "circle"), "--dest", str(tmp_path / "out")],
+    ):
+        assert prepare.main(argv) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_source_that_is_the_dest(tmp_path, refused):
     source = forms.layout_folder(tmp_path)
     assert "--check" in refused(source, dest=source)
@@ -450,8 +461,8 @@ def test_unwritable_dest(tmp_path, refused):
 
 
 @pytest.mark.parametrize("form", SOURCES)
-@pytest.mark.parametrize("limit", [0, 700])
-def test_disk_that_fills_up(form, limit, tmp_path):
+@pytest.mark.parametrize(("limit", "said"), [(0, "free some space"), (700, "no room on the disk: free some space")])
+def test_disk_that_fills_up(form, limit, said, tmp_path):
     source = getattr(forms, form)(tmp_path)
     argv = [sys.executable, PREPARE, source, "--dest", tmp_path / "out"]
 
@@ -460,7 +471,8 @@ def test_disk_that_fills_up(form, limit, tmp_path):
 
     full = subprocess.run(argv, capture_output=True, text=True, preexec_fn=fill_up)
     assert (full.returncode, full.stderr.count("\n")) == (2, 1)
-    assert "no room on the disk" in full.stderr
+    assert said in full.stderr
+    assert limit == 0 or f"run the same command again; it resumes from {tmp_path}/.out.part" in full.stderr
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob(".*.jpg.part"))
     roomy = subprocess.run(argv, capture_output=True, text=True)
@@ -504,7 +516,7 @@ def test_two_at_once(tmp_path, capsys):
     with (work / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert prepare.main([str(source), "--dest", str(tmp_path / "out")]) == 2
-    assert "another prepare.py" in capsys.readouterr().err
+    assert "in use by another process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -515,6 +527,7 @@ def test_two_at_once(tmp_path, capsys):
         (["x", "--check", "y"], "SOURCE"),
         (["x", "--link", "magic"], "--link"),
         (["x", "--seed", "a"], "--seed"),
+        (["x", "--seed", "-1"], "--seed"),
         (["x", "--nonsense"], "--nonsense"),
         (["x", "--split", "1/1/1"], "--dest"),
         (["x", "--csv", "/nowhere"], "x"),
@@ -522,10 +535,7 @@ def test_two_at_once(tmp_path, capsys):
     ],
 )
 def test_wrong_flags(argv, said, capsys):
-    try:
-        code = prepare.main(argv)
-    except SystemExit as end:
-        code = end.code
+    code = prepare.main(argv)
     err = capsys.readouterr().err
     assert (code, err.count("\n")) == (2, 1)
     assert said in err
