@@ -8,10 +8,10 @@ import errno
 import io
 import math
 import os
+import secrets
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -133,29 +133,19 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         UserError: it cannot be written; whatever was at ``path`` is still there.
     """
-    temporary = None
+    temporary = path.parent / f".{path.name[:200]}.{secrets.token_hex(4)}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:200]}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-        temporary = None
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror}); free some space or choose another folder") from e
     finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 _locks: list[IO[bytes]] = []  # held by this process
@@ -165,8 +155,10 @@ _locks: list[IO[bytes]] = []  # held by this process
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold a lock file, made if missing, for this process alone. The system releases it however the process ends.
 
+    A file system without locks (or Windows) gives none: then nothing keeps two processes apart.
+
     Args:
-        wait: wait for another holder instead of raising. On a file system without locks this goes on without one.
+        wait: wait for another holder instead of raising.
 
     Raises:
         UserError: another process holds it; the message says which.
@@ -176,11 +168,12 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as e:
-            if not wait:
-                file.seek(0)
-                holder = file.read().decode(errors="replace").strip() or "another process"
-                raise UserError(f"{path.parent}: in use by {holder}; wait for it, or choose another folder") from e
+        except BlockingIOError as e:
+            file.seek(0)
+            holder = file.read().decode(errors="replace").strip() or "another process"
+            raise UserError(f"{path.parent}: in use by {holder}; wait for it, or choose another folder") from e
+        except OSError:
+            pass
         with contextlib.suppress(OSError):  # a full disk shows when something that matters is written
             file.truncate(0)
             who = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"

@@ -68,8 +68,8 @@ def _fast(args: argparse.Namespace, device: torch.device, name: str) -> Way:
     from fast.graphs import Captured, step_on_device
     from fast.images import FastEpisodeDataset
     from fast.learner import FastLearner
-    from fast.metalearner import FastMetaLearner
     from fast.library import library
+    from fast.metalearner import FastMetaLearner
     from fast.threads import keep_freed_memory, side_by_side
 
     on_cpu = device.type == "cpu"

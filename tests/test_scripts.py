@@ -9,7 +9,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
 from options import HYPER_PARAMETERS, parse, settle
 
 ROOT = Path(__file__).resolve().parent.parent
