@@ -1,8 +1,8 @@
 """Algorithm 1 of the paper: in each episode the meta-learner trains the learner on the support set, and the query set's loss
 trains the meta-learner.
 
-``updates`` is the inner loop, which training and evaluation share (lines 6 to 13), ``train_episode`` adds the update of the
-meta-learner (lines 14 to 18), and ``evaluate_episode`` only reports.
+``updates`` is the inner loop, which training and evaluation share (lines 4 to 10), ``train_episode`` adds the update of the
+meta-learner (lines 11 to 13), and ``evaluate_episode`` only reports.
 """
 
 from __future__ import annotations
