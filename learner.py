@@ -94,7 +94,7 @@ class FlatModule(nn.Module):
     def reset_batch_stats(self) -> None:
         """Reset batch normalisation's running statistics to mean 0 and variance 1: before each episode, both learners."""
         for m in self.modules():
-            if isinstance(m, nn.BatchNorm2d):
+            if hasattr(m, "reset_running_stats"):  # batch normalisation of any kind
                 m.reset_running_stats()
 
     def loss_and_grad(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dataloader import EpisodeDataset
+from dataloader import EpisodeDataset, episodes, scan_split
 from episode import evaluate_episode, step_if_finite, train_episode
 from fast.graphs import step_on_device
 from fast.images import FastEpisodeDataset
@@ -88,3 +88,10 @@ def master(tmp_path_factory):
 def data(master, tmp_path):
     """A copy of the small data set that a test may damage."""
     return Path(shutil.copytree(master, tmp_path / "data", ignore=shutil.ignore_patterns(".decoded")))
+
+
+def drawn(root, image_size, length, dtype=torch.float32, device=CPU):
+    """Augmented 5-way 5-shot episodes of real JPEGs."""
+    dataset = FastEpisodeDataset(scan_split(root, "train"), 719, 5, 5, 3, 2, image_size, "port", length, device=device)
+    for episode in episodes(dataset, 0, 0, device, False):
+        yield episode._replace(support=episode.support.to(dtype), query=episode.query.to(dtype))

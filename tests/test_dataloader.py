@@ -224,7 +224,8 @@ def test_one_order_an_episode_as_the_authors_have_it():
 
 
 def test_pixels_from_zero_to_one(way, master):
-    unit, normalised = (next(episodes(dataset(way, master, "val", pixels=p), 0, 0, CPU, False)).query for p in ("unit", "imagenet"))
+    kinds = [dataset(way, master, "val", pixels=pixels) for pixels in ("unit", "imagenet")]
+    unit, normalised = (next(episodes(data, 0, 0, CPU, False)).query for data in kinds)
     assert 0 <= unit.min() < unit.max() <= 1
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     assert torch.allclose((unit - mean) / std, normalised, atol=1e-5)

@@ -1,0 +1,146 @@
+"""Nothing in a fast episode, nor in its assembly, makes the host wait for a GPU. Checked on a CPU, too."""
+
+import contextlib
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATASETS, Model, drawn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dataloader import scan_split
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def _device(value):
+    return value.device if isinstance(value, torch.Tensor) else None
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Fails on whatever would make the host wait for a GPU, on a CPU too: numbers read, shapes that depend on data, copies from
+    one device to another."""
+
+    NAMES = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "allclose", "masked_select", "bincount")
+    NAMES += ("unique", "_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        masked = name.startswith(("index", "_index")) and any(
+            isinstance(v, list | tuple) and any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in v)
+            for v in args
+        )
+        counted = func._schema.name == "aten::repeat_interleave" and func._overloadname == "Tensor"
+        across = name == "_to_copy" and torch.device(kwargs.get("device") or _device(args[0])).type != _device(args[0]).type
+        across |= name in ("copy_", "_copy_from") and _device(args[0]) != _device(args[1])
+        if name in self.NAMES or masked or counted or across:
+            raise AssertionError(f"{name} synchronises")
+        return func(*args, **kwargs)
+
+
+def _guilty(name):
+    def method(self, *args, **kwargs):
+        raise AssertionError(f"{name} synchronises")
+
+    return method
+
+
+@contextlib.contextmanager
+def no_synchronisation():
+    """The same, and what reads a CPU's tensor past the dispatcher."""
+    past = {name: _guilty(name) for name in ("tolist", "numpy", "cpu", "__array__")}
+    with mock.patch.multiple(torch.Tensor, **past), NoSynchronisation():
+        yield
+
+
+class GuiltyBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, read):
+        ctx.read = read
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.read(grad.sum())
+        return grad, None
+
+
+def guilty_backward(x, read):
+    GuiltyBackward.apply(x.clone().requires_grad_(), read).sum().backward()
+
+
+GUILTY = {
+    "item": lambda x: x.sum().item(),
+    "if": lambda x: 1 if x.sum() > 0 else 2,
+    "float": lambda x: float(x[0, 0]),
+    "range": lambda x: range(x.argmax()),
+    "mask": lambda x: x[x > 0],
+    "masked assignment": lambda x: x.__setitem__(x > 0, 1.0),
+    "nonzero": lambda x: x.nonzero(),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: x.unique(),
+    "unique rows": lambda x: x.unique(dim=0),
+    "equal": lambda x: x.equal(x),
+    "allclose": lambda x: torch.allclose(x, x),
+    "repeat": lambda x: torch.arange(3, device=x.device).repeat_interleave((x[0] > 0).long()),
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "numpy": lambda x: np.asarray(x),
+    "to": lambda x: x.to("meta"),
+    "copy_": lambda x: torch.empty(3, 3, device="meta").copy_(x),
+    "item in a backward pass": lambda x: guilty_backward(x, lambda t: t.item()),
+    "tolist in a backward pass": lambda x: guilty_backward(x, lambda t: t.tolist()),
+}
+
+
+@pytest.mark.parametrize("guilty", GUILTY.values(), ids=GUILTY.keys())
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_detector_detects(guilty, device):
+    x = torch.randn(3, 3, device=device)
+    with pytest.raises(AssertionError, match="synchronises"), no_synchronisation():
+        guilty(x)
+
+
+@pytest.mark.parametrize("conv_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("batch_size", [25, 10])
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_in_an_episode_synchronises(master, batch_size, conv_dtype, device):
+    """Inner loop, backward pass, clipping, Adam, accuracy; the second episode finds Adam's state there already."""
+    fast = Model("fast", 16, conv_dtype=conv_dtype, device=device, batch_size=batch_size)
+    before = fast.meta.metalstm.cI.detach().clone()
+    batches = list(drawn(master, 16, 2, device=torch.device(device)))
+    with no_synchronisation():
+        for episode in batches:
+            fast.train(episode)
+            fast.test(episode)
+    assert not torch.equal(before, fast.meta.metalstm.cI)
+
+
+class Copies(NoSynchronisation):
+    """Copies from one device to another are allowed, but none that waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func._schema.name == "aten::_to_copy" and kwargs.get("device", args[0].device) != args[0].device:
+            assert kwargs.get("non_blocking"), "a copy that waits"
+            self.n += 1
+            return func(*args, **kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_episode_is_assembled_without_waiting_for_the_gpu(master, split):
+    """On PyTorch's meta device, which takes a GPU's way; the host then runs ahead and the GPU never idles."""
+    dataset = DATASETS["fast"](scan_split(master, split), 719, 5, 5, 3, 2, 32, "port", 1)
+    images = dataset.draw(0)
+    with Copies() as copies:
+        episode = dataset.assemble(images, torch.device("meta"))
+    assert copies.n >= 4
+    assert episode.query.device.type == "meta"
+    assert episode.query.shape == (15, 3, 32, 32)
