@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 N_FILTERS = 32
 N_BLOCKS = 4
@@ -58,17 +59,16 @@ class FlatModule(nn.Module):
 
     def get_flat_params(self) -> Tensor:
         """A detached copy of the parameters as one vector [P]."""
-        return torch.cat([getattr(m, name).detach().reshape(-1) for m, name, _ in self.slots()])
+        return parameters_to_vector(self.parameters()).detach()
 
-    @torch.no_grad()
     def copy_flat_params(self, cI: Tensor) -> None:
         """Overwrite the parameters' values with those of a cell state (for learner_w_grad).
 
         Args:
             cI: [P] or [P, 1]; its graph, if any, is left behind.
         """
-        for (m, name, _), value in zip(self.slots(), self.slices(cI), strict=True):
-            getattr(m, name).copy_(value)
+        self.slices(cI)  # checks the length
+        vector_to_parameters(cI.detach().reshape(-1), self.parameters())
 
     def transfer_params(self, learner_w_grad: FlatModule, cI: Tensor) -> None:
         """Make slices of a cell state this learner's weights (for learner_wo_grad).
@@ -94,7 +94,7 @@ class FlatModule(nn.Module):
     def reset_batch_stats(self) -> None:
         """Reset batch normalisation's running statistics to mean 0 and variance 1: before each episode, both learners."""
         for m in self.modules():
-            if hasattr(m, "reset_running_stats"):  # batch normalisation of any kind
+            if hasattr(m, "reset_running_stats"):
                 m.reset_running_stats()
 
     def loss_and_grad(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

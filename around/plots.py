@@ -38,7 +38,7 @@ STYLE = {
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The events of a run, in order; a last line that was cut off is left out.
+    """The events of a run, in order, without a last line that was cut off.
 
     Raises:
         UserError: there are none.
@@ -162,7 +162,7 @@ def adaptation(name: str, trace: dict[str, np.ndarray]) -> Figure:
 
 
 def histogram(folder: Path) -> Figure:
-    """Test accuracies, one an episode."""
+    """Test accuracies, one per episode."""
     tests = read_results(folder)["tests"]
     figure, axis = plt.subplots(figsize=(5, 3.6))
     looks = ((BLUE, ""), (ORANGE, "//"), (GREEN, ".."), (GREY, "xx"))
@@ -185,7 +185,7 @@ def _bins(values: np.ndarray) -> np.ndarray:
 
 
 def confusion(name: str, trace: dict[str, np.ndarray]) -> Figure:
-    """One episode's query images, right class by given class."""
+    """One episode's query images by true and predicted class."""
     images, pairs = trace["images"], trace["confusion"]
     n = int(pairs.max()) + 1
     figure, axes = plt.subplots(n, n, figsize=(1.5 * n + 0.8, 1.5 * n + 0.9), squeeze=False)
@@ -216,7 +216,7 @@ def confusion(name: str, trace: dict[str, np.ndarray]) -> Figure:
 
 
 def plot(folder: Path) -> list[Path]:
-    """Draw whatever a run folder has the numbers for.
+    """Draw everything that a run folder has the numbers for.
 
     Returns:
         The PNG files written; an SVG stands beside each.

@@ -21,7 +21,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def layers(learner: Learner) -> list[slice]:
-    """Where each of ``LAYERS`` stands in the flat parameter vector."""
+    """The place of each of ``LAYERS`` in the flat parameter vector."""
     sizes = [shape.numel() for _, _, shape in learner.slots()]
     ends = np.cumsum([0, *sizes])
     return [slice(int(ends[k]), int(ends[min(k + 4, len(sizes))])) for k in range(0, len(sizes), 4)]
@@ -41,8 +41,8 @@ def record(
         E episodes, T updates, L layers:
         ``forget``, ``input``: [E, T, L, 6] float32, the gates after the sigmoid: mean over the layer's coordinates, then
         ``QUANTILES``; ``moved``: [E, T, L], |c_t - cI| / |cI| of the layer; ``support``, ``query``: [E, T], accuracy in
-        percent of the learner on either set, by the running statistics; and of the last episode ``images`` [Q, S, S, 3] uint8
-        and ``confusion`` [Q, 2] int64, right and given class of each query image.
+        percent of the learner on either set, with the running statistics; and, of the last episode, ``images`` [Q, S, S, 3]
+        uint8 and ``confusion`` [Q, 2] int64, true and predicted class of each query image.
     """
     w_grad, wo_grad = learners
     wo_grad.eval()
@@ -74,7 +74,7 @@ def _spread(gate: Tensor, where: list[slice]) -> Tensor:
 
 
 def write_trace(folder: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Keep a record in a run folder as ``trace.npz``."""
+    """Write a record into a run folder as ``trace.npz``."""
     with whole_file(folder / NAME) as file:
         np.savez_compressed(file, **arrays)
 
@@ -91,5 +91,5 @@ def read_trace(folder: Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {k: arrays[k] for k in ("forget", "input", "moved", "support", "query", "images", "confusion")}
-    except Exception as e:  # any bytes may be in there
+    except Exception as e:  # damaged or foreign bytes raise nearly anything
         raise UserError(f"{path}: not a record of episodes; remove it") from e

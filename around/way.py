@@ -69,7 +69,7 @@ def _fast(args: argparse.Namespace, device: torch.device, name: str) -> Way:
     from fast.images import FastEpisodeDataset
     from fast.learner import FastLearner
     from fast.metalearner import FastMetaLearner
-    from fast.native import library
+    from fast.library import library
     from fast.threads import keep_freed_memory, side_by_side
 
     on_cpu = device.type == "cpu"

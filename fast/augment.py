@@ -21,7 +21,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 class Windows(NamedTuple):
-    """Which part of each image is resized to what, and which part of the result is kept: int64 [B, 2] (y, x) each."""
+    """Which part of each image is resized to which size, and which part of the result is kept: int64 [B, 2] (y, x) each."""
 
     start: np.ndarray  # first pixel of the source's part
     extent: np.ndarray  # its size
@@ -50,7 +50,7 @@ class Windows(NamedTuple):
 
 
 def _sent(values: np.ndarray, device: torch.device) -> Tensor:
-    """On the device, without waiting there for what was asked of it before."""
+    """On the device, without waiting for its earlier work."""
     return torch.from_numpy(values).to(device, non_blocking=True)
 
 
@@ -75,7 +75,7 @@ def _weights(start: Tensor, extent: Tensor, out: Tensor, skip: Tensor, length: i
 
 
 def _filters(windows: Windows, flip: np.ndarray, size: tuple[int, int], image_size: int, device: torch.device):
-    """Weights of all images' rows [B, image_size, H] and columns [B, image_size, W], mirrored where ``flip`` [B] says so."""
+    """Weights of all images' rows [B, image_size, H] and columns [B, image_size, W], mirrored where ``flip`` [B] is true."""
     table = _sent(np.stack(windows).astype(np.float32), device)  # [4, B, 2]
     rows, columns = (_weights(*table[:, :, axis], size[axis], image_size) for axis in (0, 1))
     mirrored = _sent(flip, device).view(-1, 1, 1)
@@ -123,10 +123,10 @@ def _adjust(x: Tensor, step: int, factor: Tensor) -> Tensor:
 
 
 def _colour(x: Tensor, factors: Tensor, order: np.ndarray, together: bool) -> Tensor:
-    """Brightness, contrast, saturation and hue of each image, in an order of its own.
+    """Brightness, contrast, saturation and hue of each image, each image in its own order.
 
-    ``together``, which suits a GPU, where the number of launches counts and not the work: all images take all steps at each of
-    the four places, most of them with a factor that changes nothing.
+    ``together`` suits a GPU, where the number of launches counts more than the work: all images take all steps at each of the
+    four places, most of them with a factor that changes nothing.
     """
     if not together:
         for place in range(4):
@@ -151,11 +151,11 @@ def transform(
     order: np.ndarray | None,
     scale: str = "imagenet",
 ) -> Tensor:
-    """From decoded images to what the learner sees.
+    """Turn decoded images into the learner's input.
 
     Args:
         pixels: [B, 3, H, W] uint8, smaller images padded on the right and below; their device does the work.
-        windows: what to crop and to what size, one row an image.
+        windows: what to crop and to which size, one row per image.
         image_size: pixels of the result.
         flip: [B] bool, which ones to mirror.
         jitter: [B, 4] float64, factors of brightness, contrast, saturation and hue shift in turns; None leaves colours alone.

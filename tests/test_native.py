@@ -1,24 +1,25 @@
 """The compiled kernels against the same arithmetic in PyTorch, and what happens where they cannot be compiled."""
 
+import copy
 import os
 import platform
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 
-import native
-from block import eval_block, train_block
 from episode import Episode, evaluate_episode, train_episode
-from learner import Learner
-from metalearner import MetaLearner
-from native import PatchMoments
+from fast import library, native
+from fast.learner import FastLearner, eval_block, train_block
+from fast.metalearner import FastMetaLearner
+from fast.native import PatchMoments
 
 WITHOUT = SimpleNamespace(functions={}, state="")
-PORTABLE = [flag if flag != "-march=native" else "-march=x86-64-v3" for flag in native.FLAGS]  # AVX2, no AVX-512
+PORTABLE = [flag if flag != "-march=native" else "-march=x86-64-v3" for flag in library.FLAGS]  # AVX2, no AVX-512
 
 
 @pytest.fixture(params=["this processor", "without AVX-512"])
@@ -27,12 +28,29 @@ def compiled(request, monkeypatch):
     if request.param == "without AVX-512":
         if platform.machine() != "x86_64":
             pytest.skip("not an x86-64 processor")
-        monkeypatch.setattr(native, "FLAGS", PORTABLE)
-        found = native.Library()
+        monkeypatch.setattr(library, "FLAGS", PORTABLE)
+        found = library.Library()
         monkeypatch.setattr(native, "library", lambda: found)
     if not native.library().functions:
         pytest.skip(native.library().state)
     return monkeypatch
+
+
+@pytest.fixture
+def calls(compiled):
+    """How often each kernel has been called."""
+    found = Counter()
+
+    def counted(name, kernel):
+        def call(*args):
+            found[name] += 1
+            kernel(*args)
+
+        return call
+
+    kernels = {name: counted(name, kernel) for name, kernel in native.library().functions.items()}
+    compiled.setattr(native.library(), "functions", kernels)
+    return found
 
 
 def plain(monkeypatch, function):
@@ -127,7 +145,7 @@ def test_what_is_not_finite_stays_so(compiled, channels, bad):
     x[0, 1, 3, 3] = bad
     out = train_block(x, conv, norm, PatchMoments.of(x) if channels == 3 else None)
     assert not torch.isfinite(out).all()
-    meta, good = MetaLearner(4, 5, 300), torch.randn(300, 1)
+    meta, good = FastMetaLearner(4, 5, 300), torch.randn(300, 1)
     grad = good.clone()
     grad[7] = bad
 
@@ -154,7 +172,7 @@ def test_patch_moments(compiled):
 @pytest.mark.parametrize(("hidden_size", "n_params"), [(20, 900), (20, 128), (1, 5), (7, 130)])
 def test_steps_of_the_meta_learner(compiled, hidden_size, n_params):
     """Three steps, whose gradients reach all that is learned; P need not fill the tiles."""
-    meta = MetaLearner(4, hidden_size, n_params)
+    meta = FastMetaLearner(4, hidden_size, n_params)
     with torch.no_grad():
         meta.metalstm.WF.normal_()
         meta.metalstm.WI.normal_()
@@ -174,8 +192,8 @@ def test_steps_of_the_meta_learner(compiled, hidden_size, n_params):
 
 def an_episode(conv_dtype=None, image_size=32):
     torch.manual_seed(3)
-    w_grad, wo_grad = (Learner(image_size, 1e-3, 0.95, 5, "one", conv_dtype) for _ in range(2))
-    meta = MetaLearner(4, 20, w_grad.get_flat_params().numel())
+    w_grad, wo_grad = (FastLearner(image_size, 1e-3, 0.95, 5, "one", conv_dtype) for _ in range(2))
+    meta = FastMetaLearner(4, 20, w_grad.get_flat_params().numel())
     meta.metalstm.init_cI(w_grad.get_flat_params())
     y = torch.arange(5)
     support, query = channels_last(10, 3, image_size, image_size), channels_last(15, 3, image_size, image_size)
@@ -186,17 +204,27 @@ def an_episode(conv_dtype=None, image_size=32):
     return [tested, trained, *(p.grad for p in meta.parameters())]
 
 
-def test_an_episode(compiled):
-    ours, theirs = an_episode(), plain(compiled, an_episode)
+@pytest.mark.parametrize("conv_dtype", [None, torch.bfloat16])
+def test_an_episode(compiled, calls, conv_dtype):
+    """The kernels do all the work of an evaluation and a training episode, three updates each, and agree with PyTorch."""
+    ours = an_episode(conv_dtype)
+    kind = "float" if conv_dtype is None else "bfloat16"
+    # the query images take one pass more: in eval mode, then in train mode, with moments of their own
+    expected = Counter({"meta_forward": 6, "meta_backward": 3})
+    by_type = {"patch_moments": 3, "first_forward": 7, "first_backward": 7, "first_eval": 1}
+    by_type |= {"block_forward": 21, "block_backward": 21, "block_eval": 3}
+    assert calls == expected | Counter({f"{name}_{kind}": n for name, n in by_type.items()})
+    calls.clear()
+    theirs = plain(compiled, lambda: an_episode(conv_dtype))
+    assert not calls
     for a, b in zip(ours[:2], theirs[:2], strict=True):
-        assert a.item() == pytest.approx(b.item(), rel=1e-4)
-    assert not torch.equal(torch.stack(ours[:2]), torch.stack(theirs[:2])), "the kernels were not used"
+        assert a.item() == pytest.approx(b.item(), rel=1e-4 if conv_dtype is None else 1e-2)
 
 
 def test_the_number_of_threads_changes_no_bit(compiled):
     """Of the kernels: PyTorch's convolutions see to themselves."""
     conv, norm = layers(3)
-    x, meta, grad = channels_last(5, 3, 20, 20), MetaLearner(4, 20, 3000), torch.randn(3000, 1) * 1e-3
+    x, meta, grad = channels_last(5, 3, 20, 20), FastMetaLearner(4, 20, 3000), torch.randn(3000, 1) * 1e-3
     kept, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):
@@ -211,19 +239,211 @@ def test_the_number_of_threads_changes_no_bit(compiled):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_float64_and_other_widths_are_pytorchs():
-    conv, norm = layers(3, torch.float64)
-    x = channels_last(2, 3, 8, 8).double()
-    assert train_block(x, conv, norm, PatchMoments.of(x)).dtype == torch.float64
-    narrow, norm = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8)
-    assert train_block(x.float(), narrow, norm, PatchMoments.of(x.float())).shape == (2, 8, 4, 4)
-    with torch.no_grad():
-        assert eval_block(x.float(), narrow, norm).shape == (2, 8, 4, 4)
+# ---- What the kernels do not know ----
+
+
+def wide(n_channels, n_filters=32, kernel_size=3):
+    return torch.nn.Conv2d(n_channels, n_filters, kernel_size, padding=1), torch.nn.BatchNorm2d(n_filters)
+
+
+@pytest.mark.parametrize(
+    ("x", "layers"),
+    [
+        (torch.rand(2, 1, 8, 8), lambda: wide(1)),
+        (torch.rand(2, 5, 8, 8), lambda: wide(5)),
+        (torch.rand(2, 3, 8, 8), lambda: wide(3, 8)),
+        (torch.rand(2, 3, 8, 8), lambda: wide(3, 32, 5)),
+        (torch.rand(2, 3, 8, 8), lambda: wide(32)),
+        (torch.rand(2, 3, 8, 8).double(), lambda: layers(3, torch.float64)),
+        (torch.rand(2, 3, 8, 8), lambda: layers(3, torch.float64)),
+        (torch.rand(2, 3, 8, 8).half(), lambda: layers(3)),
+        (torch.rand(2, 3, 8, 1), lambda: layers(3)),
+        (torch.rand(2, 32, 1, 1), lambda: layers(32)),
+        (torch.rand(0, 3, 8, 8), lambda: layers(3)),
+        (torch.rand(0, 32, 8, 8), lambda: layers(32)),
+        (torch.rand(3, 8, 8), lambda: layers(3)),
+        (torch.rand(2, 3, 8, 8, device="meta"), lambda: tuple(m.to("meta") for m in layers(3))),
+        (torch.rand(2, 3, 8, 8).to_sparse(), lambda: layers(3)),
+    ],
+    ids=lambda v: f"{str(v.dtype)[6:]} {list(v.shape)} {v.device} {str(v.layout)[6:]}" if isinstance(v, torch.Tensor) else "",
+)
+def test_what_the_blocks_leave_to_pytorch(compiled, calls, x, layers):
+    """The same numbers as PyTorch's, or the same complaint."""
+    conv, norm = layers()
+
+    def outcome(function):
+        torch.manual_seed(0)
+        try:
+            return function(x, copy.deepcopy(conv), copy.deepcopy(norm))
+        except (RuntimeError, ValueError, NotImplementedError) as e:
+            return type(e)
+
+    for function in (lambda x, *layers: train_block(x, *layers, PatchMoments.of(x)), torch.no_grad()(eval_block)):
+        ours, theirs = outcome(function), plain(compiled, lambda function=function: outcome(function))
+        if isinstance(ours, type) or ours.is_meta:
+            assert ours is theirs or ours.is_meta
+        else:
+            assert torch.equal(ours, theirs)
+    assert not set(calls) - {"patch_moments_float"}  # which it may compute in vain
+
+
+def test_autocast_is_pytorchs(compiled, calls):
+    conv, norm = layers(32)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = channels_last(2, 32, 8, 8)
+        train_block(x, conv, norm)
+        with torch.no_grad():
+            eval_block(x, conv, norm)
+    assert not calls
+
+
+def test_moments_of_what_is_no_image(compiled, calls):
+    for shape in ((400, 1, 128, 128), (2, 32, 8, 8), (2, 4, 8, 8), (3, 8, 8), (0, 3, 8, 8), (2, 3, 1, 8)):
+        assert PatchMoments.of(torch.rand(shape)) is None
+    assert not calls
+
+
+def test_moments_of_other_images_are_not_used(compiled):
+    conv, norm = layers(3)
+    x = channels_last(2, 3, 8, 8)
+    assert torch.equal(train_block(x, conv, norm, PatchMoments.of(x[:1])), train_block(x, conv, norm))
+
+
+@pytest.mark.parametrize("n_channels", [3, 32])
+def test_any_strides(compiled, n_channels):
+    """Weights that are every second number of something, and an input and a gradient that repeat one image."""
+    conv, norm = layers(n_channels)
+    for module in (conv, norm):
+        for name, p in list(module.named_parameters()):
+            spread = torch.stack((p.detach(), torch.full_like(p, torch.nan)), dim=-1)[..., 0]
+            setattr(module, name, torch.nn.Parameter(spread))
+    x = torch.randn(1, n_channels, 9, 8).expand(3, -1, -1, -1)
+    ahead = torch.randn(1, 32, 4, 4).expand(3, -1, -1, -1)
+
+    def run():
+        norm.reset_running_stats()
+        out = train_block(x, conv, norm, PatchMoments.of(x) if n_channels == 3 else None)
+        with torch.no_grad():
+            tested = eval_block(x, conv, norm)
+        return [out, tested, *torch.autograd.grad(out, [conv.weight, norm.weight, norm.bias], ahead)]
+
+    for ours, theirs in zip(run(), plain(compiled, run), strict=True):
+        assert relative(ours, theirs) < 1e-4
+
+
+def test_images_that_need_a_gradient(compiled):
+    conv, norm = layers(3)
+    x = channels_last(2, 3, 8, 8).requires_grad_()
+    ahead = torch.randn(2, 32, 4, 4)
+
+    def run():
+        return torch.autograd.grad(train_block(x, conv, norm, PatchMoments.of(x)), [x], ahead)[0]
+
+    assert relative(run(), plain(compiled, run)) < 1e-4
+
+
+@pytest.mark.parametrize("n_channels", [3, 32])
+def test_a_second_backward_pass(compiled, n_channels):
+    """Through the same graph it gives the same; through the gradient itself there is none, which autograd says."""
+    conv, norm = layers(n_channels)
+    out = train_block(channels_last(2, n_channels, 8, 8), conv, norm)
+    first, second = (torch.autograd.grad(out.square().sum(), [conv.weight], retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    (grad,) = torch.autograd.grad(out.square().sum(), [conv.weight], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_norm_of_another_width(compiled):
+    conv, _ = layers(3)
+    with pytest.raises((ValueError, RuntimeError)):
+        train_block(channels_last(2, 3, 8, 8), conv, torch.nn.BatchNorm2d(1))
+
+
+def test_steps_that_do_not_fit(compiled):
+    """Sizes, types and graphs that the kernel does not know: an error and no reading beyond a tensor's end."""
+    meta, loss = FastMetaLearner(4, 5, 300), torch.tensor(1.0)
+    state, grad = meta.initial_state(), torch.randn(300, 1)
+    short = torch.zeros(10, 1)
+    for wrong in (
+        lambda: meta(loss, torch.randn(100000, 1), state),
+        lambda: meta(loss, torch.randn(300), state),
+        lambda: meta(loss, grad, state._replace(f=short)),
+        lambda: meta(loss, grad, state._replace(c=short)),
+        lambda: meta(loss, grad, state._replace(lstm_h=state.lstm_h[:1])),
+        lambda: meta(loss, grad, state._replace(lstm_c=torch.zeros(300, 5))),
+        lambda: meta(loss, grad, state._replace(i=state.i.double())),
+        lambda: meta(loss, grad.clone().requires_grad_(), state),
+        lambda: meta.double()(loss, grad, state),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            wrong()
+
+
+def test_steps_with_any_strides(compiled):
+    meta, loss, grad = FastMetaLearner(4, 5, 300), torch.tensor(1.0), torch.randn(300, 2)[:, :1]
+    for p in ("WF", "WI", "cI"):
+        spread = torch.stack((getattr(meta.metalstm, p).detach(), torch.full_like(getattr(meta.metalstm, p), torch.nan)), -1)
+        setattr(meta.metalstm, p, torch.nn.Parameter(spread[..., 0]))
+
+    def run():
+        c = meta(loss, grad, meta.initial_state()).c
+        return [c, *torch.autograd.grad(c.sum(), [meta.metalstm.WF, meta.metalstm.cI])]
+
+    for ours, theirs in zip(run(), plain(compiled, run), strict=True):
+        assert relative(ours, theirs) < 1e-4
+
+
+def augmented(channels=3, **changes):
+    args = {
+        "start": 0,
+        "extent": 20,
+        "flip": torch.zeros(2, dtype=torch.bool),
+        "jitter": torch.ones(2, 4),
+        "order": torch.arange(4).repeat(2, 1),
+        "out": torch.empty(2, 3, 16, 16).contiguous(memory_format=torch.channels_last),
+    } | changes
+    pixels = torch.randint(0, 256, (2, channels, 20, 20), dtype=torch.uint8)
+    windows = torch.stack([torch.full((2, 2), v) for v in (args["start"], args["extent"], 16, 0)])
+    scale = torch.zeros(3), torch.ones(3)
+    return native.augment(pixels, windows, args["flip"], args["jitter"], args["order"], scale, args["out"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"channels": 1},
+        {"start": 1},
+        {"start": -1},
+        {"start": 10**6},
+        {"start": 2**63 - 1},
+        {"extent": 0},
+        {"flip": torch.zeros(1, dtype=torch.bool)},
+        {"flip": torch.zeros(2)},
+        {"jitter": torch.ones(1, 4)},
+        {"jitter": torch.ones(2, 4).double()},
+        {"order": torch.full((2, 4), 10**6)},
+        {"order": torch.arange(4).repeat(2, 1).int()},
+        {"out": torch.empty(2, 3, 16, 16)},
+        {"out": torch.empty(1, 3, 16, 16).contiguous(memory_format=torch.channels_last)},
+        {"out": torch.empty(2, 3, 16, 16).half().contiguous(memory_format=torch.channels_last)},
+    ],
+    ids=lambda changes: ", ".join(f"{k} {tuple(v.shape) if torch.is_tensor(v) else v}" for k, v in changes.items()),
+)
+def test_augmentation_that_does_not_fit(compiled, changes):
+    augmented()
+    with pytest.raises(ValueError, match=r"kernel|window|order|channels_last"):
+        augmented(**changes)
+
+
+def test_grey_and_empty_pixels_are_pytorchs(compiled):
+    for shape in ((2, 1, 8, 8), (2, 4, 8, 8), (0, 3, 8, 8)):
+        assert not native.handles(torch.zeros(shape, dtype=torch.uint8), torch.uint8)
 
 
 # ---- Compiling ----
 
-PROBE = "import native, torch; print(bool(native.library().functions)); print(native.library().state)"
+PROBE = "from fast.library import library; print(bool(library().functions)); print(library().state)"
 
 
 def probe(cache, **environment):

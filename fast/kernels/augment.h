@@ -1,4 +1,4 @@
-// From decoded images to what the learner sees: see augment.py.
+// Crop, resize, flip and colour jitter, see augment.py.
 
 #pragma once
 
@@ -8,8 +8,8 @@
 
 namespace {
 
-// The triangle filter along one axis, as _weights in augment.py: for each of size results the first pixel, and weights from
-// there on.
+// The antialiased bilinear filter along one axis, the same as _weights in augment.py: for each of size results the first pixel
+// that counts, and the weights from that pixel on.
 struct Filter {
   int taps;
   std::vector<int> first;
@@ -38,7 +38,7 @@ constexpr float GREY[3] = {0.299f, 0.587f, 0.114f};
 
 INLINE vec clamp(vec x, float low, float high) { return at_most(at_least(x, low), high); }
 INLINE vec absolute(vec x) { return floats(bits(x) & 0x7fffffff); }
-INLINE vec whole(vec x) {  // the largest whole number not above x
+INLINE vec whole(vec x) {  // the largest whole number <= x
   const vec t = __builtin_convertvector(__builtin_convertvector(x, ivec), vec);
   return t > x ? t - 1.0f : t;
 }
@@ -55,7 +55,7 @@ INLINE void turn_hue(vec& r, vec& g, vec& b, float turns) {
   b = bottom + chroma * clamp(2.0f - absolute(hue - 4.0f), 0, 1);
 }
 
-// One step of ColorJitter on the planes x [3, plane]; the first pixels of each are the image, the rest fills a vector.
+// Applies one step of ColorJitter to the planes x [3, plane]: the image's pixels, padded to whole vectors.
 void adjust(float* x, len plane, len pixels, int step, float factor) {
   float *red = x, *green = x + plane, *blue = x + 2 * plane, mean = 0;
   if (step == CONTRAST) {
@@ -79,8 +79,8 @@ void adjust(float* x, len plane, len pixels, int step, float factor) {
   }
 }
 
-// pixels [images, 3, height, width] -> out [images, size, size, 3]; windows [4, images, 2] as augment.Windows, jitter and order
-// [images, 4] each, or none; mean and deviation [3] of pixels in [0, 1].
+// pixels [images, 3, height, width] -> out [images, size, size, 3]. windows [4, images, 2] is an augment.Windows; jitter and
+// order are [images, 4] or null; mean and deviation [3] are those of pixels from 0 to 1.
 void augment(const uint8_t* pixels, const len* windows, const uint8_t* flip, const float* jitter, const len* order,
              const float* mean, const float* deviation, float* out, len size, len images, len height, len width, len threads) {
   const len area = size * size, plane = (area + LANES - 1) / LANES * LANES;

@@ -1,4 +1,4 @@
-// What follows a convolution in a block of the learner: see block.py.
+// What a block of the learner does after its convolution: pooling, batch normalisation and ReLU, see learner.py.
 
 #pragma once
 
@@ -19,7 +19,7 @@ struct Shape {
   len pooled() const { return rows() * columns() * C; }
 };
 
-struct Affine {  // what is done to each maximum before the ReLU
+struct Affine {  // the map from each pooling window's maximum to the ReLU's input
   float scale[C], shift[C];
   vec operator()(vec y, int channel) const { return y * load(scale + channel) + load(shift + channel); }
   ivec positive(vec y, int channel) const { return ~((*this)(y, channel) <= 0); }
@@ -31,7 +31,7 @@ INLINE Affine only_bias(const float* bias) {
   return affine;
 }
 
-struct Norm {  // batch statistics and what follows from them
+struct Norm {  // normalisation by the batch's statistics
   double mean[C], invstd[C];
   Affine affine;
   template <class M>
@@ -45,14 +45,14 @@ struct Norm {  // batch statistics and what follows from them
   }
 };
 
-// Batch statistics of channel c from the sum and the sum of squares of its outputs.
+// Mean and variance of channel c from the sum and the sum of squares of the convolution's outputs.
 INLINE void statistics(int c, double sum, double square, len count, double* exact, float* mean, float* var) {
   exact[c] = sum / count;
   mean[c] = float(exact[c]);
   var[c] = float(std::max(square / count - exact[c] * exact[c], 0.0));
 }
 
-// What passes through the batch statistics adds k0 + k1 * y to the gradient of each output y of the convolution.
+// The part of the gradient that flows through the batch statistics: k0 + k1 * y for each output y of the convolution.
 struct Through {
   double k0[C], k1[C];
   Through(const Norm& norm, const float* gamma, const double* sums, len count, float* grad_gamma, float* grad_beta) {
@@ -81,7 +81,8 @@ void pool_image(const T* y, T* pooled, uint8_t* where, const Shape& s) {
       }
 }
 
-// Sum, and sum of squares (by way of the deviations from the mean of a pair of rows, whose squares lose no digits).
+// Sum and sum of squares of each channel. For each pair of rows, the squared deviations from its mean are summed in float, and
+// mean^2 * n is added in double: a float sum of the squares themselves would lose digits.
 template <class T>
 void statistics_of_image(const T* y, const Shape& s, double* sums) {
   std::memset(sums, 0, 2 * C * sizeof(double));
@@ -131,7 +132,7 @@ void block_forward(const T* y, const float* gamma, const float* beta, float eps,
     affine_relu_image(pooled + b * s.pooled(), out + b * s.pooled(), norm.affine, s.pooled());
 }
 
-// In eval mode: the maxima, plus bias, through the ReLU.
+// Eval mode: the ReLU of each window's maximum plus the bias.
 template <class T>
 void block_eval(const T* y, const float* bias, T* out, len images, len height, len width, len threads) {
   const Shape s{images, height, width};
@@ -143,7 +144,7 @@ void block_eval(const T* y, const float* bias, T* out, len images, len height, l
   }
 }
 
-// Sums over an image's positions of the gradient behind the ReLU, and of its product with the maxima.
+// Sums over one image of the gradient at the ReLU's input, and of this gradient times the maximum.
 template <class T>
 void gradient_sums_of_image(const T* grad, const T* pooled, const Affine& affine, const Shape& s, double* sums) {
   std::memset(sums, 0, 2 * C * sizeof(double));
@@ -164,7 +165,7 @@ void gradient_sums_of_image(const T* grad, const T* pooled, const Affine& affine
   }
 }
 
-// y [B, H, W, C] turns into its gradient.
+// Overwrites y [B, H, W, C], the convolution's output, with its gradient.
 template <class T>
 void block_backward(const T* grad, const T* pooled, const uint8_t* where, T* y, const float* gamma, const float* beta,
                     const float* mean, const float* var, float eps, float* grad_gamma, float* grad_beta, len images,

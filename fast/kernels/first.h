@@ -1,4 +1,5 @@
-// The first block: its convolution's output, the largest tensor of the network, stays in the registers.
+// The first block of the learner, convolution included. The convolution's output, the largest tensor of the network, exists in
+// registers only, a few pixels at a time.
 
 #pragma once
 
@@ -20,17 +21,17 @@ struct Padded {  // an image [height, width, 3] with a border of zeros
   }
 };
 
-// Filters [C, 3 colours, 3, 3] in the order in which an image's pixels lie: [row, 3 columns x 3 colours, C]
+// Filters, reordered from PyTorch's [C, colour, row, column] to [row, column, colour, C], the order of the pixels in memory.
 struct Filters {
   float w[TAPS][C];
-  static int place(int tap) { return tap % 3 * 9 + tap / 3; }  // of tap (row, column, colour) in (colour, row, column)
+  static int place(int tap) { return tap % 3 * 9 + tap / 3; }  // from (row, column, colour) to (colour, row, column)
   explicit Filters(const float* weight) {
     for (int t = 0; t < TAPS; t++)
       for (int c = 0; c < C; c++) w[t][c] = weight[c * TAPS + place(t)];
   }
 };
 
-template <int N, class T>  // N pooled pixels side by side
+template <int N, class T>  // computes N neighbouring pooled pixels
 INLINE void first_pixels(const float* in, len stride, const Filters& filters, const Affine& affine, uint8_t* where, T* out) {
   vec y[2][2 * N][HALVES] = {};
   for (int row = 0; row < 3; row++)
@@ -79,7 +80,7 @@ void first_images(const T* x, const Filters& filters, const Affine& affine, uint
   }
 }
 
-// Sum over all positions of channel c's output times tap j of the patch that it was made from.
+// Sum over all positions of channel c's output times number j of the patch that the filter covers there.
 INLINE double output_times_tap(const double* products, const float* weight, int c, int j) {
   double sum = 0;
   for (int k = 0; k < TAPS; k++) sum += products[j * TAPS + k] * weight[c * TAPS + k];
@@ -103,13 +104,14 @@ void first_forward(const T* x, const float* weight, const float* gamma, const fl
   first_images(x, Filters(weight), Norm(exact, var, gamma, beta, eps).affine, where, out, s, threads);
 }
 
-// In eval mode: the maxima, plus bias, through the ReLU.
+// Eval mode: the ReLU of each window's maximum plus the bias.
 template <class T>
 void first_eval(const T* x, const float* weight, const float* bias, T* out, len images, len height, len width, len threads) {
   first_images(x, Filters(weight), only_bias(bias), nullptr, out, Shape{images, height, width}, threads);
 }
 
-// Sums over an image's maxima of the gradient behind the ReLU, [C], and of its products with the patches, [TAPS, C].
+// Sums over one image of the gradient at the ReLU's input, [C], and of this gradient times the patch under the filter at the
+// window's maximum, [TAPS, C].
 template <class T>
 void first_sums_of_image(const Padded& padded, const T* grad, const T* out, const uint8_t* where, const Shape& s,
                          double* result) {
@@ -160,7 +162,7 @@ void first_backward(const T* grad, const T* x, const float* weight, const T* out
   const double* at_maxima = found + C;
   for (int c = 0; c < C; c++) {
     sums[c] = found[c];
-    sums[C + c] = 0;  // gradient times maximum, which is filter times patch
+    sums[C + c] = 0;  // gradient times maximum; the maximum is filter times patch
     for (int t = 0; t < TAPS; t++) sums[C + c] += at_maxima[t * C + c] * weight[c * TAPS + Filters::place(t)];
   }
   const Norm norm(mean, var, gamma, beta, eps);
@@ -174,11 +176,11 @@ void first_backward(const T* grad, const T* x, const float* weight, const T* out
     }
 }
 
-// Sums and sums of products of the 3x3 patches, [TAPS] and [TAPS, TAPS] in the order (colour, row, column).
+// Sum of the 3x3 patches, [TAPS], and of their outer products, [TAPS, TAPS]. Taps are in the order (colour, row, column).
 template <class T>
 void patch_moments(const T* x, double* patches, double* products, len images, len height, len width, len threads) {
   const Shape s{images, height, width};
-  constexpr int COUNT = 30, SIZE = TAPS * COUNT;  // taps, ones for the sums, zeros up to a multiple of COLUMNS
+  constexpr int COUNT = 30, SIZE = TAPS * COUNT;  // the taps, ones for the plain sums, zeros up to a multiple of COLUMNS
   const int wide = int((2 * s.width + LANES - 1) / LANES * LANES);  // two rows of pixels at a time
   std::vector<double> parts(s.images * SIZE);
 #pragma omp parallel num_threads(threads)

@@ -1,8 +1,9 @@
-// The hot loops of an episode on a CPU, which native.py compiles, loads and calls. Their arithmetic is that of block.py,
-// metalearner.py and augment.py.
+// CPU kernels for the hot loops of an episode. They compute what learner.py, metalearner.py and augment.py describe; native.py
+// compiles, loads and calls them, and checks what it hands them.
 //
-// Tensors are dense, images and activations channels last: [images, height, width, channels]. T is float or bfloat16 (as bits);
-// sums are float over a few rows and double beyond, always in the same order, so the number of threads changes no bit.
+// Tensors are contiguous. Images and activations are channels last: [images, height, width, channels]. T is float, or uint16_t
+// for the bits of a bfloat16. Sums are float over a few rows and double beyond, always in the same order, so the number of
+// threads changes no bit.
 
 #include <type_traits>
 
@@ -27,7 +28,7 @@ constexpr const char* letters(void (*)(A...)) {
 
 }  // namespace
 
-// Each function's address and the types of its arguments, under the names by which native.py looks for them.
+// Exports a function's address and the types of its arguments (p: pointer, f: float, l: 64-bit integer) for native.py.
 #define EXPORT(name, function)                             \
   extern "C" {                                             \
   void* name##_address = reinterpret_cast<void*>(function); \

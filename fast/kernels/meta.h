@@ -1,6 +1,7 @@
-// One update by the meta-learner: see metalearner.py, whose names these are.
+// One update by the meta-learner, with the names of metalearner.py.
 //
-// The LSTM's state h and c, and its input x, lie tile by tile: [tiles, H, TILE] and [tiles, 2, TILE]. The rest is flat, [P].
+// The P coordinates are divided into tiles of TILE. The LSTM's state, h and c, is stored as [tiles, H, TILE], its input x as
+// [tiles, 2, TILE], all else as [P].
 
 #pragma once
 
@@ -10,12 +11,12 @@
 
 namespace {
 
-constexpr int TILE = 128;  // coordinates at a time
-constexpr int CHUNKS = 16;  // whose sums are kept apart, whatever the number of threads
-constexpr int WIDE = 4;  // vectors of a row held in registers
+constexpr int TILE = 128;  // coordinates of a tile
+constexpr int CHUNKS = 16;  // parts with sums of their own, always as many, so that the number of threads changes no sum
+constexpr int WIDE = 4;  // vectors of a row that are held in registers
 
-// One step of the LSTM for a tile of coordinates. z [2 + H, TILE]: what it reads; gates come out as [4 H, TILE] in PyTorch's
-// order (input, forget, candidate, output).
+// One step of the LSTM for a tile of coordinates: from its input z [2 + H, TILE] (x and the last h) and c to the gates
+// [4 H, TILE] in PyTorch's order (input, forget, candidate, output), new_c, its tanh (squashed) and new_h.
 INLINE void lstm_tile(const float* weight, const float* bias, int H, const float* z, const float* c, float* gates,
                       float* squashed, float* new_c, float* new_h) {
   for (int u = 0; u < H; u++)
@@ -48,7 +49,7 @@ INLINE void lstm_tile(const float* weight, const float* bias, int H, const float
 
 INLINE len tiles(len P) { return (P + TILE - 1) / TILE; }
 
-struct Tile {  // a stretch of the coordinates
+struct Tile {  // the coordinates of one tile; the last tile may be cut short
   len start, size;
   Tile(len t, len P) : start(t * TILE), size(std::min<len>(TILE, P - t * TILE)) {}
   void get(float* to, const float* from) const {
@@ -104,7 +105,7 @@ void meta_forward(const float* weight, const float* bias, const float* wf, const
   }
 }
 
-// Gradient of what the LSTM read of its own last output: [H, TILE] from the gates' gradients [4 H, TILE].
+// Gradient of the last h, [H, TILE], from the gradient of the gates before their nonlinearities, [4 H, TILE].
 INLINE void back_through_weight(const float* weight, int H, const float* gates, float* grad_h) {
   for (int u = 0; u < H; u += ROWS)
     for (int from = 0; from < TILE; from += WIDE * LANES) {
@@ -129,7 +130,7 @@ void meta_backward(const float* weight, const float* bias, const float* wf, cons
                    const float* grad_new_i, const float* grad_new_theta, float* grad_weight, float* grad_bias, float* grad_wf,
                    float* grad_bf, float* grad_wi, float* grad_bi, float* grad_h, float* grad_c, float* grad_f, float* grad_i,
                    float* grad_theta, len H, len P, len threads) {
-  const int columns = (H + 3 + COLUMNS - 1) / COLUMNS * COLUMNS;  // z, ones for the bias, zeros
+  const int columns = (H + 3 + COLUMNS - 1) / COLUMNS * COLUMNS;  // z, ones for the bias, zeros up to a multiple of COLUMNS
   const int cells = H + 3, size = 4 * H * columns, all_sizes = size + 2 * cells;
   std::vector<double> parts(CHUNKS * all_sizes);
 #pragma omp parallel num_threads(threads)

@@ -1,4 +1,4 @@
-// Vectors of 16 numbers, functions of them, and sums of products.
+// Vectors of 16 floats: loading and storing, elementary functions, sums of products.
 
 #pragma once
 
@@ -20,7 +20,7 @@ typedef int64_t len;
 constexpr int LANES = 16;
 
 #define UNROLL _Pragma("GCC unroll 32")
-#define ROLLED _Pragma("GCC unroll 1")  // where the compiler, unrolling, would run out of registers
+#define ROLLED _Pragma("GCC unroll 1")  // for loops that spill registers when they are unrolled
 #define INLINE inline __attribute__((always_inline))
 
 INLINE ivec bits(vec x) { ivec b; memcpy(&b, &x, sizeof b); return b; }
@@ -28,7 +28,7 @@ INLINE vec floats(ivec b) { vec x; memcpy(&x, &b, sizeof x); return x; }
 INLINE vec all(float x) { return x - vec{}; }
 INLINE vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
 INLINE void store(float* p, vec x) { *reinterpret_cast<vec*>(p) = x; }
-#ifdef __AVX512F__  // what the compiler makes of __builtin_convertvector goes number by number
+#ifdef __AVX512F__  // GCC turns __builtin_convertvector into one conversion per number
 INLINE ivec widened(const uint8_t* p) { return ivec(_mm512_maskz_cvtepu8_epi32(-1, _mm_loadu_si128((const __m128i*)p))); }
 INLINE ivec widened(const uint16_t* p) { return ivec(_mm512_maskz_cvtepu16_epi32(-1, _mm256_loadu_si256((const __m256i*)p))); }
 INLINE void narrowed(uint8_t* p, ivec x) { _mm512_mask_cvtepi32_storeu_epi8(p, -1, __m512i(x)); }
@@ -40,15 +40,16 @@ INLINE void narrowed(uint8_t* p, ivec x) { *reinterpret_cast<byte_vec*>(p) = __b
 INLINE void narrowed(uint16_t* p, ivec x) { *reinterpret_cast<half_vec*>(p) = __builtin_convertvector(x, half_vec); }
 #endif
 INLINE vec load(const uint16_t* p) { return floats(widened(p) << 16); }
-INLINE void store(uint16_t* p, vec x) {  // to nearest, ties to even; NaN stays NaN
+INLINE void store(uint16_t* p, vec x) {  // rounds to nearest, ties to even; keeps NaN
   const ivec b = bits(x), rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
   narrowed(p, (x != x ? (ivec{} + 0x7fc0) : rounded) & 0xffff);
 }
 INLINE float number(float x) { return x; }
 INLINE float number(uint16_t x) { uint32_t b = uint32_t(x) << 16; float f; memcpy(&f, &b, sizeof f); return f; }
 INLINE vec keep(ivec mask, vec x) { return floats(mask & bits(x)); }
-INLINE vec relu(vec x) { return x < 0 ? vec{} : x; }  // NaN stays NaN
-INLINE vec largest(vec a, vec b, vec c, vec d, ivec& at) {  // the first of equals wins, NaN over all, as in PyTorch
+INLINE vec relu(vec x) { return x < 0 ? vec{} : x; }  // keeps NaN
+// Of equal numbers the first wins, and NaN wins over all, as in PyTorch. at is the winner's place, 0 to 3.
+INLINE vec largest(vec a, vec b, vec c, vec d, ivec& at) {
   at = ivec{};
   const vec rest[] = {b, c, d};
   UNROLL for (int k = 0; k < 3; k++) {
@@ -64,8 +65,9 @@ INLINE double sum(vec x) {
   return s;
 }
 
-// Relative errors are below 1e-6. The AVX-512 instructions below halve their time; other processors do without.
-INLINE vec at_least(vec x, float limit) {  // NaN stays NaN, here and below
+// The functions below have relative errors below 1e-6 and keep NaN. AVX-512 instructions halve their running time; the other
+// branches are for processors without them.
+INLINE vec at_least(vec x, float limit) {
 #ifdef __AVX512F__
   return vec(_mm512_max_ps(__m512(all(limit)), __m512(x)));
 #else
@@ -79,7 +81,7 @@ INLINE vec at_most(vec x, float limit) {
   return x > limit ? all(limit) : x;
 #endif
 }
-INLINE vec times_power_of_two(vec x, vec n) {  // n whole, between -126 and 127
+INLINE vec times_power_of_two(vec x, vec n) {  // n is a whole number from -126 to 127
 #ifdef __AVX512F__
   return vec(_mm512_scalef_ps(__m512(x), __m512(n)));
 #else
@@ -87,14 +89,14 @@ INLINE vec times_power_of_two(vec x, vec n) {  // n whole, between -126 and 127
 #endif
 }
 INLINE vec reciprocal(vec x) {
-#ifdef __AVX512F__  // an estimate and one step of Newton's
+#ifdef __AVX512F__  // an estimate and one Newton step
   const vec y = vec(_mm512_maskz_rcp14_ps(__mmask16(-1), __m512(x)));
   return y * (2.0f - x * y);
 #else
   return 1.0f / x;
 #endif
 }
-INLINE vec exponential(vec x) {  // |x| at most 87
+INLINE vec exponential(vec x) {  // for |x| <= 87
   const vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest whole number
   const vec r = x - n * 0.693147180560f;
   vec p = all(1.9875691e-4f);
@@ -106,7 +108,7 @@ INLINE vec exponential(vec x) {  // |x| at most 87
   return times_power_of_two(p * r * r + r + 1.0f, n);
 }
 INLINE vec sigmoid(vec x) { return reciprocal(1.0f + exponential(-at_most(at_least(x, -87.0f), 87.0f))); }
-INLINE vec hyperbolic_tangent(vec x) {  // a quotient of polynomials; beyond 7.9 it is 1 in float
+INLINE vec hyperbolic_tangent(vec x) {  // a quotient of polynomials; beyond 7.9 it is 1 to within 3e-7
   x = at_most(at_least(x, -7.9f), 7.9f);
   const vec square = x * x;
   vec p = all(-2.76076847742355e-16f);
@@ -122,19 +124,20 @@ INLINE vec hyperbolic_tangent(vec x) {  // a quotient of polynomials; beyond 7.9
   q = q * square + 4.89352518554385e-03f;
   return x * p * reciprocal(q);
 }
-INLINE vec gate(vec x) { return 0.5f + 0.5f * hyperbolic_tangent(0.5f * x); }  // sigmoid, to 1e-7 of its range, not of itself
+INLINE vec gate(vec x) { return 0.5f + 0.5f * hyperbolic_tangent(0.5f * x); }  // sigmoid with an absolute error of 1e-7
 
-// Adds up the parts [n, size] in their order.
+// Sums parts [n, size] over n, from first to last.
 void total(const std::vector<double>& parts, len n, len size, double* result) {
   std::memset(result, 0, size * sizeof(double));
   for (len b = 0; b < n; b++)
     for (len k = 0; k < size; k++) result[k] += parts[b * size + k];
 }
 
-constexpr int ROWS = 4, COLUMNS = 6;  // of them are held in registers
+constexpr int ROWS = 4, COLUMNS = 6;  // size of the block of sums that add_products holds in registers
 
-// sums [rows, columns, LANES] += products of the rows of a [rows, width] with those of z [columns, width], LANES at a time.
-// Where a is z, what lies below the diagonal is left out, but for the blocks that the diagonal cuts.
+// Adds to sums [rows, columns, LANES] the products of each row of a [rows, width] with each row of z [columns, width], lane by
+// lane. rows, columns and width are multiples of ROWS, COLUMNS and LANES. If a is z, the sums are symmetric, and blocks that
+// lie entirely below the diagonal are left out.
 INLINE void add_products(const float* a, int rows, const float* z, int columns, int width, float* sums) {
   for (int r = 0; r < rows; r += ROWS)
     for (int k = a == z ? r / COLUMNS * COLUMNS : 0; k < columns; k += COLUMNS) {
