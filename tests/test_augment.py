@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from dataloader import MEAN, STD, draw_augmentation, eval_image, load_image, train_image
-from fast import augment, native
+from fast import augment
 from fast.augment import Windows, transform
+from fast.library import library
 
 TINY64 = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "tiny64.tar.gz"
 PHOTOGRAPH = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
@@ -99,8 +100,8 @@ def test_crop_that_changes_nothing_is_exact():
 @pytest.mark.parametrize("together", [True, False])
 def test_pytorchs_way_gives_the_kernels_images(together):
     """Together is the GPU's way, apart that of a CPU without a compiler."""
-    if not native.library().functions:
-        pytest.skip(native.library().state)
+    if not library().functions:
+        pytest.skip(library().state)
     images = sources()
     pixels, sizes = padded(images)
     drawn = draw_augmentation(5, "train", 0, sizes)

@@ -2,6 +2,7 @@
 run one way, main -> around -> fast -> the root's four -> utils, and without fast/ everything still works."""
 
 import ast
+import importlib.util
 import json
 import os
 import shutil
@@ -13,6 +14,9 @@ import torch
 from conftest import ROOT
 
 import main
+from around.flags import parse, settle
+from around.way import choose
+from utils import UserError
 
 FOUR = {"learner", "metalearner", "episode", "dataloader"}
 PACKAGES = ("fast", "around")
@@ -59,11 +63,13 @@ def test_imports_run_one_way():
     assert {(name, other) for name, other in arrows if floor(other) > floor(name)} == set()
     assert not {other for name, other in arrows if name == "utils"}
     assert not {(name, other) for name, other in arrows if other == "main"}
-    assert {("main", "around.run"), ("around.way", "fast.learner"), ("fast.learner", "learner"), ("dataloader", "episode")} <= arrows
+    some = {("main", "around.run"), ("around.way", "fast.learner"), ("fast.learner", "learner"), ("dataloader", "episode")}
+    assert some <= arrows  # they are seen
 
 
 def test_one_module_alone_chooses_the_fast_way():
-    assert {name for name, others in graph().items() if floor(name) > 2 and any(floor(o) == 2 for o in others)} == {"around.way"}
+    above = {name: others for name, others in graph().items() if floor(name) > 2}
+    assert {name for name, others in above.items() if any(floor(other) == 2 for other in others)} == {"around.way"}
 
 
 def test_no_module_imports_itself_through_others():
@@ -85,8 +91,9 @@ def test_the_checks_above_see_an_import_in_a_function(tmp_path):
 
 # ---- Without fast/ ----
 
-SMALL = ["--cpu", "--image-size", "16", "--n-class", "3", "--n-shot", "1", "--n-eval", "2", "--epoch", "2", "--hidden-size", "4"]
-SMALL += ["--log-freq", "1", "--val-freq", "2", "--episode-val", "2", "--n-workers", "0", "--plots", "false"]
+SMALL = ["--cpu", "--image-size", "16", "--n-class", "3", "--n-shot", "1", "--n-eval", "2", "--epoch", "2"]
+SMALL += ["--hidden-size", "4", "--log-freq", "1", "--val-freq", "2", "--episode-val", "2", "--n-workers", "0"]
+SMALL += ["--plots", "false"]
 TEST = ["--mode", "test", "--cpu", "--episode-test", "3", "--n-workers", "0"]
 
 
@@ -96,7 +103,8 @@ def without_fast(tmp_path_factory):
     place = tmp_path_factory.mktemp("without fast")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, place)
-    shutil.copytree(ROOT / "around", place / "around", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("around", "data/splits"):
+        shutil.copytree(ROOT / folder, place / folder, ignore=shutil.ignore_patterns("__pycache__"))
     return place
 
 
@@ -106,7 +114,8 @@ def results(folder):
     lines = [{k: v for k, v in line.items() if k != "time"} for line in lines]
     checkpoint = torch.load(folder / "ckpts" / "meta-learner-last.pth.tar", weights_only=True)
     tests = json.loads((folder / "results.json").read_text())["tests"]
-    return lines, checkpoint["hyper_parameters"], checkpoint["run"]["data"], tests, checkpoint["metalearner"], checkpoint["optim"]
+    known = [checkpoint[name] for name in ("hyper_parameters", "metalearner", "optim")]
+    return lines, tests, checkpoint["run"]["data"], *known
 
 
 def test_without_fast_all_works_and_is_what_plain_gives(master, without_fast, tmp_path, monkeypatch, capsys):
@@ -116,7 +125,8 @@ def test_without_fast_all_works_and_is_what_plain_gives(master, without_fast, tm
 
     def in_the_copy(*argv):
         command = [sys.executable, str(without_fast / "main.py"), *argv]
-        done = subprocess.run(command, cwd=without_fast, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        how = {"cwd": without_fast, "env": environment, "capture_output": True, "text": True, "timeout": 120}
+        done = subprocess.run(command, check=False, **how)
         assert done.returncode == 0, done.stderr
         assert "plain PyTorch (there is no folder fast/)" in done.stdout
         return done.stdout
@@ -138,11 +148,14 @@ def test_without_fast_all_works_and_is_what_plain_gives(master, without_fast, tm
     assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
 
 
-def test_without_fast_bfloat16_is_refused(master, without_fast):
-    command = [sys.executable, str(without_fast / "main.py"), "--data-root", str(master), *SMALL, "--precision", "bf16"]
-    done = subprocess.run(command, cwd=without_fast, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == ["error: --precision bf16: needs fast/, and there is no such folder; give --precision fp32"]
+@pytest.mark.parametrize(
+    ("plain", "why"), [(True, "which --plain leaves out"), (False, "but there is no folder fast/")], ids=["plain", "no folder"]
+)
+def test_without_fast_bfloat16_is_refused(monkeypatch, plain, why):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    args = settle({"cpu": True, "precision": "bf16", "plain": plain}, parse([])[1])
+    with pytest.raises(UserError, match=f"--precision bf16: needs fast/, {why}; give --precision fp32"):
+        choose(args)
 
 
 def test_plain_decodes_nothing_in_advance(data, tmp_path):

@@ -94,6 +94,18 @@ def test_copied_values_leave_the_graph_behind(way):
     assert all(p.is_leaf and p.requires_grad for p in learner.parameters())
 
 
+def test_copied_values_are_the_learners_own(way):
+    """Whatever writes into the learner leaves the cell state alone, which at first is the meta-learner's parameter cI."""
+    learner = LEARNERS[way](**SHAPE)
+    cI = torch.randn(learner.get_flat_params().numel(), 1)
+    kept = cI.clone()
+    learner.copy_flat_params(cI)
+    with torch.no_grad():
+        for p in learner.parameters():
+            p.zero_()
+    assert torch.equal(cI, kept)
+
+
 def test_transferred_parameters_are_slices_of_the_cell_state(way):
     w_grad, wo_grad = LEARNERS[way](**SHAPE), LEARNERS[way](**SHAPE)
     w_grad.train()(torch.randn(4, 3, 21, 21))

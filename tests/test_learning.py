@@ -11,7 +11,8 @@ import main
 
 N_EPISODE = 80
 FLAGS = ["--mode", "train", "--cpu", "--image-size", "16", "--augment", "none", "--n-class", "3", "--n-shot", "1"]
-FLAGS += ["--n-eval", "5", "--epoch", "3", "--hidden-size", "6", "--lr", "0.003", "--bi-init", "-4", "-3.5", "--episode", str(N_EPISODE)]
+FLAGS += ["--n-eval", "5", "--epoch", "3", "--hidden-size", "6", "--lr", "0.003", "--bi-init", "-4", "-3.5"]
+FLAGS += ["--episode", str(N_EPISODE)]
 FLAGS += ["--episode-val", "20", "--val-freq", str(N_EPISODE), "--log-freq", "1", "--n-workers", "0", "--plots", "false"]
 
 
