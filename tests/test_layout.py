@@ -114,6 +114,7 @@ def results(folder):
     lines = [{k: v for k, v in line.items() if k != "time"} for line in lines]
     checkpoint = torch.load(folder / "ckpts" / "meta-learner-last.pth.tar", weights_only=True)
     tests = json.loads((folder / "results.json").read_text())["tests"]
+    tests = [{k: v for k, v in test.items() if k != "about"} for test in tests]
     known = [checkpoint[name] for name in ("hyper_parameters", "metalearner", "optim")]
     return lines, tests, checkpoint["run"]["data"], *known
 
