@@ -1,9 +1,13 @@
 """Whole episodes of training on real JPEGs, plain and fast, held against each other; and bfloat16 against float32."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import Model, drawn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from around import checkpoints
 
 
 @pytest.mark.parametrize("batch_size", [25, 10])
@@ -55,3 +59,25 @@ def test_bf16_is_close_to_fp32(master, image_size):
         assert seen.dtypes == {torch.bfloat16}
         assert loss == pytest.approx(full.train(episode)[0].item(), rel=0.02)
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in half.meta.parameters())
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_the_count_of_adams_steps_goes_where_the_flags_adam_wants_it(fused):
+    """A fused Adam reads it on the GPU, whatever kind of Adam wrote the checkpoint. The meta device stands in for one."""
+
+    def adam(device, fused):
+        optimizer = torch.optim.Adam([torch.zeros(3, device=device, requires_grad=True)], lr=0.5)
+        optimizer.param_groups[0]["fused"] = fused
+        return optimizer
+
+    here, there = adam("cpu", None if fused else True), adam("meta", fused)
+    (parameter,) = here.param_groups[0]["params"]
+    parameter.grad = torch.ones(3)
+    here.param_groups[0]["lr"] = 0.1
+    here.step()
+    checkpoints.load_optimizer(there, {"optim": here.state_dict()}, Path("x"))
+    (state,) = there.state.values()
+    assert state["step"].device.type == ("meta" if fused else "cpu")
+    assert state["exp_avg"].device.type == "meta"
+    assert there.param_groups[0]["fused"] is fused
+    assert there.param_groups[0]["lr"] == 0.5
