@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 N_FILTERS = 32
 N_BLOCKS = 4
@@ -59,16 +58,17 @@ class FlatModule(nn.Module):
 
     def get_flat_params(self) -> Tensor:
         """A detached copy of the parameters as one vector [P]."""
-        return parameters_to_vector(self.parameters()).detach()
+        return torch.cat([getattr(m, name).detach().reshape(-1) for m, name, _ in self.slots()])
 
+    @torch.no_grad()
     def copy_flat_params(self, cI: Tensor) -> None:
         """Overwrite the parameters' values with those of a cell state (for learner_w_grad).
 
         Args:
             cI: [P] or [P, 1]; its graph, if any, is left behind.
         """
-        self.slices(cI)  # checks the length
-        vector_to_parameters(cI.detach().reshape(-1), self.parameters())
+        for (m, name, _), value in zip(self.slots(), self.slices(cI), strict=True):
+            getattr(m, name).copy_(value)
 
     def transfer_params(self, learner_w_grad: FlatModule, cI: Tensor) -> None:
         """Make slices of a cell state this learner's weights (for learner_wo_grad).

@@ -103,9 +103,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, content: dict, path: Path) 
     Raises:
         UserError: they do not fit.
     """
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(content["optim"])
+        stored, own = content["optim"], optimizer.state_dict()["param_groups"]
+        # the flags' settings come first: by them PyTorch decides on which device the count of steps lies
+        pairs = zip(stored["param_groups"], own, strict=True)
+        groups = [{**theirs, **mine, "params": theirs["params"]} for theirs, mine in pairs]
+        optimizer.load_state_dict({**stored, "param_groups": groups})
         for p, state in optimizer.state.items():
             if state["exp_avg"].shape != p.shape or state["exp_avg_sq"].shape != p.shape:
                 raise ValueError("moments of another shape")
@@ -113,5 +116,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, content: dict, path: Path) 
             raise ValueError("moments of other parameters")
     except Exception as e:  # damaged or foreign content raises nearly anything
         raise UserError(f"{path}: its optimiser's state does not fit ({type(e).__name__}: {e}); it can only be tested") from e
-    for group, flags in zip(optimizer.param_groups, settings, strict=True):
-        group.update(flags)

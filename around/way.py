@@ -51,9 +51,10 @@ def choose(args: argparse.Namespace) -> Way:
         name = torch.cuda.get_device_name(device)
     if not args.plain and importlib.util.find_spec("fast") is not None:
         return _fast(args, device, name)
-    if args.precision != "fp32":
-        raise UserError(f"--precision {args.precision}: needs fast/, which --plain leaves out; give --precision fp32")
     why = "--plain" if args.plain else "there is no folder fast/"
+    if args.precision != "fp32":
+        leaves = "which --plain leaves out" if args.plain else f"but {why}"
+        raise UserError(f"--precision {args.precision}: needs fast/, {leaves}; give --precision fp32")
     description = f"device: {name}; plain PyTorch ({why})"
     return Way(
         device, description, Learner, MetaLearner, EpisodeDataset, torch.optim.Adam, step_if_finite, _as_it_is, 1, map

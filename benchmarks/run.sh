@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Speed, memory and scaling against the textbook way in the same process: a Markdown table on the console and in
+# Speed, memory and scaling of fast/ against --plain in the same process: a Markdown table on the console and in
 # benchmarks/results/. Arguments go to benchmarks/run.py; --data-root is the data set to time with (default: data/glyphs).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/env.sh"

@@ -1,6 +1,7 @@
 import copy
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,27 +10,40 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from episode import evaluate_episode, train_episode
+from dataloader import EpisodeDataset, episodes, scan_split
+from episode import evaluate_episode, step_if_finite, train_episode
+from fast.graphs import step_on_device
+from fast.images import FastEpisodeDataset
+from fast.learner import FastLearner
+from fast.metalearner import FastMetaLearner
 from learner import Learner
 from metalearner import MetaLearner
 
+WAYS = ("plain", "fast")
+CPU = torch.device("cpu")
+LEARNERS = {"plain": Learner, "fast": FastLearner}
+METALEARNERS = {"plain": MetaLearner, "fast": FastMetaLearner}
+DATASETS = {"plain": EpisodeDataset, "fast": partial(FastEpisodeDataset, device=CPU)}
+
 
 class Model:
-    """Learners, meta-learner and Adam as in training, always from the same initialisation."""
+    """Learners, meta-learner and Adam as in training, in one of the two ways, always from the same initialisation."""
 
-    def __init__(self, image_size, dtype=torch.float32, conv_dtype=None, device="cpu", batch_size=25):
+    def __init__(self, way, image_size, dtype=torch.float32, conv_dtype=None, device="cpu", batch_size=25):
         torch.manual_seed(1)
-        w_grad = Learner(image_size, 1e-3, 0.95, 5, "one", conv_dtype).to(device, dtype)
+        extra = {} if conv_dtype is None else {"conv_dtype": conv_dtype}  # which only the fast learner has
+        w_grad = LEARNERS[way](image_size, 1e-3, 0.95, 5, **extra).to(device, dtype)
         self.learners, self.scratch = ((w_grad, copy.deepcopy(w_grad)), (copy.deepcopy(w_grad), copy.deepcopy(w_grad)))
-        self.meta = MetaLearner(4, 20, w_grad.get_flat_params().numel()).to(device, dtype)
+        self.meta = METALEARNERS[way](4, 20, w_grad.get_flat_params().numel()).to(device, dtype)
         self.meta.metalstm.init_cI(w_grad.get_flat_params())
-        self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=1e-3, fused=True)
+        self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=1e-3, fused=way == "fast")
+        self.step = step_on_device if way == "fast" else step_if_finite
         self.batch_size = batch_size
 
     def train(self, episode):
-        return train_episode(episode, *self.learners, self.meta, self.optimizer, self.batch_size, 0.25)
+        return train_episode(episode, *self.learners, self.meta, self.optimizer, self.batch_size, 0.25, self.step)
 
     def test(self, episode):
         return evaluate_episode(episode, *self.scratch, self.meta, self.batch_size)
@@ -37,6 +51,12 @@ class Model:
     def everything(self):
         adam = [t for state in self.optimizer.state.values() for t in state.values()]
         return [t.clone() for t in (*self.meta.state_dict().values(), *adam)]
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    """The two ways in which everything can be done: plain, as the root has it, and fast."""
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +88,10 @@ def master(tmp_path_factory):
 def data(master, tmp_path):
     """A copy of the small data set that a test may damage."""
     return Path(shutil.copytree(master, tmp_path / "data", ignore=shutil.ignore_patterns(".decoded")))
+
+
+def drawn(root, image_size, length, dtype=torch.float32, device=CPU):
+    """Augmented 5-way 5-shot episodes of real JPEGs."""
+    dataset = FastEpisodeDataset(scan_split(root, "train"), 719, 5, 5, 3, 2, image_size, "port", length, device=device)
+    for episode in episodes(dataset, 0, 0, device, False):
+        yield episode._replace(support=episode.support.to(dtype), query=episode.query.to(dtype))

@@ -4,15 +4,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-import textbook
 import torch
 from PIL import Image
 
-import augment
-import native
-from augment import MEAN, STD, Windows, transform
-from cache import load_image
-from dataloader import draw_augmentation
+from dataloader import MEAN, STD, draw_augmentation, eval_image, load_image, train_image
+from fast import augment
+from fast.augment import Windows, transform
+from fast.library import library
 
 TINY64 = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "tiny64.tar.gz"
 PHOTOGRAPH = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
@@ -68,7 +66,7 @@ def test_training_images_are_torchvisions(source, repeats):
         drawn = draw_augmentation(5, "train", index, sizes)
         ours = transform(pixels, Windows.crops(drawn.box, 84), 84, drawn.flip, drawn.jitter, drawn.order)
         assert ours.is_contiguous(memory_format=torch.channels_last)
-        theirs = [textbook.train_transform(image, drawn, k, 84) for k, image in enumerate(images)]
+        theirs = [train_image(image, drawn, k, 84) for k, image in enumerate(images)]
         differences.append((grey_levels(ours) - expected(theirs)).abs().mean((1, 2, 3)))
     differences = torch.cat(differences)
     assert differences.mean() < 1.5
@@ -82,10 +80,10 @@ def test_evaluation_images_are_torchvisions(image_size, source):
     pixels, sizes = padded(images)
     idle = np.zeros(len(images), dtype=bool)
     ours = transform(pixels, Windows.centres(sizes, image_size), image_size, idle, None, None)
-    theirs = expected([textbook.eval_transform(image, image_size) for image in images])
+    theirs = expected([eval_image(image, image_size, "port") for image in images])
     assert (grey_levels(ours) - theirs).abs().mean() < 0.5
     ours = transform(pixels, Windows.squashed(sizes, image_size), image_size, idle, None, None)
-    theirs = expected([image.resize((image_size, image_size), Image.Resampling.BILINEAR) for image in images])
+    theirs = expected([eval_image(image, image_size, "none") for image in images])
     assert (grey_levels(ours) - theirs).abs().mean() < 0.5
 
 
@@ -102,8 +100,8 @@ def test_crop_that_changes_nothing_is_exact():
 @pytest.mark.parametrize("together", [True, False])
 def test_pytorchs_way_gives_the_kernels_images(together):
     """Together is the GPU's way, apart that of a CPU without a compiler."""
-    if not native.library().functions:
-        pytest.skip(native.library().state)
+    if not library().functions:
+        pytest.skip(library().state)
     images = sources()
     pixels, sizes = padded(images)
     drawn = draw_augmentation(5, "train", 0, sizes)

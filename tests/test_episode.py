@@ -5,20 +5,23 @@ import threading
 import numpy as np
 import pytest
 import torch
+from conftest import LEARNERS, METALEARNERS
+from torch import nn
 
-from dataloader import EpisodeDataset, scan_split
-from episode import Episode, adapt, evaluate_episode, minibatches, query_loss, train_episode
-from evaluation import Evaluator, side_by_side
-from learner import Learner
-from metalearner import MetaLearner
-from options import parse, settle
+from around.evaluation import Evaluator
+from around.flags import parse, settle
+from around.way import choose, dataset
+from episode import Episode, adapt, evaluate_episode, minibatches, query_loss, train_episode, updates
+from fast.graphs import step_on_device
+from fast.threads import side_by_side
+from learner import FlatModule
 
 
-def make(n_class=3, n_shot=2, n_eval=2, n_pass=2, size=16, dtype=torch.float32, seed=0):
+def make(way, n_class=3, n_shot=2, n_eval=2, n_pass=2, size=16, dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
-    w_grad = Learner(size, 1e-3, 0.95, n_class).to(dtype)
+    w_grad = LEARNERS[way](size, 1e-3, 0.95, n_class).to(dtype)
     wo_grad = copy.deepcopy(w_grad)
-    meta = MetaLearner(4, 5, w_grad.get_flat_params().numel(), (-2.0, -1.0)).to(dtype)
+    meta = METALEARNERS[way](4, 5, w_grad.get_flat_params().numel(), (-2.0, -1.0)).to(dtype)
     meta.metalstm.init_cI(w_grad.get_flat_params())
     return new_episode(n_class, n_shot, n_eval, n_pass, size, dtype), w_grad, wo_grad, meta
 
@@ -34,8 +37,8 @@ def new_episode(n_class=3, n_shot=2, n_eval=2, n_pass=2, size=16, dtype=torch.fl
     )
 
 
-def test_no_gradient_reaches_learner_w_grad_or_the_inputs():
-    episode, w_grad, wo_grad, meta = make()
+def test_no_gradient_reaches_learner_w_grad_or_the_inputs(way):
+    episode, w_grad, wo_grad, meta = make(way)
     seen = []
     original = meta.forward
 
@@ -53,9 +56,9 @@ def test_no_gradient_reaches_learner_w_grad_or_the_inputs():
     assert all(p.grad.abs().sum() > 0 for p in meta.parameters())
 
 
-def test_gradient_agrees_with_finite_differences():
+def test_gradient_agrees_with_finite_differences(way):
     """The paper's first-order assumption: losses and gradients of the support set are constants, so they are recorded once."""
-    episode, w_grad, wo_grad, meta = make(dtype=torch.float64, n_pass=3)
+    episode, w_grad, wo_grad, meta = make(way, dtype=torch.float64, n_pass=3)
     wo_grad.train()
     recorded, original = [], meta.forward
     meta.forward = lambda loss, grad, state: recorded.append((loss, grad)) or original(loss, grad, state)
@@ -87,18 +90,18 @@ def test_gradient_agrees_with_finite_differences():
             assert parameter.grad.view(-1)[k].item() == pytest.approx((above - below) / (2 * step), rel=1e-4, abs=1e-8)
 
 
-def test_evaluation_leaves_training_alone_and_builds_no_graph():
-    episode, w_grad, wo_grad, meta = make()
-    optimizer = torch.optim.Adam(meta.parameters(), fused=True)
+def test_evaluation_leaves_training_alone_and_builds_no_graph(way):
+    episode, w_grad, wo_grad, meta = make(way)
+    optimizer = torch.optim.Adam(meta.parameters(), fused=way == "fast")
     train_episode(episode, w_grad, wo_grad, meta, optimizer, 100, 0.25)
-    scratch = (Learner(16, 1e-3, 0.95, 3), Learner(16, 1e-3, 0.95, 3))
+    scratch = [LEARNERS[way](16, 1e-3, 0.95, 3) for _ in range(2)]
     before = [t.clone() for m in (w_grad, wo_grad, meta) for t in (*m.parameters(), *m.buffers())]
     modes = [m.training for m in (w_grad, wo_grad, meta)]
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     loss, accuracy = evaluate_episode(episode, *scratch, meta, 100)
     assert not loss.requires_grad
     assert not accuracy.requires_grad
-    assert not any(getattr(m, name).requires_grad for m, name, _ in scratch[1]._slots)
+    assert not any(getattr(m, name).requires_grad for m, name, _ in scratch[1].slots())
     after = [t for m in (w_grad, wo_grad, meta) for t in (*m.parameters(), *m.buffers())]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert modes == [m.training for m in (w_grad, wo_grad, meta)]
@@ -107,13 +110,15 @@ def test_evaluation_leaves_training_alone_and_builds_no_graph():
     assert states[2] == random.getstate()
 
 
-def test_a_validation_leaves_training_as_it_was(master):
+def test_a_validation_leaves_training_as_it_was(way, master):
     """The whole of it, worker processes and threads included: parameters, buffers, gradients, Adam, modes, random states."""
-    args = settle({"n_class": 3, "n_shot": 2, "n_eval": 2, "image_size": 16, "epoch": 2, "n_workers": 1}, parse([])[1])
-    dataset = EpisodeDataset(scan_split(master, "val"), 719, 3, 2, 2, 2, 16, "port", 3)
-    episode, w_grad, wo_grad, meta = make()
-    optimizer = torch.optim.Adam(meta.parameters(), fused=True)
-    evaluate = Evaluator(args, torch.device("cpu"), (w_grad, wo_grad), meta)
+    given = {"n_class": 3, "n_shot": 2, "n_eval": 2, "image_size": 16, "epoch": 2, "n_workers": 1, "data_root": str(master)}
+    args = settle({**given, "cpu": True, "plain": way == "plain"}, parse([])[1])
+    chosen = choose(args)
+    val_set = dataset(args, chosen, "val", 3)
+    episode, w_grad, wo_grad, meta = make(way)
+    optimizer = torch.optim.Adam(meta.parameters(), fused=way == "fast")
+    evaluate = Evaluator(args, chosen, (w_grad, wo_grad), meta)
     train_episode(episode, w_grad, wo_grad, meta, optimizer, 100, 0.25)
     states, original = [], meta.forward
     meta.forward = lambda *inputs: states.append(original(*inputs)) or states[-1]
@@ -130,7 +135,7 @@ def test_a_validation_leaves_training_as_it_was(master):
         return modes, random.getstate(), numbers[1].tolist(), numbers[2:], of_torch
 
     before, rest = everything(), the_rest()
-    evaluate(dataset)
+    evaluate(val_set)
     assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
     assert rest == the_rest()
     assert len(states) == 3 * 2  # episodes x passes
@@ -164,21 +169,93 @@ def test_side_by_side_means_one_core_each():
         torch.set_num_threads(kept)
 
 
-def test_minibatches_are_shuffled_and_complete_and_the_divisor_is_their_size():
-    episode, w_grad, _, meta = make(n_pass=2)
+def test_minibatches_are_shuffled_and_complete_and_the_divisor_is_their_size(way):
+    episode, w_grad, _, meta = make(way, n_pass=2)
     batches = list(minibatches(episode, 4))
-    assert [len(x) for x, _, _ in batches] == [4, 2, 4, 2]
+    assert [len(x) for x, _ in batches] == [4, 2, 4, 2]
     for order, of_pass in zip(episode.order, (batches[:2], batches[2:]), strict=True):
-        assert torch.equal(torch.cat([x for x, _, _ in of_pass]), episode.support[order])
-        assert torch.equal(torch.cat([y for _, y, _ in of_pass]), episode.support_y[order])
+        assert torch.equal(torch.cat([x for x, _ in of_pass]), episode.support[order])
+        assert torch.equal(torch.cat([y for _, y in of_pass]), episode.support_y[order])
     seen, original = [], meta.forward
     meta.forward = lambda loss, grad, state: seen.append(grad) or original(loss, grad, state)
     adapt(episode, w_grad, meta, 4)
-    again = make(n_pass=2)[1:]
+    again = make(way, n_pass=2)[1:]
     again[0].train()
     state = again[2].initial_state()
     for k in range(2):
         again[0].copy_flat_params(state.c)
-        loss, grad = again[0].loss_and_grad(*batches[k][:2])
+        loss, grad = again[0].loss_and_grad(*batches[k])
         assert torch.equal(seen[k], grad / len(batches[k][0]))
         state = again[2](loss, seen[k], state)
+
+
+@pytest.mark.parametrize("batch_size", [6, 7])
+def test_a_minibatch_of_the_whole_support_set_keeps_its_order(batch_size):
+    episode = new_episode(n_pass=2)
+    batches = list(minibatches(episode, batch_size))
+    assert len(batches) == 2
+    assert all(x is episode.support and y is episode.support_y for x, y in batches)
+
+
+def test_updates_can_be_watched_one_by_one(way):
+    """Each has the learner's loss before it, and the parameters after it, which the learner takes at the next one."""
+    episode, w_grad, _, meta = make(way, n_pass=3)
+    seen = []
+    with torch.no_grad():
+        for loss, state in updates(episode, w_grad, meta, 100):
+            if seen:
+                assert torch.equal(w_grad.get_flat_params(), seen[-1][1].squeeze(1))
+            seen.append((loss, state.c))
+    cI, losses = adapt(episode, w_grad, meta, 100)
+    assert torch.equal(cI, seen[-1][1])
+    assert [loss.item() for loss in losses] == [loss.item() for loss, _ in seen]
+
+
+@pytest.mark.parametrize("broken", ["support", "query"])
+def test_an_update_that_is_not_finite_is_skipped(way, broken):
+    episode, w_grad, wo_grad, meta = make(way)
+    optimizer = torch.optim.Adam(meta.parameters(), fused=way == "fast")
+    step = {"step": step_on_device} if way == "fast" else {}
+    assert not train_episode(episode, w_grad, wo_grad, meta, optimizer, 100, 0.25, **step)[2]
+    before = [t.clone() for t in (*meta.parameters(), *(t for s in optimizer.state.values() for t in s.values()))]
+    bad = episode._replace(**{broken: getattr(episode, broken) * float("nan")})
+    assert train_episode(bad, w_grad, wo_grad, meta, optimizer, 100, 0.25, **step)[2]
+    after = [*meta.parameters(), *(t for s in optimizer.state.values() for t in s.values())]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not train_episode(episode, w_grad, wo_grad, meta, optimizer, 100, 0.25, **step)[2]
+    assert not torch.equal(before[0], next(meta.parameters()))
+
+
+# ---- Someone else's learner ----
+
+
+class Perceptron(FlatModule):
+    def __init__(self, n_in, n_hidden, n_class):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(n_in, n_hidden), nn.BatchNorm1d(n_hidden), nn.Tanh())
+        self.head = nn.Linear(n_hidden, n_class)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def test_any_network_can_be_the_learner(way):
+    """Tensors instead of images, and another kind of batch normalisation."""
+    w_grad = Perceptron(7, 6, 3)
+    wo_grad, scratch = copy.deepcopy(w_grad), (copy.deepcopy(w_grad), copy.deepcopy(w_grad))
+    meta = METALEARNERS[way](4, 5, w_grad.get_flat_params().numel(), (-2.0, -1.0))
+    meta.metalstm.init_cI(w_grad.get_flat_params())
+    before = {name: p.detach().clone() for name, p in meta.named_parameters()}
+    optimizer = torch.optim.Adam(meta.parameters(), lr=1e-3)
+    y = torch.arange(3)
+    support, query = torch.randn(6, 7), torch.randn(9, 7)
+    episode = Episode(support, y.repeat_interleave(2), query, y.repeat_interleave(3), torch.arange(6).repeat(2, 1))
+    for _ in range(2):
+        loss, _, skipped = train_episode(episode, w_grad, wo_grad, meta, optimizer, 4, 0.25)
+        assert torch.isfinite(loss)
+        assert not skipped
+    assert all(not torch.equal(p, before[name]) for name, p in meta.named_parameters())
+    first, again = (evaluate_episode(episode, *scratch, meta, 4) for _ in range(2))
+    assert first == again  # an episode leaves nothing behind for the next one
+    norm = scratch[1].body[1]
+    assert norm.num_batches_tracked == 4  # two passes over the support set, two minibatches each

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import LEARNERS, METALEARNERS
 
 from episode import Episode, adapt, evaluate_episode, query_loss
-from learner import Learner
-from metalearner import MetaLearner
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "episode_32px.npz")
 STRIDE = int(GOLDEN["sample_stride"])
@@ -25,10 +24,10 @@ def relative(actual, expected):
     return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
 
 
-def golden_setup(dtype):
+def golden_setup(way, dtype):
     shape = dict(image_size=int(GOLDEN["image_size"]), bn_eps=1e-3, bn_momentum=0.95, n_classes=int(GOLDEN["n_class"]))
-    w_grad, wo_grad = Learner(**shape).to(dtype), Learner(**shape).to(dtype)
-    meta = MetaLearner(4, 20, GOLDEN["theta0"].size).to(dtype)
+    w_grad, wo_grad = (LEARNERS[way](**shape).to(dtype) for _ in range(2))
+    meta = METALEARNERS[way](4, 20, GOLDEN["theta0"].size).to(dtype)
     meta.load_state_dict({k: torch.from_numpy(GOLDEN[f"meta.{k}"]).to(dtype) for k in meta.state_dict()})
     support_y, query_y = (torch.from_numpy(GOLDEN[k]).long() for k in ("support_y", "query_y"))
     order = torch.arange(support_y.numel()).repeat(int(GOLDEN["epoch"]), 1)
@@ -63,11 +62,20 @@ def evaluation(episode, w_grad, wo_grad, meta, close):
     assert relative(accuracy, GOLDEN["eval.accuracy"]) < 1e-6
 
 
-# In float32 the third episode stands apart: after two Adam steps the parameters differ by 1e-5 where a gradient was nearly
-# zero, and then some maximum of a pooling window falls on its neighbour. The textbook path is as far off.
-@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, [1e-9] * 4), (torch.float32, [1e-4, 1e-4, 1e-2, 3e-2])])
-def test_three_episodes_of_training_and_one_of_evaluation(dtype, close):
-    episode, w_grad, wo_grad, meta = golden_setup(dtype)
+# In float32 the later episodes stand apart: after Adam's steps the parameters differ by up to 1e-3 where a gradient was nearly
+# zero, and then some maximum of a pooling window falls on its neighbour. In the plain way that happens one episode earlier: its
+# gradient of a bias under batch normalisation is not zero but noise. Its second is 6e-6 off with two threads, 3e-3 with one.
+@pytest.mark.parametrize(
+    ("way", "dtype", "close"),
+    [
+        ("plain", torch.float64, [1e-9] * 4),
+        ("fast", torch.float64, [1e-9] * 4),
+        ("plain", torch.float32, [1e-4, 1e-2, 3e-2, 3e-2]),
+        ("fast", torch.float32, [1e-4, 1e-4, 1e-2, 3e-2]),
+    ],
+)
+def test_three_episodes_of_training_and_one_of_evaluation(way, dtype, close):
+    episode, w_grad, wo_grad, meta = golden_setup(way, dtype)
     optimizer = torch.optim.Adam(meta.parameters(), lr=1e-3)
     for k in range(3):
         one_episode(k, episode, w_grad, wo_grad, meta, close[k])
@@ -80,8 +88,8 @@ def test_three_episodes_of_training_and_one_of_evaluation(dtype, close):
 
 # In the third, two numbers of one pooling window are equal but for rounding: which is the larger depends on the processor, and
 # on the compiler of the kernels; one choice is 1e-7 from the worked episode, the other 7e-4.
-def test_each_episode_in_float32_from_the_exact_parameters():
-    exact, single = golden_setup(torch.float64), golden_setup(torch.float32)
+def test_each_episode_in_float32_from_the_exact_parameters(way):
+    exact, single = golden_setup(way, torch.float64), golden_setup(way, torch.float32)
     optimizer = torch.optim.Adam(exact[-1].parameters(), lr=1e-3)
     for k, close in enumerate((1e-4, 1e-4, 2e-3)):
         single[-1].load_state_dict(exact[-1].state_dict())

@@ -1,9 +1,11 @@
 import math
 
+import numpy as np
 import pytest
 import torch
-from textbook import TextbookMetaLearner
+from conftest import METALEARNERS
 
+from fast.metalearner import FastMetaLearner
 from metalearner import MetaLearner, prep
 
 
@@ -16,8 +18,8 @@ def test_prep_on_both_sides_of_its_threshold():
         assert (first[k].item(), second[k].item()) == pytest.approx(expected, rel=1e-12)
 
 
-def test_parameter_names_are_the_checkpoints():
-    shapes = {name: tuple(p.shape) for name, p in MetaLearner(4, 20, 100).named_parameters()}
+def test_parameter_names_are_the_checkpoints(way):
+    shapes = {name: tuple(p.shape) for name, p in METALEARNERS[way](4, 20, 100).named_parameters()}
     assert shapes == {
         "lstm.weight_ih": (80, 4),
         "lstm.weight_hh": (80, 20),
@@ -54,23 +56,62 @@ def test_other_input_sizes_are_refused():
         MetaLearner(5, 20, 6)
 
 
-def test_steps_are_those_of_the_textbook():
-    ours, plain = MetaLearner(4, 7, 11).double(), TextbookMetaLearner(7, 11).double()
+@pytest.fixture
+def pair():
+    """Both ways with the same random float64 weights."""
+    plain, fast = MetaLearner(4, 7, 11).double(), FastMetaLearner(4, 7, 11).double()
     with torch.no_grad():
-        for p in ours.parameters():
+        for p in plain.parameters():
             p.normal_(0, 0.5)
-    plain.load_state_dict(ours.state_dict())
-    state, c = ours.initial_state(), plain.metalstm["cI"]
-    other = (None, torch.zeros_like(c), torch.zeros_like(c), c)
+    fast.load_state_dict(plain.state_dict())
+    return plain, fast
+
+
+def steps():
+    """Losses and gradients of three updates, of all sizes and signs."""
     for k in range(3):
-        loss, grad = torch.tensor(1.5 - k, dtype=torch.float64), torch.randn(11, 1, dtype=torch.float64) * 10.0 ** -(2 * k)
-        state, other = ours(loss, grad, state), plain(loss, grad, other)
-    assert torch.allclose(state.c, other[3], rtol=1e-12)
+        yield torch.tensor(1.5 - k, dtype=torch.float64), torch.randn(11, 1, dtype=torch.float64) * 10.0 ** -(2 * k)
+
+
+def test_steps_are_the_papers(pair):
+    """Equations 3 and 4 and an LSTM, one coordinate after another in NumPy."""
+    plain, _ = pair
+    w = {name: p.detach().numpy() for name, p in plain.named_parameters()}
+    state, c = plain.initial_state(), w["metalstm.cI"][:, 0].copy()
+    h, memory, f, i = np.zeros((11, 7)), np.zeros((11, 7)), np.zeros(11), np.zeros(11)
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    def one_number(v):
+        return (np.log(abs(v) + 1e-8) / 10, np.sign(v)) if abs(v) >= np.exp(-10) else (-1, np.exp(10) * v)
+
+    for loss, grad in steps():
+        state = plain(loss, grad, state)
+        for k in range(11):
+            g = grad[k].item()
+            x = np.array([*one_number(loss.item()), *one_number(g)])
+            gates = w["lstm.weight_ih"] @ x + w["lstm.bias_ih"] + w["lstm.weight_hh"] @ h[k] + w["lstm.bias_hh"]
+            enter, forget, new, leave = np.split(gates, 4)
+            memory[k] = sigmoid(forget) * memory[k] + sigmoid(enter) * np.tanh(new)
+            h[k] = sigmoid(leave) * np.tanh(memory[k])
+            f[k] = np.array([*h[k], c[k], f[k]]) @ w["metalstm.WF"][:, 0] + w["metalstm.bF"].item()
+            i[k] = np.array([*h[k], c[k], i[k]]) @ w["metalstm.WI"][:, 0] + w["metalstm.bI"].item()
+            c[k] = sigmoid(f[k]) * c[k] - sigmoid(i[k]) * g
+        assert np.allclose(state.c.detach().numpy()[:, 0], c, rtol=1e-12)
+        assert np.allclose(state.i.detach().numpy()[:, 0], i, rtol=1e-12)
+
+
+def test_fast_steps_are_the_plain_ones(pair):
+    states = [meta.initial_state() for meta in pair]
+    for loss, grad in steps():
+        states = [meta(loss, grad, state) for meta, state in zip(pair, states, strict=True)]
+    assert torch.allclose(states[0].c, states[1].c, rtol=1e-12)
     weights = torch.randn(11, 1, dtype=torch.float64)
-    (state.c * weights).sum().backward()
-    (other[3] * weights).sum().backward()
-    theirs = dict(plain.named_parameters())
-    for name, mine in ours.named_parameters():
+    for state in states:
+        (state.c * weights).sum().backward()
+    theirs = dict(pair[0].named_parameters())
+    for name, mine in pair[1].named_parameters():
         assert torch.allclose(mine.grad, theirs[name].grad, rtol=1e-9, atol=1e-14), name
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+import torch
+from conftest import CPU, DATASETS
 from PIL import Image
 
-import cache
-from cache import FOLDER, DecodedSplit, decoded, load_image, reduced_size
-from dataloader import scan_split
+from dataloader import MEAN, STD, episodes, load_image, scan_split
+from fast import images
+from fast.images import FOLDER, DecodedSplit, decoded, reduced_size
 from utils import UserError
 
 
@@ -47,7 +49,7 @@ def test_large_images_are_reduced_once(tmp_path):
 
 def test_built_once(data, monkeypatch):
     build(data)
-    monkeypatch.setattr(cache, "_build", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(images, "_build", lambda *_: pytest.fail("built again"))
     build(data)
 
 
@@ -128,25 +130,36 @@ def test_a_broken_image_leaves_nothing_behind(data):
     assert folders(data) == []
 
 
+# ---- Episodes from decoded images ----
+
+
+def grey_levels(x, pixels):
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((MEAN, STD) if pixels == "imagenet" else ((0.0,) * 3, (1.0,) * 3)))
+    return (x * std + mean) * 255
+
+
+# (what is drawn at random, the mean difference in grey levels that Pillow's rounding makes of it)
 @pytest.mark.parametrize(
-    ("mode", "ending"),
-    [("L", "png"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png"), ("1", "png"), ("I;16", "png"), ("RGB", "webp")],
+    ("split", "augment", "close"), [("train", "port", 1.5), ("train", "none", 0.5), ("val", "port", 0.5), ("test", "none", 0.5)]
 )
-def test_every_mode_becomes_rgb(tmp_path, mode, ending):
-    image = Image.fromarray(np.full((20, 20), 1000, dtype=np.uint16)) if mode == "I;16" else Image.new(mode, (20, 20))
-    image.save(tmp_path / f"x.{ending}")
-    assert load_image(tmp_path / f"x.{ending}").mode == "RGB"
-
-
-def test_orientation_of_cameras_is_followed(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    Image.new("RGB", (30, 20)).save(tmp_path / "x.jpg", exif=exif)
-    assert load_image(tmp_path / "x.jpg").size == (20, 30)
-
-
-def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
-    Image.new("RGB", (200, 200)).save(tmp_path / "x.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30000)
-    with pytest.raises(UserError, match=r"x\.png: not a readable image"):
-        load_image(tmp_path / "x.png")
+@pytest.mark.parametrize("pixels", ["imagenet", "unit"])
+def test_episodes_are_the_plain_ones_but_for_pillows_rounding(master, split, augment, pixels, close):
+    plain, fast = (
+        DATASETS[way](scan_split(master, split), 719, 5, 2, 3, 4, 32, augment, 6, pixels, "pass") for way in ("plain", "fast")
+    )
+    assert plain.fingerprint == fast.fingerprint
+    assert len(plain) == len(fast) == len(fast.first(6)) == 6
+    differences = []
+    for theirs, ours in zip(*(list(episodes(data, 0, 0, CPU, False)) for data in (plain, fast)), strict=True):
+        for name in ("support", "query"):
+            x, y = getattr(theirs, name), getattr(ours, name)
+            assert x.shape == y.shape
+            assert x.dtype == y.dtype == torch.float32
+            differences.append((grey_levels(x, pixels) - grey_levels(y, pixels)).abs().mean((1, 2, 3)))
+        for name in ("support_y", "query_y", "order"):
+            x, y = getattr(theirs, name), getattr(ours, name)
+            assert torch.equal(x, y)
+            assert x.dtype == y.dtype == torch.int64
+    differences = torch.cat(differences)
+    assert differences.mean() < close
+    assert differences.max() < (4 if augment == "port" and split == "train" else 1)

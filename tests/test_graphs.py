@@ -12,10 +12,9 @@ from conftest import Model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import capture
-import native
-from capture import WARM_UP, Captured
 from episode import Episode
+from fast import graphs, native
+from fast.graphs import WARM_UP, Captured
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
@@ -108,7 +107,7 @@ def episodes(n, device, image_size=32):
 @pytest.mark.parametrize("batch_size", [25, 4])
 def test_captured_episodes_are_the_eager_ones_bit_for_bit(device, batch_size, conv_dtype):
     """Training and testing by turns, from the warm-up into the replays."""
-    eager, graphed = (Model(32, conv_dtype=conv_dtype, device=device, batch_size=batch_size) for _ in range(2))
+    eager, graphed = (Model("fast", 32, conv_dtype=conv_dtype, device=device, batch_size=batch_size) for _ in range(2))
     train, test = Captured(graphed.train, graphed.optimizer), Captured(graphed.test)
     for episode in episodes(WARM_UP + 4, device):
         for ours, theirs in zip((*train(episode), *test(episode)), (*eager.train(episode), *eager.test(episode)), strict=True):
@@ -121,7 +120,7 @@ def test_captured_episodes_are_the_eager_ones_bit_for_bit(device, batch_size, co
 
 def test_results_are_the_callers_to_keep(device):
     """The graph writes its own memory anew each time."""
-    model = Model(32, device=device)
+    model = Model("fast", 32, device=device)
     test = Captured(model.test)
     results = [test(episode) for episode in episodes(WARM_UP + 3, device)]
     losses = [loss.item() for loss, _ in results]
@@ -129,7 +128,7 @@ def test_results_are_the_callers_to_keep(device):
 
 
 def test_an_update_that_is_not_finite_is_skipped_by_the_graph_too(device):
-    model = Model(32, device=device)
+    model = Model("fast", 32, device=device)
     train = Captured(model.train, model.optimizer)
     *good, bad, last = episodes(WARM_UP + 3, device)
     for episode in good:
@@ -143,7 +142,7 @@ def test_an_update_that_is_not_finite_is_skipped_by_the_graph_too(device):
 
 
 def test_other_shapes_are_refused(device):
-    model = Model(32, device=device)
+    model = Model("fast", 32, device=device)
     test = Captured(model.test)
     (first, *_) = list(episodes(1, device))
     for _ in range(WARM_UP + 1):
@@ -153,7 +152,7 @@ def test_other_shapes_are_refused(device):
 
 
 def test_where_it_cannot_be_recorded_it_goes_on_in_the_ordinary_way(device, capsys, monkeypatch):
-    eager, graphed = Model(32, device=device), Model(32, device=device)
+    eager, graphed = Model("fast", 32, device=device), Model("fast", 32, device=device)
     train = Captured(graphed.train, graphed.optimizer)
 
     @contextlib.contextmanager
@@ -161,7 +160,7 @@ def test_where_it_cannot_be_recorded_it_goes_on_in_the_ordinary_way(device, caps
         raise RuntimeError("operation not permitted\nmore")
         yield
 
-    monkeypatch.setattr(capture.torch.cuda, "graph", refuse)
+    monkeypatch.setattr(graphs.torch.cuda, "graph", refuse)
     for episode in episodes(WARM_UP + 3, device):
         assert torch.equal(train(episode)[0], eager.train(episode)[0])
     assert capsys.readouterr().out.count("operation not permitted") == 1
@@ -188,7 +187,7 @@ def test_the_tape_sees_what_a_graph_would_miss(tape):
 @pytest.mark.parametrize("mode", ["train", "test"])
 def test_gpu_and_cpu_agree(mode):
     """Each episode from the same parameters: rounding grows from episode to episode."""
-    here, there = Model(32), Model(32, device="cuda")
+    here, there = Model("fast", 32), Model("fast", 32, device="cuda")
     step = Captured(getattr(there, mode), there.optimizer)
     for ours, theirs in zip(episodes(WARM_UP + 3, "cpu"), episodes(WARM_UP + 3, "cuda"), strict=True):
         there.meta.load_state_dict(here.meta.state_dict())
