@@ -43,8 +43,15 @@ PORT = {  # what makes the port's recipe, and the authors'
     "grad_clip": 0.25,
     "image_size": 84,
     "precision": "fp32",
+    "n_eval": 15,
+    "hidden_size": 20,
+    "bn_eps": 1e-3,
+    "shuffle": "pass",
 }
-AUTHORS = {**PORT, "augment": "none", "pixels": "unit", "lstm_init": "authors", "bf_init": [4.0, 5.0]}
+AUTHORS = {**PORT, "augment": "none", "pixels": "unit", "lstm_init": "authors", "bf_init": [4.0, 5.0], "shuffle": "episode"}
+SCHEDULE = {"epoch": 8, "batch_size": 25, "bn_momentum": 0.95}  # of both, by the number of shots
+ONE_SHOT = {"epoch": 12, "batch_size": 5, "bn_momentum": 0.9}
+BEFORE = {**PORT, "bn_scale": "one"}  # what checkpoints do not say that are older than some of the flags
 # 97.5 % quantile of Student's t distribution for 1, 2, ... 10 degrees of freedom
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -125,7 +132,8 @@ def contradictions(args: argparse.Namespace, stored: dict[str, object]) -> dict[
 
 def _key(test: dict) -> tuple:
     names = ("checkpoint", "episode", "data", "fingerprint", "n_class", "n_shot", "n_eval", "epoch", "batch_size")
-    return (*(test[name] for name in names), test["episodes_drawn_by_seed"], str(test["counts"]))
+    changed = sorted(test["contradicts_training"].items())
+    return (*(test[name] for name in names), test["episodes_drawn_by_seed"], str(test["counts"]), str(changed))
 
 
 def _progress(folder: Path) -> dict[str, object]:
@@ -159,7 +167,11 @@ def read_results(folder: Path) -> dict:
 
 def recipe(stored: dict[str, object]) -> str:
     """The name of a recipe: the port's, the authors', or the nearer one of the two with its differences."""
-    port, authors = ([k for k, v in known.items() if stored.get(k, v) != v] for known in (PORT, AUTHORS))
+    if not stored:
+        return "unknown"
+    schedule = ONE_SHOT if stored.get("n_shot") == 1 else SCHEDULE
+    stored = BEFORE | schedule | stored
+    port, authors = ([k for k, v in (known | schedule).items() if stored[k] != v] for known in (PORT, AUTHORS))
     name, differ = ("port", port) if len(port) <= len(authors) else ("authors", authors)
     changes = [f"{k.replace('_', '-')} {_words(stored[k])}" for k in HYPER_PARAMETERS if k in differ]
     return name + (", but " + ", ".join(changes) if changes else "")
@@ -214,6 +226,8 @@ def _table(data: str, n_class: int, shots: int, rows: list[tuple[dict, dict]]) -
     for training, test in rows:
         trained_on = training["hyper_parameters"].get("n_shot", shots)
         name = recipe(training["hyper_parameters"]) + (f", trained on {trained_on}-shot" if trained_on != shots else "")
+        changed = {k: v for k, v in test["contradicts_training"].items() if k not in ("n_shot", "seed")}
+        name += "".join(f", tested with {k.replace('_', '-')} {_words(v)}" for k, v in changed.items())
         groups.setdefault(name, []).append((training, test))
     for name in sorted(groups):
         means: dict[tuple, dict[int, float]] = {}
