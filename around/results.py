@@ -201,7 +201,7 @@ def tables(folders: list[Path]) -> str:
         try:
             content = read_results(folder)
         except UserError as e:
-            notes.append(f"skipped {e}")
+            notes.append(str(e))
             continue
         rows += [(content["training"], test) for test in content["tests"]]
     if not rows:
@@ -211,11 +211,12 @@ def tables(folders: list[Path]) -> str:
         data = "mini-ImageNet" if test["mini_imagenet"] else test["data"]
         groups.setdefault((not test["mini_imagenet"], data, test["n_class"], -test["n_shot"]), []).append((training, test))
     blocks = [_table(data, n_class, -shots, groups[key]) for key in sorted(groups) for _, data, n_class, shots in [key]]
-    return "\n\n".join(blocks + notes)
+    return "\n\n".join(blocks + [f"skipped {note}" for note in notes])
 
 
 def _table(data: str, n_class: int, shots: int, rows: list[tuple[dict, dict]]) -> str:
-    counts = sorted({count for _, test in rows for count in test["counts"]})
+    published = PUBLISHED.get(shots, []) if data == "mini-ImageNet" and n_class == 5 else []
+    counts = sorted({count for _, test in rows for count in test["counts"]} | ({600} if published else set()))
     lines = [
         f"{data}, {n_class}-way {shots}-shot, accuracy in %, mean ± 95 % interval over test episodes:",
         "",
@@ -246,9 +247,9 @@ def _table(data: str, n_class: int, shots: int, rows: list[tuple[dict, dict]]) -
                 cells = ["{:.2f} ± {:.2f}".format(*interval(over[c])) if c in over else "" for c in counts]
                 n = max(map(len, over.values()))
                 lines.append(f"| {name}, mean of {n} seeds, {kind} | | | | " + " | ".join(cells) + " |")
-    if data == "mini-ImageNet" and n_class == 5:
-        for name, val, test, more in PUBLISHED.get(shots, []):
-            lines.append(f"| {name} | | {more} | {val} |" + " |" * (len(counts) - 1) + f" {test} |")
+    for name, val, test, more in published:
+        cells = [test if count == 600 else "" for count in counts]
+        lines.append(f"| {name} | | {more} | {val} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
