@@ -29,7 +29,7 @@ from around.recording import RECORDED, record, write_trace
 from around.results import contradictions, provenance, tables, write_results
 from around.run import BEST, LAST, Run, Stopped, begin_worker
 from around.way import Way, choose, dataset
-from dataloader import episodes
+from dataloader import check_apart, episodes
 from episode import train_episode
 from learner import FlatModule
 from metalearner import MetaLearner
@@ -62,6 +62,8 @@ def train(run: Run) -> None:
     """Train the meta-learner for ``--episode`` episodes; validate and save every ``--val-freq``."""
     args, way = run.args, choose(run.args)
     print(way.description)
+    if note := check_apart(args.data_root):
+        print(note)
     train_set = dataset(args, way, "train", args.episode)
     val_set = dataset(args, way, "val", args.episode_val)
     learners, metalearner = build(args, way)

@@ -43,8 +43,15 @@ PORT = {  # what makes the port's recipe, and the authors'
     "grad_clip": 0.25,
     "image_size": 84,
     "precision": "fp32",
+    "n_eval": 15,
+    "hidden_size": 20,
+    "bn_eps": 1e-3,
+    "shuffle": "pass",
 }
-AUTHORS = {**PORT, "augment": "none", "pixels": "unit", "lstm_init": "authors", "bf_init": [4.0, 5.0]}
+AUTHORS = {**PORT, "augment": "none", "pixels": "unit", "lstm_init": "authors", "bf_init": [4.0, 5.0], "shuffle": "episode"}
+SCHEDULE = {"epoch": 8, "batch_size": 25, "bn_momentum": 0.95}  # of both, by the number of shots
+ONE_SHOT = {"epoch": 12, "batch_size": 5, "bn_momentum": 0.9}
+BEFORE = {**PORT, "bn_scale": "one"}  # what checkpoints do not say that are older than some of the flags
 # 97.5 % quantile of Student's t distribution for 1, 2, ... 10 degrees of freedom
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -125,7 +132,8 @@ def contradictions(args: argparse.Namespace, stored: dict[str, object]) -> dict[
 
 def _key(test: dict) -> tuple:
     names = ("checkpoint", "episode", "data", "fingerprint", "n_class", "n_shot", "n_eval", "epoch", "batch_size")
-    return (*(test[name] for name in names), test["episodes_drawn_by_seed"], str(test["counts"]))
+    changed = sorted(test["contradicts_training"].items())
+    return (*(test[name] for name in names), test["episodes_drawn_by_seed"], str(test["counts"]), str(changed))
 
 
 def _progress(folder: Path) -> dict[str, object]:
@@ -159,7 +167,11 @@ def read_results(folder: Path) -> dict:
 
 def recipe(stored: dict[str, object]) -> str:
     """The name of a recipe: the port's, the authors', or the nearer one of the two with its differences."""
-    port, authors = ([k for k, v in known.items() if stored.get(k, v) != v] for known in (PORT, AUTHORS))
+    if not stored:
+        return "unknown"
+    schedule = ONE_SHOT if stored.get("n_shot") == 1 else SCHEDULE
+    stored = BEFORE | schedule | stored
+    port, authors = ([k for k, v in (known | schedule).items() if stored[k] != v] for known in (PORT, AUTHORS))
     name, differ = ("port", port) if len(port) <= len(authors) else ("authors", authors)
     changes = [f"{k.replace('_', '-')} {_words(stored[k])}" for k in HYPER_PARAMETERS if k in differ]
     return name + (", but " + ", ".join(changes) if changes else "")
@@ -189,7 +201,7 @@ def tables(folders: list[Path]) -> str:
         try:
             content = read_results(folder)
         except UserError as e:
-            notes.append(f"skipped {e}")
+            notes.append(str(e))
             continue
         rows += [(content["training"], test) for test in content["tests"]]
     if not rows:
@@ -199,11 +211,12 @@ def tables(folders: list[Path]) -> str:
         data = "mini-ImageNet" if test["mini_imagenet"] else test["data"]
         groups.setdefault((not test["mini_imagenet"], data, test["n_class"], -test["n_shot"]), []).append((training, test))
     blocks = [_table(data, n_class, -shots, groups[key]) for key in sorted(groups) for _, data, n_class, shots in [key]]
-    return "\n\n".join(blocks + notes)
+    return "\n\n".join(blocks + [f"skipped {note}" for note in notes])
 
 
 def _table(data: str, n_class: int, shots: int, rows: list[tuple[dict, dict]]) -> str:
-    counts = sorted({count for _, test in rows for count in test["counts"]})
+    published = PUBLISHED.get(shots, []) if data == "mini-ImageNet" and n_class == 5 else []
+    counts = sorted({count for _, test in rows for count in test["counts"]} | ({600} if published else set()))
     lines = [
         f"{data}, {n_class}-way {shots}-shot, accuracy in %, mean ± 95 % interval over test episodes:",
         "",
@@ -214,6 +227,8 @@ def _table(data: str, n_class: int, shots: int, rows: list[tuple[dict, dict]]) -
     for training, test in rows:
         trained_on = training["hyper_parameters"].get("n_shot", shots)
         name = recipe(training["hyper_parameters"]) + (f", trained on {trained_on}-shot" if trained_on != shots else "")
+        changed = {k: v for k, v in test["contradicts_training"].items() if k not in ("n_shot", "seed")}
+        name += "".join(f", tested with {k.replace('_', '-')} {_words(v)}" for k, v in changed.items())
         groups.setdefault(name, []).append((training, test))
     for name in sorted(groups):
         means: dict[tuple, dict[int, float]] = {}
@@ -232,9 +247,9 @@ def _table(data: str, n_class: int, shots: int, rows: list[tuple[dict, dict]]) -
                 cells = ["{:.2f} ± {:.2f}".format(*interval(over[c])) if c in over else "" for c in counts]
                 n = max(map(len, over.values()))
                 lines.append(f"| {name}, mean of {n} seeds, {kind} | | | | " + " | ".join(cells) + " |")
-    if data == "mini-ImageNet" and n_class == 5:
-        for name, val, test, more in PUBLISHED.get(shots, []):
-            lines.append(f"| {name} | | {more} | {val} |" + " |" * (len(counts) - 1) + f" {test} |")
+    for name, val, test, more in published:
+        cells = [test if count == 600 else "" for count in counts]
+        lines.append(f"| {name} | | {more} | {val} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -129,10 +129,10 @@ class Run:
             raise UserError(
                 f"{self.folder}: holds a run already; continue it with --resume auto, or choose another --save or --seed"
             )
-        self.logger = self._stack.enter_context(contextlib.closing(Logger(self.folder, ends or dict.fromkeys(Logger.NAMES, 0))))
         self.tensorboard = open_tensorboard(self.folder, done) if args.tensorboard else None
         if self.tensorboard is not None:
             self._stack.enter_context(contextlib.closing(self.tensorboard))
+        self.logger = self._stack.enter_context(contextlib.closing(Logger(self.folder, ends or dict.fromkeys(Logger.NAMES, 0))))
         for left in (self.folder / "ckpts").glob(".*.tmp"):  # by a process that was killed while writing; the folder is ours
             left.unlink(missing_ok=True)
         self.signals = Signals()
@@ -287,6 +287,7 @@ class Run:
 def _alone(folder: Path):
     """Hold a run folder for this process alone; if nothing was put into it, it goes away again."""
     try:
+        made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / "lock"):
             try:
@@ -294,7 +295,9 @@ def _alone(folder: Path):
             finally:
                 if os.listdir(folder) == ["lock"]:
                     (folder / "lock").unlink()
-                    folder.rmdir()
+                    with contextlib.suppress(OSError):  # another run has put something into a folder above
+                        for empty in made or [folder]:
+                            empty.rmdir()
     except OSError as e:
         if e.filename is None or not Path(str(e.filename)).is_relative_to(folder):
             raise

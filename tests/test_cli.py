@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 import main
-from options import parse, settle
+from around.flags import parse, settle
 
 ROOT = Path(__file__).resolve().parent.parent
+TRIALS = ROOT.parent / "shared" / "trials"  # checkpoints of commit 6c46975, where there are some
 SMALL = ["--cpu", "--image-size", "16", "--n-class", "3", "--n-shot", "1", "--n-eval", "2", "--epoch", "2"]
 SMALL += ["--hidden-size", "4", "--log-freq", "1", "--n-workers", "0", "--plots", "false"]
 
@@ -24,6 +25,12 @@ SMALL += ["--hidden-size", "4", "--log-freq", "1", "--n-workers", "0", "--plots"
 def train(data, save, *flags, episode=4, val_freq=2):
     argv = ["--mode", "train", "--data-root", str(data), "--save", str(save), "--episode", str(episode)]
     return main.run([*argv, "--val-freq", str(val_freq), "--episode-val", "2", *SMALL, *flags])
+
+
+def do_test(data, save, *flags):
+    """Test a run; without ``data`` the run has to know where its images are."""
+    root = [] if data is None else ["--data-root", str(data)]
+    return main.run(["--mode", "test", *root, "--save", str(save), "--cpu", "--n-workers", "0", *flags])
 
 
 def metrics(save, *events):
@@ -34,6 +41,16 @@ def metrics(save, *events):
 
 def tensors(save, name="meta-learner-last.pth.tar"):
     return torch.load(Path(f"{save}-719", "ckpts", name), weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def master(master, tmp_path_factory):
+    """The small data set, with no class in two splits: training refuses that."""
+    root = tmp_path_factory.mktemp("apart")
+    for folder in sorted(master.glob("*/class *")):
+        split = folder.parent.name
+        shutil.copytree(folder, root / split / (folder.name if split == "train" else f"{split} {folder.name}"))
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +100,14 @@ def test_running_mean_is_of_the_episodes_since_the_last_line(master, trained, tm
     assert lines[1]["mean_loss"] == pytest.approx(each[3])
 
 
-def test_resumed_training_reaches_the_same_bits(master, trained, tmp_path):
-    save = tmp_path / "logs"
-    assert train(master, save, episode=2) == 0
-    assert train(master, save, "--resume", str(tmp_path / "logs-719" / "ckpts" / "meta-learner-2.pth.tar")) == 0
-    assert metrics(save) == metrics(trained)
-    whole, resumed = tensors(trained), tensors(save)
+@pytest.mark.parametrize("way", [(), ("--plain",)])
+def test_resumed_training_reaches_the_same_bits(master, trained, tmp_path, way):
+    save, undisturbed = tmp_path / "logs", tmp_path / "whole" if way else trained
+    assert not way or train(master, undisturbed, *way) == 0
+    assert train(master, save, *way, episode=2) == 0
+    assert train(master, save, *way, "--resume", str(tmp_path / "logs-719" / "ckpts" / "meta-learner-2.pth.tar")) == 0
+    assert metrics(save) == metrics(undisturbed)
+    whole, resumed = tensors(undisturbed), tensors(save)
     assert all(torch.equal(whole["metalearner"][k], resumed["metalearner"][k]) for k in whole["metalearner"])
     assert whole["best"] == resumed["best"]
 
@@ -109,7 +128,7 @@ def test_testing_twice_gives_the_same_numbers(master, trained, capsys):
     for workers in ("0", "2"):
         argv = ["--mode", "test", "--data-root", str(master), "--save", str(trained), "--episode-test", "4", "--cpu"]
         assert main.run([*argv, "--n-workers", workers]) == 0
-        lines.add(capsys.readouterr().out.splitlines()[-1])
+        lines |= {line for line in capsys.readouterr().out.splitlines() if line.startswith("test, ")}
     assert len(lines) == 1
 
 
@@ -129,6 +148,145 @@ def test_checkpoint_of_the_older_port(master, trained, tmp_path, capsys):
     assert "after 4 episodes" in capsys.readouterr().out
 
 
+def of_commit_6c46975(content):
+    """A checkpoint as that commit wrote it: without the flags that came later, with fingerprints of another form."""
+    later = ("bn_scale", "pixels", "shuffle", "lstm_init", "bf_init")
+    kept = ("episode", "metalearner", "optim", "hyper_parameters", "best", "run")
+    old = {k: content[k] for k in kept}
+    old["hyper_parameters"] = {k: v for k, v in content["hyper_parameters"].items() if k not in later}
+    assert len(old["hyper_parameters"]) == 16  # as in shared/trials
+    old["run"] = {**content["run"], "data": {"train": "49f54561-439397db", "val": "f64b2973-75ea7b32"}}
+    return old
+
+
+def test_checkpoint_of_before_the_later_flags(master, trained, tmp_path, capsys):
+    """It tests to the same numbers as the checkpoint that says everything, and its results can be shown."""
+    folder = tmp_path / "logs-719"
+    (folder / "ckpts").mkdir(parents=True)
+    best = "meta-learner-best.pth.tar"
+    torch.save(of_commit_6c46975(tensors(trained, best)), folder / "ckpts" / best)
+    said = []
+    for save in (trained, tmp_path / "logs"):
+        assert do_test(master, save, "--episode-test", "3") == 0
+        said.append(capsys.readouterr().out)
+    assert [line for line in said[0].splitlines() if line.startswith("test, ")] == [
+        line for line in said[1].splitlines() if line.startswith("test, ")
+    ]
+    assert "note: " not in said[1]
+    assert "bn-scale one" in said[1]  # as all of that time
+    assert main.run(["--mode", "results", "--runs", str(folder)]) == 0
+
+
+@pytest.mark.skipif(not TRIALS.is_dir(), reason="no checkpoints of the trials here")
+def test_checkpoints_of_the_trials(master, capsys):
+    """Real ones, 84 pixels, 5-way 5-shot; their data set is not here, so fewer query images than they were trained with."""
+    paths = sorted(TRIALS.glob("*.pth.tar"))
+    assert paths
+    for path in paths:
+        assert do_test(master, "nowhere", "--resume", str(path), "--episode-test", "2", "--n-eval", "3") == 0
+        out = capsys.readouterr().out
+        assert "note: tested with --n-eval 3, but trained with 15" in out
+        assert re.search(r"^test, 2 episodes: accuracy \d", out, re.MULTILINE)
+
+
+# ---- Where the images are ----
+
+
+def test_the_training_s_images_are_found_again(data, tmp_path, capsys, monkeypatch):
+    """Also when training was told a relative path and testing starts elsewhere."""
+    monkeypatch.chdir(data.parent)
+    assert train(data.name, tmp_path / "logs") == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert do_test(None, tmp_path / "logs", "--episode-test", "2") == 0
+    assert f"on {data}\n" in capsys.readouterr().out
+    data.rename(tmp_path / "moved")
+    expect(capsys, do_test(None, tmp_path / "logs", "--episode-test", "2"), f"--data-root {data}: no such folder")
+    assert do_test(tmp_path / "moved", tmp_path / "logs", "--episode-test", "2") == 0
+    expect(capsys, do_test(None, tmp_path / "logs", "--data", "nothing"), "nothing: no such folder")  # what is given counts
+
+
+def test_a_class_in_two_splits_is_refused(data, tmp_path, capsys):
+    (data / "val" / "val class 2").rename(data / "val" / "class 3")
+    expect(capsys, train(data, tmp_path / "logs"), f"{data}: train/ and val/ both hold a class named class 3")
+    assert not (tmp_path / "logs-719").exists()
+    assert not (data / ".decoded").exists()  # it is said at once, not after the images are decoded
+
+
+def test_an_image_in_two_splits_is_noted(data, tmp_path, capsys):
+    assert train(data, tmp_path / "a", episode=1) == 0
+    assert "note: " not in capsys.readouterr().out
+    ours, theirs = data / "val" / "val class 1" / "3.jpg", data / "train" / "class 4" / "3.jpg"
+    ours.write_bytes(theirs.read_bytes()[:-1] + b"\0")  # same name and size only
+    assert train(data, tmp_path / "b", episode=1) == 0
+    assert "note: " not in capsys.readouterr().out
+    shutil.copy(theirs, ours)
+    assert train(data, tmp_path / "c", episode=1) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1
+    assert str(ours) in notes[0]
+    assert str(theirs) in notes[0]
+
+
+# ---- Plain ----
+
+
+def test_plain_says_so_and_is_plain(master, trained, tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name == "fast" or name.startswith("fast.")]:
+        monkeypatch.setitem(sys.modules, name, None)  # any import of it fails
+    assert train(master, tmp_path / "logs", "--plain") == 0
+    assert re.match(r"device: .*; plain PyTorch \(--plain\)$", capsys.readouterr().out.splitlines()[0])
+    assert do_test(master, trained, "--plain", "--episode-test", "2") == 0
+    assert "; plain PyTorch (--plain)" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_the_fast_way_does_not_say_plain(master, tmp_path, capsys):
+    assert train(master, tmp_path / "logs", episode=1) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("device: CPU, ")
+    assert "plain" not in first
+
+
+def test_plain_has_one_precision(master, tmp_path, capsys):
+    expect(capsys, train(master, tmp_path / "logs", "--plain", "--precision", "bf16"), "--precision bf16", "--plain")
+    assert not (tmp_path / "logs-719").exists()
+
+
+# ---- What is left behind ----
+
+
+def test_a_failed_start_leaves_no_folder(data, tmp_path, capsys):
+    save = tmp_path / "new" / "runs" / "logs"
+    expect(capsys, train(tmp_path / "nowhere", save), "no such folder")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine" / "old").mkdir(parents=True)
+    expect(capsys, train(tmp_path / "nowhere", tmp_path / "mine" / "new" / "logs"), "no such folder")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["old"]
+    (data / "train" / "class 1" / "3.jpg").write_bytes(b"junk")
+    expect(capsys, train(data, save), "not a readable image")
+    expect(capsys, train(data, save, "--resume", "none.pth.tar"), "no such checkpoint")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_start_without_tensorboard_leaves_no_folder(master, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    expect(capsys, train(master, tmp_path / "logs", "--tensorboard"), "--tensorboard: the package is not installed")
+    assert not (tmp_path / "logs-719").exists()
+
+
+def test_a_folder_with_something_in_it_stays(master, tmp_path, capsys):
+    folder = tmp_path / "logs-719"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    expect(capsys, train(tmp_path / "nowhere", tmp_path / "logs"), "no such folder")
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert train(master, tmp_path / "logs") == 0
+    before = sorted(folder.rglob("*"))
+    expect(capsys, train(tmp_path / "nowhere", tmp_path / "logs", "--resume", "auto", episode=9), "no such folder")
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_images_of_every_kind(data, tmp_path, capsys):
     """Greyscale, CMYK, palette, transparent, 16-bit, in PNG, GIF, WebP and JPEG, side by side in one class."""
     folder = data / "train" / "class 1"
@@ -141,10 +299,11 @@ def test_images_of_every_kind(data, tmp_path, capsys):
             image = image.convert(mode)
         (folder / f"{number}.jpg").unlink()
         image.save(folder / f"new {number}.{ending}")
-    capsys.readouterr()
-    assert train(data, tmp_path / "logs") == 0
-    assert len(list(folder.iterdir())) == 8
-    assert capsys.readouterr().err == ""
+    for way in ((), ("--plain",)):
+        capsys.readouterr()
+        assert train(data, tmp_path / f"logs{len(way)}", *way, episode=8) == 0  # 8, for plain decodes only what is drawn
+        assert len(list(folder.iterdir())) == 8
+        assert capsys.readouterr().err == ""
 
 
 def test_a_path_that_is_no_text(master, tmp_path):
@@ -153,7 +312,7 @@ def test_a_path_that_is_no_text(master, tmp_path):
     shutil.copytree(master, root)
     command = [sys.executable, ROOT / "main.py", "--data-root", root, "--episode", "1", "--episode-val", "1", *SMALL]
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900, check=False)
     assert run.returncode == 0, run.stderr
     assert "images \\udcff" in run.stdout
     assert "images \\udcff" in (tmp_path / "logs-719" / "console.log").read_text()
@@ -261,7 +420,7 @@ def test_a_gpu_asked_for_and_absent(master, tmp_path, capsys):
 def shell(script, *flags, cwd, **env):
     env = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PIP_NO_INDEX": "1", **env}
     command = ["bash", str(ROOT / "scripts" / script), *flags]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900, check=False)
 
 
 @pytest.mark.skipif(not Path(sys.prefix, "bin", "python").exists(), reason="no environment that the scripts could use")
@@ -297,8 +456,11 @@ AUTHORS = dict(augment="none", pixels="unit", shuffle="episode", lstm_init="auth
         ("train_1s_5c", dict(ONE_SHOT, episode=75000, resume="auto")),
         ("train_5s_5c_authors", dict(AUTHORS, save="logs-authors", resume="auto")),
         ("train_1s_5c_authors", dict(ONE_SHOT, **AUTHORS, save="logs-1shot-authors", episode=75000, resume="auto")),
-        ("eval_1s_5c", dict(ONE_SHOT, mode="test", episode_test=[100, 250, 600])),
+        # the other hyper-parameters are those of the checkpoint
         ("eval_5s_5c", dict(mode="test", episode_test=[100, 250, 600])),
+        ("eval_1s_5c", dict(mode="test", episode_test=[100, 250, 600], save="logs-1shot")),
+        ("eval_5s_5c_authors", dict(mode="test", episode_test=[100, 250, 600], save="logs-authors")),
+        ("eval_1s_5c_authors", dict(mode="test", episode_test=[100, 250, 600], save="logs-1shot-authors")),
     ],
 )
 def test_the_scripts_hold_the_published_recipes(recipe, expected):

@@ -7,27 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_cli
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_cli import SMALL, expect, metrics, tensors, train
+from test_cli import expect, metrics, tensors, train
 
-import cache
 import main
-import training
-from options import parse, settle
-from utils import UserError, load_checkpoint
+from around import checkpoints
+from around.flags import parse, settle
+from dataloader import load_image
+from fast import images
+from utils import UserError
+
+master = test_cli.master
 
 CHECKPOINT = "meta-learner-last.pth.tar"
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-def test_mode(data, *flags):
-    return main.run(["--mode", "test", "--data-root", str(data), "--episode-test", "2", *SMALL, *flags])
-
-
-test_mode.__test__ = False
 
 
 def image_file(name, content):
@@ -138,7 +135,7 @@ BAD = {
     "another dict": (checkpoint(lambda c: {"model": c["metalearner"]}), "bad.pth.tar: not a checkpoint of this project"),
     "negative count": (checkpoint(lambda c: c | {"episode": -1}), "bad.pth.tar: episode -1"),
     "another shape": (meta("metalstm.WF", torch.zeros(3, 1)), "metalstm.WF is [3, 1]"),
-    "a tensor too many": (meta("extra", torch.zeros(1)), "has a strange extra"),
+    "a tensor too many": (meta("extra", torch.zeros(1)), "has an unknown extra"),
     "whole numbers": (meta("metalstm.bF", torch.zeros(1, 1, dtype=torch.int64)), "metalstm.bF"),
     "not finite": (meta("metalstm.bF", torch.full((1, 1), float("nan"))), "metalstm.bF holds numbers that are not finite"),
     "sparse": (meta("metalstm.bF", torch.zeros(1, 1).to_sparse()), "metalstm.bF"),
@@ -176,14 +173,14 @@ def test_wrong_extension_and_odd_names_are_fine(data, tmp_path):
 
 def test_files_that_vanish_while_training_are_not_missed(data, tmp_path, monkeypatch):
     assert train(data, tmp_path / "a") == 0
-    original = training.train_episode
+    original = main.train_episode
 
     def train_episode(*args):
         for path in data.rglob("*.jpg"):
             path.unlink()
         return original(*args)
 
-    monkeypatch.setattr(training, "train_episode", train_episode)
+    monkeypatch.setattr(main, "train_episode", train_episode)
     assert train(data, tmp_path / "b") == 0
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
 
@@ -222,7 +219,7 @@ def test_any_bytes_as_an_image(tmp_path, content, head):
     path = tmp_path / "x.jpg"
     path.write_bytes(head + content)
     try:
-        assert cache.load_image(path).mode == "RGB"
+        assert load_image(path).mode == "RGB"
     except UserError as error:
         assert "x.jpg: not a readable image" in str(error)  # noqa: PT017
 
@@ -238,7 +235,7 @@ def test_any_bytes_as_a_checkpoint(tmp_path, content, cut, mode):
     path = tmp_path / "x.pth.tar"
     path.write_bytes({"random": content, "cut": bytes(good[: cut % len(good)]), "flip": bytes(good)}[mode])
     try:
-        content = load_checkpoint(path)
+        content = checkpoints.load(path)
         assert content["episode"] == 1
         assert torch.equal(content["metalearner"]["a"], torch.zeros(3))
     except UserError as error:
@@ -252,8 +249,8 @@ def test_any_bytes_as_a_cache(tmp_path_factory, content, name):
     folder = root / "train" / "a"
     folder.mkdir(parents=True)
     Image.fromarray(np.arange(1200, dtype=np.uint8).reshape(20, 20, 3)).save(folder / "0.png")
-    good = cache.decoded("train", [folder / "0.png"], root, 16, None).image(0).copy()
-    place = next(Path(root, cache.FOLDER).glob("train-*"))
+    good = images.decoded("train", [folder / "0.png"], root, 16, None).image(0).copy()
+    place = next(Path(root, images.FOLDER).glob("train-*"))
     (place / name).unlink()
     (place / name).write_bytes(content)
-    assert (cache.decoded("train", [folder / "0.png"], root, 16, None).image(0) == good).all()
+    assert (images.decoded("train", [folder / "0.png"], root, 16, None).image(0) == good).all()

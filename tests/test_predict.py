@@ -2,10 +2,13 @@ import csv
 import shutil
 
 import pytest
+import test_cli
 from PIL import Image
 from test_cli import expect, train
 
 import main
+
+master = test_cli.master
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +24,10 @@ def photographs(master, tmp_path):
     for k, name in enumerate(("cats", "dogs", "ünicode birds")):
         (tmp_path / "support" / name).mkdir(parents=True)
         for i in range(3 if k == 2 else 2):
-            shutil.copy(master / "test" / f"class {k}" / f"{i}.jpg", tmp_path / "support" / name / f"{i}.jpg")
+            shutil.copy(master / "test" / f"test class {k}" / f"{i}.jpg", tmp_path / "support" / name / f"{i}.jpg")
     (tmp_path / "query").mkdir()
     for k in range(4):
-        shutil.copy(master / "test" / f"class {k % 3}" / f"{4 + k}.jpg", tmp_path / "query" / f"{k}.jpg")
+        shutil.copy(master / "test" / f"test class {k % 3}" / f"{4 + k}.jpg", tmp_path / "query" / f"{k}.jpg")
     Image.new("RGB", (300, 120), "red").save(tmp_path / "wide.png")
     return tmp_path
 

@@ -9,7 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from options import HYPER_PARAMETERS, parse, settle
+
+from around.flags import HYPER_PARAMETERS, parse, settle
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from utils import Logger, UserError, load_checkpoint, save_checkpoint, summary, whole_file
+from around import checkpoints
+from around.logs import Logger
+from utils import UserError, summary, whole_file
 
 
 def test_summary_is_numpys():
@@ -35,12 +37,12 @@ def test_unwritable_place_is_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot be written"), whole_file(tmp_path / "file" / "x"):
         pass
     with pytest.raises(UserError, match="cannot be written"):
-        Logger(tmp_path / "file" / "run")
+        Logger(tmp_path / "file" / "run", {})
 
 
 def test_log_and_metrics_go_on_where_they_were(tmp_path):
     for k in range(2):
-        logger = Logger(tmp_path)
+        logger = Logger(tmp_path, {})
         logger.info(f"line {k}")
         logger.event("train", episode=k, loss=0.1)
         logger.close()
@@ -49,11 +51,34 @@ def test_log_and_metrics_go_on_where_they_were(tmp_path):
     assert events == [{"event": "train", "episode": k, "loss": 0.1} for k in range(2)]
 
 
+def test_what_was_logged_beyond_a_snapshot_is_cut_off(tmp_path):
+    logger = Logger(tmp_path, {})
+    logger.info("kept")
+    at = logger.position()
+    logger.info("written by a process that was killed")
+    logger.event("train", episode=1)
+    logger.close()
+    Logger(tmp_path, at).close()
+    assert (tmp_path / "console.log").read_text().endswith(" kept\n")
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    (tmp_path / "console.log").write_text("")
+    with pytest.raises(UserError, match=r"console\.log: 0 bytes"):
+        Logger(tmp_path, at)
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(tmp_path):
+    logger = Logger(tmp_path, {})
+    logger.event("train", loss=float("nan"), accuracy=float("inf"), episode=1)
+    logger.close()
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line) == {"event": "train", "loss": None, "accuracy": None, "episode": 1}
+
+
 def test_checkpoint_comes_back(tmp_path):
     content = {"episode": 3, "metalearner": {"a": torch.arange(3.0)}, "best": None}
-    save_checkpoint(content, tmp_path / "a", tmp_path / "b")
+    checkpoints.save(content, tmp_path / "a", tmp_path / "b")
     for name in "ab":
-        loaded = load_checkpoint(tmp_path / name)
+        loaded = checkpoints.load(tmp_path / name)
         assert loaded["episode"] == 3
         assert torch.equal(loaded["metalearner"]["a"], torch.arange(3.0))
 
@@ -71,7 +96,7 @@ def test_a_checkpoint_that_would_run_a_command_is_refused(tmp_path, write):
     mark = tmp_path / "executed"
     write({"episode": 1, "metalearner": {}, "x": Hostile(mark)}, tmp_path / "ckpt")
     with pytest.raises(UserError, match="ckpt: not a checkpoint"):
-        load_checkpoint(tmp_path / "ckpt")
+        checkpoints.load(tmp_path / "ckpt")
     assert not mark.exists()
 
 
@@ -88,4 +113,4 @@ def test_a_checkpoint_that_would_run_a_command_is_refused(tmp_path, write):
 def test_other_files_of_torch_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "ckpt")
     with pytest.raises(UserError, match="ckpt: not a checkpoint of this project"):
-        load_checkpoint(tmp_path / "ckpt")
+        checkpoints.load(tmp_path / "ckpt")

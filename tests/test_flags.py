@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from options import HYPER_PARAMETERS, build_parser, parse, settle
+from around.flags import HYPER_PARAMETERS, build_parser, parse, settle
 from utils import UserError
 
 PUBLISHED = dict(
