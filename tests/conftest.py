@@ -77,7 +77,7 @@ def master(tmp_path_factory):
     rng = np.random.default_rng(1)
     for split in ("train", "val", "test"):
         for c in range(6):
-            folder = root / split / f"class {c}"
+            folder = root / split / (f"class {c}" if split == "train" else f"{split} class {c}")
             folder.mkdir(parents=True)
             for k in range(8):
                 photograph(rng, int(rng.integers(18, 40)), int(rng.integers(18, 40))).save(folder / f"{k}.jpg", quality=95)
