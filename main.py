@@ -26,8 +26,8 @@ from around.evaluation import Evaluator, judge
 from around.flags import parse, run_folder, settle
 from around.predict import predict
 from around.recording import RECORDED, record, write_trace
-from around.results import contradictions, provenance, tables, write_results
-from around.run import BEST, LAST, Run, Stopped, begin_worker
+from around.results import BEST, LAST, contradictions, export, provenance, tables, write_results
+from around.run import Run, Stopped, begin_worker
 from around.way import Way, choose, dataset
 from dataloader import check_apart, episodes
 from episode import train_episode
@@ -61,7 +61,7 @@ def build(args: argparse.Namespace, way: Way) -> tuple[tuple[FlatModule, FlatMod
 def train(run: Run) -> None:
     """Train the meta-learner for ``--episode`` episodes; validate and save every ``--val-freq``."""
     args, way = run.args, choose(run.args)
-    print(way.description)
+    print(f"{way.description}\ntraining on {args.data_root}, into {run.folder}")
     if note := check_apart(args.data_root):
         print(note)
     train_set = dataset(args, way, "train", args.episode)
@@ -77,8 +77,8 @@ def train(run: Run) -> None:
     step = way.recorded(one, optimizer)
     description = (
         f"{args.n_class}-way {args.n_shot}-shot, {args.image_size} px, {metalearner.metalstm.cI.numel()} learner parameters; "
-        f"{args.data_root}: {len(train_set.split.classes)} classes to train on, {len(val_set.split.classes)} to validate on; "
-        f"{args.episode} episodes, into {run.folder}"
+        f"{args.data_root.name}: {len(train_set.split.classes)} classes to train on, {len(val_set.split.classes)} to validate "
+        f"on; {args.episode} episodes"
     )
     fingerprints = {"train": train_set.fingerprint, "val": val_set.fingerprint}
     done = run.restore(metalearner, optimizer, fingerprints, way.device, description)
@@ -157,6 +157,8 @@ def main(argv: list[str]) -> int:
             return stopped.exit_code
     elif args.mode == "plot":
         show_plots(run_folder(args))
+    elif args.mode == "export":
+        print(f"written to {export(run_folder(args))}")
     elif args.mode == "results":
         print(tables([Path(folder) for folder in args.runs or [run_folder(args)]]))
     else:

@@ -66,8 +66,9 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
         return add
 
     add = group("what to do")
-    modes = ("train", "test", "plot", "results", "predict")
-    words = "train; test a checkpoint; plot a run; results: table of tested runs; predict: classify photographs"
+    modes = ("train", "test", "plot", "results", "export", "predict")
+    words = "train; test a checkpoint; plot a run; results: table of tested runs; export: copy what is worth publishing of a "
+    words += "run into results/; predict: classify photographs"
     add("--mode", "train", words, choices=modes)
     words = "checkpoint to continue or to test; auto: the run folder's last, if it has one (default of test: its best)"
     add("--resume", None, words, metavar="CKPT")

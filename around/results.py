@@ -8,7 +8,9 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -16,10 +18,12 @@ from pathlib import Path
 
 import torch
 
+from around import checkpoints
 from around.flags import HYPER_PARAMETERS, ROOT
 from utils import UserError, summary, whole_file
 
 NAME = "results.json"
+BEST, LAST = "meta-learner-best.pth.tar", "meta-learner-last.pth.tar"
 
 # accuracy in percent, 5-way on mini-ImageNet: recipe, validation, test on 600 episodes, and more about it (paper's table 1;
 # the port's README)
@@ -257,3 +261,33 @@ def cell(accuracies: list[float], count: int) -> str:
     """Mean, 95 % interval and standard deviation of the first ``count`` episodes."""
     s = summary(accuracies[:count])
     return f"{s['mean']:.2f} ± {s['ci95']:.2f} (std {s['std']:.1f})"
+
+
+def export(folder: Path) -> Path:
+    """Copy what is worth publishing of a tested run into ``results/<data>-<shots>s<ways>c-<recipe>-<seed>/``.
+
+    That is its logs, results and pictures, and the best meta-learner without the optimiser's state.
+
+    Returns:
+        The new folder, which must not exist yet.
+
+    Raises:
+        UserError: the run has not been tested, or the new folder exists.
+    """
+    content = read_results(folder)
+    stored, data = content["training"]["hyper_parameters"], content["tests"][0]["data"]
+    slug = re.sub(r"[^\w.]+", "-", recipe(stored).replace(", but ", "-"))
+    name = f"{data}-{stored['n_shot']}s{stored['n_class']}c-{slug}-{content['training']['seed']}"
+    dest = ROOT / "results" / name
+    if dest.exists():
+        raise UserError(f"{dest}: exists already; remove it first")
+    best = next((c for c in (folder / "ckpts" / BEST, folder / "ckpts" / LAST) if c.is_file()), None)
+    if best is None:
+        raise UserError(f"{folder}/ckpts: no checkpoint there")
+    checkpoint = checkpoints.load(best)
+    kept = {k: checkpoint[k] for k in ("episode", "metalearner", "hyper_parameters", "best", "about") if k in checkpoint}
+    checkpoints.save(kept, dest / "meta-learner.pth.tar")
+    for path in (*(folder / n for n in ("console.log", "metrics.jsonl", NAME)), *sorted((folder / "plots").glob("*.png"))):
+        if path.is_file():
+            shutil.copy(path, dest)
+    return dest

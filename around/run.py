@@ -21,14 +21,13 @@ from tqdm import tqdm
 from around import checkpoints
 from around.flags import hyper_parameters, run_folder, settle
 from around.logs import Logger, open_tensorboard, result_line
-from around.results import provenance
+from around.results import BEST, LAST, provenance
 from metalearner import MetaLearner
 from utils import UserError, locked, release_locks, summary
 
 MAX_SKIPPED = 20  # updates in a row whose loss or gradient is not finite
 HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 START_ONLY = ("bn_scale", "lstm_init", "bf_init", "bi_init")  # hyper-parameters that say nothing after the first episode
-BEST, LAST = "meta-learner-best.pth.tar", "meta-learner-last.pth.tar"
 
 
 class Run:
@@ -286,7 +285,7 @@ class Run:
         """The log's last line."""
         best = f", best by validation: episode {self.best['episode']}" if self.best else ""
         self.bar.close()
-        self.logger.info(f"done: {self.folder / 'ckpts' / LAST}{best}")
+        self.logger.info(f"done: {self.folder.name}/ckpts/{LAST}{best}")
 
 
 @contextlib.contextmanager
