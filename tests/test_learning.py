@@ -22,7 +22,7 @@ def colours(tmp_path_factory):
     root, rng = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
     for split in ("train", "val", "test"):
         for c in range(12):
-            folder = root / split / str(c)
+            folder = root / split / f"{split} {c}"
             folder.mkdir(parents=True)
             colour = rng.integers(40, 216, 3)
             for k in range(6):
