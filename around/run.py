@@ -27,6 +27,7 @@ from utils import UserError, locked, release_locks, summary
 
 MAX_SKIPPED = 20  # updates in a row whose loss or gradient is not finite
 HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+START_ONLY = ("bn_scale", "lstm_init", "bf_init", "bi_init")  # hyper-parameters that say nothing after the first episode
 BEST, LAST = "meta-learner-best.pth.tar", "meta-learner-last.pth.tar"
 
 
@@ -68,12 +69,13 @@ class Run:
             resume = str(last) if last.is_file() else None
         self.checkpoint = checkpoints.load(Path(resume)) if resume else None
         stored = (self.checkpoint or {}).get("hyper_parameters", {})
-        for name, value in stored.items():
-            if name in given and given[name] != value:
+        elsewhere = resume is not None and Path(resume).resolve().parent != (self.folder / "ckpts").resolve()
+        self.changed = {k: given[k] for k, v in stored.items() if k in given and given[k] != v}
+        for name, value in self.changed.items():
+            if not elsewhere or name in START_ONLY:
                 flag = "--" + name.replace("_", "-")
-                raise UserError(
-                    f"{flag} {given[name]}: {resume} was begun with {flag} {value}; leave it at that, or choose another --save"
-                )
+                advice = "leave it at that" if elsewhere else "leave it at that, or name another --save and --resume"
+                raise UserError(f"{flag} {value}: {resume} was begun with {flag} {stored[name]}; {advice}")
         self.args = settle({**given, "resume": resume}, defaults, stored)
         self.validated, self.best = 0, None
         self.since_log: dict[str, list] = {"loss": [], "accuracy": [], "skipped": []}  # of the episodes since the last log line
@@ -123,6 +125,10 @@ class Run:
             self.best = checkpoint.get("best")
             if "run" in checkpoint:
                 ends = self._restore_run(checkpoint["run"], path)
+            if ends is None:  # another folder, which begins its own logs and keeps its own best checkpoint
+                self.best = None
+                came_from = {"checkpoint": f"{path.resolve().parent.parent.name}/{path.name}", "episode": done}
+                self.about = provenance(device) | {"resumed_from": came_from, "changed": self.changed}
             if done > args.episode:
                 raise UserError(f"--episode {args.episode}: {args.resume} has seen {done} already; ask for more")
         if ends is None and (self.folder / "ckpts" / LAST).exists():

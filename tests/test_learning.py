@@ -1,10 +1,13 @@
 """Learning happens: on data that a small meta-learner can master, in a few seconds, plain and fast."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import main
@@ -62,3 +65,9 @@ def test_without_the_meta_learners_updates_nothing_is_learned(colours, tmp_path,
     assert accuracy[-10:].mean() < accuracy[:10].mean() + 10
     assert val["loss"]["mean"] > 0.6
     assert val["accuracy"]["mean"] < 80
+
+
+def test_the_example_of_an_own_network_learns():
+    command = [sys.executable, ROOT / "examples" / "own_network.py"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(found.stdout.splitlines()[-1].split()[4]) > 85
