@@ -43,16 +43,6 @@ def tensors(save, name="meta-learner-last.pth.tar"):
     return torch.load(Path(f"{save}-719", "ckpts", name), weights_only=True)
 
 
-@pytest.fixture(scope="session")
-def master(master, tmp_path_factory):
-    """The small data set, with no class in two splits: training refuses that."""
-    root = tmp_path_factory.mktemp("apart")
-    for folder in sorted(master.glob("*/class *")):
-        split = folder.parent.name
-        shutil.copytree(folder, root / split / (folder.name if split == "train" else f"{split} {folder.name}"))
-    return root
-
-
 @pytest.fixture(scope="module")
 def trained(master, tmp_path_factory):
     save = tmp_path_factory.mktemp("run") / "logs"
