@@ -72,7 +72,7 @@ def photograph(rng: np.random.Generator, width: int, height: int) -> Image.Image
 
 @pytest.fixture(scope="session")
 def master(tmp_path_factory):
-    """A small data set of real JPEG files: 6 classes x 8 images a split."""
+    """A small data set of real JPEG files: 6 classes x 8 images a split, no class in two splits."""
     root = tmp_path_factory.mktemp("master")
     rng = np.random.default_rng(1)
     for split in ("train", "val", "test"):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_cli
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,8 +19,6 @@ from around.flags import parse, settle
 from dataloader import load_image
 from fast import images
 from utils import UserError
-
-master = test_cli.master
 
 CHECKPOINT = "meta-learner-last.pth.tar"
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

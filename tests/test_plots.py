@@ -3,7 +3,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_cli
 import torch
 from PIL import Image
 from test_cli import expect, tensors, train
@@ -12,8 +11,6 @@ import main
 from around.plots import read_metrics, smooth
 from around.recording import LAYERS, QUANTILES, layers, read_trace
 from learner import Learner
-
-master = test_cli.master
 
 ALL = {"curves", "gates", "movement", "adaptation", "confusion"}
 

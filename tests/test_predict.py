@@ -2,13 +2,10 @@ import csv
 import shutil
 
 import pytest
-import test_cli
 from PIL import Image
 from test_cli import expect, train
 
 import main
-
-master = test_cli.master
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_cli
 from test_cli import do_test, expect, shell, tensors, train
 
 import main
@@ -16,8 +15,6 @@ from around import results
 from around.flags import HYPER_PARAMETERS, hyper_parameters, parse, settle
 from around.results import cell, interval, read_results, recipe, tables, write_results
 from utils import UserError
-
-master = test_cli.master
 
 BEST, LAST = "meta-learner-best.pth.tar", "meta-learner-last.pth.tar"
 PORT = hyper_parameters(settle(*parse([])))

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import pytest
-import test_cli
 import torch
 from conftest import ROOT
 from test_cli import SMALL, expect, metrics, tensors, train
@@ -28,8 +27,6 @@ from around import run as running
 from around.flags import parse
 from around.way import choose
 from fast import images
-
-master = test_cli.master
 
 EPISODES = 60
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
