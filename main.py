@@ -165,7 +165,7 @@ def main(argv: list[str]) -> int:
         path = find_checkpoint(args)
         checkpoint = checkpoints.load(Path(path))
         args = settle({**given, "resume": path}, defaults, checkpoint.get("hyper_parameters"))
-        if not {"data", "data_root"} & given.keys() and isinstance(checkpoint.get("data_root"), str):
+        if not {"data", "data_root"} & given.keys() and "data_root" in checkpoint:
             args.data_root = Path(checkpoint["data_root"])
         if args.mode == "test":
             test(args, checkpoint)

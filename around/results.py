@@ -161,10 +161,11 @@ def read_results(folder: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
         content["training"]["seed"], content["training"]["hyper_parameters"]
         for test in content["tests"]:
-            _key(test), test["accuracies"][0], test["validation"], test["mini_imagenet"]
+            _key(test), test["mini_imagenet"], test["data"]
+            _table("", 0, 0, [(content["training"], test)])
     except FileNotFoundError as e:
         raise UserError(f"{folder}: no {NAME} there; test the run first (python main.py --mode test)") from e
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
         raise UserError(f"{path}: not a test's results, or of an older version; move it away and test the run again") from e
     return content
 

@@ -234,6 +234,35 @@ def test_other_files_are_refused(tmp_path, content):
         read_results(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("accuracies", []),
+        ("accuracies", ["a"]),
+        ("accuracies", 3),
+        ("counts", [0]),
+        ("counts", 2),
+        ("counts", ["two"]),
+        ("validation", {"accuracy": "high", "std": 1}),
+        ("validation", 3),
+        ("contradicts_training", []),
+        ("episode", "x"),
+        ("checkpoint", 3),
+        ("mini_imagenet", None),
+    ],
+)
+def test_results_that_were_tampered_with_are_refused(tmp_path, name, value):
+    path = with_test(tmp_path / "a", [50.0, 60.0, 40.0, 50.0]) / results.NAME
+    content = json.loads(path.read_text())
+    if value is None:
+        del content["tests"][0][name]
+    else:
+        content["tests"][0][name] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"results\.json: not a test's results"):
+        read_results(tmp_path / "a")
+
+
 def test_damaged_results_do_not_hide_the_others(tmp_path):
     folder = with_test(tmp_path / "a", [50.0, 60.0, 40.0, 50.0])
     (tmp_path / "b").mkdir()
