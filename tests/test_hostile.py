@@ -162,7 +162,7 @@ BAD = {
     "origin of another kind": (checkpoint(lambda c: c | {"about": 3}), "bad.pth.tar: what it says about its training"),
     "data root of another kind": (checkpoint(lambda c: c | {"data_root": 3}), "bad.pth.tar: what it says about its training"),
     "optimiser lacks": (checkpoint(lambda c: c.pop("optim") and None), "optimiser's state does not fit"),
-    "other hyper-parameter": (lambda d, t: [*checkpoint(lambda c: c)(d, t), "--epoch", "3"], "--epoch 3"),
+    "other hyper-parameter": (lambda d, t: [*checkpoint(lambda c: c)(d, t), "--bi-init", "0", "0"], "--bi-init"),
 }
 
 

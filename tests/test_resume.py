@@ -59,9 +59,9 @@ def command_line(data, save, *flags):
 
 
 def console(save):
-    """Lines of console.log without what depends on the clock or the folder's name."""
+    """Lines of console.log without what depends on the clock or on folders' names."""
     text = Path(f"{save}-719", "console.log").read_text()
-    return re.sub(r"^\S+ \S+ |\d+\.\d+ episodes/s.*|(?<= )/\S+", "", text, flags=re.MULTILINE).splitlines()
+    return re.sub(r"^\S+ \S+ |\d+\.\d+ episodes/s.*|\S+(?=: 6 classes to train on)", "", text, flags=re.MULTILINE).splitlines()
 
 
 def outcome(data, save, capsys):
