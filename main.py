@@ -27,7 +27,7 @@ from around.flags import parse, run_folder, settle
 from around.predict import predict
 from around.recording import RECORDED, record, write_trace
 from around.results import contradictions, provenance, tables, write_results
-from around.run import BEST, LAST, Run, Stopped, begin_worker
+from around.run import BEST, LAST, Run, Stopped, begin_worker, checkpoint_of
 from around.way import Way, choose, dataset
 from dataloader import check_apart, episodes
 from episode import train_episode
@@ -116,16 +116,20 @@ def test(args: argparse.Namespace, checkpoint: dict) -> None:
         folder = path.resolve().parent.parent
         written = write_results(folder, args, checkpoint, tests, provenance(way.device))
         print(f"written to {written}\n\n{tables([folder])}")
+        if args.plots and (folder / "plots").is_dir():
+            show_plots(folder, "histogram")
 
 
 def find_checkpoint(args: argparse.Namespace) -> str:
     """``--resume``, or else the run folder's best checkpoint, or its last if validation was off.
 
+    ``--resume`` may name another run's folder.
+
     Raises:
         UserError: there is none.
     """
     if args.resume not in (None, "auto"):
-        return args.resume
+        return checkpoint_of(args.resume, BEST, LAST)
     folder = run_folder(args) / "ckpts"
     for name in (BEST, LAST):
         if (folder / name).is_file():
@@ -133,11 +137,11 @@ def find_checkpoint(args: argparse.Namespace) -> str:
     raise UserError(f"{folder}: no checkpoint there; train first, or name one with --resume")
 
 
-def show_plots(folder: Path) -> None:
-    """Draw a run's pictures and print where they are."""
+def show_plots(folder: Path, wanted: str | None = None) -> None:
+    """Draw a run's pictures, or the one that is wanted, and print where they are."""
     from around.plots import plot  # matplotlib takes a second to load, which other modes need not wait for
 
-    print("drawn: " + " ".join(str(path) for path in plot(folder)))
+    print("drawn: " + " ".join(str(path) for path in plot(folder, wanted)))
 
 
 def main(argv: list[str]) -> int:
@@ -156,7 +160,8 @@ def main(argv: list[str]) -> int:
             print(stopped, file=sys.stderr)
             return stopped.exit_code
     elif args.mode == "plot":
-        show_plots(run_folder(args))
+        folder = run_folder(args) if args.resume in (None, "auto") else Path(args.resume)
+        show_plots(folder.resolve().parent.parent if folder.is_file() else folder)  # a checkpoint lies in its run's ckpts/
     elif args.mode == "results":
         print(tables([Path(folder) for folder in args.runs or [run_folder(args)]]))
     else:

@@ -66,6 +66,7 @@ class Run:
         if resume == "auto":
             last = self.folder / "ckpts" / LAST
             resume = str(last) if last.is_file() else None
+        resume = resume and checkpoint_of(resume, LAST)
         self.checkpoint = checkpoints.load(Path(resume)) if resume else None
         stored = (self.checkpoint or {}).get("hyper_parameters", {})
         for name, value in stored.items():
@@ -281,6 +282,12 @@ class Run:
         best = f", best by validation: episode {self.best['episode']}" if self.best else ""
         self.bar.close()
         self.logger.info(f"done: {self.folder / 'ckpts' / LAST}{best}")
+
+
+def checkpoint_of(resume: str, *names: str) -> str:
+    """What ``--resume`` names: a checkpoint, or a run's folder, which stands for the first of ``names`` that it holds."""
+    held = (Path(resume, "ckpts", name) for name in names)
+    return next((str(path) for path in held if path.is_file()), resume)
 
 
 @contextlib.contextmanager
