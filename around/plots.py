@@ -22,6 +22,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from around import checkpoints
 from around.recording import QUANTILES, read_trace
@@ -187,7 +188,8 @@ def curves(folder: Path) -> Figure:
             if n:
                 axis.axhline(chance(n), color=GREY, linestyle=":", linewidth=1, label=f"guessing among {n} classes")
             axis.fill_between(x, mean - std, mean + std, color=BLUE, alpha=0.2, linewidth=0)
-            axis.plot(x, mean, color=BLUE, marker="o" if len(x) == 1 else None, label="training, smoothed, ± std")
+            words = "training, smoothed, ± std of the log's means"
+            axis.plot(x, mean, color=BLUE, marker="o" if len(x) == 1 else None, label=words)
             if val:
                 at = np.interp([e["episode"] for e in val], episode, x)
                 centre, half = ([e[key][k] for e in val] for k in ("mean", "ci95"))
@@ -197,17 +199,10 @@ def curves(folder: Path) -> Figure:
     axes[1, 0].set_xlabel("episodes")
     axes[1, 1].set_xlabel(f"{unit} of training, without validations and pauses")
     figure.suptitle(f"{shorten(folder.resolve().name, 50)}: training and validation")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    _caption(
-        figure,
-        "Not the same measure: in training the query images are normalised by their own batch's statistics,\n"
-        "in validation by the support set's.",
-    )
+    words = "Two measures: training normalises query images by their own batch's statistics, validation by the support set's."
+    look = {"ncols": 3, "fontsize": 8, "title": words, "title_fontsize": 8}
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", **look)
     return figure
-
-
-def _caption(figure: Figure, words: str) -> None:
-    figure.supxlabel(words, fontsize=8, color=GREY)
 
 
 def gates(name: str, trace: dict[str, np.ndarray]) -> Figure:
@@ -230,24 +225,23 @@ def gates(name: str, trace: dict[str, np.ndarray]) -> Figure:
                 axis.set_xlabel("update")
         axes[row, 0].set_ylabel(f"{key} gate")
     figure.suptitle(f"{shorten(name, 30)}: gates, layer by layer")
-    _caption(
-        figure,
-        f"line: mean of a layer's coordinates; bands: their quartiles and {QUANTILES[0]:.0%} to {QUANTILES[-1]:.0%}; "
-        "grey: one episode each",
-    )
+    low, high = f"{QUANTILES[0]:.0%}", f"{QUANTILES[-1]:.0%}"
+    words = f"line: mean of a layer's coordinates; bands: their quartiles and {low} to {high}; thin: one episode each"
+    figure.supxlabel(words, fontsize=8, color=GREY)
     return figure
 
 
 def movement(name: str, trace: dict[str, np.ndarray]) -> Figure:
     """How far each layer has moved from cI."""
-    moved = np.pad(trace["moved"], ((0, 0), (1, 0), (0, 0))).mean(0)  # update 0: nowhere yet
+    moved = trace["moved"].mean(0)
     figure, axis = plt.subplots(figsize=(6, 3.6))
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(trace["layers"])))
     for k, (layer, colour) in enumerate(zip(trace["layers"], colours, strict=True)):
         look = {"color": colour, "linestyle": ("-", "--", "-.", ":")[k % 4], "marker": "os^Dv"[k % 5], "markersize": 4}
-        axis.plot(100 * moved[:, k], **look, label=shorten(str(layer), 24))
-    axis.set(xlabel="update", ylabel="|c_t − cI| / |cI|, %", title=f"{shorten(name, 40)}: distance from cI")
-    figure.legend(loc="outside right upper", fontsize=8)
+        axis.plot(np.arange(1, len(moved) + 1), 100 * moved[:, k], **look, label=shorten(str(layer), 24))
+    axis.set(xlabel="update", ylabel="|c_t − cI| / |cI|, %", title=f"{shorten(name, 40)}: distance from cI", yscale="log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    figure.legend(loc="outside right upper", fontsize=8, handlelength=3)
     return figure
 
 
@@ -285,6 +279,7 @@ def histogram(folder: Path) -> Figure:
             loc="left",
         )
         axis.set_ylabel("test episodes")
+        axis.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes[-1, 0].set(xlabel="accuracy of an episode, %", xlim=(-2, 102))
     shots = f" (trained on {trained_on}-shot)" if trained_on else ""
     figure.suptitle(f"{shorten(folder.resolve().name, 40)}{shots}: test accuracies")
@@ -303,15 +298,14 @@ def confusion(name: str, trace: dict[str, np.ndarray]) -> Figure:
     """One episode's query images by true and predicted class."""
     images, pairs = trace["images"], trace["confusion"]
     names = [shorten(str(c), 18) for c in trace["classes"]]
-    n = len(names)
+    n, size = len(names), images.shape[1]
+    side = math.ceil(math.sqrt(np.bincount(pairs[:, 0]).max()))  # room for all images of a class in one cell
     figure, axes = plt.subplots(n, n, figsize=(1.5 * n + 0.8, 1.5 * n + 1.1), squeeze=False)
     for right in range(n):
         for given in range(n):
             axis: Axes = axes[right, given]
             these = images[(pairs[:, 0] == right) & (pairs[:, 1] == given)]
             if len(these):
-                side = math.ceil(math.sqrt(len(these)))
-                size = these.shape[1]
                 sheet = np.full((side * size, side * size, 3), 255, dtype=np.uint8)
                 for k, image in enumerate(these):
                     y, x = divmod(k, side)

@@ -154,6 +154,9 @@ def picture(classes: list[str], support: list[list[Path]], files: list[Path], pr
     labels = [shorten(file.name, 26) for file in shown]
     with style([*names, *labels]):
         figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.6 * rows), squeeze=False)
+        figure.get_layout_engine().set(h_pad=0.1)
+        if len(files) > SHOWN:
+            figure.supxlabel(f"the first {SHOWN} of {len(files)} images", fontsize=9)
         for axis in axes.flat:
             axis.axis("off")
         for axis, name, examples in zip(axes[0], names, support, strict=False):
