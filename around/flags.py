@@ -128,8 +128,8 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     add = group("prediction")
     add("--support", None, "examples: a folder with one folder of images per class", metavar="DIR")
     add("--query", None, "images to classify, or folders of them", nargs="+", metavar="PATH")
-    words = "orders of the classes over which the answer is averaged; more: steadier and slower, n! at most"
-    add("--orders", 10, words, type=whole(1, 1000), metavar="N")
+    words = "orders of the classes over which answers are averaged (default: as many as classes); more: steadier, slower"
+    add("--orders", None, words, type=whole(1, 1000), metavar="N")
     add("--out", "predictions", "answers are written to OUT.csv and OUT.png", metavar="PATH")
 
     add = group("machine and log")

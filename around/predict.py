@@ -1,8 +1,9 @@
 """Few-shot learning in use: adapt to the user's own photographs, then classify others.
 
-The learner's initial weights, cI, differ from output to output, so the answer depends a little on which class gets which
-output. That has no meaning here, so the learner adapts several times, each time with the classes in another order, and the
-probabilities are averaged (``--orders``).
+The learner's initial weights, cI, differ from output to output, so the answer depends on which class gets which output: two
+random orders of the classes disagree about a fifth of the images (5-way 5-shot mini-ImageNet). So the learner adapts several
+times, each time with the classes in another order, and the probabilities are averaged (``--orders``). Each class having each
+output once, n orders, leaves 3 to 4 % of disagreement; all n! orders leave none.
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ def predict(
     examples = by_content([[prepare(path, args) for path in of_class] for of_class in support])
     place = {k: rank for rank, k in enumerate(dict.fromkeys(k for k, _ in examples))}
     ranks = np.array([place[k] for k in range(len(classes))])
-    orders = class_orders(len(classes), args.orders, args.seed)[:, ranks]
+    orders = class_orders(len(classes), args.orders or len(classes), args.seed)[:, ranks]
     trained = adapted(examples, orders, args, learners, metalearner, way.device)
     read, rows = [], []
     for good, images in chunks(files, args):
