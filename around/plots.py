@@ -200,7 +200,7 @@ def curves(folder: Path) -> Figure:
     axes[1, 1].set_xlabel(f"{unit} of training, without validations and pauses")
     figure.suptitle(f"{shorten(folder.resolve().name, 50)}: training and validation")
     words = "Two measures: training normalises query images by their own batch's statistics, validation by the support set's."
-    look = {"ncols": 3, "fontsize": 8, "title": words, "title_fontsize": 8}
+    look = {"ncols": 3, "fontsize": 8, "title": words if val else None, "title_fontsize": 8}
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", **look)
     return figure
 
@@ -282,7 +282,7 @@ def histogram(folder: Path) -> Figure:
         axis.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes[-1, 0].set(xlabel="accuracy of an episode, %", xlim=(-2, 102))
     shots = f" (trained on {trained_on}-shot)" if trained_on else ""
-    figure.suptitle(f"{shorten(folder.resolve().name, 40)}{shots}: test accuracies")
+    figure.suptitle(f"{shorten(folder.resolve().name, 34)}{shots}: test accuracies")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
 

@@ -155,7 +155,7 @@ def picture(classes: list[str], support: list[list[Path]], files: list[Path], pr
     labels = [shorten(file.name, 26) for file in shown]
     with style([*names, *labels]):
         figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.6 * rows), squeeze=False)
-        figure.get_layout_engine().set(h_pad=0.1)
+        figure.get_layout_engine().set(hspace=0.1)
         if len(files) > SHOWN:
             figure.supxlabel(f"the first {SHOWN} of {len(files)} images", fontsize=9)
         for axis in axes.flat:
@@ -171,7 +171,7 @@ def picture(classes: list[str], support: list[list[Path]], files: list[Path], pr
             axis.set_title("\n".join(f"{names[k]} {row[k]:.0%}" for k in best))
             axis.text(0.5, -0.03, label, transform=axis.transAxes, ha="center", va="top", fontsize=8, color=GREY)
         out = io.BytesIO()
-        figure.savefig(out, format="png", dpi=110)
+        figure.savefig(out, format="png", dpi=110, bbox_inches="tight", pad_inches=0.15)
         plt.close(figure)
     return out.getvalue()
 
