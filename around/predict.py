@@ -3,7 +3,7 @@
 The learner's initial weights, cI, differ from output to output, so the answer depends on which class gets which output: two
 random orders of the classes disagree about a fifth of the images (5-way 5-shot mini-ImageNet). So the learner adapts several
 times, each time with the classes in another order, and the probabilities are averaged (``--orders``). Each class having each
-output once, n orders, leaves 3 to 4 % of disagreement; all n! orders leave none. The first order follows the examples' pixels,
+output once, n orders, leaves 2 to 4 % of disagreement; all n! orders leave none. The first order follows the examples' pixels,
 so the names of folders and files have no part in the answer.
 """
 
