@@ -26,14 +26,14 @@ from around.evaluation import Evaluator, judge
 from around.flags import parse, run_folder, settle
 from around.predict import predict
 from around.recording import RECORDED, record, write_trace
-from around.results import BEST, LAST, contradictions, export, provenance, tables, write_results
-from around.run import Run, Stopped, begin_worker
+from around.results import contradictions, export, provenance, tables, write_results
+from around.run import Run, Stopped, begin_worker, find_checkpoint
 from around.way import Way, choose, dataset
 from dataloader import check_apart, episodes
 from episode import train_episode
 from learner import FlatModule
 from metalearner import MetaLearner
-from utils import Terminal, UserError, exit_code
+from utils import Terminal, exit_code
 
 
 def make_reproducible(seed: int) -> None:
@@ -116,28 +116,15 @@ def test(args: argparse.Namespace, checkpoint: dict) -> None:
         folder = path.resolve().parent.parent
         written = write_results(folder, args, checkpoint, tests, provenance(way.device))
         print(f"written to {written}\n\n{tables([folder])}")
+        if args.plots and (folder / "plots").is_dir():
+            show_plots(folder, "histogram")
 
 
-def find_checkpoint(args: argparse.Namespace) -> str:
-    """``--resume``, or else the run folder's best checkpoint, or its last if validation was off.
-
-    Raises:
-        UserError: there is none.
-    """
-    if args.resume not in (None, "auto"):
-        return args.resume
-    folder = run_folder(args) / "ckpts"
-    for name in (BEST, LAST):
-        if (folder / name).is_file():
-            return str(folder / name)
-    raise UserError(f"{folder}: no checkpoint there; train first, or name one with --resume")
-
-
-def show_plots(folder: Path) -> None:
-    """Draw a run's pictures and print where they are."""
+def show_plots(folder: Path, wanted: str | None = None) -> None:
+    """Draw a run's pictures, or the one that is wanted, and print where they are."""
     from around.plots import plot  # matplotlib takes a second to load, which other modes need not wait for
 
-    print("drawn: " + " ".join(str(path) for path in plot(folder)))
+    print("drawn: " + " ".join(str(path) for path in plot(folder, wanted)))
 
 
 def main(argv: list[str]) -> int:
@@ -156,7 +143,8 @@ def main(argv: list[str]) -> int:
             print(stopped, file=sys.stderr)
             return stopped.exit_code
     elif args.mode == "plot":
-        show_plots(run_folder(args))
+        folder = run_folder(args) if args.resume in (None, "auto") else Path(args.resume)
+        show_plots(folder.resolve().parent.parent if folder.is_file() else folder)  # a checkpoint lies in its run's ckpts/
     elif args.mode == "export":
         print(f"written to {export(run_folder(args))}")
     elif args.mode == "results":

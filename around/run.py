@@ -7,6 +7,7 @@ killed one wrote after its last snapshot.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import math
 import os
@@ -66,6 +67,7 @@ class Run:
         if resume == "auto":
             last = self.folder / "ckpts" / LAST
             resume = str(last) if last.is_file() else None
+        resume = resume and checkpoint_of(resume, LAST)
         self.checkpoint = checkpoints.load(Path(resume)) if resume else None
         stored = (self.checkpoint or {}).get("hyper_parameters", {})
         elsewhere = resume is not None and Path(resume).resolve().parent != (self.folder / "ckpts").resolve()
@@ -286,6 +288,25 @@ class Run:
         best = f", best by validation: episode {self.best['episode']}" if self.best else ""
         self.bar.close()
         self.logger.info(f"done: {self.folder.name}/ckpts/{LAST}{best}")
+
+
+def find_checkpoint(args: argparse.Namespace) -> str:
+    """What to test: ``--resume``, or else the run folder's best checkpoint, or its last if validation was off.
+
+    Raises:
+        UserError: there is none.
+    """
+    given = args.resume not in (None, "auto")
+    found = checkpoint_of(args.resume if given else str(run_folder(args)), BEST, LAST)
+    if not given and Path(found) == run_folder(args):
+        raise UserError(f"{found}/ckpts: no checkpoint there; train first, or name one with --resume")
+    return found
+
+
+def checkpoint_of(resume: str, *names: str) -> str:
+    """What ``--resume`` names: a checkpoint, or a run's folder, which stands for the first of ``names`` that it holds."""
+    held = (Path(resume, "ckpts", name) for name in names)
+    return next((str(path) for path in held if path.is_file()), resume)
 
 
 @contextlib.contextmanager
