@@ -19,7 +19,13 @@ from pathlib import Path
 # Deterministic cuBLAS needs a workspace of fixed size before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import torch
+try:
+    import torch
+    import tqdm  # noqa: F401
+    from torchvision import transforms  # noqa: F401
+except ModuleNotFoundError as missing:
+    print(f"error: {missing.name} is missing; run scripts/quickstart.sh, which installs what is needed", file=sys.stderr)
+    sys.exit(2)
 
 from around import checkpoints
 from around.evaluation import Evaluator, judge

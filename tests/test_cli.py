@@ -482,3 +482,11 @@ def test_what_is_worth_publishing(master, trained, tmp_path, capsys, monkeypatch
     assert do_test(master, "nowhere", *published) == 0
     assert "3 episodes: accuracy" in capsys.readouterr().out
     expect(capsys, main.run(export), "exists already")
+
+
+def test_without_pytorch_one_line_says_what_to_do(tmp_path):
+    """-S leaves out all installed packages."""
+    command = [sys.executable, "-S", ROOT / "main.py", "--mode", "test"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert found.stderr == "error: torch is missing; run scripts/quickstart.sh, which installs what is needed\n"
