@@ -57,7 +57,7 @@ class Model:
             more = (self.meta, self.optimizer, args.batch_size, args.grad_clip, self.way.step)
             return train_episode(episode, *learners, *more)
 
-        self.train = self.way.recorded(train, self.optimizer)
+        self.train = self.way.recorded(train, (*learners, self.meta), self.optimizer)
 
 
 @contextlib.contextmanager
