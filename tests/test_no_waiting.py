@@ -10,6 +10,7 @@ from conftest import DATASETS, Model, drawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataloader import scan_split
+from episode import Episode
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -137,10 +138,32 @@ class Copies(NoSynchronisation):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_an_episode_is_assembled_without_waiting_for_the_gpu(master, split):
     """On PyTorch's meta device, which takes a GPU's way; the host then runs ahead and the GPU never idles."""
-    dataset = DATASETS["fast"](scan_split(master, split), 719, 5, 5, 3, 2, 32, "port", 1)
-    images = dataset.draw(0)
+    dataset = DATASETS["fast"](scan_split(master, split), 719, 5, 5, 3, 2, 32, "port", 2)
+    images = [dataset.draw(index) for index in range(2)]
+    dataset.assemble(images[0], torch.device("meta"))  # constants stay on the device
     with Copies() as copies:
-        episode = dataset.assemble(images, torch.device("meta"))
-    assert copies.n >= 4
+        episode = dataset.assemble(images[1], torch.device("meta"))
+    assert copies.n == 1
     assert episode.query.device.type == "meta"
     assert episode.query.shape == (15, 3, 32, 32)
+
+
+def test_a_gpu_augments_on_a_stream_of_its_own(master):
+    """So that it can work on two episodes at once; the training waits for the images, and their memory for the training."""
+    dataset = DATASETS["fast"](scan_split(master, "train"), 719, 5, 5, 3, 2, 32, "port", 1)
+    done, current, own = [], mock.Mock(), mock.Mock()
+    current.wait_stream = lambda stream: done.append(("wait", stream))
+    episode = Episode(*(mock.Mock(record_stream=lambda stream: done.append(("record", stream))) for _ in Episode._fields))
+
+    @contextlib.contextmanager
+    def on(stream):
+        done.append(("on", stream))
+        yield
+        done.append(("off", stream))
+
+    with (
+        mock.patch.multiple(torch.cuda, Stream=lambda: own, current_stream=lambda: current, stream=on),
+        mock.patch.object(dataset, "assemble", side_effect=lambda *_: done.append("assemble") or episode),
+    ):
+        assert dataset.deliver(dataset.draw(0), torch.device("cuda")) is episode
+    assert done == [("on", own), "assemble", ("off", own), ("wait", own), *[("record", current)] * 5]
