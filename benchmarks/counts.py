@@ -3,9 +3,9 @@
     python benchmarks/counts.py --before c569335
 
 PyTorch's meta device takes a GPU's way through the code and computes nothing. Each operation that reads or writes memory counts
-as one launch, and what it reads and writes as its bytes. cuDNN and cuBLAS need more launches for some operations, and PyTorch's
-LSTM cell needs 4 on a GPU, not 18, so these are bounds for comparison, not times. Triton kernels are counted by hand, because
-they run nowhere but on a GPU. The table goes to benchmarks/results/cuda-counts.md.
+as one launch, and what it reads and writes as its bytes. cuDNN and cuBLAS need more launches for some operations, PyTorch's LSTM
+cell fewer than here, so the table compares and predicts no times. Triton kernels are counted by the tensors that they take,
+because they run nowhere but on a GPU. The table goes to benchmarks/results/cuda-counts.md.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -112,13 +113,39 @@ def in_tree(root: Path, data_root: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def triton_rows() -> list[tuple[str, tuple[int, int, int], tuple[int, int, int]]]:
-    """For each Triton kernel: its name, what it replaces, and itself."""
-    from fast import augment
+    """For each Triton kernel: its name, the code that it replaces, and the kernel with the operations around it."""
+    from fast import augment, gpu
+    from fast.metalearner import FastMetaLearner
+    from metalearner import MetaLearner
 
     x, factors, order = (torch.empty(shape, device=META) for shape in ((100, 3, 84, 84), (100, 4), (100, 4)))
     plain = count(lambda: augment._colour_together(x, factors, order.long()))
-    # besides the kernel itself, which reads the images twice: gathering the factors in their order
-    return [("colours, in Triton", plain, (2, 3 * _size(x) + 8 * _size(factors), 0))]
+    # besides the kernel, which reads the images twice: gathering the factors in their order
+    rows = [("colours, in Triton", plain, (2, 3 * _size(x) + 8 * _size(factors), 0))]
+
+    n_params = 32901
+    meta = FastMetaLearner(4, 20, n_params).to(META)
+    loss, grad, state = torch.empty((), device=META), torch.empty(n_params, 1, device=META), MetaLearner.initial_state(meta)
+    kernels = {"forward": Nothing(), "backward": Nothing()}
+
+    def update(way: Callable) -> tuple[int, int, int]:
+        return count(lambda: sum(t.sum() for t in way(meta, loss, grad, state)).backward())
+
+    with mock.patch.multiple(gpu, _meta_forward=kernels["forward"], _meta_backward=kernels["backward"]):
+        launches, size, copies = update(FastMetaLearner._in_triton)
+    after = (launches + 2, size + sum(kernel.bytes for kernel in kernels.values()), copies)
+    rows.append(("an update of the meta-learner and its backward pass, in Triton", update(FastMetaLearner._in_pytorch), after))
+    return rows
+
+
+class Nothing:
+    """Stands in for a Triton kernel, and counts the bytes of the tensors that it is given."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: object, **constants: int) -> None:
+            self.bytes = sum(_size(t) for t in args if isinstance(t, Tensor))
+
+        return launch
 
 
 def main() -> None:

@@ -153,7 +153,7 @@ def _colour(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
                 which = (order[:, place] == step).nonzero()[:, 0]
                 x[which] = _adjust(x[which], step, factors[which, step].view(-1, 1, 1, 1))
         return x
-    return gpu.replaced(gpu.colour, _colour_together, 0.05, x, factors, order)
+    return gpu.replaced(gpu.colour, _colour_together, 1e-3, x, factors, order)
 
 
 def _colour_together(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
