@@ -3,7 +3,7 @@
     python benchmarks/counts.py --before c569335
 
 PyTorch's meta device takes a GPU's way through the code and computes nothing. Each operation that reads or writes memory counts
-as one launch, and what it reads and writes as its bytes. cuDNN and cuBLAS need more launches for some operations, PyTorch's LSTM
+as one launch, and what it reads and writes as its bytes. cuDNN and cuBLAS need more launches for some operations, and the LSTM
 cell fewer than here, so the table compares and predicts no times. Triton kernels are counted by the tensors that they take,
 because they run nowhere but on a GPU. The table goes to benchmarks/results/cuda-counts.md.
 """

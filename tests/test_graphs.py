@@ -22,6 +22,7 @@ from around import checkpoints
 from episode import Episode
 from fast import graphs, native
 from fast.graphs import CHECKED, WARM_UP, Captured
+from fast.learner import FastLearner
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
@@ -222,6 +223,19 @@ def test_converted_images_are_not_kept_beyond_an_episode(tape):
         if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16
     }
     assert {storage(t)._cdata for t in (test.inputs.support, test.inputs.query)} <= converted
+
+
+@pytest.mark.parametrize("begin", ["reset_batch_stats", "copy_buffers"])
+def test_a_replay_that_overwrites_images_unseen_is_noticed_at_the_next_episode(begin):
+    """It changes the memory but not the version by which a learner knows what it converted last."""
+    learner, other = (FastLearner(16, 1e-3, 0.95, 5, conv_dtype=torch.bfloat16) for _ in range(2))
+    (first, second) = (episode.support for episode in episodes(2, "cpu"))
+    seen = first.clone()
+    learner(seen)
+    seen.data.copy_(second)
+    learner.copy_buffers(other) if begin == "copy_buffers" else learner.reset_batch_stats()
+    assert torch.equal(learner(seen), learner(second))
+    assert not torch.equal(learner(seen), learner(first))
 
 
 # ---- What can go wrong ----
