@@ -391,9 +391,13 @@ def episodes(
     pin_memory: bool,
     worker_init: Callable[[int], None] | None = None,
 ) -> Iterator[Episode]:
-    """Yield episodes ``start``, ``start + 1``, ... of a data set in order, on ``device``; worker processes run ahead."""
+    """Yield episodes ``start``, ``start + 1``, ... of a data set in order, on ``device``; worker processes run ahead.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
     loader = DataLoader(
-        dataset,
+        _Told(dataset),
         batch_size=None,
         sampler=range(start, len(dataset)),
         num_workers=n_workers,
@@ -403,7 +407,22 @@ def episodes(
         generator=torch.Generator(),  # or it draws from the global one, which belongs to the training
     )
     for item in loader:
+        if isinstance(item, UserError):
+            raise item
         yield dataset.deliver(item, device)
+
+
+class _Told(Dataset):
+    """A data set that returns its errors; raised in a worker, they would come with a traceback, which keeps workers alive."""
+
+    def __init__(self, dataset: EpisodeDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> object:
+        try:
+            return self.dataset[index]
+        except UserError as error:
+            return error
 
 
 def _as_it_is(item: object) -> object:

@@ -12,6 +12,8 @@ Two instances of one network play two parts:
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -84,6 +86,16 @@ class FlatModule(nn.Module):
         for (m, name, _), value in zip(self.slots(), self.slices(cI), strict=True):
             m._parameters.pop(name, None)
             setattr(m, name, value)
+
+    def __deepcopy__(self, memo: dict) -> FlatModule:
+        """A copy of its own, also of a learner_wo_grad: PyTorch refuses to copy weights that carry a ``grad_fn``."""
+        for m, name, _ in self._slots or []:
+            weight = getattr(m, name)
+            if not weight.is_leaf:
+                memo[id(weight)] = weight.detach().clone()
+        twin = memo[id(self)] = self.__new__(type(self))
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
 
     @torch.no_grad()
     def copy_buffers(self, other: FlatModule) -> None:

@@ -26,14 +26,14 @@ from around.evaluation import Evaluator, judge
 from around.flags import parse, run_folder, settle
 from around.predict import predict
 from around.recording import RECORDED, record, write_trace
-from around.results import contradictions, provenance, tables, write_results
-from around.run import BEST, LAST, Run, Stopped, begin_worker
+from around.results import contradictions, export, provenance, tables, write_results
+from around.run import Run, Stopped, begin_worker, find_checkpoint
 from around.way import Way, choose, dataset
 from dataloader import check_apart, episodes
 from episode import train_episode
 from learner import FlatModule
 from metalearner import MetaLearner
-from utils import Terminal, UserError, exit_code
+from utils import Terminal, exit_code
 
 
 def make_reproducible(seed: int) -> None:
@@ -61,7 +61,7 @@ def build(args: argparse.Namespace, way: Way) -> tuple[tuple[FlatModule, FlatMod
 def train(run: Run) -> None:
     """Train the meta-learner for ``--episode`` episodes; validate and save every ``--val-freq``."""
     args, way = run.args, choose(run.args)
-    print(way.description)
+    print(f"{way.description}\ntraining on {args.data_root}, into {run.folder}")
     if note := check_apart(args.data_root):
         print(note)
     train_set = dataset(args, way, "train", args.episode)
@@ -77,8 +77,8 @@ def train(run: Run) -> None:
     step = way.recorded(one, (*learners, metalearner), optimizer)
     description = (
         f"{args.n_class}-way {args.n_shot}-shot, {args.image_size} px, {metalearner.metalstm.cI.numel()} learner parameters; "
-        f"{args.data_root}: {len(train_set.split.classes)} classes to train on, {len(val_set.split.classes)} to validate on; "
-        f"{args.episode} episodes, into {run.folder}"
+        f"{args.data_root.name}: {len(train_set.split.classes)} classes to train on, {len(val_set.split.classes)} to validate "
+        f"on; {args.episode} episodes"
     )
     fingerprints = {"train": train_set.fingerprint, "val": val_set.fingerprint}
     done = run.restore(metalearner, optimizer, fingerprints, way.device, description)
@@ -116,28 +116,15 @@ def test(args: argparse.Namespace, checkpoint: dict) -> None:
         folder = path.resolve().parent.parent
         written = write_results(folder, args, checkpoint, tests, provenance(way.device))
         print(f"written to {written}\n\n{tables([folder])}")
+        if args.plots and (folder / "plots").is_dir():
+            show_plots(folder, "histogram")
 
 
-def find_checkpoint(args: argparse.Namespace) -> str:
-    """``--resume``, or else the run folder's best checkpoint, or its last if validation was off.
-
-    Raises:
-        UserError: there is none.
-    """
-    if args.resume not in (None, "auto"):
-        return args.resume
-    folder = run_folder(args) / "ckpts"
-    for name in (BEST, LAST):
-        if (folder / name).is_file():
-            return str(folder / name)
-    raise UserError(f"{folder}: no checkpoint there; train first, or name one with --resume")
-
-
-def show_plots(folder: Path) -> None:
-    """Draw a run's pictures and print where they are."""
+def show_plots(folder: Path, wanted: str | None = None) -> None:
+    """Draw a run's pictures, or the one that is wanted, and print where they are."""
     from around.plots import plot  # matplotlib takes a second to load, which other modes need not wait for
 
-    print("drawn: " + " ".join(str(path) for path in plot(folder)))
+    print("drawn: " + " ".join(str(path) for path in plot(folder, wanted)))
 
 
 def main(argv: list[str]) -> int:
@@ -156,14 +143,17 @@ def main(argv: list[str]) -> int:
             print(stopped, file=sys.stderr)
             return stopped.exit_code
     elif args.mode == "plot":
-        show_plots(run_folder(args))
+        folder = run_folder(args) if args.resume in (None, "auto") else Path(args.resume)
+        show_plots(folder.resolve().parent.parent if folder.is_file() else folder)  # a checkpoint lies in its run's ckpts/
+    elif args.mode == "export":
+        print(f"written to {export(run_folder(args))}")
     elif args.mode == "results":
         print(tables([Path(folder) for folder in args.runs or [run_folder(args)]]))
     else:
         path = find_checkpoint(args)
         checkpoint = checkpoints.load(Path(path))
         args = settle({**given, "resume": path}, defaults, checkpoint.get("hyper_parameters"))
-        if not {"data", "data_root"} & given.keys() and isinstance(checkpoint.get("data_root"), str):
+        if not {"data", "data_root"} & given.keys() and "data_root" in checkpoint:
             args.data_root = Path(checkpoint["data_root"])
         if args.mode == "test":
             test(args, checkpoint)

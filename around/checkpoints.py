@@ -66,6 +66,9 @@ def _wrong(content: object) -> str | None:
             return f"{name} is {value.dtype}, {value.layout}, but should be a dense tensor of floats"
         if not torch.isfinite(value).all():
             return f"{name} holds numbers that are not finite"
+    about, root = content.get("about", {}), content.get("data_root", "")
+    if not isinstance(about, dict) or not all(isinstance(k, str) for k in about) or not isinstance(root, str):
+        return "what it says about its training is not what training writes"
     best, run = content.get("best"), content.get("run")
     if best is not None and not (isinstance(best["episode"], int) and math.isfinite(best["accuracy"])):
         return "its best validation is not what training writes"

@@ -66,11 +66,12 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
         return add
 
     add = group("what to do")
-    modes = ("train", "test", "plot", "results", "predict")
-    words = "train; test a checkpoint; plot a run; results: table of tested runs; predict: classify photographs"
+    modes = ("train", "test", "plot", "results", "export", "predict")
+    words = "train; test a checkpoint; plot a run; results: table of tested runs; export: copy what is worth publishing of a "
+    words += "run into results/; predict: classify photographs"
     add("--mode", "train", words, choices=modes)
-    words = "checkpoint to continue or to test; auto: the run folder's last, if it has one (default of test: its best)"
-    add("--resume", None, words, metavar="CKPT")
+    words = "checkpoint, or run folder for its last (train) or best (test, predict); auto: SAVE-SEED's, if there is one"
+    add("--resume", None, words, metavar="PATH")
     add("--seed", 719, "seed of initialisation and episodes", type=whole(0, 2**32 - 1), metavar="N")
     add("--save-minutes", 5.0, "minutes between two snapshots", type=real(0, 1e6), metavar="X")
     add("--save", "logs", "the run folder is SAVE-SEED, with log, metrics and checkpoints", metavar="PATH")
@@ -128,6 +129,8 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     add = group("prediction")
     add("--support", None, "examples: a folder with one folder of images per class", metavar="DIR")
     add("--query", None, "images to classify, or folders of them", nargs="+", metavar="PATH")
+    words = "orders of the classes over which answers are averaged (default: as many as classes); more: steadier, slower"
+    add("--orders", None, words, type=whole(1, 1000), metavar="N")
     add("--out", "predictions", "answers are written to OUT.csv and OUT.png", metavar="PATH")
 
     add = group("machine and log")

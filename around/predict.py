@@ -1,23 +1,39 @@
-"""Few-shot learning in use: adapt to the user's own photographs, then classify others."""
+"""Few-shot learning in use: adapt to the user's own photographs, then classify others.
+
+The learner's initial weights, cI, differ from output to output, so the answer depends on which class gets which output: two
+random orders of the classes disagree about a fifth of the images (5-way 5-shot mini-ImageNet). So the learner adapts several
+times, each time with the classes in another order, and the probabilities are averaged (``--orders``). Each class having each
+output once, n orders, leaves 2 to 4 % of disagreement; all n! orders leave none. The first order follows the examples' pixels,
+so the names of folders and files have no part in the answer.
+"""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
+import hashlib
 import io
+import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from around.way import Way
 from dataloader import draw_order, eval_image, load_image, scan_classes, to_input
-from episode import Episode, adapt, query_loss
+from episode import Episode, adapt
 from learner import FlatModule
 from metalearner import MetaLearner
 from utils import UserError, whole_file
+
+CHUNK = 64  # images that are decoded and classified at once
+SHOWN = 24  # images in the picture
 
 
 def gather(paths: list[str]) -> list[Path]:
@@ -41,53 +57,144 @@ def gather(paths: list[str]) -> list[Path]:
     return found
 
 
-def prepare(files: list[Path], args: argparse.Namespace, device: torch.device) -> Tensor:
-    """Decode and transform as for validation: [B, 3, image_size, image_size] float32."""
-    images = [eval_image(load_image(path), args.image_size, args.augment) for path in files]
-    return to_input(images, args.pixels).to(device)
+def prepare(path: Path, args: argparse.Namespace) -> Tensor:
+    """Decode and transform as for validation: [3, image_size, image_size] float32."""
+    return to_input([eval_image(load_image(path), args.image_size, args.augment)], args.pixels)[0]
 
 
-def write_table(path: Path, classes: list[str], files: list[Path], probabilities: np.ndarray) -> None:
-    """One line per image: file, class, its probability, and all classes' probabilities."""
+def by_content(images: list[list[Tensor]]) -> list[tuple[int, Tensor]]:
+    """Sort classes, and the examples of each, by their pixels, so that no name has a part in the answer.
+
+    Args:
+        images: by class.
+
+    Returns:
+        (number of the class, image) of each example.
+    """
+    keyed = [sorted((hashlib.sha256(x.numpy().tobytes()).digest(), i) for i, x in enumerate(of_class)) for of_class in images]
+    return [(k, images[k][i]) for k in sorted(range(len(images)), key=keyed.__getitem__) for _, i in keyed[k]]
+
+
+def class_orders(n: int, count: int, seed: int) -> np.ndarray:
+    """Different orders of n classes; in each n in a row, beginning with the first, every class has every place once.
+
+    Returns:
+        [count, n] int64, or all n! of them if there are fewer: the place of each class.
+    """
+    count = min(count, math.factorial(n))
+    rng = np.random.Generator(np.random.Philox(seed))
+    starts = {tuple(range(n)): None}
+    while len(starts) * n < count:
+        starts[(0, *(int(k) + 1 for k in np.argsort(rng.random(n - 1))))] = None
+    return np.array([[(place + shift) % n for place in start] for start in starts for shift in range(n)])[:count]
+
+
+def adapted(
+    examples: list[tuple[int, Tensor]],
+    orders: np.ndarray,
+    args: argparse.Namespace,
+    learners: tuple[FlatModule, FlatModule],
+    metalearner: MetaLearner,
+    device: torch.device,
+) -> list[FlatModule]:
+    """Train the learner on the examples, anew for each order of the classes.
+
+    Args:
+        examples: from ``by_content``.
+        orders: from ``class_orders``; they apply to the classes in the order of the examples.
+
+    Returns:
+        The trained learners, in eval mode. In the order ``o``, output ``o[k]`` belongs to class ``k``.
+    """
+    x = torch.stack([image for _, image in examples]).to(device)
+    labels = np.array([k for k, _ in examples])
+    nothing = torch.empty(0, device=device)
+    order = torch.from_numpy(draw_order(args.seed, "test", 0, args.epoch, len(labels), args.shuffle)).to(device)
+    found = []
+    for places in orders:
+        episode = Episode(x, torch.from_numpy(places[labels]).to(device), nothing, nothing, order)
+        cI, _ = adapt(episode, learners[0], metalearner, args.batch_size)
+        found.append(copy.deepcopy(learners[1]).eval())
+        found[-1].transfer_params(learners[0], cI)
+    return found
+
+
+def chunks(files: list[Path], args: argparse.Namespace) -> Iterator[tuple[list[Path], Tensor]]:
+    """Decode images, ``CHUNK`` at a time; one that cannot be read is left out, with a note."""
+    bar = tqdm(total=len(files), desc="predict", unit="image", leave=False, disable=None)
+    for start in range(0, len(files), CHUNK):
+        good, images = [], []
+        for path in files[start : start + CHUNK]:
+            try:
+                images.append(prepare(path, args))
+                good.append(path)
+            except UserError as e:
+                tqdm.write(f"note: skipped {e}")
+            bar.update()
+        if good:
+            yield good, torch.stack(images)
+    bar.close()
+
+
+def table(classes: list[str], files: list[Path], probabilities: np.ndarray) -> bytes:
+    """A CSV file, one line per image: file, class, its probability, and all classes' probabilities."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["file", "class", "probability", *classes])
     for file, row in zip(files, probabilities, strict=True):
         writer.writerow([file, classes[row.argmax()], f"{row.max():.4f}", *(f"{p:.4f}" for p in row)])
-    with whole_file(path) as out:
-        out.write(text.getvalue().encode("utf-8"))
+    return text.getvalue().encode("utf-8", "backslashreplace")  # names may hold bytes of any kind
 
 
-def draw(path: Path, classes: list[str], support: list[list[Path]], files: list[Path], probabilities: np.ndarray) -> None:
-    """A picture: above, examples of each class; below, up to 24 of the images with their classes' probabilities."""
-    import matplotlib
+def picture(classes: list[str], support: list[list[Path]], files: list[Path], probabilities: np.ndarray) -> bytes:
+    """A PNG file: above, examples of each class; below, the first images with their names and likeliest classes."""
+    from around.plots import BLUE, GREY, plt, shorten, style  # matplotlib takes a second to load
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown, columns = files[:24], max(len(classes), 4)
+    shown, columns = files[:SHOWN], max(len(classes), 4)
     rows = 1 + -(-len(shown) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.5 * rows), squeeze=False, constrained_layout=True)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, name, examples in zip(axes[0], classes, support, strict=False):
-        side = [np.asarray(_square(load_image(p), 96)) for p in examples[:4]]
-        side += [np.full_like(side[0], 255)] * (4 - len(side))
-        axis.imshow(np.vstack((np.hstack(side[:2]), np.hstack(side[2:]))))
-        axis.set_title(f"{name}\n{len(examples)} examples", fontsize=9, color="#0072B2", weight="bold")
-    for axis, file, row in zip(axes[1:].flat, shown, probabilities, strict=False):
-        axis.imshow(_square(load_image(file), 192))
-        best = row.argsort()[::-1][:2]
-        axis.set_title("\n".join(f"{classes[k]} {row[k]:.0%}" for k in best), fontsize=9)
-    with whole_file(path) as out:
-        figure.savefig(out, format="png", dpi=110)
-    plt.close(figure)
+    names = [shorten(name, 20) for name in classes]
+    labels = [shorten(file.name, 26) for file in shown]
+    with style([*names, *labels]):
+        figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.6 * rows), squeeze=False)
+        figure.get_layout_engine().set(hspace=0.1)
+        if len(files) > SHOWN:
+            figure.supxlabel(f"the first {SHOWN} of {len(files)} images", fontsize=9)
+        for axis in axes.flat:
+            axis.axis("off")
+        for axis, name, examples in zip(axes[0], names, support, strict=False):
+            side = [np.asarray(_square(load_image(p), 96)) for p in examples[:4]]
+            side += [np.full_like(side[0], 255)] * (4 - len(side))
+            axis.imshow(np.vstack((np.hstack(side[:2]), np.hstack(side[2:]))))
+            axis.set_title(f"{name}\n{len(examples)} examples", color=BLUE, weight="bold")
+        for axis, file, label, row in zip(axes[1:].flat, shown, labels, probabilities, strict=False):
+            axis.imshow(_square(load_image(file), 192))
+            best = row.argsort()[::-1][:2]
+            axis.set_title("\n".join(f"{names[k]} {row[k]:.0%}" for k in best))
+            axis.text(0.5, -0.03, label, transform=axis.transAxes, ha="center", va="top", fontsize=8, color=GREY)
+        out = io.BytesIO()
+        figure.savefig(out, format="png", dpi=110, bbox_inches="tight", pad_inches=0.15)
+        plt.close(figure)
+    return out.getvalue()
 
 
 def _square(image: Image.Image, side: int) -> Image.Image:
     short = min(image.size)
     left, top = (image.width - short) // 2, (image.height - short) // 2
     return image.resize((side, side), Image.Resampling.BILINEAR, (left, top, left + short, top + short))
+
+
+def _examples(args: argparse.Namespace) -> tuple[list[str], list[list[Path]]]:
+    classes, support = scan_classes(Path(args.support), "--support")
+    if (more := len(classes) - args.n_class) != 0:
+        change = f"leave out {more} of them" if more > 0 else f"add {-more}, such as of anything else that the images may show"
+        raise UserError(
+            f"--support {args.support}: {len(classes)} classes, but {args.resume} was trained for {args.n_class}; {change}, "
+            + (f"or train with --n-class {len(classes)}" if len(classes) > 1 else "for one class leaves nothing to choose")
+        )
+    for name, images in zip(classes, support, strict=True):
+        if not images:
+            raise UserError(f"--support {args.support}/{name}: no images there; a class needs at least one example")
+    return classes, support
 
 
 @torch.no_grad()
@@ -97,36 +204,38 @@ def predict(
     """Adapt to the classes in ``--support`` and say which of them each image in ``--query`` shows.
 
     Raises:
-        UserError: a flag is missing, the number of classes is not the checkpoint's, or an image cannot be read.
+        UserError: a flag is missing, the number of classes is not the checkpoint's, an example or all of the images cannot be
+            read, or the picture would replace one of them.
     """
     if args.support is None or args.query is None:
         missing = "--support" if args.support is None else "--query"
         raise UserError(f"{missing}: needed by --mode predict; give a folder of examples and images to classify")
-    classes, support = scan_classes(Path(args.support), "--support")
-    if len(classes) != args.n_class:
-        raise UserError(
-            f"--support {args.support}: {len(classes)} classes, but {args.resume} was trained for {args.n_class}; "
-            "give it that many, or train with --n-class"
-        )
-    for name, images in zip(classes, support, strict=True):
-        if not images:
-            raise UserError(f"--support {args.support}/{name}: no images there; a class needs at least one example")
+    classes, support = _examples(args)
     files = gather(args.query)
-    device = way.device
-    labels = torch.tensor([k for k, images in enumerate(support) for _ in images], device=device)
-    x = prepare([path for images in support for path in images], args, device)
-    query = prepare(files, args, device)
-    order = torch.from_numpy(draw_order(args.seed, "test", 0, args.epoch, len(labels), args.shuffle)).to(device)
-    unknown = torch.zeros(len(files), dtype=torch.int64, device=device)
-    episode = Episode(x, labels, query, unknown, order)
-    learners[1].eval()
-    cI, _ = adapt(episode, learners[0], metalearner, args.batch_size)
-    probabilities = torch.softmax(query_loss(episode, *learners, cI)[1], dim=1).cpu().numpy()
-    width = max(len(str(file)) for file in files)
-    print(f"{'image':<{width}}  class, probability")
-    for file, row in zip(files, probabilities, strict=True):
+    stem = re.sub(r"\.(csv|png)$", "", args.out, flags=re.IGNORECASE)
+    targets = [Path(f"{stem}.csv"), Path(f"{stem}.png")]
+    if targets[1].resolve() in {path.resolve() for of_class in [*support, files] for path in of_class}:
+        raise UserError(f"--out {args.out}: would replace {targets[1]}, which is one of the images; choose another name")
+    examples = by_content([[prepare(path, args) for path in of_class] for of_class in support])
+    place = {k: rank for rank, k in enumerate(dict.fromkeys(k for k, _ in examples))}
+    ranks = np.array([place[k] for k in range(len(classes))])
+    orders = class_orders(len(classes), args.orders or len(classes), args.seed)[:, ranks]
+    trained = adapted(examples, orders, args, learners, metalearner, way.device)
+    read, rows = [], []
+    for good, images in chunks(files, args):
+        x = images.to(way.device)
+        each = [torch.softmax(learner(x), dim=1)[:, places] for learner, places in zip(trained, orders, strict=True)]
+        rows.append(torch.stack(each).double().mean(0).cpu().numpy())
+        read += good
+    if not read:
+        raise UserError(f"--query {' '.join(args.query)}: none of the {len(files)} files is a readable image")
+    probabilities = np.concatenate(rows)
+    width = max(len(str(file)) for file in read)
+    print(f"{'image':<{width}}  class, probability (mean over {len(orders)} orders of the classes)")
+    for file, row in zip(read, probabilities, strict=True):
         print(f"{file!s:<{width}}  {classes[row.argmax()]}, {row.max():.2f}")
-    table, picture = Path(f"{args.out}.csv"), Path(f"{args.out}.png")
-    write_table(table, classes, files, probabilities)
-    draw(picture, classes, support, files, probabilities)
-    print(f"written to {table} and {picture}")
+    contents = [table(classes, read, probabilities), picture(classes, support, read, probabilities)]
+    for path, content in zip(targets, contents, strict=True):
+        with whole_file(path) as out:
+            out.write(content)
+    print(f"written to {targets[0]} and {targets[1]}")

@@ -8,7 +8,9 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -16,10 +18,12 @@ from pathlib import Path
 
 import torch
 
+from around import checkpoints
 from around.flags import HYPER_PARAMETERS, ROOT
 from utils import UserError, summary, whole_file
 
 NAME = "results.json"
+BEST, LAST = "meta-learner-best.pth.tar", "meta-learner-last.pth.tar"
 
 # accuracy in percent, 5-way on mini-ImageNet: recipe, validation, test on 600 episodes, and more about it (paper's table 1;
 # the port's README)
@@ -157,10 +161,11 @@ def read_results(folder: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
         content["training"]["seed"], content["training"]["hyper_parameters"]
         for test in content["tests"]:
-            _key(test), test["accuracies"][0], test["validation"], test["mini_imagenet"]
+            _key(test), test["mini_imagenet"], test["data"]
+            _table("", 0, 0, [(content["training"], test)])
     except FileNotFoundError as e:
         raise UserError(f"{folder}: no {NAME} there; test the run first (python main.py --mode test)") from e
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
         raise UserError(f"{path}: not a test's results, or of an older version; move it away and test the run again") from e
     return content
 
@@ -257,3 +262,33 @@ def cell(accuracies: list[float], count: int) -> str:
     """Mean, 95 % interval and standard deviation of the first ``count`` episodes."""
     s = summary(accuracies[:count])
     return f"{s['mean']:.2f} ± {s['ci95']:.2f} (std {s['std']:.1f})"
+
+
+def export(folder: Path) -> Path:
+    """Copy what is worth publishing of a tested run into ``results/<data>-<shots>s<ways>c-<recipe>-<seed>/``.
+
+    That is its logs, results and pictures, and the best meta-learner without the optimiser's state.
+
+    Returns:
+        The new folder, which must not exist yet.
+
+    Raises:
+        UserError: the run has not been tested, or the new folder exists.
+    """
+    content = read_results(folder)
+    stored, data = content["training"]["hyper_parameters"], content["tests"][0]["data"]
+    slug = re.sub(r"[^\w.]+", "-", recipe(stored).replace(", but ", "-"))
+    name = f"{data}-{stored['n_shot']}s{stored['n_class']}c-{slug}-{content['training']['seed']}"
+    dest = ROOT / "results" / name
+    if dest.exists():
+        raise UserError(f"{dest}: exists already; remove it first")
+    best = next((c for c in (folder / "ckpts" / BEST, folder / "ckpts" / LAST) if c.is_file()), None)
+    if best is None:
+        raise UserError(f"{folder}/ckpts: no checkpoint there")
+    checkpoint = checkpoints.load(best)
+    kept = {k: checkpoint[k] for k in ("episode", "metalearner", "hyper_parameters", "best", "about") if k in checkpoint}
+    checkpoints.save(kept, dest / "meta-learner.pth.tar")
+    for path in (*(folder / n for n in ("console.log", "metrics.jsonl", NAME)), *sorted((folder / "plots").glob("*.png"))):
+        if path.is_file():
+            shutil.copy(path, dest)
+    return dest

@@ -7,6 +7,7 @@ killed one wrote after its last snapshot.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import math
 import os
@@ -21,13 +22,13 @@ from tqdm import tqdm
 from around import checkpoints
 from around.flags import hyper_parameters, run_folder, settle
 from around.logs import Logger, open_tensorboard, result_line
-from around.results import provenance
+from around.results import BEST, LAST, provenance
 from metalearner import MetaLearner
 from utils import UserError, locked, release_locks, summary
 
 MAX_SKIPPED = 20  # updates in a row whose loss or gradient is not finite
 HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-BEST, LAST = "meta-learner-best.pth.tar", "meta-learner-last.pth.tar"
+START_ONLY = ("bn_scale", "lstm_init", "bf_init", "bi_init")  # hyper-parameters that say nothing after the first episode
 
 
 class Run:
@@ -66,14 +67,16 @@ class Run:
         if resume == "auto":
             last = self.folder / "ckpts" / LAST
             resume = str(last) if last.is_file() else None
+        resume = resume and checkpoint_of(resume, LAST)
         self.checkpoint = checkpoints.load(Path(resume)) if resume else None
         stored = (self.checkpoint or {}).get("hyper_parameters", {})
-        for name, value in stored.items():
-            if name in given and given[name] != value:
+        elsewhere = resume is not None and Path(resume).resolve().parent != (self.folder / "ckpts").resolve()
+        self.changed = {k: given[k] for k, v in stored.items() if k in given and given[k] != v}
+        for name, value in self.changed.items():
+            if not elsewhere or name in START_ONLY:
                 flag = "--" + name.replace("_", "-")
-                raise UserError(
-                    f"{flag} {given[name]}: {resume} was begun with {flag} {value}; leave it at that, or choose another --save"
-                )
+                advice = "leave it at that" if elsewhere else "leave it at that, or name another --save and --resume"
+                raise UserError(f"{flag} {value}: {resume} was begun with {flag} {stored[name]}; {advice}")
         self.args = settle({**given, "resume": resume}, defaults, stored)
         self.validated, self.best = 0, None
         self.since_log: dict[str, list] = {"loss": [], "accuracy": [], "skipped": []}  # of the episodes since the last log line
@@ -123,6 +126,10 @@ class Run:
             self.best = checkpoint.get("best")
             if "run" in checkpoint:
                 ends = self._restore_run(checkpoint["run"], path)
+            if ends is None:  # another folder, which begins its own logs and keeps its own best checkpoint
+                self.best = None
+                came_from = {"checkpoint": f"{path.resolve().parent.parent.name}/{path.name}", "episode": done}
+                self.about = provenance(device) | {"resumed_from": came_from, "changed": self.changed}
             if done > args.episode:
                 raise UserError(f"--episode {args.episode}: {args.resume} has seen {done} already; ask for more")
         if ends is None and (self.folder / "ckpts" / LAST).exists():
@@ -280,7 +287,26 @@ class Run:
         """The log's last line."""
         best = f", best by validation: episode {self.best['episode']}" if self.best else ""
         self.bar.close()
-        self.logger.info(f"done: {self.folder / 'ckpts' / LAST}{best}")
+        self.logger.info(f"done: {self.folder.name}/ckpts/{LAST}{best}")
+
+
+def find_checkpoint(args: argparse.Namespace) -> str:
+    """What to test: ``--resume``, or else the run folder's best checkpoint, or its last if validation was off.
+
+    Raises:
+        UserError: there is none.
+    """
+    given = args.resume not in (None, "auto")
+    found = checkpoint_of(args.resume if given else str(run_folder(args)), BEST, LAST)
+    if not given and Path(found) == run_folder(args):
+        raise UserError(f"{found}/ckpts: no checkpoint there; train first, or name one with --resume")
+    return found
+
+
+def checkpoint_of(resume: str, *names: str) -> str:
+    """What ``--resume`` names: a checkpoint, or a run's folder, which stands for the first of ``names`` that it holds."""
+    held = (Path(resume, "ckpts", name) for name in names)
+    return next((str(path) for path in held if path.is_file()), resume)
 
 
 @contextlib.contextmanager

@@ -182,11 +182,11 @@ def parts(root: Path, rounds: int, device: torch.device) -> list[str]:
 MEMORY = """
 import resource, sys, threading
 sys.path[:0] = [{root!r}, {root!r} + "/benchmarks"]
-import torch, run
+import torch, run, fast.threads
+fast.threads.keep_freed_memory = lambda: None  # or what the first episode frees would not be counted again
 device = torch.device({device!r})
 model = run.Model(device, {plain}, epoch={epoch})
 episode = run.synthetic(device, model.args)
-run.keep_freed_memory(False)  # or the first episode's would not be seen
 model.{what}(episode._replace(order=episode.order[:1]))  # what loads once
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()

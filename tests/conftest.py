@@ -79,12 +79,12 @@ def photograph(rng: np.random.Generator, width: int, height: int) -> Image.Image
 
 @pytest.fixture(scope="session")
 def master(tmp_path_factory):
-    """A small data set of real JPEG files: 6 classes x 8 images a split."""
+    """A small data set of real JPEG files: 6 classes x 8 images a split, no class in two splits."""
     root = tmp_path_factory.mktemp("master")
     rng = np.random.default_rng(1)
     for split in ("train", "val", "test"):
         for c in range(6):
-            folder = root / split / f"class {c}"
+            folder = root / split / (f"class {c}" if split == "train" else f"{split} class {c}")
             folder.mkdir(parents=True)
             for k in range(8):
                 photograph(rng, int(rng.integers(18, 40)), int(rng.integers(18, 40))).save(folder / f"{k}.jpg", quality=95)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import main
+from around import results
 from around.flags import parse, settle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,16 +42,6 @@ def metrics(save, *events):
 
 def tensors(save, name="meta-learner-last.pth.tar"):
     return torch.load(Path(f"{save}-719", "ckpts", name), weights_only=True)
-
-
-@pytest.fixture(scope="session")
-def master(master, tmp_path_factory):
-    """The small data set, with no class in two splits: training refuses that."""
-    root = tmp_path_factory.mktemp("apart")
-    for folder in sorted(master.glob("*/class *")):
-        split = folder.parent.name
-        shutil.copytree(folder, root / split / (folder.name if split == "train" else f"{split} {folder.name}"))
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -467,3 +458,27 @@ def test_the_scripts_hold_the_published_recipes(recipe, expected):
     text = (ROOT / "scripts" / f"{recipe}.sh").read_text()
     argv = text[text.index("main.py") :].replace('main.py"', "").replace("\\\n", " ").replace('"$@"', "").split()
     assert vars(settle(*parse(argv))) == {**vars(settle(*parse([]))), **expected}
+
+
+def test_what_is_worth_publishing(master, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    shutil.copytree(ROOT / "data" / "splits", tmp_path / "data" / "splits")
+    copy = tmp_path / "run-719"
+    shutil.copytree(f"{trained}-719", copy)
+    export = ["--mode", "export", "--save", str(tmp_path / "run")]
+    (copy / "results.json").unlink(missing_ok=True)
+    expect(capsys, main.run(export), "run-719: no results.json there")
+    assert do_test(master, tmp_path / "run", "--episode-test", "2") == 0
+    assert main.run(export) == 0
+    (folder,) = (tmp_path / "results").iterdir()
+    assert folder.name.startswith(f"{master.name}-1s3c-port-")
+    assert folder.name.endswith("-719")
+    assert sorted(p.name for p in folder.iterdir()) == ["console.log", "meta-learner.pth.tar", "metrics.jsonl", "results.json"]
+    for path in folder.glob("*.*"):
+        assert str(tmp_path).encode() not in path.read_bytes()
+        assert str(master.parent).encode() not in path.read_bytes()
+    capsys.readouterr()
+    published = ["--resume", str(folder / "meta-learner.pth.tar"), "--episode-test", "3"]
+    assert do_test(master, "nowhere", *published) == 0
+    assert "3 episodes: accuracy" in capsys.readouterr().out
+    expect(capsys, main.run(export), "exists already")

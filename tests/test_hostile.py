@@ -3,16 +3,18 @@
 import io
 import os
 import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import test_cli
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_cli import expect, metrics, tensors, train
+from test_cli import ROOT, SMALL, expect, metrics, tensors, train
 
 import main
 from around import checkpoints
@@ -20,8 +22,6 @@ from around.flags import parse, settle
 from dataloader import load_image
 from fast import images
 from utils import UserError
-
-master = test_cli.master
 
 CHECKPOINT = "meta-learner-last.pth.tar"
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -79,6 +79,16 @@ def meta(name, value):
     return checkpoint(lambda c: c["metalearner"].__setitem__(name, value))
 
 
+def plain(change):
+    """Without fast/, which looks at every image before it starts."""
+    return lambda data, tmp_path: [*place(change)(data, tmp_path), "--plain"]
+
+
+def junk(data, _):
+    for path in data.glob("train/*/*.jpg"):
+        path.write_bytes(b"junk")
+
+
 def loop(data, _):
     (data / "train" / "class 1" / "loop.jpg").symlink_to("loop.jpg")
 
@@ -110,6 +120,11 @@ BAD = {
     "name in other letters": (image_file("кот 猫.jpg", b"hello"), "кот 猫.jpg: not a readable image"),
     "symlink loop": (place(loop), "loop.jpg: cannot be read"),
     "dangling symlink": (place(dangling), "gone.jpg: cannot be read"),
+    "plainly a symlink loop": (plain(loop), "loop.jpg: "),
+    "plainly a dangling symlink": (plain(dangling), "gone.jpg: "),
+    "plainly a bad image": (plain(junk), "not a readable image"),
+    "plainly a bad image, in a worker": (lambda d, t: [*plain(junk)(d, t), "--n-workers", "2"], "not a readable image"),
+    "class in two splits": (place(lambda d, t: (d / "val/val class 1").rename(d / "val/class 1")), "a class named class 1"),
     "too many classes": (flags("--n-class 7"), "--n-class 7: the train split has only 6 classes"),
     "too many images": (flags("--n-eval 8"), "train/class 0: 8 images, but an episode takes 9"),
     # flags
@@ -144,8 +159,10 @@ BAD = {
     "hyper-parameters are a list": (checkpoint(lambda c: c | {"hyper_parameters": [1]}), "hyper_parameters"),
     "run state of another kind": (checkpoint(lambda c: c | {"run": 3}), "bad.pth.tar: its run state"),
     "run state lacks something": (checkpoint(lambda c: c["run"].pop("data") and None), "bad.pth.tar: its run state"),
+    "origin of another kind": (checkpoint(lambda c: c | {"about": 3}), "bad.pth.tar: what it says about its training"),
+    "data root of another kind": (checkpoint(lambda c: c | {"data_root": 3}), "bad.pth.tar: what it says about its training"),
     "optimiser lacks": (checkpoint(lambda c: c.pop("optim") and None), "optimiser's state does not fit"),
-    "other hyper-parameter": (lambda d, t: [*checkpoint(lambda c: c)(d, t), "--epoch", "3"], "--epoch 3"),
+    "other hyper-parameter": (lambda d, t: [*checkpoint(lambda c: c)(d, t), "--bi-init", "0", "0"], "--bi-init"),
 }
 
 
@@ -156,6 +173,15 @@ def test_bad_input(data, tmp_path, capsys, name):
     capsys.readouterr()
     expect(capsys, train(data, tmp_path / "logs", *extra), line)
     assert not list(tmp_path.rglob("logs-719/ckpts/*"))
+
+
+def test_a_bad_image_in_a_worker_process_ends_the_program(data, tmp_path):
+    """In one line, at once, and with nothing of it left running."""
+    junk(data, tmp_path)
+    command = [sys.executable, ROOT / "main.py", "--data-root", data, "--save", tmp_path / "logs", *SMALL, "--plain"]
+    run = subprocess.run([*command, "--n-workers", "2"], capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 2
+    assert re.fullmatch(r"error: .*/train/class \d/\d\.jpg: not a readable image .*\n", run.stderr)
 
 
 def test_the_table_is_long_enough():

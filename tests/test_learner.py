@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from conftest import LEARNERS
@@ -145,3 +147,13 @@ def test_a_parameter_in_two_places_is_refused():
 
     with pytest.raises(ValueError, match="two layers share a parameter"):
         Tied().get_flat_params()
+
+
+def test_a_learner_can_be_copied_after_training(way):
+    w_grad, wo_grad = LEARNERS[way](**SHAPE), LEARNERS[way](**SHAPE)
+    cI = torch.randn(w_grad.get_flat_params().numel(), 1, requires_grad=True)
+    wo_grad.transfer_params(w_grad, cI * 1.0)
+    twin, x = copy.deepcopy(wo_grad).eval(), torch.randn(4, 3, 21, 21)
+    assert torch.equal(twin(x), wo_grad.eval()(x))
+    twin.transfer_params(w_grad, cI * 2.0)
+    assert torch.equal(wo_grad.conv1.weight.detach().reshape(-1), cI.detach()[: wo_grad.conv1.weight.numel(), 0])

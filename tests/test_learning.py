@@ -1,10 +1,13 @@
 """Learning happens: on data that a small meta-learner can master, in a few seconds, plain and fast."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import main
@@ -22,7 +25,7 @@ def colours(tmp_path_factory):
     root, rng = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
     for split in ("train", "val", "test"):
         for c in range(12):
-            folder = root / split / str(c)
+            folder = root / split / f"{split} {c}"
             folder.mkdir(parents=True)
             colour = rng.integers(40, 216, 3)
             for k in range(6):
@@ -62,3 +65,9 @@ def test_without_the_meta_learners_updates_nothing_is_learned(colours, tmp_path,
     assert accuracy[-10:].mean() < accuracy[:10].mean() + 10
     assert val["loss"]["mean"] > 0.6
     assert val["accuracy"]["mean"] < 80
+
+
+def test_the_example_of_an_own_network_learns():
+    command = [sys.executable, ROOT / "examples" / "own_network.py"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(found.stdout.splitlines()[-1].split()[4]) > 85

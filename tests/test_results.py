@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_cli
 from test_cli import do_test, expect, shell, tensors, train
 
 import main
@@ -16,8 +15,6 @@ from around import results
 from around.flags import HYPER_PARAMETERS, hyper_parameters, parse, settle
 from around.results import cell, interval, read_results, recipe, tables, write_results
 from utils import UserError
-
-master = test_cli.master
 
 BEST, LAST = "meta-learner-best.pth.tar", "meta-learner-last.pth.tar"
 PORT = hyper_parameters(settle(*parse([])))
@@ -235,6 +232,35 @@ def test_other_files_are_refused(tmp_path, content):
     (tmp_path / results.NAME).write_text(content)
     with pytest.raises(UserError, match=r"results\.json: not a test's results"):
         read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("accuracies", []),
+        ("accuracies", ["a"]),
+        ("accuracies", 3),
+        ("counts", [0]),
+        ("counts", 2),
+        ("counts", ["two"]),
+        ("validation", {"accuracy": "high", "std": 1}),
+        ("validation", 3),
+        ("contradicts_training", []),
+        ("episode", "x"),
+        ("checkpoint", 3),
+        ("mini_imagenet", None),
+    ],
+)
+def test_results_that_were_tampered_with_are_refused(tmp_path, name, value):
+    path = with_test(tmp_path / "a", [50.0, 60.0, 40.0, 50.0]) / results.NAME
+    content = json.loads(path.read_text())
+    if value is None:
+        del content["tests"][0][name]
+    else:
+        content["tests"][0][name] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"results\.json: not a test's results"):
+        read_results(tmp_path / "a")
 
 
 def test_damaged_results_do_not_hide_the_others(tmp_path):

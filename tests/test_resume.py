@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import pytest
-import test_cli
 import torch
 from conftest import ROOT
 from test_cli import SMALL, expect, metrics, tensors, train
@@ -28,8 +27,6 @@ from around import run as running
 from around.flags import parse
 from around.way import choose
 from fast import images
-
-master = test_cli.master
 
 EPISODES = 60
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -62,9 +59,9 @@ def command_line(data, save, *flags):
 
 
 def console(save):
-    """Lines of console.log without what depends on the clock or the folder's name."""
+    """Lines of console.log without what depends on the clock or on folders' names."""
     text = Path(f"{save}-719", "console.log").read_text()
-    return re.sub(r"^\S+ \S+ |\d+\.\d+ episodes/s.*|(?<= )/\S+", "", text, flags=re.MULTILINE).splitlines()
+    return re.sub(r"^\S+ \S+ |\d+\.\d+ episodes/s.*|\S+(?=: 6 classes to train on)", "", text, flags=re.MULTILINE).splitlines()
 
 
 def outcome(data, save, capsys):
@@ -294,6 +291,24 @@ def test_resuming_elsewhere_begins_new_logs(data, tmp_path):
     assert train(data, tmp_path / "b", "--resume", str(tmp_path / "a-719/ckpts/meta-learner-2.pth.tar")) == 0
     assert metrics(tmp_path / "b", "train") == metrics(tmp_path / "a", "train")[2:]
     assert_same(tensors(tmp_path / "a")["metalearner"], tensors(tmp_path / "b")["metalearner"])
+
+
+def test_another_folder_may_take_other_training_settings(data, tmp_path, capsys):
+    assert train(data, tmp_path / "a") == 0
+    start = ("--resume", str(tmp_path / "a-719/ckpts/meta-learner-2.pth.tar"))
+    expect(capsys, train(data, tmp_path / "a", *start, "--lr", "0.0001"), "--lr 0.0001", "another --save and --resume")
+    expect(capsys, train(data, tmp_path / "b", *start, "--bi-init", "0", "0"), "--bi-init [0.0, 0.0]", "begun with")
+    assert not (tmp_path / "b-719").exists()
+    assert train(data, tmp_path / "b", *start, "--lr", "0.0001") == 0
+    found = tensors(tmp_path / "b")
+    assert found["hyper_parameters"]["lr"] == 0.0001
+    assert found["optim"]["param_groups"][0]["lr"] == 0.0001
+    assert found["about"]["resumed_from"] == {"checkpoint": "a-719/meta-learner-2.pth.tar", "episode": 2}
+    assert found["about"]["changed"] == {"lr": 0.0001}
+    assert found["best"]["episode"] == 4
+    assert (tmp_path / "b-719/ckpts/meta-learner-best.pth.tar").is_file()
+    assert train(data, tmp_path / "b", "--resume", "auto", episode=6) == 0
+    assert tensors(tmp_path / "b")["about"] == found["about"]
 
 
 def test_checkpoint_of_the_older_port_can_be_trained_on(data, tmp_path):
