@@ -161,7 +161,8 @@ def main() -> None:
         before = in_tree(Path(folder), args.data_root)
     sys.path.insert(0, str(ROOT))
     rows = [*((name, before[name], after[name]) for name in after), *triton_rows()]
-    lines = [f"`python benchmarks/counts.py --before {args.before}`; torch {torch.__version__}; counted, not run"]
+    command = f"python benchmarks/counts.py --before {args.before}"
+    lines = [f"`{command}`; data: {args.data_root.name}; torch {torch.__version__}; counted, not run"]
     lines += ["", "| part | launches before | after | MB before | after | host's copies before | after |", "|" + "-|" * 7]
     for name, *both in rows:
         cells = [f"{v}" if k != 1 else f"{v / 1e6:.1f}" for k in range(3) for v in (both[0][k], both[1][k])]
