@@ -131,7 +131,7 @@ def triton_rows() -> list[tuple[str, tuple[int, int, int], tuple[int, int, int]]
     def update(way: Callable) -> tuple[int, int, int]:
         return count(lambda: sum(t.sum() for t in way(meta, loss, grad, state)).backward())
 
-    with mock.patch.multiple(gpu, _meta_forward=kernels["forward"], _meta_backward=kernels["backward"]):
+    with mock.patch.multiple(gpu, _meta_forward=kernels["forward"], _meta_backward=kernels["backward"], create=True):
         launches, size, copies = update(FastMetaLearner._in_triton)
     after = (launches + 2, size + sum(kernel.bytes for kernel in kernels.values()), copies)
     rows.append(("an update of the meta-learner and its backward pass, in Triton", update(FastMetaLearner._in_pytorch), after))

@@ -452,6 +452,26 @@ def test_gpu_and_cpu_agree(mode):
 
 
 @CUDA
+def test_a_wait_is_reported_and_ends_a_capture_but_not_the_next(capsys):
+    def function(episode):
+        total = episode.query.sum()
+        return (total * (total.item() > -1e9),)
+
+    current, waiting = torch.cuda.current_stream(), Captured(function)
+    for episode in episodes(WARM_UP + 2, "cuda"):
+        assert waiting(episode)[0] == episode.query.sum()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2
+    assert "waits for the GPU 1 times" in said[0]
+    assert "no CUDA graph" in said[1]
+    assert torch.cuda.current_stream() == current
+    sound = Model("fast", 16, device="cuda").captured("train")
+    for episode in episodes(WARM_UP + CHECKED + 1, "cuda"):
+        sound(episode)
+    assert sound.graph is not None
+
+
+@CUDA
 def test_a_run_on_the_gpu_repeats_itself_and_resumes_to_the_same_bits(master, tmp_path):
     """Through the command line; resumed, other episodes are warm-up than in the run that was not stopped."""
     import main
