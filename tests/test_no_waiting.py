@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import DATASETS, Model, drawn
+from conftest import DATASETS, LEARNERS, Model, drawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataloader import scan_split
@@ -147,6 +147,34 @@ def test_an_episode_is_assembled_without_waiting_for_the_gpu(master, split):
     assert copies.n == 1
     assert episode.query.device.type == "meta"
     assert episode.query.shape == (15, 3, 32, 32)
+
+
+class Operations(TorchDispatchMode):
+    """Lists the operations and the types of the tensors in their lists."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.types = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name.removeprefix("aten::"))
+        self.types.append({t.dtype for a in args if isinstance(a, list | tuple) for t in a if isinstance(t, torch.Tensor)})
+        return func(*args, **(kwargs or {}))
+
+
+def test_running_statistics_and_idle_gradients_take_few_launches():
+    """A list of one type is one launch on a GPU, one of two types is a launch for each tensor."""
+    one, other = (LEARNERS["fast"](16, 1e-3, 0.95, 5).to("meta").train() for _ in range(2))
+    with Operations() as copying:
+        one.copy_buffers(other)
+    assert copying.names == ["_foreach_copy_"]
+    assert copying.types == [{torch.float32}]
+    with Operations() as resetting:
+        one.reset_batch_stats()
+    assert resetting.names == ["_foreach_zero_", "_foreach_add_"]
+    with Operations() as update:
+        one.loss_and_grad(torch.empty(5, 3, 16, 16, device="meta"), torch.arange(5).to("meta"))
+    assert update.names.count("zeros") + update.names.count("zeros_like") <= 1
 
 
 def test_a_gpu_augments_on_a_stream_of_its_own(master):
