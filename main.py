@@ -80,7 +80,7 @@ def train(run: Run) -> None:
     def one(episode):
         return train_episode(episode, *learners, metalearner, optimizer, args.batch_size, args.grad_clip, way.step)
 
-    step = way.recorded(one, optimizer)
+    step = way.recorded(one, (*learners, metalearner), optimizer)
     description = (
         f"{args.n_class}-way {args.n_shot}-shot, {args.image_size} px, {metalearner.metalstm.cI.numel()} learner parameters; "
         f"{args.data_root.name}: {len(train_set.split.classes)} classes to train on, {len(val_set.split.classes)} to validate "

@@ -36,7 +36,7 @@ class Evaluator:
         self.free: queue.SimpleQueue = queue.SimpleQueue()
         for pair in self.pairs:
             self.free.put(pair)
-        self.one = way.recorded(self._one)
+        self.one = way.recorded(self._one, (*self.pairs[0], metalearner))
 
     def _one(self, episode: Episode) -> tuple[torch.Tensor, torch.Tensor]:
         pair = self.free.get()

@@ -28,7 +28,7 @@ class Way(NamedTuple):
     dataset: Callable[..., EpisodeDataset]
     adam: Callable[..., torch.optim.Adam]
     step: Callable[[torch.optim.Optimizer, torch.Tensor], None]
-    recorded: Callable[..., Callable]  # (function of an episode, optimizer or None) -> a function that does the same
+    recorded: Callable[..., Callable]  # (function of an episode, its modules, its optimizer) -> a function that does the same
     lanes: int  # how many episodes are evaluated at once
     map: Callable[[Callable, Iterable], Iterator]
 
@@ -61,7 +61,7 @@ def choose(args: argparse.Namespace) -> Way:
     )
 
 
-def _as_it_is(function: Callable, optimizer: torch.optim.Optimizer | None = None) -> Callable:
+def _as_it_is(function: Callable, modules: Iterable, optimizer: torch.optim.Optimizer | None = None) -> Callable:
     return function
 
 

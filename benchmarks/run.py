@@ -32,7 +32,7 @@ from around.way import choose, dataset
 from dataloader import draw_augmentation, episodes, load_image, scan_split
 from episode import Episode, train_episode
 from fast import native
-from fast.graphs import WARM_UP
+from fast.graphs import CHECKED, WARM_UP
 from fast.images import reduced_size
 from fast.library import library
 from fast.threads import keep_freed_memory
@@ -57,7 +57,7 @@ class Model:
             more = (self.meta, self.optimizer, args.batch_size, args.grad_clip, self.way.step)
             return train_episode(episode, *learners, *more)
 
-        self.train = self.way.recorded(train, self.optimizer)
+        self.train = self.way.recorded(train, (*learners, self.meta), self.optimizer)
 
 
 @contextlib.contextmanager
@@ -78,13 +78,13 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 def turns(functions: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each function, all of them once a round.
 
-    One round is not counted; on a GPU those are not, in which graphs are recorded.
+    One round is not counted; on a GPU those are not, in which graphs are recorded and checked.
 
     What is called plain runs with the C library's own setting of the allocator, as with ``--plain``; what is said to have no
     compiler runs without the kernels.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    uncounted = WARM_UP + 1 if device.type == "cuda" else 1
+    uncounted = WARM_UP + CHECKED if device.type == "cuda" else 1
     for round_ in range(uncounted + rounds):
         for name, function in functions.items():
             keep_freed_memory(name != "plain")
@@ -119,7 +119,7 @@ def end_to_end(root: Path, rounds: int, workers: int, device: torch.device) -> l
 
         def stepper(name: str, what: str = what) -> Callable[[], object]:
             model = Model(device, name == "plain", precision="bf16" if "bf16" in name else "fp32", data_root=root)
-            data = dataset(model.args, model.way, what, TURN * (rounds + WARM_UP + 2))
+            data = dataset(model.args, model.way, what, TURN * (rounds + WARM_UP + CHECKED))
             stream = episodes(data, 0, workers, device, True, begin_worker)
             step, together = (model.train, map) if what == "train" else (model.test, model.way.map)
             return lambda: list(together(step, islice(stream, TURN)))
@@ -197,7 +197,7 @@ def watch():
         peak = max(peak, resident())
 watcher = threading.Thread(target=watch)
 watcher.start()
-for _ in range(run.WARM_UP + 2 if device.type == "cuda" else 2):
+for _ in range(run.WARM_UP + run.CHECKED + 1 if device.type == "cuda" else 2):
     model.{what}(episode)
 stop.set()
 watcher.join()

@@ -7,14 +7,15 @@ whole grey levels after each step and this does not: there is no other differenc
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dataloader import PIXELS
-from fast import native
+from dataloader import PIXELS, Augmentation
+from fast import gpu, native
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as Pillow's mode L
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -49,9 +50,22 @@ class Windows(NamedTuple):
         return Windows(zero, sizes, zero + image_size, zero)
 
 
-def _sent(values: np.ndarray, device: torch.device) -> Tensor:
-    """On the device, without waiting for its earlier work."""
-    return torch.from_numpy(values).to(device, non_blocking=True)
+def table(windows: Windows, drawn: Augmentation | None) -> np.ndarray:
+    """All that ``transform`` needs to know of each image, as numbers that float32 holds exactly, but for the factors.
+
+    Returns:
+        [B, 9] or, if there is an augmentation, [B, 17] float32: windows (8), flip, factors (4), their order (4).
+    """
+    columns = [*windows, np.zeros((len(windows.start), 1))]
+    if drawn is not None:
+        columns = [*windows, drawn.flip[:, None], drawn.jitter, drawn.order]
+    return np.concatenate(columns, axis=1, dtype=np.float32)
+
+
+@functools.cache
+def _constant(device: torch.device, *values: float) -> Tensor:
+    """A vector that stays on the device."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _weights(start: Tensor, extent: Tensor, out: Tensor, skip: Tensor, length: int, image_size: int) -> Tensor:
@@ -74,12 +88,10 @@ def _weights(start: Tensor, extent: Tensor, out: Tensor, skip: Tensor, length: i
     return w.div_(w.sum(2, keepdim=True))
 
 
-def _filters(windows: Windows, flip: np.ndarray, size: tuple[int, int], image_size: int, device: torch.device):
-    """Weights of all images' rows [B, image_size, H] and columns [B, image_size, W], mirrored where ``flip`` [B] is true."""
-    table = _sent(np.stack(windows).astype(np.float32), device)  # [4, B, 2]
-    rows, columns = (_weights(*table[:, :, axis], size[axis], image_size) for axis in (0, 1))
-    mirrored = _sent(flip, device).view(-1, 1, 1)
-    return rows, torch.where(mirrored, columns.flip(1), columns)
+def _filters(windows: Tensor, flip: Tensor, size: tuple[int, int], image_size: int) -> tuple[Tensor, Tensor]:
+    """Weights of all images' rows [B, image_size, H] and columns [B, image_size, W], mirrored where ``flip`` [B] is not 0."""
+    rows, columns = (_weights(*windows[:, :, axis], size[axis], image_size) for axis in (0, 1))
+    return rows, torch.where((flip != 0).view(-1, 1, 1), columns.flip(1), columns)
 
 
 def _resize(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -118,48 +130,53 @@ def _adjust(x: Tensor, step: int, factor: Tensor) -> Tensor:
         return (x * factor).clamp_(0, 255)
     target = _grey(x)
     if step == CONTRAST:
-        target = (target.mean((1, 2, 3), keepdim=True) + 0.5).floor_()  # Pillow's whole number
+        target = _whole_mean(target)
     return torch.lerp(target, x, factor).clamp_(0, 255)
 
 
-def _colour(x: Tensor, factors: Tensor, order: np.ndarray, together: bool) -> Tensor:
+def _whole_mean(grey: Tensor) -> Tensor:
+    """Each image's mean as Pillow's whole number, [B, 1, 1, 1]."""
+    return (grey.mean((1, 2, 3), keepdim=True) + 0.5).floor_()
+
+
+def _colour(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """Brightness, contrast, saturation and hue of each image, each image in its own order.
 
-    ``together`` suits a GPU, where the number of launches counts more than the work: all images take all steps at each of the
-    four places, most of them with a factor that changes nothing.
+    Args:
+        x: [B, 3, H, W], grey levels 0 to 255, which may be overwritten.
+        factors: [B, 4], see ``transform``.
+        order: [B, 4] int64.
     """
-    if not together:
+    if x.device.type == "cpu":
         for place in range(4):
             for step in range(4):
-                which = np.flatnonzero(order[:, place] == step)
-                x[which] = _adjust(x[which], step, factors[which, step])
+                which = (order[:, place] == step).nonzero()[:, 0]
+                x[which] = _adjust(x[which], step, factors[which, step].view(-1, 1, 1, 1))
         return x
-    neutral, order = _sent(np.array((1, 1, 1, 0), dtype=np.float32), x.device), _sent(order, x.device)
-    for place in range(4):
-        for step in range(4):
-            here = (order[:, place] == step).view(-1, 1, 1, 1)
-            x = _adjust(x, step, torch.where(here, factors[:, step], neutral[step]))
+    return gpu.replaced(gpu.colour, _colour_together, 1e-3, x, factors, order)
+
+
+def _colour_together(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """The same for a GPU, where the number of launches counts: the same operations for all images at each of the four places.
+
+    Brightness, contrast and saturation are one interpolation, from black, the mean grey or the grey picture.
+    """
+    for step, factor in zip(order.t(), factors.gather(1, order).t(), strict=True):
+        step, factor = step.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
+        grey = _grey(x)
+        target = torch.where(step == CONTRAST, _whole_mean(grey), grey).mul_(step != BRIGHTNESS)
+        x = torch.where(step == HUE, _turn_hue(x, factor), torch.lerp(target, x, factor).clamp_(0, 255))
     return x
 
 
-def transform(
-    pixels: Tensor,
-    windows: Windows,
-    image_size: int,
-    flip: np.ndarray,
-    jitter: np.ndarray | None,
-    order: np.ndarray | None,
-    scale: str = "imagenet",
-) -> Tensor:
+def transform(pixels: Tensor, table: Tensor, image_size: int, scale: str = "imagenet") -> Tensor:
     """Turn decoded images into the learner's input.
 
     Args:
         pixels: [B, 3, H, W] uint8, smaller images padded on the right and below; their device does the work.
-        windows: what to crop and to which size, one row per image.
+        table: what to do with each image, from the function ``table``, on the same device. Factors are those of brightness,
+            contrast and saturation, and the shift of the hue in turns; without them colours stay.
         image_size: pixels of the result.
-        flip: [B] bool, which ones to mirror.
-        jitter: [B, 4] float64, factors of brightness, contrast, saturation and hue shift in turns; None leaves colours alone.
-        order: [B, 4] int64, the order in which those are applied, a permutation of 0 to 3 each.
         scale: "imagenet" for ImageNet's mean and deviation, "unit" for numbers from 0 to 1.
 
     Returns:
@@ -167,13 +184,13 @@ def transform(
     """
     device = pixels.device
     out = torch.empty(len(pixels), 3, image_size, image_size, device=device, memory_format=torch.channels_last)
-    factors = None if jitter is None else _sent(jitter.astype(np.float32), device)
+    windows, flip = table[:, :8].view(-1, 4, 2).transpose(0, 1), table[:, 8]
+    factors, order = (None, None) if table.shape[1] == 9 else (table[:, 9:13], table[:, 13:].long())
+    mean, std = (_constant(device, *values) for values in PIXELS[scale])
     if native.handles(pixels, torch.uint8):
-        table, steps = np.stack(windows).astype(np.int64), None if order is None else torch.from_numpy(order.astype(np.int64))
-        mean, std = (torch.tensor(v) for v in PIXELS[scale])
-        return native.augment(pixels, torch.from_numpy(table), torch.from_numpy(flip), factors, steps, (mean, std), out)
-    x = _resize(pixels, *_filters(windows, flip, pixels.shape[2:], image_size, device))
-    if jitter is not None:
-        x = _colour(x, factors.view(-1, 4, 1, 1, 1), order, device.type != "cpu")
-    mean, std = (_sent(np.array(v, dtype=np.float32), device).view(3, 1, 1) * 255 for v in PIXELS[scale])
+        return native.augment(pixels, windows.long(), flip != 0, factors, order, (mean, std), out)
+    x = _resize(pixels, *_filters(windows, flip, pixels.shape[2:], image_size))
+    if factors is not None:
+        x = _colour(x, factors, order)
+    mean, std = (v.view(3, 1, 1) * 255 for v in (mean, std))
     return torch.addcmul(-mean / std, x, 1 / std, out=out)

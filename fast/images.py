@@ -14,6 +14,7 @@ a side.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -29,9 +30,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloader import Augmentation, EpisodeDataset, Split, load_image
+from dataloader import EpisodeDataset, Split, load_image
 from episode import Episode
-from fast.augment import Windows, transform
+from fast.augment import Windows, table, transform
 from utils import UserError, locked
 
 FOLDER = ".decoded"
@@ -170,12 +171,11 @@ def _build(folder: Path, name: str, files: list[Path], image_size: int) -> None:
 
 
 class Drawn(NamedTuple):
-    """An episode's source images and what the augmentation needs, on whichever device."""
+    """An episode's source images and all that the augmentation needs, in one piece: one copy brings it to a GPU."""
 
-    pixels: Tensor  # [n_class * (n_shot + n_eval), 3, H, W] uint8: support, then query; small images padded right and below
-    windows: Windows
-    augmentation: Augmentation | None
-    order: Tensor  # see Episode
+    buffer: Tensor  # uint8: the bytes of ``augment.table`` and of the episode's order, all float32, then the pixels
+    table: tuple[int, int]  # its shape
+    pixels: tuple[int, int, int, int]  # [n_class * (n_shot + n_eval), 3, H, W]: support, then query; padded right and below
 
 
 class FastEpisodeDataset(EpisodeDataset):
@@ -193,30 +193,35 @@ class FastEpisodeDataset(EpisodeDataset):
     def __init__(self, split: Split, *args, device: torch.device, cache_dir: Path | None = None, **kwargs):
         super().__init__(split, *args, **kwargs)
         self.device = device
+        self.stream: torch.cuda.Stream | None = None  # on which a GPU augments; the worker processes have none
         self._decoded = decoded(split.name, self.files, split.root, self.image_size, cache_dir)
 
     def draw(self, index: int) -> Drawn:
         """Read an episode's images and draw its random numbers."""
         numbers = self.numbers(index)
         sizes = self._decoded.sizes[numbers]
-        pixels = np.zeros((len(numbers), 3, *sizes.max(axis=0)), dtype=np.uint8)
-        for row, number, (height, width) in zip(pixels, numbers, sizes, strict=True):
-            row[:, :height, :width] = self._decoded.image(number)
         augmentation = self.augmentation(index, sizes)
         if augmentation is not None:
             windows = Windows.crops(augmentation.box, self.image_size)
         else:
             windows = (Windows.squashed if self.augment == "none" else Windows.centres)(sizes, self.image_size)
-        return Drawn(torch.from_numpy(pixels), windows, augmentation, self.order(index))
+        rows = table(windows, augmentation)
+        floats = np.concatenate((rows, self.order(index)), axis=None, dtype=np.float32).view(np.uint8)
+        shape = (len(numbers), 3, *sizes.max(axis=0).tolist())
+        buffer = np.zeros(len(floats) + math.prod(shape), dtype=np.uint8)
+        buffer[: len(floats)] = floats
+        pixels = buffer[len(floats) :].reshape(shape)
+        for row, number, (height, width) in zip(pixels, numbers, sizes, strict=True):
+            row[:, :height, :width] = self._decoded.image(number)
+        return Drawn(torch.from_numpy(buffer), rows.shape, shape)
 
     def assemble(self, drawn: Drawn, device: torch.device) -> Episode:
         """Augment a drawn episode on ``device``."""
-        flip, jitter, order = np.zeros(len(drawn.pixels), dtype=bool), None, None
-        if drawn.augmentation is not None:
-            _, flip, jitter, order = drawn.augmentation
-        pixels = drawn.pixels.to(device, non_blocking=True)
-        x = transform(pixels, drawn.windows, self.image_size, flip, jitter, order, self.pixels)
-        return self.episode(x, drawn.order.to(device, non_blocking=True))
+        buffer = drawn.buffer.to(device, non_blocking=True)
+        start = len(buffer) - math.prod(drawn.pixels)
+        floats, n = buffer[:start].view(torch.float32), math.prod(drawn.table)
+        x = transform(buffer[start:].view(drawn.pixels), floats[:n].view(drawn.table), self.image_size, self.pixels)
+        return self.episode(x, floats[n:].view(self.n_pass, -1).long())
 
     def __getitem__(self, index: int) -> Episode | Drawn:
         drawn = self.draw(index)
@@ -230,5 +235,17 @@ class FastEpisodeDataset(EpisodeDataset):
             torch.set_num_threads(n_threads)
 
     def deliver(self, item: Episode | Drawn, device: torch.device) -> Episode:
-        """See ``EpisodeDataset.deliver``."""
-        return self.assemble(item, device) if isinstance(item, Drawn) else item
+        """See ``EpisodeDataset.deliver``. A GPU augments beside the training, while it still works on the episode before."""
+        if not isinstance(item, Drawn):
+            return item
+        if device.type != "cuda":
+            return self.assemble(item, device)
+        if self.stream is None:
+            self.stream = torch.cuda.Stream()
+        current = torch.cuda.current_stream()
+        with torch.cuda.stream(self.stream):
+            episode = self.assemble(item, device)
+        current.wait_stream(self.stream)
+        for t in episode:
+            t.record_stream(current)  # or its memory would be used again too early
+        return episode

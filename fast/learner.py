@@ -14,7 +14,8 @@ class FastLearner(Learner):
     """``learner.Learner`` with the same parameters, equal to rounding.
 
     Batch normalisation subtracts the batch mean, which cancels the convolution's bias, so training skips it; only the running
-    mean includes it. The bias's gradient is then exactly zero, where plain PyTorch leaves rounding noise.
+    mean includes it. The bias's gradient is then exactly zero, where plain PyTorch leaves rounding noise. Nothing counts the
+    batches (``num_batches_tracked``).
 
     Args:
         conv_dtype: what the convolutions and what lies between them are computed in, such as bfloat16; parameters, batch
@@ -50,10 +51,23 @@ class FastLearner(Learner):
             self._last = (x, x._version, images, native.PatchMoments.of(images) if wanted else None)
         return self._last[2:]
 
+    def loss_and_grad(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``FlatModule.loss_and_grad``."""
+        with torch.enable_grad():
+            loss = F.cross_entropy(self(x), y)
+            grads = torch.autograd.grad(loss, list(self.parameters()), allow_unused=True)
+        zero = torch.zeros_like(self.conv1.bias)  # one for all the biases
+        return loss.detach(), torch.cat([zero if g is None else g.reshape(-1) for g in grads]).unsqueeze(1)
+
+    def _running(self, what: str) -> list[Tensor]:
+        return [getattr(getattr(self, f"norm{b}"), f"running_{what}") for b in range(1, N_BLOCKS + 1)]
+
+    @torch.no_grad()
     def reset_batch_stats(self) -> None:
         """See ``FlatModule.reset_batch_stats``. A new episode begins."""
         self._last = None
-        super().reset_batch_stats()
+        torch._foreach_zero_(self._running("mean") + self._running("var"))
+        torch._foreach_add_(self._running("var"), 1)
 
     @torch.no_grad()
     def copy_flat_params(self, cI: Tensor) -> None:
@@ -64,7 +78,7 @@ class FastLearner(Learner):
     def copy_buffers(self, other: FlatModule) -> None:
         """See ``FlatModule.copy_buffers``. A new query set follows."""
         self._last = None
-        torch._foreach_copy_(list(self.buffers()), list(other.buffers()))
+        torch._foreach_copy_(*([*m._running("mean"), *m._running("var")] for m in (self, other)))
 
 
 def train_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, moments: native.PatchMoments | None = None) -> Tensor:

@@ -14,11 +14,12 @@ sys.path.insert(0, str(ROOT))
 
 from dataloader import EpisodeDataset, episodes, scan_split
 from episode import evaluate_episode, step_if_finite, train_episode
-from fast.graphs import step_on_device
+from fast.graphs import Captured, step_on_device
 from fast.images import FastEpisodeDataset
 from fast.learner import FastLearner
 from fast.metalearner import FastMetaLearner
 from learner import Learner
+from main import make_reproducible
 from metalearner import MetaLearner
 
 WAYS = ("plain", "fast")
@@ -42,6 +43,12 @@ class Model:
         self.step = step_on_device if way == "fast" else step_if_finite
         self.batch_size = batch_size
 
+    def captured(self, mode):
+        """``train`` or ``test``, to be recorded as a CUDA graph."""
+        if mode == "train":
+            return Captured(self.train, (*self.learners, self.meta), self.optimizer)
+        return Captured(self.test, (*self.scratch, self.meta))
+
     def train(self, episode):
         return train_episode(episode, *self.learners, self.meta, self.optimizer, self.batch_size, 0.25, self.step)
 
@@ -61,7 +68,7 @@ def way(request):
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    torch.manual_seed(0)
+    make_reproducible(0)
 
 
 def photograph(rng: np.random.Generator, width: int, height: int) -> Image.Image:

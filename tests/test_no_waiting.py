@@ -6,10 +6,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import DATASETS, Model, drawn
+from conftest import DATASETS, LEARNERS, Model, drawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataloader import scan_split
+from episode import Episode
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -111,6 +112,7 @@ def test_nothing_in_an_episode_synchronises(master, batch_size, conv_dtype, devi
     fast = Model("fast", 16, conv_dtype=conv_dtype, device=device, batch_size=batch_size)
     before = fast.meta.metalstm.cI.detach().clone()
     batches = list(drawn(master, 16, 2, device=torch.device(device)))
+    Model("fast", 16, conv_dtype=conv_dtype, device=device).train(batches[0])  # a GPU's kernels are checked at their first use
     with no_synchronisation():
         for episode in batches:
             fast.train(episode)
@@ -137,10 +139,60 @@ class Copies(NoSynchronisation):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_an_episode_is_assembled_without_waiting_for_the_gpu(master, split):
     """On PyTorch's meta device, which takes a GPU's way; the host then runs ahead and the GPU never idles."""
-    dataset = DATASETS["fast"](scan_split(master, split), 719, 5, 5, 3, 2, 32, "port", 1)
-    images = dataset.draw(0)
+    dataset = DATASETS["fast"](scan_split(master, split), 719, 5, 5, 3, 2, 32, "port", 2)
+    images = [dataset.draw(index) for index in range(2)]
+    dataset.assemble(images[0], torch.device("meta"))  # constants stay on the device
     with Copies() as copies:
-        episode = dataset.assemble(images, torch.device("meta"))
-    assert copies.n >= 4
+        episode = dataset.assemble(images[1], torch.device("meta"))
+    assert copies.n == 1
     assert episode.query.device.type == "meta"
     assert episode.query.shape == (15, 3, 32, 32)
+
+
+class Operations(TorchDispatchMode):
+    """Lists the operations and the types of the tensors in their lists."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.types = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name.removeprefix("aten::"))
+        self.types.append({t.dtype for a in args if isinstance(a, list | tuple) for t in a if isinstance(t, torch.Tensor)})
+        return func(*args, **(kwargs or {}))
+
+
+def test_running_statistics_and_idle_gradients_take_few_launches():
+    """A list of one type is one launch on a GPU, one of two types is a launch for each tensor."""
+    one, other = (LEARNERS["fast"](16, 1e-3, 0.95, 5).to("meta").train() for _ in range(2))
+    with Operations() as copying:
+        one.copy_buffers(other)
+    assert copying.names == ["_foreach_copy_"]
+    assert copying.types == [{torch.float32}]
+    with Operations() as resetting:
+        one.reset_batch_stats()
+    assert resetting.names == ["_foreach_zero_", "_foreach_add_"]
+    with Operations() as update:
+        one.loss_and_grad(torch.empty(5, 3, 16, 16, device="meta"), torch.arange(5).to("meta"))
+    assert update.names.count("zeros") + update.names.count("zeros_like") <= 1
+
+
+def test_a_gpu_augments_on_a_stream_of_its_own(master):
+    """So that it can work on two episodes at once; the training waits for the images, and their memory for the training."""
+    dataset = DATASETS["fast"](scan_split(master, "train"), 719, 5, 5, 3, 2, 32, "port", 1)
+    done, current, own = [], mock.Mock(), mock.Mock()
+    current.wait_stream = lambda stream: done.append(("wait", stream))
+    episode = Episode(*(mock.Mock(record_stream=lambda stream: done.append(("record", stream))) for _ in Episode._fields))
+
+    @contextlib.contextmanager
+    def on(stream):
+        done.append(("on", stream))
+        yield
+        done.append(("off", stream))
+
+    with (
+        mock.patch.multiple(torch.cuda, Stream=lambda: own, current_stream=lambda: current, stream=on),
+        mock.patch.object(dataset, "assemble", side_effect=lambda *_: done.append("assemble") or episode),
+    ):
+        assert dataset.deliver(dataset.draw(0), torch.device("cuda")) is episode
+    assert done == [("on", own), "assemble", ("off", own), ("wait", own), *[("record", current)] * 5]

@@ -1,0 +1,305 @@
+"""Kernels for a GPU in Triton, which comes with PyTorch's CUDA builds.
+
+Each replaces PyTorch code of this folder, and ``replaced`` chooses: the kernel where Triton is there and, at its first use,
+compiles and agrees with that code; otherwise the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from tqdm import tqdm
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch without CUDA
+    triton = None
+
+TINY = 1e-20
+TILE = 32  # coordinates that a program of the meta-learner's kernels works on
+WARPS = 8  # with fewer, or with larger tiles, the numbers do not fit into registers
+LARGEST_HIDDEN = 32
+_works: dict[Callable, bool] = {}  # by kernel
+
+
+def replaced(kernel: Callable[..., Tensor], code: Callable[..., Tensor], tolerance: float, *args: Tensor) -> Tensor:
+    """``kernel(*args)`` if it works here, else ``code(*args)``; ``tolerance`` as in ``works``."""
+    chosen = kernel if works(kernel, code, tolerance, args[0], lambda function: [function(*args)]) else code
+    return chosen(*args)
+
+
+def works(
+    kernel: Callable, code: Callable, tolerance: float, x: Tensor, results: Callable[[Callable], Iterable[Tensor]]
+) -> bool:
+    """Whether a kernel can stand in for PyTorch's code, decided at its first use.
+
+    Args:
+        kernel, code: the two functions.
+        tolerance: largest mean difference between their results, as a share of their size.
+        x: a tensor on the device in question.
+        results: calls one of the two.
+    """
+    if not x.is_cuda or x.dtype != torch.float32 or triton is None:
+        return False
+    if kernel not in _works:
+        _works[kernel] = _agrees(kernel, code, tolerance, results)
+    return _works[kernel]
+
+
+def _agrees(kernel: Callable, code: Callable, tolerance: float, results: Callable[[Callable], Iterable[Tensor]]) -> bool:
+    try:
+        pairs = zip(results(kernel), results(code), strict=True)
+        difference = max(((a - b).abs().mean() / (b.abs().mean() + TINY)).item() for a, b in pairs)
+    except Exception as e:  # a compiler's errors are of many types
+        wrong = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
+    else:
+        if difference <= tolerance:
+            return True
+        wrong = f"differs from PyTorch's code by {difference:.3g} of its results"
+    tqdm.write(f"without the Triton kernel {kernel.__name__}, so a little slower: {wrong}")
+    return False
+
+
+if triton is not None:
+
+    @triton.jit
+    def _grey(r, g, b):
+        return r * 0.299 + g * 0.587 + b * 0.114
+
+    @triton.jit
+    def _between(target, x, factor):
+        """torch.lerp's formula, then grey levels."""
+        moved = tl.where(factor < 0.5, target + factor * (x - target), x - (x - target) * (1 - factor))
+        return tl.minimum(tl.maximum(moved, 0.0), 255.0)
+
+    @triton.jit
+    def _unit(x):
+        return tl.minimum(tl.maximum(x, 0.0), 1.0)
+
+    @triton.jit
+    def _adjusted(r, g, b, step, factor, mean):
+        """One of the four colour steps, see ``augment._colour_together``."""
+        grey = _grey(r, g, b)
+        target = tl.where(step == 0, 0.0, tl.where(step == 1, mean, grey))
+        top, bottom = tl.maximum(tl.maximum(r, g), b), tl.minimum(tl.minimum(r, g), b)
+        chroma = top - bottom
+        unit = tl.div_rn(tl.full(r.shape, 255 / 6, tl.float32), tl.maximum(chroma, 1e-6))
+        hue = tl.where(r == top, (g - b) * unit, tl.where(g == top, (b - r) * unit + 85, (r - g) * unit + 170))
+        turn = factor * 255
+        hue = tl.floor(hue) + tl.where(turn < 0, tl.ceil(turn), tl.floor(turn))
+        hue = tl.where(hue < 0, hue + 255, hue)
+        hue = tl.where(hue >= 255, hue - 255, hue) * (6 / 255)
+        turned = step == 3
+        r = tl.where(turned, bottom + chroma * _unit(tl.abs(hue - 3) - 1), _between(target, r, factor))
+        g = tl.where(turned, bottom + chroma * _unit(2 - tl.abs(hue - 2)), _between(target, g, factor))
+        b = tl.where(turned, bottom + chroma * _unit(2 - tl.abs(hue - 4)), _between(target, b, factor))
+        return r, g, b
+
+    @triton.jit
+    def _colour(x, factors, order, out, n_pixels, BLOCK: tl.constexpr):
+        """One image: first the mean grey that its contrast step will find, then all steps."""
+        image = tl.program_id(0)
+        x += image * 3 * n_pixels
+        out += image * 3 * n_pixels
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, n_pixels, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            inside = at < n_pixels
+            r = tl.load(x + at, inside, 0.0)
+            g = tl.load(x + n_pixels + at, inside, 0.0)
+            b = tl.load(x + 2 * n_pixels + at, inside, 0.0)
+            ahead = image >= 0  # of the contrast step: true so far
+            for place in range(4):
+                step = tl.load(order + image * 4 + place)
+                ahead = ahead & (step != 1)
+                new_r, new_g, new_b = _adjusted(r, g, b, step, tl.load(factors + image * 4 + place), 0.0)
+                r, g, b = tl.where(ahead, new_r, r), tl.where(ahead, new_g, g), tl.where(ahead, new_b, b)
+            total += tl.where(inside, _grey(r, g, b), 0.0)
+        mean = tl.floor(tl.sum(total, 0) / n_pixels + 0.5)
+        for start in range(0, n_pixels, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            inside = at < n_pixels
+            r = tl.load(x + at, inside, 0.0)
+            g = tl.load(x + n_pixels + at, inside, 0.0)
+            b = tl.load(x + 2 * n_pixels + at, inside, 0.0)
+            for place in range(4):
+                step = tl.load(order + image * 4 + place)
+                r, g, b = _adjusted(r, g, b, step, tl.load(factors + image * 4 + place), mean)
+            tl.store(out + at, r, inside)
+            tl.store(out + n_pixels + at, g, inside)
+            tl.store(out + 2 * n_pixels + at, b, inside)
+
+
+    # ---- The meta-learner ----
+
+    @triton.jit
+    def _sigmoid(x):
+        return 1 / (1 + tl.exp(-x))
+
+    @triton.jit
+    def _tanh(x):
+        """By its series where the quotient would cancel."""
+        square = x * x
+        series = x * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315 - square * (62 / 2835)))))
+        power = tl.exp(-2 * tl.abs(x))
+        quotient = (1 - power) / (1 + power)
+        return tl.where(square < 0.04, series, tl.where(x < 0, -quotient, quotient))
+
+    @triton.jit
+    def _prepared(x):
+        """metalearner.prep."""
+        size = tl.abs(x)
+        large = size >= 4.5399929762484854e-05  # exp(-10)
+        sign = tl.where(x < 0, -1.0, 1.0)
+        return tl.where(large, tl.log(size + 1e-8) / 10, -1.0), tl.where(large, sign, 22026.465794806718 * x)
+
+    @triton.jit
+    def _of_gate(weight, k, H: tl.constexpr, W: tl.constexpr):
+        """Gate k's weights of h, [in, out] padded to W x W."""
+        into, out = tl.arange(0, W)[:, None], tl.arange(0, W)[None, :]
+        return tl.load(weight + (k * H + out) * (H + 2) + 2 + into, (into < H) & (out < H), 0.0)
+
+    @triton.jit
+    def _gate(weight, bias, k, first, second, h, H: tl.constexpr, W: tl.constexpr):
+        """What gate k sums up, [TILE, W]."""
+        out = tl.arange(0, W)
+        row, inside = weight + (k * H + out) * (H + 2), out < H
+        total = tl.dot(h, _of_gate(weight, k, H, W), input_precision="ieee")
+        total += first[:, None] * tl.load(row, inside, 0.0)[None, :] + second[:, None] * tl.load(row + 1, inside, 0.0)[None, :]
+        return total + tl.load(bias + k * H + out, inside, 0.0)[None, :]
+
+    @triton.jit
+    def _meta_forward(
+        weight, bias, wf, bf, wi, bi, grad, h, c, f, i, theta,
+        new_h, new_c, new_f, new_i, new_theta, P, H: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr,
+    ):  # fmt: skip
+        at, unit = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, W)
+        inside, places = at < P, at[:, None] * H + unit[None, :]
+        square = inside[:, None] & (unit < H)[None, :]
+        g = tl.load(grad + at, inside, 0.0)
+        first, second = _prepared(g)
+        h_tile, c_tile = tl.load(h + places, square, 0.0), tl.load(c + places, square, 0.0)
+        entry = _sigmoid(_gate(weight, bias, 0, first, second, h_tile, H, W))
+        forget = _sigmoid(_gate(weight, bias, 1, first, second, h_tile, H, W))
+        candidate = _tanh(_gate(weight, bias, 2, first, second, h_tile, H, W))
+        leave = _sigmoid(_gate(weight, bias, 3, first, second, h_tile, H, W))
+        c_tile = forget * c_tile + entry * candidate
+        h_tile = leave * _tanh(c_tile)
+        tl.store(new_c + places, c_tile, square)
+        tl.store(new_h + places, h_tile, square)
+        t, old_f, old_i = tl.load(theta + at, inside, 0.0), tl.load(f + at, inside, 0.0), tl.load(i + at, inside, 0.0)
+        of_f, of_i = tl.load(wf + unit, unit < H, 0.0), tl.load(wi + unit, unit < H, 0.0)
+        f_now = tl.load(bf) + tl.sum(h_tile * of_f[None, :], 1) + t * tl.load(wf + H) + old_f * tl.load(wf + H + 1)
+        i_now = tl.load(bi) + tl.sum(h_tile * of_i[None, :], 1) + t * tl.load(wi + H) + old_i * tl.load(wi + H + 1)
+        tl.store(new_f + at, f_now, inside)
+        tl.store(new_i + at, i_now, inside)
+        tl.store(new_theta + at, _sigmoid(f_now) * t - _sigmoid(i_now) * g, inside)
+
+    @triton.jit
+    def _gate_backward(weight, d, sums, k, first, second, h, d_h, H: tl.constexpr, W: tl.constexpr):
+        """Add gate k's share to the gradient of h; store this tile's gradients of its weights and bias."""
+        out, into = tl.arange(0, W), tl.arange(0, W)
+        row, inside = sums + (k * H + out) * (H + 2), out < H
+        tl.store(row, tl.sum(d * first[:, None], 0), inside)
+        tl.store(row + 1, tl.sum(d * second[:, None], 0), inside)
+        of_h = tl.dot(tl.trans(h), d, input_precision="ieee")  # [in, out]
+        tl.store(row[None, :] + 2 + into[:, None], of_h, inside[None, :] & (into < H)[:, None])
+        tl.store(sums + 4 * H * (H + 2) + k * H + out, tl.sum(d, 0), inside)
+        return d_h + tl.dot(d, tl.trans(_of_gate(weight, k, H, W)), input_precision="ieee")
+
+    @triton.jit
+    def _cell_backward(sums, d, h, t, old, H: tl.constexpr, W: tl.constexpr):
+        """Store this tile's gradients of WF and bF, or of WI and bI."""
+        unit = tl.arange(0, W)
+        tl.store(sums + unit, tl.sum(h * d[:, None], 0), unit < H)
+        tl.store(sums + H, tl.sum(d * t, 0))
+        tl.store(sums + H + 1, tl.sum(d * old, 0))
+        tl.store(sums + H + 2, tl.sum(d, 0))
+
+    @triton.jit
+    def _meta_backward(
+        weight, bias, wf, wi, grad, h, c, f, i, theta, new_f, new_i, d_h, d_c, d_f, d_i, d_theta,
+        old_d_h, old_d_c, old_d_f, old_d_i, old_d_theta, sums, P, N, H: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr,
+    ):  # fmt: skip
+        """``sums`` takes N numbers per tile: the gradients of weight, bias, WF, bF, WI and bI."""
+        at, unit = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, W)
+        inside, places = at < P, at[:, None] * H + unit[None, :]
+        square = inside[:, None] & (unit < H)[None, :]
+        sums += tl.program_id(0) * N
+        # the cell
+        g, t = tl.load(grad + at, inside, 0.0), tl.load(theta + at, inside, 0.0)
+        decay, rate = _sigmoid(tl.load(new_f + at, inside, 0.0)), _sigmoid(tl.load(new_i + at, inside, 0.0))
+        d = tl.load(d_theta + at, inside, 0.0)
+        d_of_f = tl.load(d_f + at, inside, 0.0) + d * t * decay * (1 - decay)
+        d_of_i = tl.load(d_i + at, inside, 0.0) - d * g * rate * (1 - rate)
+        tl.store(old_d_theta + at, d * decay + d_of_f * tl.load(wf + H) + d_of_i * tl.load(wi + H), inside)
+        tl.store(old_d_f + at, d_of_f * tl.load(wf + H + 1), inside)
+        tl.store(old_d_i + at, d_of_i * tl.load(wi + H + 1), inside)
+        # the LSTM's gates, a second time
+        first, second = _prepared(g)
+        h_tile, c_tile = tl.load(h + places, square, 0.0), tl.load(c + places, square, 0.0)
+        entry = _sigmoid(_gate(weight, bias, 0, first, second, h_tile, H, W))
+        forget = _sigmoid(_gate(weight, bias, 1, first, second, h_tile, H, W))
+        candidate = _tanh(_gate(weight, bias, 2, first, second, h_tile, H, W))
+        leave = _sigmoid(_gate(weight, bias, 3, first, second, h_tile, H, W))
+        squashed = _tanh(forget * c_tile + entry * candidate)
+        cell = sums + 4 * H * (H + 3)
+        _cell_backward(cell, d_of_f, leave * squashed, t, tl.load(f + at, inside, 0.0), H, W)
+        _cell_backward(cell + H + 3, d_of_i, leave * squashed, t, tl.load(i + at, inside, 0.0), H, W)
+        # its backward pass
+        of_f, of_i = tl.load(wf + unit, unit < H, 0.0), tl.load(wi + unit, unit < H, 0.0)
+        d = tl.load(d_h + places, square, 0.0) + d_of_f[:, None] * of_f[None, :] + d_of_i[:, None] * of_i[None, :]
+        d_leave = d * squashed * leave * (1 - leave)
+        d = tl.load(d_c + places, square, 0.0) + d * leave * (1 - squashed * squashed)
+        tl.store(old_d_c + places, d * forget, square)
+        d_old = tl.zeros([TILE, W], tl.float32)
+        d_entry, d_forget = d * candidate * entry * (1 - entry), d * c_tile * forget * (1 - forget)
+        d_old = _gate_backward(weight, d_entry, sums, 0, first, second, h_tile, d_old, H, W)
+        d_old = _gate_backward(weight, d_forget, sums, 1, first, second, h_tile, d_old, H, W)
+        d_old = _gate_backward(weight, d * entry * (1 - candidate * candidate), sums, 2, first, second, h_tile, d_old, H, W)
+        d_old = _gate_backward(weight, d_leave, sums, 3, first, second, h_tile, d_old, H, W)
+        tl.store(old_d_h + places, d_old, square)
+
+
+def colour(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """``augment._colour_together`` in one launch."""
+    x, order = x.contiguous(), order.contiguous()
+    out = torch.empty_like(x)
+    _colour[(len(x),)](x, factors.gather(1, order), order, out, x.shape[2] * x.shape[3], BLOCK=1024, num_warps=WARPS)
+    return out
+
+
+class MetaStep(torch.autograd.Function):
+    """``native.MetaStep`` for a GPU: the same arguments and results, but h and c are [P, hidden_size]."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        inputs = [t.contiguous() for t in inputs]
+        weight, bias, wf, _, wi, _, grad, *state = inputs
+        new = [torch.empty_like(t) for t in state]
+        _meta_forward[(-(-len(grad) // TILE),)](*inputs, *new, len(grad), **_sizes(state[0].shape[1]))
+        ctx.save_for_backward(weight, bias, wf, wi, grad, *state, new[2], new[3])
+        return tuple(new)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        saved = ctx.saved_tensors
+        weight, bias, wf, wi, grad, *state = saved[:10]
+        made, tiles = [torch.empty_like(t) for t in state], -(-len(grad) // TILE)
+        shapes = [t.shape for t in (weight, bias, wf, wf[:1], wi, wi[:1])]
+        n = sum(shape.numel() for shape in shapes)
+        sums = grad.new_empty(tiles, n)
+        args = (*saved, *(g.contiguous() for g in grads), *made, sums, len(grad), n)
+        _meta_backward[(tiles,)](*args, **_sizes(state[0].shape[1]))
+        parts = sums.sum(0).split([shape.numel() for shape in shapes])
+        return *(part.view(shape) for part, shape in zip(parts, shapes, strict=True)), None, *made
+
+
+def _sizes(hidden_size: int) -> dict[str, int]:
+    """The kernels' constants; Triton multiplies matrices of powers of two from 16 on."""
+    return {"H": hidden_size, "W": max(16, 1 << (hidden_size - 1).bit_length()), "TILE": TILE, "num_warps": WARPS}
