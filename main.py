@@ -35,7 +35,7 @@ from around.recording import RECORDED, record, write_trace
 from around.results import contradictions, export, provenance, tables, write_results
 from around.run import Run, Stopped, begin_worker, find_checkpoint
 from around.way import Way, choose, dataset
-from dataloader import check_apart, episodes
+from dataloader import check_apart, episodes, scan_split
 from episode import train_episode
 from learner import FlatModule
 from metalearner import MetaLearner
@@ -68,10 +68,11 @@ def train(run: Run) -> None:
     """Train the meta-learner for ``--episode`` episodes; validate and save every ``--val-freq``."""
     args, way = run.args, choose(run.args)
     print(f"{way.description}\ntraining on {args.data_root}, into {run.folder}")
-    if note := check_apart(args.data_root):
+    train_files, val_files = (scan_split(args.data_root, split) for split in ("train", "val"))
+    if note := check_apart(train_files, val_files):
         print(note)
-    train_set = dataset(args, way, "train", args.episode)
-    val_set = dataset(args, way, "val", args.episode_val)
+    train_set = dataset(args, way, train_files, args.episode)
+    val_set = dataset(args, way, val_files, args.episode_val)
     learners, metalearner = build(args, way)
     learned = [p for p in metalearner.parameters() if p.requires_grad]
     optimizer = way.adam(learned, lr=args.lr)

@@ -15,7 +15,7 @@ from around.logs import result_line
 from around.results import is_mini_imagenet
 from around.run import begin_worker
 from around.way import Way, dataset
-from dataloader import EpisodeDataset, episodes
+from dataloader import EpisodeDataset, episodes, scan_split
 from episode import Episode, evaluate_episode
 from learner import FlatModule
 from metalearner import MetaLearner
@@ -84,7 +84,7 @@ def judge(
         if args.shots and n_shot != trained_on:
             schedule = CROSS_SCHEDULE
         these = argparse.Namespace(**{**vars(args), "n_shot": n_shot, **schedule})
-        test_set = dataset(these, way, "test", counts[-1])
+        test_set = dataset(these, way, scan_split(args.data_root, "test"), counts[-1])
         losses, accuracies = Evaluator(these, way, learners, metalearner)(test_set)
         name = f"test {n_shot}-shot ({schedule['epoch']} x {schedule['batch_size']})" if args.shots else "test"
         for count in counts:

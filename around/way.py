@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from dataloader import EpisodeDataset, scan_split
+from dataloader import EpisodeDataset, Split
 from episode import step_if_finite
 from learner import FlatModule, Learner
 from metalearner import MetaLearner
@@ -94,11 +94,11 @@ def _side_by_side(side_by_side: Callable, lanes: int, function: Callable, items:
     return side_by_side(function, items, lanes)
 
 
-def dataset(args: argparse.Namespace, way: Way, split: str, length: int) -> EpisodeDataset:
+def dataset(args: argparse.Namespace, way: Way, split: Split, length: int) -> EpisodeDataset:
     """A split's episodes as the flags ask for them.
 
     Raises:
         UserError: the split cannot serve such episodes, or a file cannot be used.
     """
     shape = {k: getattr(args, k) for k in ("n_class", "n_shot", "n_eval", "image_size", "augment", "pixels", "shuffle")}
-    return way.dataset(scan_split(args.data_root, split), args.seed, n_pass=args.epoch, length=length, **shape)
+    return way.dataset(split, args.seed, n_pass=args.epoch, length=length, **shape)

@@ -119,7 +119,7 @@ def end_to_end(root: Path, rounds: int, workers: int, device: torch.device) -> l
 
         def stepper(name: str, what: str = what) -> Callable[[], object]:
             model = Model(device, name == "plain", precision="bf16" if "bf16" in name else "fp32", data_root=root)
-            data = dataset(model.args, model.way, what, TURN * (rounds + WARM_UP + CHECKED))
+            data = dataset(model.args, model.way, scan_split(root, what), TURN * (rounds + WARM_UP + CHECKED))
             stream = episodes(data, 0, workers, device, True, begin_worker)
             step, together = (model.train, map) if what == "train" else (model.test, model.way.map)
             return lambda: list(together(step, islice(stream, TURN)))
@@ -151,7 +151,8 @@ def parts(root: Path, rounds: int, device: torch.device) -> list[str]:
 
     def of(plain: bool) -> dict[str, Callable[[], object]]:
         model = Model(device, plain, data_root=root)
-        data, index, episode = dataset(model.args, model.way, "train", 10**6), iter(range(10**6)), synthetic(device, model.args)
+        data = dataset(model.args, model.way, scan_split(root, "train"), 10**6)
+        index, episode = iter(range(10**6)), synthetic(device, model.args)
         grad, loss = torch.randn_like(model.meta.metalstm.cI) * 1e-3, torch.tensor(1.5, device=device)
 
         def unroll() -> None:

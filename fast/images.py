@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloader import EpisodeDataset, Split, load_image
+from dataloader import EpisodeDataset, Split, load_image, relative_names, stats_of
 from episode import Episode
 from fast.augment import Windows, table, transform
 from utils import UserError, locked
@@ -88,18 +88,21 @@ def _checksum(pixels: np.ndarray) -> int:
     return value
 
 
-def _key(files: list[Path], root: Path, image_size: int) -> str:
+def _key(files: list[Path], stats: list[os.stat_result], root: Path, image_size: int) -> str:
     digest = hashlib.sha256(f"{FORMAT} {image_size}".encode())
-    for path in files:
-        try:
-            stat = path.stat()
-        except OSError as e:
-            raise UserError(f"{path}: cannot be read ({e.strerror}); remove or replace it") from e
-        digest.update(f"\0{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}".encode("utf-8", "surrogateescape"))
+    for name, stat in zip(relative_names(files, root), stats, strict=True):
+        digest.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 
 
-def decoded(name: str, files: list[Path], root: Path, image_size: int, cache_dir: Path | None) -> DecodedSplit:
+def decoded(
+    name: str,
+    files: list[Path],
+    root: Path,
+    image_size: int,
+    cache_dir: Path | None,
+    stats: list[os.stat_result] | None = None,
+) -> DecodedSplit:
     """The split's decoded images, from the cache, which all cores build if it is missing.
 
     Args:
@@ -108,11 +111,12 @@ def decoded(name: str, files: list[Path], root: Path, image_size: int, cache_dir
         root: the data set's folder; the cache lies in it unless ``cache_dir`` says otherwise.
         image_size: size in pixels that episodes will have, see ``reduced_size``.
         cache_dir: where the caches lie instead.
+        stats: of the files, from ``stats_of``, if they are known already.
 
     Raises:
         UserError: an image cannot be decoded, or the cache cannot be written.
     """
-    key = _key(files, root, image_size)
+    key = _key(files, stats or stats_of(files), root, image_size)
     place = cache_dir if cache_dir is not None else root / FOLDER
     folder = place / f"{name}-{2 * image_size}-{key}"
     found = _finished(folder)
@@ -194,7 +198,13 @@ class FastEpisodeDataset(EpisodeDataset):
         super().__init__(split, *args, **kwargs)
         self.device = device
         self.stream: torch.cuda.Stream | None = None  # on which a GPU augments; the worker processes have none
-        self._decoded = decoded(split.name, self.files, split.root, self.image_size, cache_dir)
+        stats = stats_of(self.files)
+        self._file_sizes = [stat.st_size for stat in stats]
+        self._decoded = decoded(split.name, self.files, split.root, self.image_size, cache_dir, stats)
+
+    def file_sizes(self) -> list[int]:
+        """See ``EpisodeDataset.file_sizes``."""
+        return self._file_sizes
 
     def draw(self, index: int) -> Drawn:
         """Read an episode's images and draw its random numbers."""

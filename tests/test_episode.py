@@ -11,6 +11,7 @@ from torch import nn
 from around.evaluation import Evaluator
 from around.flags import parse, settle
 from around.way import choose, dataset
+from dataloader import scan_split
 from episode import Episode, adapt, evaluate_episode, minibatches, query_loss, train_episode, updates
 from fast.graphs import step_on_device
 from fast.threads import side_by_side
@@ -115,7 +116,7 @@ def test_a_validation_leaves_training_as_it_was(way, master):
     given = {"n_class": 3, "n_shot": 2, "n_eval": 2, "image_size": 16, "epoch": 2, "n_workers": 1, "data_root": str(master)}
     args = settle({**given, "cpu": True, "plain": way == "plain"}, parse([])[1])
     chosen = choose(args)
-    val_set = dataset(args, chosen, "val", 3)
+    val_set = dataset(args, chosen, scan_split(args.data_root, "val"), 3)
     episode, w_grad, wo_grad, meta = make(way)
     optimizer = torch.optim.Adam(meta.parameters(), fused=way == "fast")
     evaluate = Evaluator(args, chosen, (w_grad, wo_grad), meta)
