@@ -25,8 +25,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as TF
 
 from episode import Episode
 from utils import SPLITS, UserError, is_junk
@@ -268,10 +266,16 @@ def draw_augmentation(seed: int, split: str, index: int, sizes: np.ndarray) -> A
 # ---- Pixels ----
 
 
+def _torchvision():
+    from torchvision.transforms import functional  # takes a second to load, which fast/ need not wait for
+
+    return functional
+
+
 def train_image(image: Image.Image, drawn: Augmentation, k: int, image_size: int) -> Image.Image:
     """Apply row ``k`` of the training augmentation: crop and resize, flip, then the four colours in their drawn order."""
-    top, left, height, width = (int(v) for v in drawn.box[k])
-    image = TF.resized_crop(image, top, left, height, width, [image_size, image_size], InterpolationMode.BILINEAR)
+    TF, (top, left, height, width) = _torchvision(), (int(v) for v in drawn.box[k])
+    image = TF.resized_crop(image, top, left, height, width, [image_size, image_size], TF.InterpolationMode.BILINEAR)
     if drawn.flip[k]:
         image = TF.hflip(image)
     adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
@@ -287,9 +291,10 @@ def eval_image(image: Image.Image, image_size: int, augment: str) -> Image.Image
         augment: "port" for the shorter side to image_size * 8 // 7, then the centre; "none" for the whole image squashed to a
             square, as the authors do in training, too.
     """
+    TF = _torchvision()
     if augment == "none":
-        return TF.resize(image, [image_size, image_size], InterpolationMode.BILINEAR)
-    image = TF.resize(image, [image_size * 8 // 7], InterpolationMode.BILINEAR)
+        return TF.resize(image, [image_size, image_size], TF.InterpolationMode.BILINEAR)
+    image = TF.resize(image, [image_size * 8 // 7], TF.InterpolationMode.BILINEAR)
     return TF.center_crop(image, [image_size, image_size])
 
 
@@ -299,7 +304,7 @@ def to_input(images: list[Image.Image], pixels: str) -> Tensor:
     Args:
         pixels: "imagenet" for [0, 1] less ImageNet's mean, divided by its deviation; "unit" for [0, 1].
     """
-    mean, std = PIXELS[pixels]
+    TF, (mean, std) = _torchvision(), PIXELS[pixels]
     return torch.stack([TF.normalize(TF.to_tensor(image), mean, std) for image in images])
 
 

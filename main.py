@@ -22,7 +22,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 try:
     import torch
     import tqdm  # noqa: F401
-    from torchvision import transforms  # noqa: F401
 except ModuleNotFoundError as missing:
     print(f"error: {missing.name} is missing; run scripts/quickstart.sh, which installs what is needed", file=sys.stderr)
     sys.exit(2)
