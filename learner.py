@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-N_FILTERS = 32
 N_BLOCKS = 4
 MIN_IMAGE_SIZE = 2**N_BLOCKS
 
@@ -134,23 +133,32 @@ class Learner(FlatModule):
         n_classes: number of classes of an episode (n-way).
         bn_scale: where batch normalisation's scale starts: "uniform" for U(0, 1), as in the authors' Torch and the port's
             PyTorch 1.0; "one" as in PyTorch since 1.2.
+        n_filters: filters of each convolution.
 
     Raises:
         ValueError: ``image_size`` is smaller than 16, so that nothing is left after four poolings.
     """
 
-    def __init__(self, image_size: int, bn_eps: float, bn_momentum: float, n_classes: int, bn_scale: str = "uniform"):
+    def __init__(
+        self,
+        image_size: int,
+        bn_eps: float,
+        bn_momentum: float,
+        n_classes: int,
+        bn_scale: str = "uniform",
+        n_filters: int = 32,
+    ):
         super().__init__()
         if image_size < MIN_IMAGE_SIZE:
             raise ValueError(f"image_size is {image_size}, but four poolings need at least {MIN_IMAGE_SIZE} pixels")
         for b in range(1, N_BLOCKS + 1):
-            conv = nn.Conv2d(3 if b == 1 else N_FILTERS, N_FILTERS, 3, padding=1)
-            norm = nn.BatchNorm2d(N_FILTERS, eps=bn_eps, momentum=bn_momentum)
+            conv = nn.Conv2d(3 if b == 1 else n_filters, n_filters, 3, padding=1)
+            norm = nn.BatchNorm2d(n_filters, eps=bn_eps, momentum=bn_momentum)
             if bn_scale == "uniform":
                 nn.init.uniform_(norm.weight)
             self.add_module(f"conv{b}", conv)
             self.add_module(f"norm{b}", norm)
-        self.cls = nn.Linear(N_FILTERS * (image_size // MIN_IMAGE_SIZE) ** 2, n_classes)
+        self.cls = nn.Linear(n_filters * (image_size // MIN_IMAGE_SIZE) ** 2, n_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores.

@@ -53,8 +53,8 @@ def make_reproducible(seed: int) -> None:
 def build(args: argparse.Namespace, way: Way) -> tuple[tuple[FlatModule, FlatModule], MetaLearner]:
     """The pair (learner_w_grad, learner_wo_grad), and the meta-learner, whose cI starts as the learner's parameters."""
     make_reproducible(args.seed)
-    learner_w_grad = way.learner(args.image_size, args.bn_eps, args.bn_momentum, args.n_class, args.bn_scale)
-    learner_w_grad = learner_w_grad.to(way.device)
+    shape = (args.image_size, args.bn_eps, args.bn_momentum, args.n_class, args.bn_scale, args.filters)
+    learner_w_grad = way.learner(*shape).to(way.device)
     learner_wo_grad = copy.deepcopy(learner_w_grad)
     theta = learner_w_grad.get_flat_params()
     start = (tuple(args.bi_init), tuple(args.bf_init), args.lstm_init)

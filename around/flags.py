@@ -22,6 +22,7 @@ HYPER_PARAMETERS = (
     "epoch",
     "batch_size",
     "image_size",
+    "filters",
     "grad_clip",
     "bn_momentum",
     "bn_eps",
@@ -111,6 +112,8 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     add("--shuffle", "pass", words, choices=("pass", "episode"))
     words = "start of batch normalisation's scale: uniform, U(0, 1), as both earlier codes; one, as PyTorch since 1.2"
     add("--bn-scale", "uniform", words, choices=("uniform", "one"))
+    words = "filters of each convolution; on a CPU, kernels are for 32"
+    add("--filters", 32, words, type=whole(1, 1024), metavar="N")
     add("--bn-momentum", 0.95, "share of the newest batch in the running statistics", type=real(0, 1), metavar="X")
     add("--bn-eps", 1e-3, "epsilon of batch normalisation", type=real(0, 1, low_open=True), metavar="X")
 

@@ -48,6 +48,7 @@ PORT = {  # what makes the port's recipe, and the authors'
     "image_size": 84,
     "precision": "fp32",
     "n_eval": 15,
+    "filters": 32,
     "hidden_size": 20,
     "bn_eps": 1e-3,
     "shuffle": "pass",

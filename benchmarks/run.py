@@ -24,7 +24,6 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-import learner
 from around.evaluation import Evaluator
 from around.flags import parse, settle
 from around.run import begin_worker
@@ -228,13 +227,10 @@ def scaling(rounds: int, device: torch.device) -> list[str]:
     """Cost of a training episode as each size changes, the others being the recipe's; a minibatch is the whole support set."""
     lines = table("training episode, data aside", "learner parameters", "plain, ms", "fast, ms", "plain : fast")
     for variant in VARIANTS:
-        flags = {"batch_size": 10**6, **variant}
-        filters = flags.pop("filters", 32)
-        with mock.patch.object(learner, "N_FILTERS", filters):
-            models = {name: Model(device, name == "plain", **flags) for name in ("plain", "fast")}
+        models = {k: Model(device, k == "plain", **{"batch_size": 10**6, **variant}) for k in ("plain", "fast")}
         spent = turns({k: partial(m.train, synthetic(device, m.args)) for k, m in models.items()}, rounds, device)
         name = ", ".join(f"{k} {v}" for k, v in variant.items()) or "the recipe"
-        if filters != 32 and device.type == "cpu":
+        if "filters" in variant and device.type == "cpu":
             name += " (PyTorch's blocks: the kernels are for 32)"
         n_params = models["fast"].meta.metalstm.cI.numel()
         lines.append(row(name, n_params, spent["plain"] * 1e3, spent["fast"] * 1e3, spent["plain"] / spent["fast"]))

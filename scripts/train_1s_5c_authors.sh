@@ -14,6 +14,7 @@ use_python requirements.txt
   --n-shot 1 \
   --n-eval 15 \
   --image-size 84 \
+  --filters 32 \
   --augment none \
   --pixels unit \
   --episode 75000 \

@@ -14,6 +14,7 @@ use_python requirements.txt
   --n-shot 5 \
   --n-eval 15 \
   --image-size 84 \
+  --filters 32 \
   --augment port \
   --pixels imagenet \
   --episode 50000 \

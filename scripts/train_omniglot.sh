@@ -21,6 +21,7 @@ use_python requirements.txt
   --n-shot 1 \
   --n-eval 15 \
   --image-size 28 \
+  --filters 32 \
   --augment none \
   --pixels imagenet \
   --episode 20000 \

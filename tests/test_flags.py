@@ -6,7 +6,8 @@ from around.flags import HYPER_PARAMETERS, build_parser, parse, settle
 from utils import UserError
 
 PUBLISHED = dict(
-    n_class=5, n_shot=5, n_eval=15, epoch=8, batch_size=25, image_size=84, episode=50000, episode_val=100, val_freq=1000,
+    n_class=5, n_shot=5, n_eval=15, epoch=8, batch_size=25, image_size=84, filters=32, episode=50000,
+    episode_val=100, val_freq=1000,
     bn_momentum=0.95, bn_eps=1e-3, lr=1e-3, grad_clip=0.25, hidden_size=20, input_size=4, bi_init=[-5.0, -4.0],
     augment="port", pixels="imagenet", shuffle="pass", bn_scale="uniform", lstm_init="pytorch", bf_init=[4.0, 6.0],
     precision="fp32", seed=719,
@@ -40,6 +41,7 @@ def test_booleans_mean_what_they_say():
         ("--n-shot", "--n-shot"),
         ("--n-class 1", "--n-class"),
         ("--image-size 15", "--image-size"),
+        ("--filters 0", "--filters"),
         ("--image-size 84px", "--image-size"),
         ("--lr 0", "--lr"),
         ("--lr nan", "--lr"),

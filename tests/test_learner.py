@@ -24,6 +24,16 @@ def test_size_of_the_published_learner(way):
     assert LEARNERS[way](84, 1e-3, 0.95, 5).get_flat_params().numel() == 32901
 
 
+@pytest.mark.parametrize("n_filters", [5, 64])
+def test_other_numbers_of_filters(way, n_filters):
+    learner = LEARNERS[way](84, 1e-3, 0.95, 5, n_filters=n_filters)
+    block = 9 * n_filters**2 + 3 * n_filters
+    assert learner.get_flat_params().numel() == (28 * n_filters + 2 * n_filters) + 3 * block + (25 * n_filters + 1) * 5
+    grad = learner.loss_and_grad(torch.randn(4, 3, 84, 84), torch.arange(4))[1]
+    assert grad.abs().sum() > 0
+    assert learner.eval()(torch.randn(2, 3, 84, 84)).shape == (2, 5)
+
+
 def test_order_of_the_flat_vector(way):
     learner = LEARNERS[way](**SHAPE)
     names = [name for name, _ in learner.named_parameters()]

@@ -192,7 +192,7 @@ def test_steps_of_the_meta_learner(compiled, hidden_size, n_params):
 
 def an_episode(conv_dtype=None, image_size=32):
     torch.manual_seed(3)
-    w_grad, wo_grad = (FastLearner(image_size, 1e-3, 0.95, 5, "one", conv_dtype) for _ in range(2))
+    w_grad, wo_grad = (FastLearner(image_size, 1e-3, 0.95, 5, "one", conv_dtype=conv_dtype) for _ in range(2))
     meta = FastMetaLearner(4, 20, w_grad.get_flat_params().numel())
     meta.metalstm.init_cI(w_grad.get_flat_params())
     y = torch.arange(5)
