@@ -490,3 +490,13 @@ def test_without_pytorch_one_line_says_what_to_do(tmp_path):
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert found.returncode == 2
     assert found.stderr == "error: torch is missing; run scripts/quickstart.sh, which installs what is needed\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")]
+)
+def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(given, expected):
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    code = "import main, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == expected
