@@ -11,6 +11,7 @@ import os
 import secrets
 import signal
 import socket
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -204,6 +205,5 @@ def summary(values: Iterable[float]) -> dict[str, float]:
         ``mean``, ``std`` and ``ci95`` in that unit, and ``n``.
     """
     values = [float(v) for v in values]
-    mean = math.fsum(values) / len(values)
-    std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
+    mean, std = statistics.fmean(values), statistics.pstdev(values)
     return {"mean": mean, "std": std, "ci95": 1.96 * std / math.sqrt(len(values)), "n": len(values)}
