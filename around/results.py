@@ -290,6 +290,6 @@ def export(folder: Path) -> Path:
     kept = {k: checkpoint[k] for k in ("episode", "metalearner", "hyper_parameters", "best", "about") if k in checkpoint}
     checkpoints.save(kept, dest / "meta-learner.pth.tar")
     for path in (*(folder / n for n in ("console.log", "metrics.jsonl", NAME)), *sorted((folder / "plots").glob("*.png"))):
-        if path.is_file():
+        if path.is_file() and path.name != "confusion.png":  # which shows photographs: they are not ours to publish
             shutil.copy(path, dest)
     return dest
