@@ -86,12 +86,8 @@ def _fast(args: argparse.Namespace, device: torch.device, name: str) -> Way:
         step_on_device,
         _as_it_is if on_cpu else Captured,
         lanes,
-        partial(_side_by_side, side_by_side, lanes) if on_cpu else map,
+        partial(side_by_side, n_threads=lanes) if on_cpu else map,
     )
-
-
-def _side_by_side(side_by_side: Callable, lanes: int, function: Callable, items: Iterable) -> Iterator:
-    return side_by_side(function, items, lanes)
 
 
 def dataset(args: argparse.Namespace, way: Way, split: Split, length: int) -> EpisodeDataset:
