@@ -1,13 +1,14 @@
 """Algorithm 1 of the paper: in each episode the meta-learner trains the learner on the support set, and the query set's loss
 trains the meta-learner.
 
-``updates`` is the inner loop, which training and evaluation share (lines 4 to 10), ``train_episode`` adds the update of the
-meta-learner (lines 11 to 13), and ``evaluate_episode`` only reports.
+``updates`` is the inner loop, which training and evaluation share (lines 4 to 10), ``meta_gradient`` goes on to the query set
+(lines 11 and 12), ``update_metalearner`` is line 13, and ``train_episode`` all of it. ``evaluate_episode`` only reports.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -106,6 +107,57 @@ def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
         optimizer.step()
 
 
+def meta_gradient(
+    episode: Episode, learner_w_grad: FlatModule, learner_wo_grad: FlatModule, metalearner: MetaLearner, batch_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of an episode's query loss with respect to the meta-learner's parameters.
+
+    Both learners are overwritten; the meta-learner is left alone.
+
+    Returns:
+        The gradient [G], of one learned parameter after the other; query loss [] and query accuracy [] in percent. They are
+        detached and still on the device.
+    """
+    learner_wo_grad.train()
+    cI, _ = adapt(episode, learner_w_grad, metalearner, batch_size)
+    loss, logits = query_loss(episode, learner_w_grad, learner_wo_grad, cI)
+    grads = torch.autograd.grad(loss, _learned(metalearner))
+    return torch.cat([g.reshape(-1) for g in grads]), loss.detach(), accuracy(logits.detach(), episode.query_y)
+
+
+def _learned(metalearner: MetaLearner) -> list[Tensor]:
+    return [p for p in metalearner.parameters() if p.requires_grad]
+
+
+def update_metalearner(
+    gradients: Tensor,
+    losses: Tensor,
+    metalearner: MetaLearner,
+    optimizer: torch.optim.Optimizer,
+    grad_clip: float,
+    step: Callable[[torch.optim.Optimizer, Tensor], None] = step_if_finite,
+) -> Tensor:
+    """One update of the meta-learner, by the mean over M episodes of the gradient; the paper's M is 1.
+
+    Args:
+        gradients: [M, G], summed in this order; losses: [M].
+        optimizer: of the meta-learner's parameters, cI among them.
+        grad_clip: largest norm of the mean.
+        step: takes the optimiser's step if its second argument [], bool, is true.
+
+    Returns:
+        Whether the update was skipped [], bool, because a loss or the gradient was not finite; still on the device.
+    """
+    learned = _learned(metalearner)
+    mean = reduce(torch.add, gradients) / len(gradients)
+    for p, grad in zip(learned, mean.split([p.numel() for p in learned]), strict=True):
+        p.grad = grad.view_as(p)
+    norm = torch.nn.utils.clip_grad_norm_(learned, grad_clip)
+    finite = torch.isfinite(losses).all() & torch.isfinite(norm)
+    step(optimizer, finite)
+    return ~finite
+
+
 def train_episode(
     episode: Episode,
     learner_w_grad: FlatModule,
@@ -116,26 +168,14 @@ def train_episode(
     grad_clip: float,
     step: Callable[[torch.optim.Optimizer, Tensor], None] = step_if_finite,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One update of the meta-learner.
-
-    Args:
-        optimizer: of the meta-learner's parameters, cI among them.
-        grad_clip: largest norm of their joint gradient.
-        step: takes the optimiser's step if its second argument [], bool, is true.
+    """One update of the meta-learner by one episode; arguments as for ``meta_gradient`` and ``update_metalearner``.
 
     Returns:
-        Query loss [], query accuracy [] in percent, and whether the update was skipped [], bool, because the loss or the
-        gradient was not finite; detached and still on the device.
+        Query loss [], query accuracy [] in percent, and whether the update was skipped [], bool; still on the device.
     """
-    learner_wo_grad.train()
-    cI, _ = adapt(episode, learner_w_grad, metalearner, batch_size)
-    loss, logits = query_loss(episode, learner_w_grad, learner_wo_grad, cI)
-    optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(metalearner.parameters(), grad_clip)
-    finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
-    step(optimizer, finite)
-    return loss.detach(), accuracy(logits.detach(), episode.query_y), ~finite
+    gradient, loss, percent = meta_gradient(episode, learner_w_grad, learner_wo_grad, metalearner, batch_size)
+    skipped = update_metalearner(gradient.unsqueeze(0), loss.unsqueeze(0), metalearner, optimizer, grad_clip, step)
+    return loss, percent, skipped
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ import contextlib
 import copy
 import os
 import sys
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 
 # Deterministic cuBLAS needs a workspace of fixed size before CUDA starts.
@@ -32,13 +34,14 @@ except ModuleNotFoundError as missing:
 from around import checkpoints
 from around.evaluation import Evaluator, judge
 from around.flags import parse, run_folder, settle
+from around.lanes import Lanes
 from around.predict import predict
 from around.recording import RECORDED, record, write_trace
 from around.results import contradictions, export, provenance, tables, write_results
 from around.run import Run, Stopped, begin_worker, find_checkpoint
 from around.way import Way, choose, dataset
 from dataloader import check_apart, episodes, scan_split
-from episode import train_episode
+from episode import Episode, meta_gradient, train_episode, update_metalearner
 from learner import FlatModule
 from metalearner import MetaLearner
 from utils import Terminal, exit_code
@@ -66,6 +69,39 @@ def build(args: argparse.Namespace, way: Way) -> tuple[tuple[FlatModule, FlatMod
     return (learner_w_grad, learner_wo_grad), metalearner
 
 
+def updater(
+    args: argparse.Namespace,
+    way: Way,
+    learners: tuple[FlatModule, FlatModule],
+    metalearner: MetaLearner,
+    optimizer: torch.optim.Optimizer,
+) -> Callable[[Iterable[Episode]], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """A function that updates the meta-learner by ``--meta-batch`` episodes.
+
+    It returns their losses and accuracies, and whether the update was skipped.
+    """
+
+    def alone(episode):
+        return train_episode(episode, *learners, metalearner, optimizer, args.batch_size, args.grad_clip, way.step)
+
+    def gradient(episode, *pair):
+        return meta_gradient(episode, *pair, metalearner, args.batch_size)
+
+    def step(rows):
+        gradients, losses, accuracies = rows[:, :-2], rows[:, -2], rows[:, -1]
+        return losses, accuracies, update_metalearner(gradients, losses, metalearner, optimizer, args.grad_clip, way.step)
+
+    def together(episodes):
+        rows = torch.stack([torch.cat([t.view(-1) for t in found]) for found in lanes(episodes)])  # [M, G + 2]
+        return next(way.map(step, [rows]))  # on one core, as the episodes: the same bits whatever their number
+
+    if args.meta_batch == 1:  # the paper's: on all cores, and on a GPU one graph
+        recorded = way.recorded(alone, (*learners, metalearner), optimizer)
+        return lambda episodes: recorded(*episodes)
+    lanes = Lanes(gradient, way, learners, metalearner)
+    return together
+
+
 def train(run: Run) -> None:
     """Train the meta-learner for ``--episode`` episodes; validate and save every ``--val-freq``."""
     args, way = run.args, choose(run.args)
@@ -80,10 +116,7 @@ def train(run: Run) -> None:
     optimizer = way.adam(learned, lr=args.lr)
     evaluate = Evaluator(args, way, learners, metalearner)
 
-    def one(episode):
-        return train_episode(episode, *learners, metalearner, optimizer, args.batch_size, args.grad_clip, way.step)
-
-    step = way.recorded(one, (*learners, metalearner), optimizer)
+    update = updater(args, way, learners, metalearner, optimizer)
     description = (
         f"{args.n_class}-way {args.n_shot}-shot, {args.image_size} px, {metalearner.metalstm.cI.numel()} learner parameters; "
         f"{args.data_root.name}: {len(train_set.split.classes)} classes to train on, {len(val_set.split.classes)} to validate "
@@ -99,13 +132,13 @@ def train(run: Run) -> None:
     validate(done)  # if the last process ended while it validated
     # closing the stream ends its worker processes; a traceback that held it would keep this process from ending
     with contextlib.closing(episodes(train_set, done, args.n_workers, way.device, args.pin_mem, begin_worker)) as stream:
-        for n, episode in enumerate(stream, done + 1):
-            loss, accuracy, skipped = step(episode)
-            run.log(n, loss, accuracy, skipped)
+        for n in range(done + args.meta_batch, args.episode + 1, args.meta_batch):
+            losses, accuracies, skipped = update(islice(stream, args.meta_batch))
+            run.log(n, losses, accuracies, skipped)
             validate(n)
     if args.plots:
         few = val_set.first(RECORDED)
-        write_trace(run.folder, record(few, evaluate.pairs[0], metalearner, args.batch_size, way.device))
+        write_trace(run.folder, record(few, learners, metalearner, args.batch_size, way.device))
     run.say_done()
 
 

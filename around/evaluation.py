@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
-import queue
 from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
 
+from around.lanes import Lanes
 from around.logs import result_line
 from around.results import is_mini_imagenet
 from around.run import begin_worker
@@ -24,26 +23,13 @@ CROSS_SCHEDULE = {"epoch": 5, "batch_size": 5}  # the authors', for a number of 
 
 
 class Evaluator:
-    """Adapts the meta-learner to episodes and reports on their query images. It has learners of its own.
-
-    With ``fast/`` on a CPU several episodes run side by side, each on one thread: faster than one after another on all threads,
-    and the same bits whatever the number of cores.
-    """
+    """Adapts the meta-learner to episodes and reports on their query images. It has learners of its own, see ``Lanes``."""
 
     def __init__(self, args: argparse.Namespace, way: Way, learners: tuple[FlatModule, FlatModule], metalearner: MetaLearner):
-        self.args, self.way, self.metalearner = args, way, metalearner
-        self.pairs = [copy.deepcopy(learners) for _ in range(way.lanes)]
-        self.free: queue.SimpleQueue = queue.SimpleQueue()
-        for pair in self.pairs:
-            self.free.put(pair)
-        self.one = way.recorded(self._one, (*self.pairs[0], metalearner))
+        def one(episode: Episode, *pair: FlatModule) -> tuple[torch.Tensor, torch.Tensor]:
+            return evaluate_episode(episode, *pair, metalearner, args.batch_size)
 
-    def _one(self, episode: Episode) -> tuple[torch.Tensor, torch.Tensor]:
-        pair = self.free.get()
-        try:
-            return evaluate_episode(episode, *pair, self.metalearner, self.args.batch_size)
-        finally:
-            self.free.put(pair)
+        self.args, self.way, self.lanes = args, way, Lanes(one, way, learners, metalearner)
 
     def __call__(
         self, dataset: EpisodeDataset, after_each: Callable[[], None] = lambda: None
@@ -57,7 +43,7 @@ class Evaluator:
         bar = tqdm(total=len(dataset), desc=dataset.split.name, unit="ep", leave=False, disable=None)
         found = episodes(dataset, 0, args.n_workers, self.way.device, args.pin_mem, begin_worker)
         with contextlib.closing(found) as stream:
-            for result in self.way.map(self.one, stream):
+            for result in self.lanes(stream):
                 results.append(result)
                 bar.update()
                 after_each()

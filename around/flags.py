@@ -19,6 +19,7 @@ HYPER_PARAMETERS = (
     "input_size",
     "hidden_size",
     "lr",
+    "meta_batch",
     "epoch",
     "batch_size",
     "image_size",
@@ -122,6 +123,8 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     add("--input-size", INPUT_SIZE, "numbers that its LSTM reads per coordinate", type=size, metavar="N")
     add("--hidden-size", 20, "width of its LSTM", type=whole(1, 4096), metavar="N")
     add("--lr", 1e-3, "learning rate of Adam", type=real(0, 1, low_open=True), metavar="X")
+    words = "episodes of an update, whose gradients are averaged; more run side by side on cores, GPUs and machines"
+    add("--meta-batch", 1, words, type=whole(1, 10**6), metavar="M")
     add("--grad-clip", 0.25, "largest norm of its gradient", type=real(0, 1e6, low_open=True), metavar="X")
     bias = real(-100, 100)
     words = "start of its LSTM: pytorch, as the port; authors: U(-0.01, 0.01) and one bias"

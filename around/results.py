@@ -44,6 +44,7 @@ PORT = {  # what makes the port's recipe, and the authors'
     "bf_init": [4.0, 6.0],
     "bi_init": [-5.0, -4.0],
     "lr": 1e-3,
+    "meta_batch": 1,
     "grad_clip": 0.25,
     "image_size": 84,
     "precision": "fp32",

@@ -38,10 +38,10 @@ class Run:
 
         with Run(given, defaults) as run:           # lock the folder, read the checkpoint, settle the flags: run.args
             done = run.restore(metalearner, optimizer, fingerprints, description)
-            for each episode n:
-                run.log(n, loss, accuracy, skipped) # keep the numbers; write a line, save or stop if it is time to
-                if run.due(n):                      # save; is it time to validate?
-                    run.keep(n, losses, accuracies) # write the validation's result and the checkpoints
+            for each update, up to episode n:
+                run.log(n, losses, accuracies, skipped)  # keep the numbers; write a line, save or stop if it is time to
+                if run.due(n):                           # save; is it time to validate?
+                    run.keep(n, losses, accuracies)      # write the validation's result and the checkpoints
 
     A run that is killed at any instant and started again reaches the same bits, logs included.
 
@@ -69,7 +69,7 @@ class Run:
             resume = str(last) if last.is_file() else None
         resume = resume and checkpoint_of(resume, LAST)
         self.checkpoint = checkpoints.load(Path(resume)) if resume else None
-        stored = (self.checkpoint or {}).get("hyper_parameters", {})
+        stored = {"meta_batch": 1} | self.checkpoint.get("hyper_parameters", {}) if resume else {}  # older ones do not say
         elsewhere = resume is not None and Path(resume).resolve().parent != (self.folder / "ckpts").resolve()
         self.changed = {k: given[k] for k, v in stored.items() if k in given and given[k] != v}
         for name, value in self.changed.items():
@@ -78,8 +78,9 @@ class Run:
                 advice = "leave it at that" if elsewhere else "leave it at that, or name another --save and --resume"
                 raise UserError(f"{flag} {value}: {resume} was begun with {flag} {stored[name]}; {advice}")
         self.args = settle({**given, "resume": resume}, defaults, stored)
+        _check_meta_batch(self.args, (self.checkpoint or {}).get("episode", 0))
         self.validated, self.best = 0, None
-        self.since_log: dict[str, list] = {"loss": [], "accuracy": [], "skipped": []}  # of the episodes since the last log line
+        self.since_log: dict[str, list] = {"loss": [], "accuracy": [], "skipped": []}  # since the last log line
         self.skipped_in_a_row = 0
 
     @property
@@ -163,17 +164,21 @@ class Run:
                 )
         return run["logs_end_at"] if path.resolve().parent == (self.folder / "ckpts").resolve() else None
 
-    def log(self, n: int, loss: Tensor, accuracy: Tensor, skipped: Tensor) -> None:
-        """Take the numbers of episode ``n``, [] each; write a line every ``--log-freq``, save every ``--save-minutes``.
+    def log(self, n: int, losses: Tensor, accuracies: Tensor, skipped: Tensor) -> None:
+        """Take the numbers of the update that ends with episode ``n``; write a line every ``--log-freq`` episodes, save every
+        ``--save-minutes``.
+
+        Args:
+            losses, accuracies: of its episodes, [] or [M]; skipped: whether it was, [].
 
         Raises:
             UserError: too many updates in a row had to be skipped.
             Stopped: a signal asked for it; the snapshot is written.
         """
-        for kept, value in zip(self.since_log.values(), (loss, accuracy, skipped), strict=True):
+        for kept, value in zip(self.since_log.values(), (losses, accuracies, skipped), strict=True):
             kept.append(value)
-        self.bar.update()
-        if n % self.args.log_freq == 0 or n == self.args.episode:
+        self.bar.update(self.args.meta_batch)
+        if n % self.args.log_freq < self.args.meta_batch or n == self.args.episode:
             self._write_line(n)
         stop = self.signals.stop
         if stop is not None or self.signals.save or time.monotonic() - self.saved >= 60 * self.args.save_minutes:
@@ -184,11 +189,8 @@ class Run:
         self.episode = n
 
     def _write_line(self, n: int) -> None:
-        seconds, device = time.perf_counter() - self.since, self.metalearner.metalstm.cI.device
-        loss, accuracy, skipped = (
-            torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values]).tolist()
-            for values in self.since_log.values()
-        )
+        seconds = time.perf_counter() - self.since
+        loss, accuracy, skipped = self._numbers().values()
         finite = [v for v in loss if math.isfinite(v)]
         mean_loss = summary(finite)["mean"] if finite else math.nan
         mean_accuracy = summary(accuracy)["mean"]
@@ -221,6 +223,12 @@ class Run:
                 f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite, up to episode {n}; "
                 f"{where}; a smaller --lr may help"
             )
+
+    def _numbers(self) -> dict[str, list[float]]:
+        """``since_log`` without its tensors."""
+        like = {"dtype": torch.float32, "device": self.metalearner.metalstm.cI.device}
+        values = {k: [torch.as_tensor(v, **like).view(-1) for v in values] for k, values in self.since_log.items()}
+        return {k: torch.cat(v).tolist() if v else [] for k, v in values.items()}
 
     def _board(self, kind: str, n: int, loss: float, accuracy: float) -> None:
         if self.tensorboard is not None:
@@ -274,7 +282,7 @@ class Run:
             "data_root": str(self.args.data_root.resolve()),
             "run": {
                 "validated": self.validated,
-                "since_log": {k: [float(v) for v in values] for k, values in self.since_log.items()},
+                "since_log": self._numbers(),
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "data": self.data,
                 "logs_end_at": self.logger.position(),
@@ -307,6 +315,20 @@ def checkpoint_of(resume: str, *names: str) -> str:
     """What ``--resume`` names: a checkpoint, or a run's folder, which stands for the first of ``names`` that it holds."""
     held = (Path(resume, "ckpts", name) for name in names)
     return next((str(path) for path in held if path.is_file()), resume)
+
+
+def _check_meta_batch(args: argparse.Namespace, done: int) -> None:
+    """Check that the training, its validations and its position are whole numbers of updates.
+
+    Raises:
+        UserError: one is not; the message names it.
+    """
+    m = args.meta_batch
+    for flag, n in (("--episode", args.episode), ("--val-freq", args.val_freq)):
+        if n % m:
+            raise UserError(f"{flag} {n}: not a multiple of --meta-batch {m}, the episodes of an update; give {n + -n % m}")
+    if done % m:
+        raise UserError(f"--meta-batch {m}: {args.resume} has seen {done} episodes, not a multiple of it; give a divisor")
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ class Model:
         learners, self.meta = build(args, self.way)
         self.learner = learners[0].train()
         self.optimizer = self.way.adam(self.meta.parameters(), lr=args.lr)
-        self.test = Evaluator(args, self.way, learners, self.meta).one
+        self.test = Evaluator(args, self.way, learners, self.meta).lanes.one
 
         def train(episode: Episode) -> tuple[torch.Tensor, ...]:
             more = (self.meta, self.optimizer, args.batch_size, args.grad_clip, self.way.step)

@@ -39,6 +39,7 @@ use_python requirements.txt
   --bi-init -5 -4 \
   --precision fp32 \
   --lr 1e-3 \
+  --meta-batch 1 \
   --grad-clip 0.25 \
   --n-workers 2 \
   --log-freq 50 \

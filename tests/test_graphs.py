@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from around import checkpoints
-from episode import Episode
+from episode import Episode, meta_gradient, update_metalearner
 from fast import graphs, native
-from fast.graphs import CHECKED, WARM_UP, Captured
+from fast.graphs import CHECKED, WARM_UP, Captured, step_on_device
 from fast.learner import FastLearner
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -166,6 +166,25 @@ def test_captured_episodes_are_the_eager_ones_bit_for_bit(device, batch_size, co
     assert test.graph is not None
     assert all(torch.equal(a, b) for a, b in zip(graphed.everything(), eager.everything(), strict=True))
     assert not any(group["capturable"] for group in graphed.optimizer.param_groups)
+    assert capsys.readouterr().out == ""
+
+
+def test_captured_gradients_of_several_episodes_are_the_eager_ones(device, capsys):
+    """With ``--meta-batch``, one episode's gradient is the graph; the mean and Adam's step follow in the ordinary way."""
+    eager, graphed = (Model("fast", 16, device=device) for _ in range(2))
+
+    def gradient(episode):
+        return meta_gradient(episode, *graphed.learners, graphed.meta, 25)
+
+    captured = Captured(gradient, (*graphed.learners, graphed.meta))
+    group = list(episodes(3, device))
+    for _ in range(WARM_UP):  # updates
+        for model, function in ((eager, lambda e: meta_gradient(e, *eager.learners, eager.meta, 25)), (graphed, captured)):
+            gradients, losses, _ = map(torch.stack, zip(*map(function, group), strict=True))
+            assert not update_metalearner(gradients, losses, model.meta, model.optimizer, 0.25, step_on_device)
+    assert captured.graph is not None
+    assert captured.calls > WARM_UP + CHECKED
+    assert all(torch.equal(a, b) for a, b in zip(graphed.everything(), eager.everything(), strict=True))
     assert capsys.readouterr().out == ""
 
 
