@@ -420,8 +420,9 @@ def episodes(
     device: torch.device,
     pin_memory: bool,
     worker_init: Callable[[int], None] | None = None,
+    step: int = 1,
 ) -> Iterator[Episode]:
-    """Yield episodes ``start``, ``start + 1``, ... of a data set in order, on ``device``; worker processes run ahead.
+    """Yield episodes ``start``, ``start + step``, ... of a data set in order, on ``device``; worker processes run ahead.
 
     Raises:
         UserError: an image cannot be read.
@@ -429,7 +430,7 @@ def episodes(
     loader = DataLoader(
         _Told(dataset),
         batch_size=None,
-        sampler=range(start, len(dataset)),
+        sampler=range(start, len(dataset), step),
         num_workers=n_workers,
         collate_fn=_as_it_is,
         pin_memory=pin_memory and device.type != "cpu",

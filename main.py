@@ -14,7 +14,6 @@ import contextlib
 import copy
 import os
 import sys
-from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -34,17 +33,18 @@ except ModuleNotFoundError as missing:
 from around import checkpoints
 from around.evaluation import Evaluator, judge
 from around.flags import parse, run_folder, settle
-from around.lanes import Lanes
+from around.lanes import MetaBatch
 from around.predict import predict
+from around.ranks import Ranks
 from around.recording import RECORDED, record, write_trace
 from around.results import contradictions, export, provenance, tables, write_results
 from around.run import Run, Stopped, begin_worker, find_checkpoint
 from around.way import Way, choose, dataset
 from dataloader import check_apart, episodes, scan_split
-from episode import Episode, meta_gradient, train_episode, update_metalearner
+from episode import train_episode
 from learner import FlatModule
 from metalearner import MetaLearner
-from utils import Terminal, exit_code
+from utils import Terminal, UserError, exit_code
 
 
 def make_reproducible(seed: int) -> None:
@@ -69,42 +69,9 @@ def build(args: argparse.Namespace, way: Way) -> tuple[tuple[FlatModule, FlatMod
     return (learner_w_grad, learner_wo_grad), metalearner
 
 
-def updater(
-    args: argparse.Namespace,
-    way: Way,
-    learners: tuple[FlatModule, FlatModule],
-    metalearner: MetaLearner,
-    optimizer: torch.optim.Optimizer,
-) -> Callable[[Iterable[Episode]], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """A function that updates the meta-learner by ``--meta-batch`` episodes.
-
-    It returns their losses and accuracies, and whether the update was skipped.
-    """
-
-    def alone(episode):
-        return train_episode(episode, *learners, metalearner, optimizer, args.batch_size, args.grad_clip, way.step)
-
-    def gradient(episode, *pair):
-        return meta_gradient(episode, *pair, metalearner, args.batch_size)
-
-    def step(rows):
-        gradients, losses, accuracies = rows[:, :-2], rows[:, -2], rows[:, -1]
-        return losses, accuracies, update_metalearner(gradients, losses, metalearner, optimizer, args.grad_clip, way.step)
-
-    def together(episodes):
-        rows = torch.stack([torch.cat([t.view(-1) for t in found]) for found in lanes(episodes)])  # [M, G + 2]
-        return next(way.map(step, [rows]))  # on one core, as the episodes: the same bits whatever their number
-
-    if args.meta_batch == 1:  # the paper's: on all cores, and on a GPU one graph
-        recorded = way.recorded(alone, (*learners, metalearner), optimizer)
-        return lambda episodes: recorded(*episodes)
-    lanes = Lanes(gradient, way, learners, metalearner)
-    return together
-
-
 def train(run: Run) -> None:
     """Train the meta-learner for ``--episode`` episodes; validate and save every ``--val-freq``."""
-    args, way = run.args, choose(run.args)
+    args, ranks, way = run.args, run.ranks, choose(run.args, run.ranks.local)
     print(f"{way.description}\ntraining on {args.data_root}, into {run.folder}")
     train_files, val_files = (scan_split(args.data_root, split) for split in ("train", "val"))
     if note := check_apart(train_files, val_files):
@@ -114,9 +81,18 @@ def train(run: Run) -> None:
     learners, metalearner = build(args, way)
     learned = [p for p in metalearner.parameters() if p.requires_grad]
     optimizer = way.adam(learned, lr=args.lr)
-    evaluate = Evaluator(args, way, learners, metalearner)
+    evaluate = Evaluator(args, way, learners, metalearner, ranks)
 
-    update = updater(args, way, learners, metalearner, optimizer)
+    def one(episode):
+        return train_episode(episode, *learners, metalearner, optimizer, args.batch_size, args.grad_clip, way.step)
+
+    def update(share):
+        return step(*share)
+
+    if args.meta_batch == 1:
+        step = way.recorded(one, (*learners, metalearner), optimizer)
+    else:
+        update = MetaBatch(args, way, ranks, learners, metalearner, optimizer)
     description = (
         f"{args.n_class}-way {args.n_shot}-shot, {args.image_size} px, {metalearner.metalstm.cI.numel()} learner parameters; "
         f"{args.data_root.name}: {len(train_set.split.classes)} classes to train on, {len(val_set.split.classes)} to validate "
@@ -124,6 +100,7 @@ def train(run: Run) -> None:
     )
     fingerprints = {"train": train_set.fingerprint, "val": val_set.fingerprint}
     done = run.restore(metalearner, optimizer, fingerprints, way.device, description)
+    ranks.begin({"device": way.description, **{f"{split} images": known for split, known in fingerprints.items()}})
 
     def validate(n: int) -> None:
         if run.due(n):
@@ -131,20 +108,21 @@ def train(run: Run) -> None:
 
     validate(done)  # if the last process ended while it validated
     # closing the stream ends its worker processes; a traceback that held it would keep this process from ending
-    with contextlib.closing(episodes(train_set, done, args.n_workers, way.device, args.pin_mem, begin_worker)) as stream:
+    how = (args.n_workers, way.device, args.pin_mem, begin_worker)
+    with contextlib.closing(episodes(train_set, done + ranks.rank, *how, step=ranks.size)) as stream:
         for n in range(done + args.meta_batch, args.episode + 1, args.meta_batch):
-            losses, accuracies, skipped = update(islice(stream, args.meta_batch))
+            losses, accuracies, skipped = update(islice(stream, args.meta_batch // ranks.size))
             run.log(n, losses, accuracies, skipped)
             validate(n)
-    if args.plots:
+    if args.plots and ranks.rank == 0:
         few = val_set.first(RECORDED)
         write_trace(run.folder, record(few, learners, metalearner, args.batch_size, way.device))
     run.say_done()
 
 
-def test(args: argparse.Namespace, checkpoint: dict) -> None:
+def test(args: argparse.Namespace, checkpoint: dict, ranks: Ranks) -> None:
     """Report a checkpoint's accuracy on episodes of the test classes, and keep it in the run folder."""
-    way, path = choose(args), Path(args.resume)
+    way, path = choose(args, ranks.local), Path(args.resume)
     print(way.description)
     learners, metalearner = build(args, way)
     checkpoints.load_metalearner(metalearner, checkpoint, path)
@@ -153,10 +131,10 @@ def test(args: argparse.Namespace, checkpoint: dict) -> None:
     for name, value in contradictions(args, stored).items():
         print(f"note: tested with --{name.replace('_', '-')} {value}, but trained with {stored[name]}")
     trained_on = stored.get("n_shot", args.n_shot)
-    tests = judge(args, way, learners, metalearner, trained_on)
-    if path.resolve().parent.name == "ckpts":
+    tests = judge(args, way, learners, metalearner, trained_on, ranks)
+    if ranks.rank == 0 and path.resolve().parent.name == "ckpts":
         folder = path.resolve().parent.parent
-        written = write_results(folder, args, checkpoint, tests, provenance(way.device))
+        written = write_results(folder, args, checkpoint, tests, provenance(way.device, ranks.size))
         print(f"written to {written}\n\n{tables([folder])}")
         if args.plots and (folder / "plots").is_dir():
             show_plots(folder, "histogram")
@@ -170,20 +148,28 @@ def show_plots(folder: Path, wanted: str | None = None) -> None:
 
 
 def main(argv: list[str]) -> int:
+    try:
+        with Ranks.started() as ranks:
+            return work(argv, ranks)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
+
+
+def work(argv: list[str], ranks: Ranks) -> int:
     given, defaults = parse(argv)
+    ranks.compare_start(given)
     args = settle(given, defaults)
+    if args.mode not in ("train", "test") and ranks.size > 1:
+        raise UserError(f"--mode {args.mode}: is for one process; start it without torchrun")
     if args.mode == "train":
-        try:
-            with Run(given, defaults) as run:
-                if run.finished:
-                    print(f"{run.args.resume}: has seen all {run.args.episode} episodes; nothing to do")
-                    return 0
-                train(run)
-                if run.args.plots:
-                    show_plots(run.folder)
-        except Stopped as stopped:
-            print(stopped, file=sys.stderr)
-            return stopped.exit_code
+        with Run(given, defaults, ranks) as run:
+            if run.finished:
+                print(f"{run.args.resume}: has seen all {run.args.episode} episodes; nothing to do")
+                return 0
+            train(run)
+            if run.args.plots and ranks.rank == 0:
+                show_plots(run.folder)
     elif args.mode == "plot":
         folder = run_folder(args) if args.resume in (None, "auto") else Path(args.resume)
         show_plots(folder.resolve().parent.parent if folder.is_file() else folder)  # a checkpoint lies in its run's ckpts/
@@ -192,13 +178,13 @@ def main(argv: list[str]) -> int:
     elif args.mode == "results":
         print(tables([Path(folder) for folder in args.runs or [run_folder(args)]]))
     else:
-        path = find_checkpoint(args)
-        checkpoint = checkpoints.load(Path(path))
+        found = (path := find_checkpoint(args), checkpoints.load(Path(path))) if ranks.rank == 0 else None
+        path, checkpoint = ranks.exchange(found)[0]
         args = settle({**given, "resume": path}, defaults, checkpoint.get("hyper_parameters"))
         if not {"data", "data_root"} & given.keys() and "data_root" in checkpoint:
             args.data_root = Path(checkpoint["data_root"])
         if args.mode == "test":
-            test(args, checkpoint)
+            test(args, checkpoint, ranks)
         else:
             way = choose(args)
             learners, metalearner = build(args, way)

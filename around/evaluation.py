@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from around.lanes import Lanes
 from around.logs import result_line
+from around.ranks import ALONE, Ranks
 from around.results import is_mini_imagenet
 from around.run import begin_worker
 from around.way import Way, dataset
@@ -23,13 +24,23 @@ CROSS_SCHEDULE = {"epoch": 5, "batch_size": 5}  # the authors', for a number of 
 
 
 class Evaluator:
-    """Adapts the meta-learner to episodes and reports on their query images. It has learners of its own, see ``Lanes``."""
+    """Adapts the meta-learner to episodes and reports on their query images. It has learners of its own, see ``Lanes``.
 
-    def __init__(self, args: argparse.Namespace, way: Way, learners: tuple[FlatModule, FlatModule], metalearner: MetaLearner):
+    The episodes are divided over the ranks.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        way: Way,
+        learners: tuple[FlatModule, FlatModule],
+        metalearner: MetaLearner,
+        ranks: Ranks = ALONE,
+    ):
         def one(episode: Episode, *pair: FlatModule) -> tuple[torch.Tensor, torch.Tensor]:
             return evaluate_episode(episode, *pair, metalearner, args.batch_size)
 
-        self.args, self.way, self.lanes = args, way, Lanes(one, way, learners, metalearner)
+        self.args, self.way, self.ranks, self.lanes = args, way, ranks, Lanes(one, way, learners, metalearner)
 
     def __call__(
         self, dataset: EpisodeDataset, after_each: Callable[[], None] = lambda: None
@@ -39,21 +50,27 @@ class Evaluator:
         Returns:
             The losses and the accuracies in percent, one per episode in their order.
         """
-        args, results = self.args, []
-        bar = tqdm(total=len(dataset), desc=dataset.split.name, unit="ep", leave=False, disable=None)
-        found = episodes(dataset, 0, args.n_workers, self.way.device, args.pin_mem, begin_worker)
+        args, device, rank, size = self.args, self.way.device, self.ranks.rank, self.ranks.size
+        rows = torch.zeros(-(-len(dataset) // size), 2, device=device)
+        bar = tqdm(total=len(dataset), desc=dataset.split.name, unit="ep", leave=False, disable=rank > 0 or None)
+        found = episodes(dataset, rank, args.n_workers, device, args.pin_mem, begin_worker, step=size)
         with contextlib.closing(found) as stream:
-            for result in self.lanes(stream):
-                results.append(result)
-                bar.update()
+            for k, result in enumerate(self.lanes(stream)):
+                rows[k] = torch.stack(result)
+                bar.update(size)
                 after_each()
         bar.close()
-        losses, accuracies = (torch.stack(values).tolist() for values in zip(*results, strict=True))
+        losses, accuracies = self.ranks.gather(rows)[: len(dataset)].t().tolist()
         return losses, accuracies
 
 
 def judge(
-    args: argparse.Namespace, way: Way, learners: tuple[FlatModule, FlatModule], metalearner: MetaLearner, trained_on: int
+    args: argparse.Namespace,
+    way: Way,
+    learners: tuple[FlatModule, FlatModule],
+    metalearner: MetaLearner,
+    trained_on: int,
+    ranks: Ranks = ALONE,
 ) -> list[dict]:
     """Test on each of ``--shots`` (or on ``--n-shot``) and print the accuracy for each count in ``--episode-test``.
 
@@ -71,7 +88,8 @@ def judge(
             schedule = CROSS_SCHEDULE
         these = argparse.Namespace(**{**vars(args), "n_shot": n_shot, **schedule})
         test_set = dataset(these, way, scan_split(args.data_root, "test"), counts[-1])
-        losses, accuracies = Evaluator(these, way, learners, metalearner)(test_set)
+        ranks.begin({"device": way.description, "test images": test_set.fingerprint})
+        losses, accuracies = Evaluator(these, way, learners, metalearner, ranks)(test_set)
         name = f"test {n_shot}-shot ({schedule['epoch']} x {schedule['batch_size']})" if args.shots else "test"
         for count in counts:
             print(result_line(name, losses[:count], accuracies[:count]))

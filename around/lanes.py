@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import queue
 from collections.abc import Callable, Iterable, Iterator
 
+import torch
 from torch import Tensor
 
+from around.ranks import Ranks
 from around.way import Way
-from episode import Episode
+from episode import Episode, meta_gradient, update_metalearner
 from learner import FlatModule
 from metalearner import MetaLearner
 
@@ -51,3 +54,46 @@ class Lanes:
     def __call__(self, episodes: Iterable[Episode]) -> Iterator[tuple[Tensor, ...]]:
         """The function's results in the episodes' order."""
         return self.map(self.one, episodes)
+
+
+class MetaBatch:
+    """Updates of the meta-learner by ``--meta-batch`` episodes, which are divided over the ranks and there over the lanes.
+
+    The bits are the same for any number of ranks and, with ``fast/`` on a CPU, of cores.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        way: Way,
+        ranks: Ranks,
+        learners: tuple[FlatModule, FlatModule],
+        metalearner: MetaLearner,
+        optimizer: torch.optim.Optimizer,
+    ):
+        def gradient(episode: Episode, *pair: FlatModule) -> tuple[Tensor, ...]:
+            return meta_gradient(episode, *pair, metalearner, args.batch_size)
+
+        def step(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            gradients, losses, accuracies = rows[:, :-2], rows[:, -2], rows[:, -1]
+            skipped = update_metalearner(gradients, losses, metalearner, optimizer, args.grad_clip, way.step)
+            return losses, accuracies, skipped
+
+        self.ranks, self.lanes, self.step, self.map = ranks, Lanes(gradient, way, learners, metalearner), step, way.map
+
+    def __call__(self, share: Iterable[Episode]) -> tuple[Tensor, Tensor, Tensor]:
+        """One update.
+
+        Args:
+            share: this rank's episodes.
+
+        Returns:
+            Query losses [M] and query accuracies [M] in percent of all ranks' episodes, in their order, and whether the update
+            was skipped [], bool.
+
+        Raises:
+            Lost: another rank has ended.
+        """
+        rows = torch.stack([torch.cat([t.view(-1) for t in found]) for found in self.lanes(share)])
+        rows = self.ranks.gather(rows)  # [M, G + 2]
+        return next(self.map(self.step, [rows]))  # on one core, too

@@ -62,7 +62,7 @@ BEFORE = {**PORT, "bn_scale": "one"}  # what checkpoints do not say that are old
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
-def provenance(device: torch.device) -> dict[str, object]:
+def provenance(device: torch.device, n_processes: int = 1) -> dict[str, object]:
     """What runs, which code, on what: command (with the names of files instead of their paths), commit, versions, machine."""
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -79,7 +79,7 @@ def provenance(device: torch.device) -> dict[str, object]:
         "commit": commit,
         "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",
-    }
+    } | ({"processes": n_processes} if n_processes > 1 else {})
 
 
 def is_mini_imagenet(classes: list[str]) -> bool:

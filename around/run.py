@@ -22,6 +22,7 @@ from tqdm import tqdm
 from around import checkpoints
 from around.flags import hyper_parameters, run_folder, settle
 from around.logs import Logger, open_tensorboard, result_line
+from around.ranks import ALONE, Ranks
 from around.results import BEST, LAST, provenance
 from metalearner import MetaLearner
 from utils import UserError, locked, release_locks, summary
@@ -32,7 +33,7 @@ START_ONLY = ("bn_scale", "lstm_init", "bf_init", "bi_init")  # hyper-parameters
 
 
 class Run:
-    """A training in its folder, which is locked for this process.
+    """A training in its folder, which is locked for this process. Of several ranks only the first one uses the folder.
 
     In the order of a training::
 
@@ -47,15 +48,17 @@ class Run:
 
     Args:
         given, defaults: the flags, from ``flags.parse``.
+        ranks: which train together.
 
     Raises:
         UserError: the folder is in use or cannot be written, or ``--resume`` names a checkpoint that cannot be continued.
     """
 
-    def __init__(self, given: dict[str, object], defaults: dict[str, object]):
+    def __init__(self, given: dict[str, object], defaults: dict[str, object], ranks: Ranks = ALONE):
         self._stack = contextlib.ExitStack()
-        self.folder = run_folder(settle(given, defaults))
-        self._stack.enter_context(_alone(self.folder))
+        self.folder, self.ranks = run_folder(settle(given, defaults)), ranks
+        if ranks.rank == 0:
+            self._stack.enter_context(_alone(self.folder))
         try:
             self._open(given, defaults)
         except BaseException:
@@ -63,12 +66,14 @@ class Run:
             raise
 
     def _open(self, given: dict[str, object], defaults: dict[str, object]) -> None:
-        resume = given.get("resume")
-        if resume == "auto":
-            last = self.folder / "ckpts" / LAST
-            resume = str(last) if last.is_file() else None
-        resume = resume and checkpoint_of(resume, LAST)
-        self.checkpoint = checkpoints.load(Path(resume)) if resume else None
+        resume, self.checkpoint = given.get("resume"), None
+        if self.ranks.rank == 0:
+            if resume == "auto":
+                last = self.folder / "ckpts" / LAST
+                resume = str(last) if last.is_file() else None
+            resume = resume and checkpoint_of(resume, LAST)
+            self.checkpoint = checkpoints.load(Path(resume)) if resume else None
+        resume, self.checkpoint = self.ranks.exchange((resume, self.checkpoint))[0]
         stored = {"meta_batch": 1} | self.checkpoint.get("hyper_parameters", {}) if resume else {}  # older ones do not say
         elsewhere = resume is not None and Path(resume).resolve().parent != (self.folder / "ckpts").resolve()
         self.changed = {k: given[k] for k, v in stored.items() if k in given and given[k] != v}
@@ -78,7 +83,7 @@ class Run:
                 advice = "leave it at that" if elsewhere else "leave it at that, or name another --save and --resume"
                 raise UserError(f"{flag} {value}: {resume} was begun with {flag} {stored[name]}; {advice}")
         self.args = settle({**given, "resume": resume}, defaults, stored)
-        _check_meta_batch(self.args, (self.checkpoint or {}).get("episode", 0))
+        _check_meta_batch(self.args, (self.checkpoint or {}).get("episode", 0), self.ranks.size)
         self.validated, self.best = 0, None
         self.since_log: dict[str, list] = {"loss": [], "accuracy": [], "skipped": []}  # since the last log line
         self.skipped_in_a_row = 0
@@ -118,7 +123,7 @@ class Run:
         """
         args, checkpoint, done, ends = self.args, self.checkpoint, 0, None
         self.metalearner, self.optimizer, self.data = metalearner, optimizer, fingerprints
-        self.about = (checkpoint or {}).get("about") or provenance(device)
+        self.about = (checkpoint or {}).get("about") or provenance(device, self.ranks.size)
         if checkpoint is not None:
             path = Path(args.resume)
             checkpoints.load_metalearner(metalearner, checkpoint, path)
@@ -130,9 +135,17 @@ class Run:
             if ends is None:  # another folder, which begins its own logs and keeps its own best checkpoint
                 self.best = None
                 came_from = {"checkpoint": f"{path.resolve().parent.parent.name}/{path.name}", "episode": done}
-                self.about = provenance(device) | {"resumed_from": came_from, "changed": self.changed}
+                self.about = provenance(device, self.ranks.size) | {"resumed_from": came_from, "changed": self.changed}
             if done > args.episode:
                 raise UserError(f"--episode {args.episode}: {args.resume} has seen {done} already; ask for more")
+        self.signals, self.saved = Signals(), time.monotonic()
+        self._stack.callback(self.signals.restore)
+        if self.ranks.rank == 0:
+            self._open_logs(done, ends, description)
+        return done
+
+    def _open_logs(self, done: int, ends: dict[str, int] | None, description: str) -> None:
+        args = self.args
         if ends is None and (self.folder / "ckpts" / LAST).exists():
             raise UserError(
                 f"{self.folder}: holds a run already; continue it with --resume auto, or choose another --save or --seed"
@@ -143,15 +156,12 @@ class Run:
         self.logger = self._stack.enter_context(contextlib.closing(Logger(self.folder, ends or dict.fromkeys(Logger.NAMES, 0))))
         for left in (self.folder / "ckpts").glob(".*.tmp"):  # by a process that was killed while writing; the folder is ours
             left.unlink(missing_ok=True)
-        self.signals = Signals()
-        self._stack.callback(self.signals.restore)
         if done == 0:
             self.logger.info(description)
         else:  # not in the log, which is to be that of an undisturbed run
             print(f"resuming after episode {done} of {args.episode}, in {self.folder}")
         self.bar = self._stack.enter_context(tqdm(total=args.episode, initial=done, desc="train", unit="ep", disable=None))
-        self.saved, self.logged, self.since = time.monotonic(), done, time.perf_counter()
-        return done
+        self.logged, self.since = done, time.perf_counter()
 
     def _restore_run(self, run: dict, path: Path) -> dict[str, int] | None:
         self.validated, self.skipped_in_a_row = run["validated"], run["skipped_in_a_row"]
@@ -173,20 +183,25 @@ class Run:
 
         Raises:
             UserError: too many updates in a row had to be skipped.
-            Stopped: a signal asked for it; the snapshot is written.
+            Stopped: a signal asked one of the ranks for it; the snapshot is written.
+            Lost: another rank has ended.
         """
+        self.episode = n
+        if self.ranks.rank == 0:
+            self._keep_numbers(n, losses, accuracies, skipped)
+        stop, save = self.ranks.largest(int(self.signals.stop or 0), int(self.signals.save))
+        if stop or save or time.monotonic() - self.saved >= 60 * self.args.save_minutes:
+            self.signals.save = False
+            self.snapshot(n, LAST)
+        if stop:
+            raise Stopped(signal.Signals(stop), self.folder, n)
+
+    def _keep_numbers(self, n: int, losses: Tensor, accuracies: Tensor, skipped: Tensor) -> None:
         for kept, value in zip(self.since_log.values(), (losses, accuracies, skipped), strict=True):
             kept.append(value)
         self.bar.update(self.args.meta_batch)
         if n % self.args.log_freq < self.args.meta_batch or n == self.args.episode:
             self._write_line(n)
-        stop = self.signals.stop
-        if stop is not None or self.signals.save or time.monotonic() - self.saved >= 60 * self.args.save_minutes:
-            self.signals.save = False
-            self.snapshot(n, LAST)
-        if stop is not None:
-            raise Stopped(stop, self.folder, n)
-        self.episode = n
 
     def _write_line(self, n: int) -> None:
         seconds = time.perf_counter() - self.since
@@ -247,6 +262,9 @@ class Run:
 
     def keep(self, n: int, losses: list[float], accuracies: list[float]) -> None:
         """Log the validation of episode ``n`` (empty lists: there was none) and write the checkpoints that belong to it."""
+        self.validated = n
+        if self.ranks.rank > 0:
+            return
         names = [f"meta-learner-{n}.pth.tar", LAST]
         if accuracies:
             loss, found = summary(losses), summary(accuracies)
@@ -257,7 +275,6 @@ class Run:
                 self.best = {"episode": n, "accuracy": found["mean"], "std": found["std"]}
                 names.insert(0, BEST)
             self.logger.info(result_line("val", losses, accuracies) + ("  best so far" if better else ""))
-        self.validated = n
         self.snapshot(n, *names)
         self.since += time.perf_counter() - self.paused
 
@@ -272,6 +289,9 @@ class Run:
 
     def snapshot(self, n: int, *names: str) -> None:
         """Write the checkpoint of episode ``n`` under each of the names; the old file stays until the new one is complete."""
+        self.saved = time.monotonic()
+        if self.ranks.rank > 0:  # which has nothing that rank 0 has not
+            return
         content = {
             "episode": n,
             "metalearner": self.metalearner.state_dict(),
@@ -289,10 +309,11 @@ class Run:
             },
         }
         checkpoints.save(content, *(self.folder / "ckpts" / name for name in names))
-        self.saved = time.monotonic()
 
     def say_done(self) -> None:
         """The log's last line."""
+        if self.ranks.rank > 0:
+            return
         best = f", best by validation: episode {self.best['episode']}" if self.best else ""
         self.bar.close()
         self.logger.info(f"done: {self.folder.name}/ckpts/{LAST}{best}")
@@ -317,13 +338,16 @@ def checkpoint_of(resume: str, *names: str) -> str:
     return next((str(path) for path in held if path.is_file()), resume)
 
 
-def _check_meta_batch(args: argparse.Namespace, done: int) -> None:
-    """Check that the training, its validations and its position are whole numbers of updates.
+def _check_meta_batch(args: argparse.Namespace, done: int, n_ranks: int) -> None:
+    """Check that the training, its validations and its position are whole numbers of updates, and an update one of ranks.
 
     Raises:
         UserError: one is not; the message names it.
     """
     m = args.meta_batch
+    if m % n_ranks:
+        advice = f"give --meta-batch {m + -m % n_ranks}"
+        raise UserError(f"--meta-batch {m}: {n_ranks} processes cannot divide an update of {m} episodes evenly; {advice}")
     for flag, n in (("--episode", args.episode), ("--val-freq", args.val_freq)):
         if n % m:
             raise UserError(f"{flag} {n}: not a multiple of --meta-batch {m}, the episodes of an update; give {n + -n % m}")

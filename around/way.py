@@ -29,24 +29,32 @@ class Way(NamedTuple):
     adam: Callable[..., torch.optim.Adam]
     step: Callable[[torch.optim.Optimizer, torch.Tensor], None]
     recorded: Callable[..., Callable]  # (function of an episode, its modules, its optimizer) -> a function that does the same
-    lanes: int  # how many episodes are evaluated at once
+    lanes: int  # how many episodes run at once
     map: Callable[[Callable, Iterable], Iterator]
 
 
-def choose(args: argparse.Namespace) -> Way:
+def choose(args: argparse.Namespace, local: tuple[int, int] = (0, 1)) -> Way:
     """Pick the device, and ``fast/`` unless ``--plain`` is given or the folder is missing.
 
+    Args:
+        local: this process's number and that of all processes on this machine: each has a GPU of its own.
+
     Raises:
-        UserError: ``--gpu`` names a GPU that does not exist, or a flag needs ``fast/``.
+        UserError: ``--gpu`` names a GPU that does not exist, there are too few, or a flag needs ``fast/``.
     """
+    rank, size = local
     n_gpu = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if args.gpu is not None and size > 1:
+        raise UserError(f"--gpu {args.gpu}: each of the {size} processes here takes the GPU of its own number; leave it out")
     if args.gpu is not None and args.gpu >= n_gpu:
         raise UserError(f"--gpu {args.gpu}: PyTorch sees {n_gpu} GPUs here; leave the flag out to use the CPU")
+    if not args.cpu and 0 < n_gpu < size:
+        raise UserError(f"{size} processes here, but {n_gpu} GPUs; give torchrun --nproc-per-node {n_gpu}, or main.py --cpu")
     if args.cpu or n_gpu == 0:
         device = torch.device("cpu")
         name = f"CPU{'' if args.cpu else ' (no GPU found)'}, {torch.get_num_threads()} threads"
     else:
-        device = torch.device("cuda", args.gpu or 0)
+        device = torch.device("cuda", args.gpu or rank)
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name(device)
     if not args.plain and importlib.util.find_spec("fast") is not None:

@@ -11,7 +11,7 @@ from test_cli import expect, metrics, tensors, train
 from test_episode import make, new_episode
 from test_resume import assert_same
 
-import main
+from around import lanes
 from episode import adapt, meta_gradient, query_loss, train_episode, update_metalearner
 from fast.graphs import step_on_device
 
@@ -111,7 +111,7 @@ def test_plain_agrees(master, trained, tmp_path):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_signal_waits_for_the_end_of_the_update(master, trained, tmp_path, monkeypatch, way, capsys):
     """It comes in the second update's first episode; resumed, the run has the bits and logs of an undisturbed one."""
-    original, calls = main.meta_gradient, []
+    original, calls = lanes.meta_gradient, []
 
     def signalled(*args):
         calls.append(0)
@@ -119,7 +119,7 @@ def test_a_signal_waits_for_the_end_of_the_update(master, trained, tmp_path, mon
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args)
 
-    monkeypatch.setattr(main, "meta_gradient", signalled)
+    monkeypatch.setattr(lanes, "meta_gradient", signalled)
     flags = (*M2, "--log-freq", "3", "--resume", "auto", *(["--plain"] if way == "plain" else []))
     assert train(master, tmp_path / "logs", *flags, episode=8, val_freq=4) == 128 + signal.SIGTERM
     assert "after episode 4" in capsys.readouterr().err
