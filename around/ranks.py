@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -53,9 +54,10 @@ class Ranks:
         """
         names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         rank, size, *local = (int(os.environ.get(name, alone)) for name, alone in names.items())
+        if size == 1:
+            return ALONE
         ranks = cls(rank, size, tuple(local))
-        if size > 1:
-            ranks._connect()
+        ranks._connect()
         return ranks
 
     def _connect(self) -> None:
@@ -84,11 +86,16 @@ class Ranks:
     def __exit__(self, _kind: type | None, error: BaseException | None, _trace: object) -> None:
         if self.size == 1:
             return
-        if error is None:
+        if error is None or isinstance(error, SystemExit):
             self._dist.destroy_process_group()
             return
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for the first rank that ends: each has its own exit code
         if isinstance(error, UserError) and not isinstance(error, Agreed):
             error = self._told(error)
+        if isinstance(error, Agreed):
+            if self.rank == 0:
+                raise error from None
+            raise SystemExit(2)
         code = 2 if isinstance(error, UserError) else getattr(error, "exit_code", 1)
         first, its_code = self._first(code)
         if first != self.rank:
@@ -160,7 +167,9 @@ class Ranks:
         """Check that all ranks run the same code with the same flags."""
         if self.size > 1:
             flags = {f"--{name.replace('_', '-')}": value for name, value in given.items() if name not in OWN}
-            self.compare({**flags, "version of PyTorch": torch.__version__, "version of this repository": _code()})
+            processor = torch.backends.cpu.get_cpu_capability()
+            versions = {"version of PyTorch": torch.__version__, "version of this repository": _code()}
+            self.compare({**flags, **versions, "kind of processor": processor})
 
     def begin(self, facts: dict[str, object]) -> None:
         """``compare``, and from now on the ranks work: none waits to hear of another one's errors."""
