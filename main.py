@@ -73,6 +73,7 @@ def train(run: Run) -> None:
     """Train the meta-learner for ``--episode`` episodes; validate and save every ``--val-freq``."""
     args, ranks, way = run.args, run.ranks, choose(run.args, run.ranks.local)
     print(f"{way.description}\ntraining on {args.data_root}, into {run.folder}")
+    ranks.compare({"device": way.description})
     train_files, val_files = (scan_split(args.data_root, split) for split in ("train", "val"))
     if note := check_apart(train_files, val_files):
         print(note)
@@ -100,7 +101,6 @@ def train(run: Run) -> None:
     )
     fingerprints = {"train": train_set.fingerprint, "val": val_set.fingerprint}
     done = run.restore(metalearner, optimizer, fingerprints, way.device, description)
-    ranks.begin({"device": way.description, **{f"{split} images": known for split, known in fingerprints.items()}})
 
     def validate(n: int) -> None:
         if run.due(n):

@@ -119,7 +119,7 @@ class Run:
             The number of episodes seen so far.
 
         Raises:
-            UserError: the checkpoint does not fit to the flags, to the data or to the folder.
+            UserError: the checkpoint does not fit to the flags, to the data or to the folder, or the ranks' images differ.
         """
         args, checkpoint, done, ends = self.args, self.checkpoint, 0, None
         self.metalearner, self.optimizer, self.data = metalearner, optimizer, fingerprints
@@ -140,6 +140,7 @@ class Run:
                 raise UserError(f"--episode {args.episode}: {args.resume} has seen {done} already; ask for more")
         self.signals, self.saved = Signals(), time.monotonic()
         self._stack.callback(self.signals.restore)
+        self.ranks.begin({f"{split} images": fingerprint for split, fingerprint in fingerprints.items()})
         if self.ranks.rank == 0:
             self._open_logs(done, ends, description)
         return done
