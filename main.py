@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import math
 import os
 import sys
 from itertools import islice
@@ -69,6 +70,11 @@ def build(args: argparse.Namespace, way: Way) -> tuple[tuple[FlatModule, FlatMod
     return (learner_w_grad, learner_wo_grad), metalearner
 
 
+def learning_rate(args: argparse.Namespace, seen: int) -> float:
+    """Of the update that follows ``seen`` episodes."""
+    return args.lr * (0.5 + 0.5 * math.cos(math.pi * seen / args.episode) if args.lr_decay == "cosine" else 1)
+
+
 def train(run: Run) -> None:
     """Train the meta-learner for ``--episode`` episodes; validate and save every ``--val-freq``."""
     args, ranks, way = run.args, run.ranks, choose(run.args, run.ranks.local)
@@ -81,7 +87,8 @@ def train(run: Run) -> None:
     val_set = dataset(args, way, val_files, args.episode_val)
     learners, metalearner = build(args, way)
     learned = [p for p in metalearner.parameters() if p.requires_grad]
-    optimizer = way.adam(learned, lr=args.lr)
+    # a recorded update reads a rate that changes from the device
+    optimizer = way.adam(learned, lr=args.lr if args.lr_decay == "none" else torch.tensor(args.lr, device=way.device))
     evaluate = Evaluator(args, way, learners, metalearner, ranks)
 
     def one(episode):
@@ -111,6 +118,8 @@ def train(run: Run) -> None:
     how = (args.n_workers, way.device, args.pin_mem, begin_worker)
     with contextlib.closing(episodes(train_set, done + ranks.rank, *how, step=ranks.size)) as stream:
         for n in range(done + args.meta_batch, args.episode + 1, args.meta_batch):
+            if args.lr_decay != "none":
+                optimizer.param_groups[0]["lr"].fill_(learning_rate(args, n - args.meta_batch))
             losses, accuracies, skipped = update(islice(stream, args.meta_batch // ranks.size))
             run.log(n, losses, accuracies, skipped)
             validate(n)

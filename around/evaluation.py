@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
+from around.averaging import class_orders, evaluate_averaged
 from around.lanes import Lanes
 from around.logs import result_line
 from around.ranks import ALONE, Ranks
@@ -16,7 +18,7 @@ from around.results import is_mini_imagenet
 from around.run import begin_worker
 from around.way import Way, dataset
 from dataloader import EpisodeDataset, episodes, scan_split
-from episode import Episode, evaluate_episode
+from episode import evaluate_episode
 from learner import FlatModule
 from metalearner import MetaLearner
 
@@ -26,7 +28,7 @@ CROSS_SCHEDULE = {"epoch": 5, "batch_size": 5}  # the authors', for a number of 
 class Evaluator:
     """Adapts the meta-learner to episodes and reports on their query images. It has learners of its own, see ``Lanes``.
 
-    The episodes are divided over the ranks.
+    Answers are averaged if ``--orders`` or ``--mirror`` asks for it. The episodes are divided over the ranks.
     """
 
     def __init__(
@@ -37,9 +39,11 @@ class Evaluator:
         metalearner: MetaLearner,
         ranks: Ranks = ALONE,
     ):
-        def one(episode: Episode, *pair: FlatModule) -> tuple[torch.Tensor, torch.Tensor]:
-            return evaluate_episode(episode, *pair, metalearner, args.batch_size)
-
+        one = partial(evaluate_episode, metalearner=metalearner, batch_size=args.batch_size)
+        orders = class_orders(args.n_class, args.orders or 1, args.seed)
+        if len(orders) > 1 or args.mirror:
+            how = {"orders": orders, "mirror": args.mirror}
+            one = partial(evaluate_averaged, metalearner=metalearner, batch_size=args.batch_size, **how)
         self.args, self.way, self.ranks, self.lanes = args, way, ranks, Lanes(one, way, learners, metalearner)
 
     def __call__(
@@ -94,6 +98,7 @@ def judge(
         for count in counts:
             print(result_line(name, losses[:count], accuracies[:count]))
         shape = {"n_class": args.n_class, "n_shot": n_shot, "n_eval": args.n_eval, **schedule}
+        shape["averaged"] = {"orders": args.orders or 1, "mirror": args.mirror}
         known = {"fingerprint": test_set.fingerprint, "mini_imagenet": is_mini_imagenet(test_set.split.classes)}
         tests.append({**shape, **known, "counts": counts, "accuracies": accuracies, "losses": losses})
     return tests

@@ -19,6 +19,7 @@ HYPER_PARAMETERS = (
     "input_size",
     "hidden_size",
     "lr",
+    "lr_decay",
     "meta_batch",
     "epoch",
     "batch_size",
@@ -123,6 +124,8 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     add("--input-size", INPUT_SIZE, "numbers that its LSTM reads per coordinate", type=size, metavar="N")
     add("--hidden-size", 20, "width of its LSTM", type=whole(1, 4096), metavar="N")
     add("--lr", 1e-3, "learning rate of Adam", type=real(0, 1, low_open=True), metavar="X")
+    words = "none: --lr throughout, as both earlier codes; cosine: from --lr to 0 at episode --episode, half a cosine wave"
+    add("--lr-decay", "none", words, choices=("none", "cosine"))
     words = "episodes of an update, whose gradients are averaged; more run side by side on cores, GPUs and machines"
     add("--meta-batch", 1, words, type=whole(1, 10**6), metavar="M")
     add("--grad-clip", 0.25, "largest norm of its gradient", type=real(0, 1e6, low_open=True), metavar="X")
@@ -132,11 +135,14 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     add("--bf-init", [4.0, 6.0], "range in which bF starts (authors: 4 5)", type=bias, nargs=2, metavar=("LOW", "HIGH"))
     add("--bi-init", [-5.0, -4.0], "range in which bI starts", type=bias, nargs=2, metavar=("LOW", "HIGH"))
 
-    add = group("prediction")
+    add = group("test and prediction")
+    words = "orders of the classes over which answers are averaged, the learner trained anew for each; more: steadier, slower "
+    words += "(default: 1; to predict, as many as classes)"
+    add("--orders", None, words, type=whole(1, 1000), metavar="N")
+    words = "average over mirror images, too: of the support images, with a learner for each, and of the query images"
+    add("--mirror", False, words, type=boolean, metavar="BOOL")
     add("--support", None, "examples: a folder with one folder of images per class", metavar="DIR")
     add("--query", None, "images to classify, or folders of them", nargs="+", metavar="PATH")
-    words = "orders of the classes over which answers are averaged (default: as many as classes); more: steadier, slower"
-    add("--orders", None, words, type=whole(1, 1000), metavar="N")
     add("--out", "predictions", "answers are written to OUT.csv and OUT.png", metavar="PATH")
 
     add = group("machine and log")

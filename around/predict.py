@@ -1,9 +1,6 @@
 """Few-shot learning in use: adapt to the user's own photographs, then classify others.
 
-The learner's initial weights, cI, differ from output to output, so the answer depends on which class gets which output: two
-random orders of the classes disagree about a fifth of the images (5-way 5-shot mini-ImageNet). So the learner adapts several
-times, each time with the classes in another order, and the probabilities are averaged (``--orders``). Each class having each
-output once, n orders, leaves 2 to 4 % of disagreement; all n! orders leave none. The first order follows the examples' pixels,
+Answers are averaged over several orders of the classes, see averaging.py. The first order follows the examples' pixels,
 so the names of folders and files have no part in the answer.
 """
 
@@ -14,7 +11,6 @@ import copy
 import csv
 import hashlib
 import io
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +21,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from around.averaging import View, adapted, answer, class_orders, views
 from around.way import Way
 from dataloader import draw_order, eval_image, load_image, scan_classes, to_input
-from episode import Episode, adapt
+from episode import Episode
 from learner import FlatModule
 from metalearner import MetaLearner
 from utils import UserError, whole_file
@@ -75,47 +72,30 @@ def by_content(images: list[list[Tensor]]) -> list[tuple[int, Tensor]]:
     return [(k, images[k][i]) for k in sorted(range(len(images)), key=keyed.__getitem__) for _, i in keyed[k]]
 
 
-def class_orders(n: int, count: int, seed: int) -> np.ndarray:
-    """Different orders of n classes; in each n in a row, beginning with the first, every class has every place once.
-
-    Returns:
-        [count, n] int64, or all n! of them if there are fewer: the place of each class.
-    """
-    count = min(count, math.factorial(n))
-    rng = np.random.Generator(np.random.Philox(seed))
-    starts = {tuple(range(n)): None}
-    while len(starts) * n < count:
-        starts[(0, *(int(k) + 1 for k in np.argsort(rng.random(n - 1))))] = None
-    return np.array([[(place + shift) % n for place in start] for start in starts for shift in range(n)])[:count]
-
-
-def adapted(
+def trained_learners(
     examples: list[tuple[int, Tensor]],
-    orders: np.ndarray,
+    shown: list[View],
     args: argparse.Namespace,
     learners: tuple[FlatModule, FlatModule],
     metalearner: MetaLearner,
     device: torch.device,
 ) -> list[FlatModule]:
-    """Train the learner on the examples, anew for each order of the classes.
+    """Train the learner on the examples, anew for each view of them.
 
     Args:
-        examples: from ``by_content``.
-        orders: from ``class_orders``; they apply to the classes in the order of the examples.
+        examples: from ``by_content``; the views' places are those of the classes' numbers.
 
     Returns:
-        The trained learners, in eval mode. In the order ``o``, output ``o[k]`` belongs to class ``k``.
+        The trained learners, in eval mode.
     """
     x = torch.stack([image for _, image in examples]).to(device)
-    labels = np.array([k for k, _ in examples])
+    labels = torch.tensor([k for k, _ in examples], device=device)
     nothing = torch.empty(0, device=device)
     order = torch.from_numpy(draw_order(args.seed, "test", 0, args.epoch, len(labels), args.shuffle)).to(device)
-    found = []
-    for places in orders:
-        episode = Episode(x, torch.from_numpy(places[labels]).to(device), nothing, nothing, order)
-        cI, _ = adapt(episode, learners[0], metalearner, args.batch_size)
-        found.append(copy.deepcopy(learners[1]).eval())
-        found[-1].transfer_params(learners[0], cI)
+    episode, found = Episode(x, labels, nothing, nothing, order), []
+    for view in shown:
+        found.append(copy.deepcopy(learners[1]))
+        adapted(episode, view, learners[0], found[-1], metalearner, args.batch_size)
     return found
 
 
@@ -198,9 +178,7 @@ def _examples(args: argparse.Namespace) -> tuple[list[str], list[list[Path]]]:
 
 
 @torch.no_grad()
-def predict(
-    args: argparse.Namespace, way: Way, learners: tuple[FlatModule, FlatModule], metalearner: MetaLearner
-) -> None:
+def predict(args: argparse.Namespace, way: Way, learners: tuple[FlatModule, FlatModule], metalearner: MetaLearner) -> None:
     """Adapt to the classes in ``--support`` and say which of them each image in ``--query`` shows.
 
     Raises:
@@ -220,18 +198,20 @@ def predict(
     place = {k: rank for rank, k in enumerate(dict.fromkeys(k for k, _ in examples))}
     ranks = np.array([place[k] for k in range(len(classes))])
     orders = class_orders(len(classes), args.orders or len(classes), args.seed)[:, ranks]
-    trained = adapted(examples, orders, args, learners, metalearner, way.device)
+    shown = views(orders, args.mirror)
+    trained = trained_learners(examples, shown, args, learners, metalearner, way.device)
     read, rows = [], []
     for good, images in chunks(files, args):
         x = images.to(way.device)
-        each = [torch.softmax(learner(x), dim=1)[:, places] for learner, places in zip(trained, orders, strict=True)]
+        each = [answer(x, view, learner, args.mirror) for view, learner in zip(shown, trained, strict=True)]
         rows.append(torch.stack(each).double().mean(0).cpu().numpy())
         read += good
     if not read:
         raise UserError(f"--query {' '.join(args.query)}: none of the {len(files)} files is a readable image")
     probabilities = np.concatenate(rows)
     width = max(len(str(file)) for file in read)
-    print(f"{'image':<{width}}  class, probability (mean over {len(orders)} orders of the classes)")
+    over = f"{len(orders)} orders of the classes" + " and mirror images" * args.mirror
+    print(f"{'image':<{width}}  class, probability (mean over {over})")
     for file, row in zip(read, probabilities, strict=True):
         print(f"{file!s:<{width}}  {classes[row.argmax()]}, {row.max():.2f}")
     contents = [table(classes, read, probabilities), picture(classes, support, read, probabilities)]

@@ -44,6 +44,7 @@ PORT = {  # what makes the port's recipe, and the authors'
     "bf_init": [4.0, 6.0],
     "bi_init": [-5.0, -4.0],
     "lr": 1e-3,
+    "lr_decay": "none",
     "meta_batch": 1,
     "grad_clip": 0.25,
     "image_size": 84,
@@ -139,7 +140,7 @@ def contradictions(args: argparse.Namespace, stored: dict[str, object]) -> dict[
 def _key(test: dict) -> tuple:
     names = ("checkpoint", "episode", "data", "fingerprint", "n_class", "n_shot", "n_eval", "epoch", "batch_size")
     changed = sorted(test["contradicts_training"].items())
-    return (*(test[name] for name in names), test["episodes_drawn_by_seed"], str(test["counts"]), str(changed))
+    return (*(test[name] for name in names), test["episodes_drawn_by_seed"], str(test["counts"]), str(changed), _averaged(test))
 
 
 def _progress(folder: Path) -> dict[str, object]:
@@ -150,6 +151,13 @@ def _progress(folder: Path) -> dict[str, object]:
         return {"episodes": train[-1]["episode"], "hours": round(sum(e["time"]["seconds"] for e in train) / 3600, 3)}
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         return {}
+
+
+def _averaged(test: dict) -> str:
+    """Over what a test's answers are averaged, in words for a table; older results do not say, and are not averaged."""
+    how = test.get("averaged", {"orders": 1, "mirror": False})
+    over = [f"{how['orders']} orders of the classes"] * (how["orders"] > 1) + ["mirror images"] * how["mirror"]
+    return ", averaged over " + " and ".join(over) if over else ""
 
 
 def read_results(folder: Path) -> dict:
@@ -236,7 +244,7 @@ def _table(data: str, n_class: int, shots: int, rows: list[tuple[dict, dict]]) -
         name = recipe(training["hyper_parameters"]) + (f", trained on {trained_on}-shot" if trained_on != shots else "")
         changed = {k: v for k, v in test["contradicts_training"].items() if k not in ("n_shot", "seed")}
         name += "".join(f", tested with {k.replace('_', '-')} {_words(v)}" for k, v in changed.items())
-        groups.setdefault(name, []).append((training, test))
+        groups.setdefault(name + _averaged(test), []).append((training, test))
     for name in sorted(groups):
         means: dict[tuple, dict[int, float]] = {}
         for training, test in sorted(groups[name], key=lambda row: (row[0]["seed"] or 0, row[1]["episode"])):

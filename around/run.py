@@ -28,6 +28,7 @@ from metalearner import MetaLearner
 from utils import UserError, locked, release_locks, summary
 
 MAX_SKIPPED = 20  # updates in a row whose loss or gradient is not finite
+OLDER = {"meta_batch": 1, "lr_decay": "none"}  # what checkpoints do not say that are older than these flags
 HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 START_ONLY = ("bn_scale", "lstm_init", "bf_init", "bi_init")  # hyper-parameters that say nothing after the first episode
 
@@ -74,7 +75,7 @@ class Run:
             resume = resume and checkpoint_of(resume, LAST)
             self.checkpoint = checkpoints.load(Path(resume)) if resume else None
         resume, self.checkpoint = self.ranks.exchange((resume, self.checkpoint))[0]
-        stored = {"meta_batch": 1} | self.checkpoint.get("hyper_parameters", {}) if resume else {}  # older ones do not say
+        stored = OLDER | self.checkpoint.get("hyper_parameters", {}) if resume else {}
         elsewhere = resume is not None and Path(resume).resolve().parent != (self.folder / "ckpts").resolve()
         self.changed = {k: given[k] for k, v in stored.items() if k in given and given[k] != v}
         for name, value in self.changed.items():

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# 5-way 5-shot, beyond the paper: a meta-batch of two, a decaying learning rate, no augmentation. Tests average answers.
+# Edit the flags below; flags given to this script override them.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+use_python requirements.txt
+
+"$PYTHON" "$ROOT/main.py" --mode train \
+  --save logs-best \
+  --resume auto \
+  --seed 719 \
+  --data miniImagenet \
+  --n-class 5 \
+  --n-shot 5 \
+  --n-eval 15 \
+  --image-size 84 \
+  --filters 32 \
+  --augment none \
+  --pixels imagenet \
+  --episode 12000 \
+  --episode-val 100 \
+  --epoch 8 \
+  --batch-size 25 \
+  --shuffle pass \
+  --bn-scale uniform \
+  --bn-momentum 0.95 \
+  --bn-eps 1e-3 \
+  --input-size 4 \
+  --hidden-size 20 \
+  --lstm-init pytorch \
+  --bf-init 4 6 \
+  --bi-init -5 -4 \
+  --precision fp32 \
+  --lr 1e-3 \
+  --lr-decay cosine \
+  --meta-batch 2 \
+  --grad-clip 0.25 \
+  --n-workers 2 \
+  --log-freq 50 \
+  --val-freq 1000 \
+  "$@"
