@@ -73,7 +73,8 @@ def _wrong(content: object) -> str | None:
     if best is not None and not (isinstance(best["episode"], int) and math.isfinite(best["accuracy"])):
         return "its best validation is not what training writes"
     if run is not None:
-        log, counts = run["since_log"], [run["validated"], run["skipped_in_a_row"], *run["logs_end_at"].values()]
+        log, ends = run["since_log"], run["logs_end_at"].values()
+        counts = [run["validated"], run["skipped_in_a_row"], run.get("asked_for", 1), *ends]
         sound = list(log) == ["loss", "accuracy", "skipped"] and len(log["loss"]) == len(log["accuracy"]) >= len(log["skipped"])
         sound = sound and all(isinstance(x, float) for v in log.values() for x in v)
         sound = sound and all(isinstance(n, int) and n >= 0 for n in counts)

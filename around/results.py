@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -118,6 +119,7 @@ def write_results(folder: Path, args: argparse.Namespace, checkpoint: dict, test
     tested = {
         "checkpoint": Path(args.resume).name,
         "episode": checkpoint["episode"],
+        "training_length": {"seen": content["training"].get("episodes"), "asked_for": _asked_for(folder, checkpoint)},
         "validation": best if best.get("episode") == checkpoint["episode"] else None,
         "data": args.data_root.name,
         "episodes_drawn_by_seed": args.seed,
@@ -141,6 +143,13 @@ def _key(test: dict) -> tuple:
     names = ("checkpoint", "episode", "data", "fingerprint", "n_class", "n_shot", "n_eval", "epoch", "batch_size")
     changed = sorted(test["contradicts_training"].items())
     return (*(test[name] for name in names), test["episodes_drawn_by_seed"], str(test["counts"]), str(changed), _averaged(test))
+
+
+def _asked_for(folder: Path, checkpoint: dict) -> int | None:
+    """The training's ``--episode``, by the newest checkpoint: a run may be asked for more after its best one."""
+    with contextlib.suppress(UserError):
+        checkpoint = checkpoints.load(folder / "ckpts" / LAST)
+    return checkpoint.get("run", {}).get("asked_for")
 
 
 def _progress(folder: Path) -> dict[str, object]:
@@ -192,6 +201,13 @@ def recipe(stored: dict[str, object]) -> str:
     return name + (", but " + ", ".join(changes) if changes else "")
 
 
+def length(training: dict, test: dict) -> tuple[int | None, int | None]:
+    """Episodes that a run had seen when it was tested, and how many were asked for; None: unknown, as in older results."""
+    told = test.get("training_length") or {}
+    seen = told.get("seen") or training.get("episodes")
+    return seen, told.get("asked_for") or seen
+
+
 def _words(value: object) -> str:
     return " ".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
 
@@ -205,8 +221,8 @@ def interval(values: list[float]) -> tuple[float, float]:
 def tables(folders: list[Path]) -> str:
     """Markdown tables of tested runs: one for each data set, n-way and k-shot, with published results beside mini-ImageNet's.
 
-    A row is one tested checkpoint. Runs that differ in their seed only are followed by their mean. A folder without a test is
-    skipped, with a note.
+    A row is one tested checkpoint. Runs that differ in their seed only, of as many episodes, are followed by their mean.
+    A folder without a test is skipped, with a note.
 
     Raises:
         UserError: nothing in these folders has been tested.
@@ -242,26 +258,32 @@ def _table(data: str, n_class: int, shots: int, rows: list[tuple[dict, dict]]) -
     for training, test in rows:
         trained_on = training["hyper_parameters"].get("n_shot", shots)
         name = recipe(training["hyper_parameters"]) + (f", trained on {trained_on}-shot" if trained_on != shots else "")
+        if training.get("changed"):
+            news = (f"{k.replace('_', '-')} {_words(v)}" for k, v in training["changed"].items())
+            name += f", {' and '.join(news)} only after {training['resumed_from']['episode']:,} episodes"
         changed = {k: v for k, v in test["contradicts_training"].items() if k not in ("n_shot", "seed")}
         name += "".join(f", tested with {k.replace('_', '-')} {_words(v)}" for k, v in changed.items())
         groups.setdefault(name + _averaged(test), []).append((training, test))
     for name in sorted(groups):
-        means: dict[tuple, dict[int, float]] = {}
+        means: dict[tuple, dict[int, dict[int, float]]] = {}
         for training, test in sorted(groups[name], key=lambda row: (row[0]["seed"] or 0, row[1]["episode"])):
-            val, length = test["validation"], training.get("episodes")
+            val, (seen, asked) = test["validation"], length(training, test)
             cells = [cell(test["accuracies"], c) if c in test["counts"] else "" for c in counts]
             kind = "best" if "best" in test["checkpoint"] else "last" if "last" in test["checkpoint"] else "checkpoint"
-            tested = f"{kind}, {test['episode']:,}" + (f" of {length:,} episodes" if length else " episodes")
+            tested = f"{kind}, {test['episode']:,}" + (f" of {seen:,}" if seen else "") + " episodes"
+            tested += f", {asked:,} asked for" if asked != seen else ""
             shown = f"{val['accuracy']:.2f} (std {val['std']:.1f})" if val and "std" in val else ""
             lines.append(f"| {name} | {training['seed']} | {tested} | {shown} | " + " | ".join(cells) + " |")
             for c in test["counts"]:
-                means.setdefault((kind, c), {})[training["seed"]] = summary(test["accuracies"][:c])["mean"]
-        for kind in ("best", "last"):
-            over = {c: list(of.values()) for (k, c), of in means.items() if k == kind and len(of) > 1}
-            if over:
+                # the best of so many episodes, or the last of them: alike only where as many have been seen
+                alike = (kind, asked, seen if kind == "best" else test["episode"])
+                means.setdefault(alike, {}).setdefault(c, {})[training["seed"]] = summary(test["accuracies"][:c])["mean"]
+        for (kind, _, episodes), by_count in sorted(means.items(), key=str):
+            over = {c: list(of.values()) for c, of in by_count.items() if len(of) > 1}
+            if over and kind != "checkpoint":
                 cells = ["{:.2f} ± {:.2f}".format(*interval(over[c])) if c in over else "" for c in counts]
-                n = max(map(len, over.values()))
-                lines.append(f"| {name}, mean of {n} seeds, {kind} | | | | " + " | ".join(cells) + " |")
+                n, of = max(map(len, over.values())), f" of {episodes:,} episodes" if episodes else ""
+                lines.append(f"| {name}, mean of {n} seeds, {kind}{of} | | | | " + " | ".join(cells) + " |")
     for name, val, test, more in published:
         cells = [test if count == 600 else "" for count in counts]
         lines.append(f"| {name} | | {more} | {val} | " + " | ".join(cells) + " |")

@@ -306,6 +306,7 @@ class Run:
                 "validated": self.validated,
                 "since_log": self._numbers(),
                 "skipped_in_a_row": self.skipped_in_a_row,
+                "asked_for": self.args.episode,
                 "data": self.data,
                 "logs_end_at": self.logger.position(),
             },

@@ -34,13 +34,20 @@ def with_test(
     n_class=5,
     counts=(2, 4),
     flags=(),
+    seen=None,
+    asked_for=None,
+    about=None,
 ):
     """A run folder with the results of one test more."""
     folder.mkdir(exist_ok=True)
     stored = {**hyper, "seed": seed}
     given, defaults = parse(["--mode", "test", "--resume", f"{folder}/ckpts/{name}", "--data-root", f"images/{data}", *flags])
     best = {"episode": 3000, "accuracy": 41.25, "std": 8.04}
-    checkpoint = {"episode": episode, "hyper_parameters": stored, "best": best, "about": {"commit": "abc"}}
+    checkpoint = {"episode": episode, "hyper_parameters": stored, "best": best, "about": about or {"commit": "abc"}}
+    if seen is not None:
+        line = {"event": "train", "episode": seen, "time": {"seconds": 1.0}}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        checkpoint["run"] = {"asked_for": asked_for or seen}
     shape = {"n_class": n_class, "n_shot": shots, "n_eval": 15, "epoch": 8, "batch_size": 25}
     known = {"fingerprint": f"of {data}", "mini_imagenet": mini, "counts": list(counts)}
     test = {**shape, **known, "accuracies": accuracies, "losses": accuracies}
@@ -146,20 +153,41 @@ def test_one_seed_has_no_mean(tmp_path):
         dict(hyper=PORT | dict(n_shot=1, epoch=12, batch_size=5, bn_momentum=0.9)),  # trained on 1-shot, tested on 5-shot
         dict(name=LAST),
         dict(flags=("--pixels", "unit")),  # not as it was trained
+        dict(seen=9000),
+        dict(seen=4000, asked_for=9000),
+        dict(name=LAST, episode=2000, seen=4000),
+        dict(about={"resumed_from": {"checkpoint": "x/y", "episode": 20}, "changed": {"lr": 1e-4}}),
     ],
 )
 def test_different_things_are_never_averaged(tmp_path, other):
-    a = with_test(tmp_path / "a", [50.0, 60.0, 40.0, 50.0])
+    other = {"seen": 4000, **other}
+    a = with_test(tmp_path / "a", [50.0, 60.0, 40.0, 50.0], seen=4000)
     b = with_test(tmp_path / "b", [70.0, 60.0, 60.0, 70.0], seed=53, **other)
     text = tables([a, b])
     assert len(rows_of(text)) == 3
     assert "mean of" not in text
     # while two seeds of each are
     c = with_test(tmp_path / "c", [20.0, 60.0, 60.0, 70.0], seed=1, **other)
-    d = with_test(tmp_path / "d", [80.0, 60.0, 40.0, 50.0], seed=1)
+    d = with_test(tmp_path / "d", [80.0, 60.0, 40.0, 50.0], seed=1, seen=4000)
     text = tables([a, b, c, d])
     assert text.count("mean of 2 seeds") == 2
     assert len(rows_of(text)) == 1 + 4 + 2
+
+
+def test_the_length_of_a_training_is_told(tmp_path):
+    """As it was when it was tested: a later test of the same run leaves the earlier one's as it is."""
+    a, values = tmp_path / "a", [50.0, 60.0, 40.0, 50.0]
+    with_test(a, values, seen=4500, asked_for=9000)
+    with_test(a, values, episode=8000, seen=9000)
+    with_test(tmp_path / "b", values[::-1], seed=53, episode=7000, seen=9000)
+    rows = rows_of(tables([a, tmp_path / "b"]))
+    assert [row[2] for row in rows[1:]] == [
+        "best, 7,000 of 9,000 episodes",
+        "best, 3,000 of 4,500 episodes, 9,000 asked for",
+        "best, 8,000 of 9,000 episodes",
+        "",
+    ]
+    assert rows[-1][0] == "port, mean of 2 seeds, best of 9,000 episodes"
 
 
 def test_what_a_row_tells_of_another_training_or_testing(tmp_path):
@@ -373,6 +401,16 @@ def test_a_flag_that_contradicts_the_training_is_noted_and_kept(master, run, cap
     assert do_test(master, run, "--episode-test", "2", "--pixels", "imagenet") == 0  # says the same as the training
     assert "note: " not in capsys.readouterr().out
     assert found(run)["tests"][1]["contradicts_training"] == {}
+
+
+def test_a_run_that_was_asked_for_more_after_its_best(master, run, capsys):
+    assert train(master, run, "--resume", "auto", episode=6, val_freq=0) == 0  # the best is of before
+    assert do_test(master, run, "--episode-test", "2") == 0
+    assert tensors(run, BEST)["run"]["asked_for"] == 4
+    assert found(run)["tests"][0]["training_length"] == {"seen": 6, "asked_for": 6}
+    Path(f"{run}-719", "ckpts", LAST).unlink()
+    assert do_test(master, run, "--episode-test", "2") == 0
+    assert found(run)["tests"][0]["training_length"] == {"seen": 6, "asked_for": 4}
 
 
 def test_where_the_numbers_come_from_is_kept(master, run):
