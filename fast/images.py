@@ -110,14 +110,17 @@ def decoded(
         files: its images, in the order of their numbers.
         root: the data set's folder; the cache lies in it unless ``cache_dir`` says otherwise.
         image_size: size in pixels that episodes will have, see ``reduced_size``.
-        cache_dir: where the caches lie instead.
+        cache_dir: where the caches lie instead; those of each data set have a folder of their own there.
         stats: of the files, from ``stats_of``, if they are known already.
 
     Raises:
         UserError: an image cannot be decoded, or the cache cannot be written.
     """
     key = _key(files, stats or stats_of(files), root, image_size)
-    place = cache_dir if cache_dir is not None else root / FOLDER
+    place = root / FOLDER
+    if cache_dir is not None:
+        path = root.resolve()
+        place = cache_dir / f"{path.name[:40]}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
     folder = place / f"{name}-{2 * image_size}-{key}"
     found = _finished(folder)
     if found is not None:

@@ -101,7 +101,27 @@ def test_two_processes_at_once(data):
 def test_another_place(data, tmp_path):
     build(data, cache_dir=tmp_path / "elsewhere")
     assert not (data / FOLDER).exists()
-    assert len(list((tmp_path / "elsewhere").glob("train-*"))) == 1
+    assert len(list((tmp_path / "elsewhere").rglob("train-*"))) == 1
+
+
+@pytest.mark.parametrize("other", ["data2", "elsewhere/data", "é" * 120])
+def test_data_sets_that_share_a_place(data, tmp_path, monkeypatch, other):
+    """Neither removes what the other has decoded; each still removes what is stale of its own."""
+    place, second = tmp_path / "caches", tmp_path / other
+    shutil.copytree(data, second)
+    for root in (data, second):
+        os.utime(root / "train" / "class 0" / "0.jpg", ns=(len(str(root)), 1))
+        build(root, cache_dir=place)
+    assert len(list(place.rglob("train-*"))) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "_build", lambda *_: pytest.fail("built again"))
+        patch.chdir(data)
+        for root in (data, second, Path("../data")):  # however it is written
+            build(root, cache_dir=place)
+    for n in range(3):
+        os.utime(second / "train" / "class 1" / "0.jpg", ns=(n, n))
+        build(second, cache_dir=place)
+    assert len(list(place.rglob("train-*"))) == 2
 
 
 def test_a_place_that_cannot_be_written(data, tmp_path):
