@@ -29,6 +29,7 @@ from around.recording import QUANTILES, read_trace
 from around.results import NAME as RESULTS
 from around.results import read_results
 from around.run import LAST
+from around.words import plain
 from utils import UserError, summary
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -297,7 +298,7 @@ def _bins(values: np.ndarray) -> np.ndarray:
 def confusion(name: str, trace: dict[str, np.ndarray]) -> Figure:
     """One episode's query images by true and predicted class."""
     images, pairs = trace["images"], trace["confusion"]
-    names = [shorten(str(c), 18) for c in trace["classes"]]
+    names = [shorten(plain(str(c)), 18) for c in trace["classes"]]
     n, size = len(names), images.shape[1]
     side = math.ceil(math.sqrt(np.bincount(pairs[:, 0]).max()))  # room for all images of a class in one cell
     figure, axes = plt.subplots(n, n, figsize=(1.5 * n + 0.8, 1.5 * n + 1.1), squeeze=False)
@@ -346,7 +347,7 @@ def plot(folder: Path, wanted: str | None = None) -> list[Path]:
     if (folder / RESULTS).exists():
         pictures["histogram"] = (histogram, folder)
     written = []
-    with style([run] + [str(c) for c in (trace or {}).get("classes", [])]):
+    with style([run] + [plain(str(c)) for c in (trace or {}).get("classes", [])]):
         for name, (draw, *numbers) in pictures.items():
             if wanted not in (None, name):
                 continue

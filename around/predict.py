@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from around.averaging import View, adapted, answer, class_orders, views
 from around.way import Way
+from around.words import plain
 from dataloader import draw_order, eval_image, load_image, scan_classes, to_input
 from episode import Episode
 from learner import FlatModule
@@ -132,7 +133,7 @@ def picture(classes: list[str], support: list[list[Path]], files: list[Path], pr
 
     shown, columns = files[:SHOWN], max(len(classes), 4)
     rows = 1 + -(-len(shown) // columns)
-    names = [shorten(name, 20) for name in classes]
+    names = [shorten(plain(name), 20) for name in classes]
     labels = [shorten(file.name, 26) for file in shown]
     with style([*names, *labels]):
         figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.6 * rows), squeeze=False)
@@ -212,8 +213,9 @@ def predict(args: argparse.Namespace, way: Way, learners: tuple[FlatModule, Flat
     width = max(len(str(file)) for file in read)
     over = f"{len(orders)} orders of the classes" + " and mirror images" * args.mirror
     print(f"{'image':<{width}}  class, probability (mean over {over})")
+    words = [name if plain(name) == name else f"{name} ({plain(name)})" for name in classes]
     for file, row in zip(read, probabilities, strict=True):
-        print(f"{file!s:<{width}}  {classes[row.argmax()]}, {row.max():.2f}")
+        print(f"{file!s:<{width}}  {words[row.argmax()]}, {row.max():.2f}")
     contents = [table(classes, read, probabilities), picture(classes, support, read, probabilities)]
     for path, content in zip(targets, contents, strict=True):
         with whole_file(path) as out:

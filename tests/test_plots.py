@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from test_cli import do_test, expect, tensors, train
 from torch import nn
@@ -14,6 +15,7 @@ import main
 from around import plots
 from around.plots import curves, fonts_for, histogram, read_metrics, shorten, smooth, style, training_time, ways
 from around.recording import QUANTILES, layers, read_trace, record, write_trace
+from around.words import plain
 from dataloader import EpisodeDataset, scan_split
 from learner import FlatModule, Learner
 from metalearner import MetaLearner
@@ -239,6 +241,20 @@ def test_a_run_folder_can_be_named(master, run, tmp_path, capsys, monkeypatch):
     assert f"testing {folder}/ckpts/meta-learner-best.pth.tar" in capsys.readouterr().out
     assert train(master, tmp_path / "new", "--resume", str(folder), episode=5) == 0
     assert "resuming after episode 4 of 5" in capsys.readouterr().out
+
+
+def test_wordnet_numbers_are_shown_as_words(run, tmp_path):
+    """Those of mini-ImageNet and tiny64; whatever else a class is called stays as it is."""
+    splits = [json.loads((ROOT / "data" / "splits" / f"{name}.json").read_text()) for name in ("mini-imagenet", "tiny64")]
+    numbers = {number for lists in splits for members in lists.values() for number in members}
+    assert len(numbers) > 170
+    assert len({plain(number) for number in numbers} - numbers) == len(numbers)  # each has a name, and no other class has it
+    assert plain("n01532829") == "house finch"
+    trace = read_trace(Path(f"{run}-719")) | {"classes": np.array(["n02129165", "n99999999", "my cat"])}
+    figure = plots.confusion("a run", trace)
+    labels = [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
+    assert labels == [axes.get_xlabel() for axes in figure.axes if axes.get_xlabel()] == ["lion", "n99999999", "my cat"]
+    plots.plt.close(figure)
 
 
 def test_an_older_record_has_numbers_for_names(run, tmp_path):

@@ -1,5 +1,6 @@
 import csv
 import math
+import re
 import shutil
 import warnings
 
@@ -118,6 +119,25 @@ def test_class_names_of_any_kind(checkpoint, photographs, capsys):
     assert captured.out.count("note: ") <= 1  # of the fonts that are missing
     assert set(answers(photographs)[0][3:]) == set(names)
     assert min(Image.open(photographs / "answer.png").size) > 300
+
+
+def test_wordnet_numbers_come_with_words(checkpoint, photographs, capsys, monkeypatch):
+    """What is printed and drawn is for people; the CSV file keeps the folders' names."""
+    plots = pytest.importorskip("around.plots")
+    numbers = ["n02129165", "n04146614", "n99999999"]
+    for old, new in zip(sorted((photographs / "support").iterdir()), numbers, strict=True):
+        old.rename(photographs / "support" / new)
+    drawn = []
+    monkeypatch.setattr(plots.plt, "close", drawn.append)
+    assert run(checkpoint, photographs, "--support", str(photographs / "support"), "--query", str(photographs / "query")) == 0
+    (figure,) = drawn
+    assert [axes.get_title().splitlines()[0] for axes in figure.axes[:3]] == ["lion", "school bus", "n99999999"]
+    words = dict(zip(numbers, ("n02129165 (lion)", "n04146614 (school bus)", "n99999999"), strict=True))
+    lines = capsys.readouterr().out.splitlines()
+    for file, answer, *_ in answers(photographs)[1:]:
+        assert any(re.fullmatch(rf"{re.escape(file)} +{re.escape(words[answer])}, 0\.\d\d", line) for line in lines)
+    monkeypatch.undo()
+    plots.plt.close("all")
 
 
 def test_names_that_are_no_text(photographs):
