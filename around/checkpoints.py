@@ -48,7 +48,10 @@ def load(path: Path) -> dict:
         wrong = "its run state is not what training writes"
     if wrong:
         raise UserError(f"{path}: {wrong}; take another checkpoint")
-    check_stored(path, content.get("hyper_parameters", {}))
+    stored = content.get("hyper_parameters", {})
+    check_stored(path, stored)
+    if stored:
+        stored.setdefault("bn_scale", "one")  # as all began before there was the flag
     return content
 
 

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -30,6 +31,7 @@ from utils import UserError, locked, release_locks, summary
 MAX_SKIPPED = 20  # updates in a row whose loss or gradient is not finite
 OLDER = {"meta_batch": 1, "lr_decay": "none"}  # what checkpoints do not say that are older than these flags
 HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+OLD_FINGERPRINT = re.compile("[0-9a-f]{8}-[0-9a-f]{8}")  # before the house: checksums of the names and of the decoded pixels
 START_ONLY = ("bn_scale", "lstm_init", "bf_init", "bi_init")  # hyper-parameters that say nothing after the first episode
 
 
@@ -168,8 +170,11 @@ class Run:
     def _restore_run(self, run: dict, path: Path) -> dict[str, int] | None:
         self.validated, self.skipped_in_a_row = run["validated"], run["skipped_in_a_row"]
         self.since_log = {k: list(v) for k, v in run["since_log"].items()}
+        uncompared = [split for split in self.data if OLD_FINGERPRINT.fullmatch(run["data"][split])]
+        if uncompared:
+            print(f"note: {path} is of an older version: nothing tells whether {self.args.data_root} still holds its images")
         for split, fingerprint in self.data.items():
-            if run["data"][split] != fingerprint:
+            if split not in uncompared and run["data"][split] != fingerprint:
                 raise UserError(
                     f"{self.args.data_root}/{split}: other images than those that {path} was trained on; "
                     "bring them back, or start anew with another --save"

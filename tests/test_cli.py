@@ -168,6 +168,29 @@ def test_checkpoint_of_before_the_later_flags(master, trained, tmp_path, capsys)
     assert main.run(["--mode", "results", "--runs", str(folder)]) == 0
 
 
+def test_a_training_of_before_is_continued_though_its_images_cannot_be_compared(master, data, trained, tmp_path, capsys):
+    folder, last = tmp_path / "logs-719", "meta-learner-last.pth.tar"
+    shutil.copytree(f"{trained}-719", folder)
+    old = of_commit_6c46975(tensors(trained))
+    torch.save(old, folder / "ckpts" / last)
+    expect(capsys, train(master, tmp_path / "logs", "--resume", "auto", "--bn-scale", "uniform", episode=5), "--bn-scale one")
+    assert train(master, tmp_path / "logs", "--resume", "auto", episode=5) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert note == f"note: {folder}/ckpts/{last} is of an older version: nothing tells whether {master} still holds its images"
+    assert "note: " not in (folder / "console.log").read_text()  # which is to be that of an undisturbed run
+    assert [m["episode"] for m in metrics(tmp_path / "logs", "train")] == [1, 2, 3, 4, 5]
+    new = tensors(tmp_path / "logs")
+    assert new["hyper_parameters"]["bn_scale"] == "one"
+    # from now on they can be
+    assert new["run"]["data"] == tensors(trained)["run"]["data"]
+    (data / "val" / "val class 0" / "0.jpg").unlink()
+    expect(capsys, train(data, tmp_path / "logs", "--resume", "auto", episode=6), "val: other images")
+    # nothing else is taken for that form
+    for other in ("49f54561-439397d", "49f54561_439397db", "49F54561-439397DB", ""):
+        torch.save({**new, "run": {**new["run"], "data": {**new["run"]["data"], "train": other}}}, folder / "ckpts" / last)
+        expect(capsys, train(master, tmp_path / "logs", "--resume", "auto", episode=6), "train: other images")
+
+
 @pytest.mark.skipif(not TRIALS.is_dir(), reason="no checkpoints of the trials here")
 def test_checkpoints_of_the_trials(master, capsys):
     """Real ones, 84 pixels, 5-way 5-shot; their data set is not here, so fewer query images than they were trained with."""
