@@ -5,4 +5,4 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements.txt
 
-"$PYTHON" "$ROOT/main.py" --mode results --runs "$@"
+exec "$PYTHON" "$ROOT/main.py" --mode results --runs "$@"

@@ -12,7 +12,7 @@ use_python requirements.txt
 
 # No augmentation: crops, flips and colours turn one character into another.
 # A character has only 20 drawings, enough for 1 support and 15 query images.
-"$PYTHON" "$ROOT/main.py" --mode train \
+exec "$PYTHON" "$ROOT/main.py" --mode train \
   --save logs-omniglot \
   --resume auto \
   --seed 719 \

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=meta-lstm
+#SBATCH --array=719,53
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%A_%a.out
+# Train and test 5-way 5-shot under Slurm: each number of the array is a seed. From the repository:
+#   sbatch [--array=1,2,3 --partition=NAME ...] scripts/slurm_5s_5c.sh [flags of main.py]
+# Two minutes before its time is over, a job writes a snapshot, stops, and queues up again; after
+# preemption Slurm does that. With several GPUs, --gpus-per-node=8 --nodes=2, each takes an equal
+# part of an update's episodes: one for each GPU, unless the flags have another --meta-batch.
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?only sbatch runs this script}" # Slurm runs a copy of it from elsewhere
+[ -f scripts/env.sh ] || { echo "error: $PWD is not the repository; submit from there" >&2 && exit 2; }
+# shellcheck source=env.sh
+source scripts/env.sh
+use_python requirements.txt
+
+seed=${SLURM_ARRAY_TASK_ID:-719} nodes=${SLURM_JOB_NUM_NODES:-1} gpus=${SLURM_GPUS_ON_NODE:-1}
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # which srun does not take over from sbatch
+stopped='' child=''
+
+stop() {
+  stopped=$1
+  [ -z "$child" ] || scancel --signal=TERM "$SLURM_JOB_ID" || true # the training; srun would kill it
+}
+trap 'stop USR1' USR1
+trap 'stop TERM' TERM
+
+run() { # COMMAND: to its end, whatever signals come
+  local status=0
+  if [ -z "$stopped" ]; then
+    "$@" &
+    child=$!
+    wait "$child" || status=$?
+    while kill -0 "$child" 2>/dev/null; do wait "$child" || status=$?; done
+    child=''
+  fi
+  if [ "$stopped" = USR1 ]; then
+    echo "the time is nearly over: queueing up again"
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+  fi
+  if [ -n "$stopped" ] || [ "$status" != 0 ]; then exit $((status ? status : 143)); fi
+}
+
+ranks=()
+if [ $((nodes * gpus)) -gt 1 ]; then
+  head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  ranks=("$PYTHON" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$gpus" --no-python
+    --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))")
+  set -- --meta-batch $((nodes * gpus)) "$@"
+fi
+run srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${ranks[@]}" scripts/train_5s_5c.sh --seed "$seed" "$@"
+run srun --nodes=1 --ntasks=1 scripts/eval_5s_5c.sh --seed "$seed" "$@"
