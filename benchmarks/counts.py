@@ -5,7 +5,9 @@
 PyTorch's meta device takes a GPU's way through the code and computes nothing. Each operation that reads or writes memory counts
 as one launch, and what it reads and writes as its bytes. cuDNN and cuBLAS need more launches for some operations, and the LSTM
 cell fewer than here, so the table compares and predicts no times. Triton kernels are counted by the tensors that they take,
-because they run nowhere but on a GPU. The table goes to benchmarks/results/cuda-counts.md.
+because they run nowhere but on a GPU. An operation of PyTorch is counted as if it read a tensor once, which batch normalisation
+does not; a block in Triton is counted as it is, twice forward and twice backward. The table goes to
+benchmarks/results/cuda-counts.md.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
+        if name == "convolution" and args[0].is_contiguous(memory_format=torch.channels_last):
+            out = out.contiguous(memory_format=torch.channels_last)  # as cuDNN's, unlike that of the meta device
         if func.is_view or name in FREE:
             return out
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -113,8 +117,10 @@ def in_tree(root: Path, data_root: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def triton_rows() -> list[tuple[str, tuple[int, int, int], tuple[int, int, int]]]:
-    """For each Triton kernel: its name, the code that it replaces, and the kernel with the operations around it."""
+    """For each Triton kernel: what it is for, the code that it replaces, and the kernel with the operations around it."""
+    from episode import Episode, train_episode
     from fast import augment, gpu
+    from fast.learner import FastLearner
     from fast.metalearner import FastMetaLearner
     from metalearner import MetaLearner
 
@@ -123,27 +129,55 @@ def triton_rows() -> list[tuple[str, tuple[int, int, int], tuple[int, int, int]]
     # besides the kernel, which reads the images twice: gathering the factors in their order
     rows = [("colours, in Triton", plain, (2, 3 * _size(x) + 8 * _size(factors), 0))]
 
-    n_params = 32901
+    one, other = (FastLearner(84, 1e-3, 0.95, 5).to(META) for _ in range(2))
+    n_params = one.get_flat_params().numel()
     meta = FastMetaLearner(4, 20, n_params).to(META)
     loss, grad, state = torch.empty((), device=META), torch.empty(n_params, 1, device=META), MetaLearner.initial_state(meta)
-    kernels = {"forward": Nothing(), "backward": Nothing()}
+    optimizer = torch.optim.Adam(meta.parameters())
+    x = x.contiguous(memory_format=torch.channels_last)
+    labels = torch.empty(100, dtype=torch.int64, device=META)
+    episode = Episode(x[:25], labels[:25], x[25:], labels[25:], labels[:25].expand(8, 25))
 
-    def update(way: Callable) -> tuple[int, int, int]:
-        return count(lambda: sum(t.sum() for t in way(meta, loss, grad, state)).backward())
+    def update() -> None:
+        sum(t.sum() for t in meta(loss, grad, state)).backward()
 
-    with mock.patch.multiple(gpu, _meta_forward=kernels["forward"], _meta_backward=kernels["backward"], create=True):
-        launches, size, copies = update(FastMetaLearner._in_triton)
-    after = (launches + 2, size + sum(kernel.bytes for kernel in kernels.values()), copies)
-    rows.append(("an update of the meta-learner and its backward pass, in Triton", update(FastMetaLearner._in_pytorch), after))
+    def inner() -> None:
+        one.train().loss_and_grad(episode.support, episode.support_y)
+
+    @torch.no_grad()
+    def classify() -> None:
+        one.eval()(episode.query)
+
+    def train() -> None:
+        train_episode(episode, one, other, meta, optimizer, 25, 0.25, lambda *_: None)
+
+    functions = {
+        "an update of the meta-learner and its backward pass, in Triton": update,
+        "loss and gradient of one inner update, in Triton": inner,
+        "classifying the query set, in Triton": classify,
+        "a training episode without augmentation and Adam, in Triton": train,
+    }
+    for name, function in functions.items():
+        meta.zero_grad()
+        before, kernels = count(function), Kernels()
+        meta.zero_grad()
+        names = ("_meta_forward", "_meta_backward", "_moments", "_block_forward", "_block_sums", "_block_backward")
+        in_their_place = mock.patch.multiple(gpu, **dict.fromkeys(names, kernels), create=True)
+        with in_their_place, mock.patch.object(gpu, "works", return_value=True):
+            launches, size, copies = count(function)
+        rows.append((name, before, (launches + kernels.launches, size + kernels.bytes, copies)))
     return rows
 
 
-class Nothing:
-    """Stands in for a Triton kernel, and counts the bytes of the tensors that it is given."""
+class Kernels:
+    """Stands in for Triton kernels: counts their launches and the bytes of the tensors that they are given."""
+
+    launches = bytes = 0
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: object, **constants: int) -> None:
-            self.bytes = sum(_size(t) for t in args if isinstance(t, Tensor))
+            self.launches += 1
+            self.bytes += sum(_size(t) for t in args if isinstance(t, Tensor))
 
         return launch
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast import native
+from fast import gpu, native
 from learner import N_BLOCKS, FlatModule, Learner
 
 
@@ -97,6 +100,21 @@ def train_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, moments: nativ
     """
     if native.handles_block(x, conv.weight):
         return native.train_block(x, conv, norm, moments)
+    chosen = gpu.train_block if _in_triton(gpu.train_block, _train_block, x, conv, norm) else _train_block
+    return chosen(x, conv, norm)
+
+
+def eval_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """The same with the running statistics; arguments and result as for ``train_block``."""
+    if torch.is_grad_enabled():
+        return _eval_block(x, conv, norm)
+    if native.handles_block(x, conv.weight):
+        return native.eval_block(x, conv, norm)
+    chosen = gpu.eval_block if _in_triton(gpu.eval_block, _eval_block, x, conv, norm) else _eval_block
+    return chosen(x, conv, norm)
+
+
+def _train_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     y = F.conv2d(x, conv.weight.to(x.dtype), padding=1)
     y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, norm.momentum, norm.eps)
     # through .data: autograd keeps the running mean, but its backward pass does not use it in train mode
@@ -104,10 +122,32 @@ def train_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, moments: nativ
     return F.relu(F.max_pool2d(y, 2))
 
 
-def eval_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """The same with the running statistics; arguments and result as for ``train_block``."""
-    if native.handles_block(x, conv.weight) and not torch.is_grad_enabled():
-        return native.eval_block(x, conv, norm)
+def _eval_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     y = F.conv2d(x, conv.weight.to(x.dtype), conv.bias.to(x.dtype), padding=1)
     y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, norm.momentum, norm.eps)
     return F.relu(F.max_pool2d(y, 2))
+
+
+def _in_triton(kernel: Callable, code: Callable, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
+    """Whether the kernel works on this GPU; in bfloat16 a rounding may move a maximum."""
+    tolerance = 1e-3 if x.dtype == torch.float32 else 2e-2
+    fits = gpu.handles_block(x, conv.weight)
+    return fits and gpu.works(kernel, code, tolerance, conv.weight, lambda way: _tried(way, x, conv, norm))
+
+
+def _tried(way: Callable, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> list[Tensor]:
+    """What a way of computing a block makes of images of even and of odd size, running statistics and gradients included."""
+    found = []
+    for images in (x, x[:, :, 1:, 1:]):
+        w, b, gamma, beta, mean, var = (
+            t.detach().clone() for t in (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        )
+        given = [t.requires_grad_() for t in (images.detach().clone(), w, gamma, beta)]
+        like = SimpleNamespace(
+            weight=gamma, bias=beta, running_mean=mean, running_var=var, momentum=norm.momentum, eps=norm.eps
+        )
+        out = way(given[0], SimpleNamespace(weight=w, bias=b), like)
+        found += [out.detach(), mean, var]
+        if torch.is_grad_enabled():
+            found += torch.autograd.grad(out.square().sum(), given)
+    return found

@@ -4,14 +4,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_golden
 import torch
+import torch.nn.functional as F
 
 from dataloader import draw_augmentation
-from fast import augment, gpu
+from fast import augment, gpu, learner, native
+from fast.learner import FastLearner
 from fast.metalearner import FastMetaLearner
+from learner import Learner
 from metalearner import MetaLearner, MetaState
 
 triton = pytest.importorskip("triton")
@@ -20,13 +25,21 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs it")
+DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+on_both = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="test_in_the_interpreter runs it, and a GPU")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="it is this run")
 def test_in_the_interpreter():
     """In a process of its own, because Triton chooses when it is imported."""
     command = [sys.executable, "-m", "pytest", __file__, "-k", "pytorchs"]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        command,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout
     assert "s" not in done.stdout.split()[0], done.stdout  # none was skipped
 
@@ -81,23 +94,217 @@ def test_an_update_and_its_gradients_are_pytorchs(hidden_size, n_params):
         assert (ours - theirs).abs().max() < 1e-6 * theirs.abs().max()
 
 
-COLOUR = ({"x": "*fp32", "factors": "*fp32", "order": "*i64", "out": "*fp32", "n_pixels": "i32"}, {"BLOCK": 1024})
-META = {"H": 20, "W": 32, "TILE": gpu.TILE}
+# ---- Blocks of the learner ----
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Sends the learner's blocks to the kernels."""
+    monkeypatch.setattr(native, "library", lambda: SimpleNamespace(functions={}))
+    monkeypatch.setattr(gpu, "works", lambda kernel, *_: kernel in (gpu.train_block, gpu.eval_block))
+
+
+def assert_close(found, expected, close=1e-5):
+    """As a share of each tensor's largest number; all zero but for rounding is zero."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape
+        assert (ours.to(theirs) - theirs).abs().max() <= close * theirs.abs().max() + 1e-12
+
+
+@on_both
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("parts", "image_size"), [(gpu.PARTS, 16), (4, 21)])
+def test_a_learner_is_pytorchs(blocks, monkeypatch, parts, image_size, memory_format):
+    """Against float64: loss, gradient, running statistics after two minibatches, and what they classify. With few programs each
+    works on several tiles; the scale of some channels is negative or zero."""
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    plain, fast = (way(image_size, 1e-3, 0.9, 3) for way in (Learner, FastLearner))
+    with torch.no_grad():
+        plain.norm1.weight[3], plain.norm3.weight[5], plain.norm2.weight[1] = -0.7, -1.3, 0.0
+        for b in (1, 2, 3, 4):
+            getattr(plain, f"norm{b}").bias.normal_(std=0.3)
+    fast.load_state_dict(plain.state_dict())
+    plain, fast = plain.double().train(), fast.to(DEVICE).train()
+    x, y = torch.randn(2, 6, 3, image_size, image_size).double(), torch.arange(6) % 3
+    for images in x:
+        loss, grad = fast.loss_and_grad(images.float().to(DEVICE).contiguous(memory_format=memory_format), y.to(DEVICE))
+        expected, expected_grad = plain.loss_and_grad(images, y)
+        assert_close([loss, *fast.slices(grad)], [expected, *plain.slices(expected_grad)])
+    running = [[t for name, t in one.named_buffers() if "running" in name] for one in (fast, plain)]
+    assert_close(*running)
+    with torch.no_grad():
+        assert_close([fast.eval()(x[0].float().to(DEVICE))], [plain.eval()(x[0])])
+
+
+@in_interpreter
+def test_the_worked_episode_is_pytorchs(blocks, monkeypatch):
+    """tests/golden: eight updates, the query loss, the meta-learner's gradients. Large tiles save time."""
+    monkeypatch.setattr(gpu, "ROWS", 2048)
+    test_golden.one_episode(0, *test_golden.golden_setup("fast", torch.float32), close=1e-5)
+
+
+def channels_last(*shape):
+    return torch.randn(shape, device=DEVICE).contiguous(memory_format=torch.channels_last)
+
+
+def after_convolution(function, y, others, dtype):
+    """Output, running statistics and gradients of what comes between a convolution and the next one."""
+    y, gamma, beta, mean, var = (t.detach().to(dtype).clone() for t in (y, *others))
+    given = [t.requires_grad_() for t in (y, gamma, beta)]
+    out = function(*given, torch.zeros_like(gamma), mean, var, 0.9, 1e-3)
+    weight = torch.linspace(1, 2, out.numel(), device=DEVICE, dtype=dtype).view(out.shape)
+    return out.detach(), mean, var, *torch.autograd.grad((out * weight).sum(), given)
+
+
+def in_pytorch(y, gamma, beta, bias, mean, var, momentum, eps):
+    return F.max_pool2d(F.relu(F.batch_norm(y, mean, var, gamma, beta, True, momentum, eps)), 2)
+
+
+def normalisation():
+    """gamma > 0, beta, running mean and variance."""
+    gamma, beta, mean, var = torch.rand(4, 32, device=DEVICE)
+    return gamma + 0.1, -beta, mean, var
+
+
+@on_both
+@pytest.mark.parametrize("size", [(2, 2), (3, 2), (7, 10)])
+def test_ties_are_pytorchs(size):
+    """Whole numbers: the first of the largest takes the gradient, but none where ReLU closes. At the edge an odd size leaves
+    pixels that only the statistics see."""
+    y, others = channels_last(4, 32, *size).mul(1.5).round(), normalisation()
+    found, expected = (
+        after_convolution(f, y, others, d) for f, d in ((gpu.NormPoolReLU.apply, torch.float32), (in_pytorch, torch.float64))
+    )
+    assert 0.1 < (expected[0] == 0).float().mean() < 0.9
+    assert_close(found, expected)
+
+
+@on_both
+def test_statistics_far_from_zero_are_pytorchs():
+    """Where a mean of squares loses all digits of the variance."""
+    y, others = channels_last(4, 32, 9, 8) + 3000, normalisation()
+    ours = after_convolution(gpu.NormPoolReLU.apply, y, others, torch.float32)
+    theirs = after_convolution(in_pytorch, y, others, torch.float64)
+    assert_close(ours, theirs, 1e-3)  # float32 rounds the mean itself, too
+
+
+@on_both
+def test_numbers_that_are_not_finite_are_pytorchs(monkeypatch):
+    """They reach the output as in PyTorch: the update is then skipped."""
+    conv, norm = torch.nn.Conv2d(32, 32, 3, device=DEVICE), torch.nn.BatchNorm2d(32, device=DEVICE)
+    y = channels_last(2, 32, 5, 6)
+    y[0, 3, 1, 2], y[1, 4, 0, 0], y[1, 5, 1, 1] = float("nan"), float("inf"), float("-inf")
+    monkeypatch.setattr(gpu.F, "conv2d", lambda y, *args, **kwargs: y)
+    torch.nn.init.zeros_(conv.bias)
+    for kernel, code in ((gpu.eval_block, learner._eval_block), (gpu.train_block, learner._train_block)):
+        ours, theirs = (function(y, conv, norm) for function in (kernel, code))
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
+        assert theirs.isnan().any()
+
+
+@on_both
+def test_blocks_in_bfloat16_are_pytorchs():
+    """Numbers of eight bits, of which no two of a window are near: a rounding moves no maximum. The interpreter rounds towards
+    zero where a GPU rounds to the nearest number."""
+    windows = torch.stack([torch.randperm(4) for _ in range(4 * 32 * 3 * 4)]).view(4, 32, 3, 4, 2, 2).permute(0, 1, 2, 4, 3, 5)
+    y = windows.reshape(4, 32, 6, 8).to(DEVICE).float().contiguous(memory_format=torch.channels_last)
+    y[:, :, ::2] += torch.arange(4, device=DEVICE).repeat_interleave(2)
+    others = normalisation()
+    half = [y.bfloat16().requires_grad_(), *(t.clone().requires_grad_() for t in others[:2])]
+    mean, var = (t.clone() for t in others[2:])
+    out = gpu.NormPoolReLU.apply(*half, torch.zeros_like(mean), mean, var, 0.9, 1e-3)
+    weight = torch.linspace(1, 2, out.numel(), device=DEVICE).view(out.shape).bfloat16()
+    found = out, mean, var, *torch.autograd.grad(out, half, weight)
+    assert [t.dtype for t in found] == [
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    ]
+    expected = after_convolution(in_pytorch, y, others, torch.float64)
+    assert_close(found[1:3], expected[1:3])
+    assert_close(found, expected, 0.01)
+
+
+def test_the_blocks_check_compares_results_statistics_and_gradients():
+    conv, norm = torch.nn.Conv2d(3, 32, 3, padding=1), torch.nn.BatchNorm2d(32)
+    x, before = torch.randn(4, 3, 8, 8), norm.running_mean.clone()
+
+    def no_gradient(x, conv, norm):
+        out = learner._train_block(x, conv, norm)
+        return out.detach() + 0 * out
+
+    def no_statistics(x, conv, norm):
+        kept = norm.running_var.clone()
+        out = learner._train_block(x, conv, norm)
+        norm.running_var.copy_(kept)
+        return out
+
+    def only_even_sizes(x, conv, norm):
+        return learner._train_block(x, conv, norm) * (1 + x.shape[3] % 2)
+
+    wrong = [no_gradient, no_statistics, only_even_sizes]
+    for way, agrees in ((learner._train_block, True), *((way, False) for way in wrong)):
+        tried = lambda function: learner._tried(function, x, conv, norm)  # noqa: E731
+        assert gpu._agrees(way, learner._train_block, 1e-3, tried) == agrees
+    assert torch.equal(norm.running_mean, before)
+    assert conv.weight.grad is None
+
+
+def test_blocks_go_to_the_kernels_where_they_work(blocks, monkeypatch):
+    """Not with another number of filters, and not to the one for testing where a gradient is wanted."""
+    for name in ("train_block", "eval_block"):
+        monkeypatch.setattr(gpu, name, lambda x, conv, norm, name=name: used.append(name) or x)
+    for n_filters, expected in ((32, ["train_block", "eval_block"]), (16, [])):
+        used = []
+        block = torch.nn.Conv2d(3, n_filters, 3, padding=1), torch.nn.BatchNorm2d(n_filters)
+        x = torch.randn(2, 3, 4, 4)
+        learner.train_block(x, *block)
+        learner.eval_block(x, *block)
+        with torch.no_grad():
+            learner.eval_block(x, *block)
+        assert used == expected
+
+
+COLOUR = ({"x": "*fp32", "factors": "*fp32", "order": "*i64", "out": "*fp32", "n_pixels": "i32"}, {"BLOCK": 1024}, gpu.WARPS)
+
+
+def meta(function):
+    names = dict.fromkeys(function.arg_names, "*fp32") | {n: "i32" for n in ("P", "N") if n in function.arg_names}
+    return names, {"H": 20, "W": 32, "TILE": gpu.TILE}, gpu.WARPS
+
+
+def block(function, number, **constants):
+    """Its images hold numbers of this type."""
+    types = dict.fromkeys(("y", "grad", "out", "d_y"), f"*{number}") | dict.fromkeys(("momentum", "eps"), "fp32")
+    types |= dict.fromkeys(("P", "PER_OF_P", "N", "PER", "H", "W"), "i32")
+    rows = gpu.ROWS * (4 if function is gpu._moments else 1)
+    constants |= {"C": 32, "ROWS": rows, "PARTS": gpu.PARTS}
+    return {name: types.get(name, "*fp32") for name in function.arg_names}, constants, gpu.BLOCK_WARPS
+
+
+KERNELS = {"colour": (gpu._colour, COLOUR)}
+KERNELS |= {function.__name__: (function, meta(function)) for function in (gpu._meta_forward, gpu._meta_backward)}
+for number in ("fp32", "bf16"):
+    for function in (gpu._moments, gpu._block_sums, gpu._block_backward):
+        KERNELS[f"{function.__name__} {number}"] = function, block(function, number)
+    for train in (True, False):
+        KERNELS[f"_block_forward {number} {train}"] = gpu._block_forward, block(gpu._block_forward, number, TRAIN=train)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("kernel", ["_colour", "_meta_forward", "_meta_backward"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_compile(kernel, capability, tmp_path):
     """Down to machine code, for an A100 and an H100, whose registers suffice: nothing is spilled to memory."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = getattr(gpu, kernel)
-    signature, constants = COLOUR if kernel == "_colour" else (dict.fromkeys(function.arg_names, "*fp32"), META)
-    signature = signature | {name: "i32" for name in ("P", "N") if name in function.arg_names}
+    function, (signature, constants, warps) = KERNELS[kernel]
     source = ASTSource(function, signature=signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": gpu.WARPS})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.is_file():
         pytest.skip(f"{tool} is not here")
@@ -168,5 +375,19 @@ def test_kernels_work_on_this_gpu(monkeypatch, capsys):
     assert torch.equal(found, augment._colour(x, factors, order))
     meta = FastMetaLearner(4, 20, 1000).to("cuda")
     meta(torch.tensor(1.3, device="cuda"), torch.randn(1000, 1, device="cuda"), meta.initial_state())
-    assert list(gpu._works.values()) == [True, True]
+    model, x, y = (
+        FastLearner(84, 1e-3, 0.9, 5).to("cuda").train(),
+        channels_last(25, 3, 84, 84),
+        torch.arange(25, device="cuda") % 5,
+    )
+    assert torch.equal(model.loss_and_grad(x, y)[1], model.loss_and_grad(x, y)[1])
+    with torch.no_grad():
+        model.eval()(x)
+    assert list(gpu._works.values()) == [True] * 4
+    gpu._works.clear()
+    model = FastLearner(84, 1e-3, 0.9, 5, conv_dtype=torch.bfloat16).to("cuda").train()
+    assert torch.equal(model.loss_and_grad(x, y)[1], model.loss_and_grad(x, y)[1])
+    with torch.no_grad():
+        model.eval()(x)
+    assert list(gpu._works.values()) == [True] * 2
     assert capsys.readouterr().out == ""

@@ -112,7 +112,9 @@ def test_nothing_in_an_episode_synchronises(master, batch_size, conv_dtype, devi
     fast = Model("fast", 16, conv_dtype=conv_dtype, device=device, batch_size=batch_size)
     before = fast.meta.metalstm.cI.detach().clone()
     batches = list(drawn(master, 16, 2, device=torch.device(device)))
-    Model("fast", 16, conv_dtype=conv_dtype, device=device).train(batches[0])  # a GPU's kernels are checked at their first use
+    first = Model("fast", 16, conv_dtype=conv_dtype, device=device)  # a GPU's kernels are checked at their first use
+    first.train(batches[0])
+    first.test(batches[0])
     with no_synchronisation():
         for episode in batches:
             fast.train(episode)
