@@ -12,6 +12,8 @@ from around.flags import check_stored
 from metalearner import MetaLearner
 from utils import UserError, whole_file
 
+OLDER = {"bn_scale": "one", "meta_batch": 1, "lr_decay": "none"}  # in checkpoints that are older than these flags
+
 
 def save(content: dict, *paths: Path) -> None:
     """Write one checkpoint under each of the names."""
@@ -51,7 +53,7 @@ def load(path: Path) -> dict:
     stored = content.get("hyper_parameters", {})
     check_stored(path, stored)
     if stored:
-        stored.setdefault("bn_scale", "one")  # as all began before there was the flag
+        content["hyper_parameters"] = OLDER | stored
     return content
 
 

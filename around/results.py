@@ -37,7 +37,7 @@ PUBLISHED = {
     ],
     1: [("paper", "", "43.44 ± 0.77", "")],
 }
-PORT = {  # what makes the port's recipe, and the authors'
+PORT = {
     "augment": "port",
     "pixels": "imagenet",
     "bn_scale": "uniform",
@@ -57,9 +57,10 @@ PORT = {  # what makes the port's recipe, and the authors'
     "shuffle": "pass",
 }
 AUTHORS = {**PORT, "augment": "none", "pixels": "unit", "lstm_init": "authors", "bf_init": [4.0, 5.0], "shuffle": "episode"}
+BEST_RECIPE = {**PORT, "augment": "none", "lr_decay": "cosine", "meta_batch": 2}
+RECIPES = {"port": PORT, "authors": AUTHORS, "best": BEST_RECIPE}  # as the scripts are called
 SCHEDULE = {"epoch": 8, "batch_size": 25, "bn_momentum": 0.95}  # of both, by the number of shots
 ONE_SHOT = {"epoch": 12, "batch_size": 5, "bn_momentum": 0.9}
-BEFORE = {**PORT, "bn_scale": "one"}  # what checkpoints do not say that are older than some of the flags
 # 97.5 % quantile of Student's t distribution for 1, 2, ... 10 degrees of freedom
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -190,14 +191,14 @@ def read_results(folder: Path) -> dict:
 
 
 def recipe(stored: dict[str, object]) -> str:
-    """The name of a recipe: the port's, the authors', or the nearer one of the two with its differences."""
+    """The name of a recipe: the port's, the authors', or the best one; or the nearest of them with its differences."""
     if not stored:
         return "unknown"
     schedule = ONE_SHOT if stored.get("n_shot") == 1 else SCHEDULE
-    stored = BEFORE | schedule | stored
-    port, authors = ([k for k, v in (known | schedule).items() if stored[k] != v] for known in (PORT, AUTHORS))
-    name, differ = ("port", port) if len(port) <= len(authors) else ("authors", authors)
-    changes = [f"{k.replace('_', '-')} {_words(stored[k])}" for k in HYPER_PARAMETERS if k in differ]
+    stored = PORT | checkpoints.OLDER | schedule | stored
+    differ = {name: [k for k, v in (known | schedule).items() if stored[k] != v] for name, known in RECIPES.items()}
+    name = min(differ, key=lambda name: len(differ[name]))
+    changes = [f"{k.replace('_', '-')} {_words(stored[k])}" for k in HYPER_PARAMETERS if k in differ[name]]
     return name + (", but " + ", ".join(changes) if changes else "")
 
 

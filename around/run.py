@@ -29,7 +29,6 @@ from metalearner import MetaLearner
 from utils import UserError, locked, release_locks, summary
 
 MAX_SKIPPED = 20  # updates in a row whose loss or gradient is not finite
-OLDER = {"meta_batch": 1, "lr_decay": "none"}  # what checkpoints do not say that are older than these flags
 HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 OLD_FINGERPRINT = re.compile("[0-9a-f]{8}-[0-9a-f]{8}")  # before the house: checksums of the names and of the decoded pixels
 START_ONLY = ("bn_scale", "lstm_init", "bf_init", "bi_init")  # hyper-parameters that say nothing after the first episode
@@ -77,7 +76,7 @@ class Run:
             resume = resume and checkpoint_of(resume, LAST)
             self.checkpoint = checkpoints.load(Path(resume)) if resume else None
         resume, self.checkpoint = self.ranks.exchange((resume, self.checkpoint))[0]
-        stored = OLDER | self.checkpoint.get("hyper_parameters", {}) if resume else {}
+        stored = self.checkpoint.get("hyper_parameters", {}) if resume else {}
         elsewhere = resume is not None and Path(resume).resolve().parent != (self.folder / "ckpts").resolve()
         self.changed = {k: given[k] for k, v in stored.items() if k in given and given[k] != v}
         for name, value in self.changed.items():

@@ -6,7 +6,7 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements.txt
 
-"$PYTHON" "$ROOT/main.py" --mode test \
+exec "$PYTHON" "$ROOT/main.py" --mode test \
   --save logs-best-1shot \
   --seed 719 \
   --episode-test 100 250 600 \

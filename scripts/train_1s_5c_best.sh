@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements.txt
 
-"$PYTHON" "$ROOT/main.py" --mode train \
+exec "$PYTHON" "$ROOT/main.py" --mode train \
   --save logs-best-1shot \
   --resume auto \
   --seed 719 \
