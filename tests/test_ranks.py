@@ -96,7 +96,7 @@ def assert_as_alone(save, alone):
     assert console(save) == console(alone)
 
 
-def tests_of(save):
+def tested(save):
     tests = json.loads(Path(f"{save}-719", "results.json").read_text())["tests"]
     return [{k: v for k, v in test.items() if k != "about"} for test in tests]
 
@@ -119,7 +119,7 @@ def test_two_and_three_ranks_give_the_bits_of_one(master, alone, tmp_path):
     done = completed(torchrun(3, [*test, "--n-workers", "0"]))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test, 7 episodes") == 1
-    assert tests_of(save) == tests_of(alone)
+    assert tested(save) == tested(alone)
     assert json.loads(Path(f"{save}-719", "results.json").read_text())["tests"][0]["about"]["processes"] == 3
 
 
@@ -401,7 +401,7 @@ def test_refusals_through_torchrun(master, tmp_path):
     assert re.findall("^error: .*", done.stderr, re.MULTILINE) == [
         "error: --meta-batch 3: 2 processes cannot divide an update of 3 episodes evenly; give --meta-batch 4"
     ]
-    assert re.findall(r"exitcode  : (\d+)", done.stderr) == ["2", "2"]
+    assert re.findall(r"exitcode +: (\d+)", done.stderr) == ["2", "2"]
 
 
 @pytest.mark.parametrize(
