@@ -73,11 +73,11 @@ def main() -> None:
     for name, values in spent.items():
         ratios = ", ".join(f"{a / b:.2f}" for a, b in zip(first, values, strict=True))
         print(f"| {name} | {statistics.median(values):.0f} | {ratios} |")
-    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
-        script.write(EXCHANGE)
-        script.flush()
-        wishes, *gathers = map(float, torchrun(2, 1, script.name).split())
-    print(f"\nexchange of two ranks, ms: wishes {wishes:.2f}; gradients of 1, 8, 64 episodes each:", *gathers)
+    with tempfile.TemporaryDirectory() as folder:  # of its own: Python imports from there
+        script = Path(folder, "exchange.py")
+        script.write_text(EXCHANGE)
+        wishes, *gathers = (f"{float(x):.2f}" for x in torchrun(2, 1, str(script)).split())
+    print(f"\nexchange of two ranks, ms: wishes {wishes}; gradients of 1, 8, 64 episodes each: {', '.join(gathers)}")
 
 
 if __name__ == "__main__":
