@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import math
 import os
 import sys
 from itertools import islice
@@ -71,8 +70,8 @@ def build(args: argparse.Namespace, way: Way) -> tuple[tuple[FlatModule, FlatMod
 
 
 def learning_rate(args: argparse.Namespace, seen: int) -> float:
-    """Of the update that follows ``seen`` episodes."""
-    return args.lr * (0.5 + 0.5 * math.cos(math.pi * seen / args.episode) if args.lr_decay == "cosine" else 1)
+    """Of the update that follows ``seen`` episodes: ``--lr``, which at the end falls evenly to 0."""
+    return args.lr * min(1.0, (args.episode - seen) / (args.lr_decay * args.episode))
 
 
 def train(run: Run) -> None:
@@ -88,7 +87,7 @@ def train(run: Run) -> None:
     learners, metalearner = build(args, way)
     learned = [p for p in metalearner.parameters() if p.requires_grad]
     # a recorded update reads a rate that changes from the device
-    optimizer = way.adam(learned, lr=args.lr if args.lr_decay == "none" else torch.tensor(args.lr, device=way.device))
+    optimizer = way.adam(learned, lr=torch.tensor(args.lr, device=way.device) if args.lr_decay else args.lr)
     evaluate = Evaluator(args, way, learners, metalearner, ranks)
 
     def one(episode):
@@ -118,7 +117,7 @@ def train(run: Run) -> None:
     how = (args.n_workers, way.device, args.pin_mem, begin_worker)
     with contextlib.closing(episodes(train_set, done + ranks.rank, *how, step=ranks.size)) as stream:
         for n in range(done + args.meta_batch, args.episode + 1, args.meta_batch):
-            if args.lr_decay != "none":
+            if args.lr_decay:
                 optimizer.param_groups[0]["lr"].fill_(learning_rate(args, n - args.meta_batch))
             losses, accuracies, skipped = update(islice(stream, args.meta_batch // ranks.size))
             run.log(n, losses, accuracies, skipped)

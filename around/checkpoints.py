@@ -12,7 +12,7 @@ from around.flags import check_stored
 from metalearner import MetaLearner
 from utils import UserError, whole_file
 
-OLDER = {"bn_scale": "one", "meta_batch": 1, "lr_decay": "none"}  # in checkpoints that are older than these flags
+OLDER = {"bn_scale": "one", "meta_batch": 1, "lr_decay": 0.0}  # in checkpoints that are older than these flags
 
 
 def save(content: dict, *paths: Path) -> None:

@@ -124,8 +124,8 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     add("--input-size", INPUT_SIZE, "numbers that its LSTM reads per coordinate", type=size, metavar="N")
     add("--hidden-size", 20, "width of its LSTM", type=whole(1, 4096), metavar="N")
     add("--lr", 1e-3, "learning rate of Adam", type=real(0, 1, low_open=True), metavar="X")
-    words = "none: --lr throughout, as both earlier codes; cosine: from --lr to 0 at episode --episode, half a cosine wave"
-    add("--lr-decay", "none", words, choices=("none", "cosine"))
+    words = "share of the training, at its end, in which the learning rate falls evenly to 0; 0: never, as both earlier codes"
+    add("--lr-decay", 0.0, words, type=real(0, 1), metavar="X")
     words = "episodes of an update, whose gradients are averaged; more run side by side on cores, GPUs and machines"
     add("--meta-batch", 1, words, type=whole(1, 10**6), metavar="M")
     add("--grad-clip", 0.25, "largest norm of its gradient", type=real(0, 1e6, low_open=True), metavar="X")

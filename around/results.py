@@ -45,7 +45,7 @@ PORT = {
     "bf_init": [4.0, 6.0],
     "bi_init": [-5.0, -4.0],
     "lr": 1e-3,
-    "lr_decay": "none",
+    "lr_decay": 0.0,
     "meta_batch": 1,
     "grad_clip": 0.25,
     "image_size": 84,
@@ -57,8 +57,7 @@ PORT = {
     "shuffle": "pass",
 }
 AUTHORS = {**PORT, "augment": "none", "pixels": "unit", "lstm_init": "authors", "bf_init": [4.0, 5.0], "shuffle": "episode"}
-BEST_RECIPE = {**PORT, "augment": "none", "lr_decay": "cosine", "meta_batch": 2}
-RECIPES = {"port": PORT, "authors": AUTHORS, "best": BEST_RECIPE}  # as the scripts are called
+RECIPES = {"port": PORT, "authors": AUTHORS, "best": {**AUTHORS, "lr_decay": 0.2}}  # as the scripts are called
 SCHEDULE = {"epoch": 8, "batch_size": 25, "bn_momentum": 0.95}  # of both, by the number of shots
 ONE_SHOT = {"epoch": 12, "batch_size": 5, "bn_momentum": 0.9}
 # 97.5 % quantile of Student's t distribution for 1, 2, ... 10 degrees of freedom

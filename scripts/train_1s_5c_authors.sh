@@ -32,6 +32,7 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --bi-init -5 -4 \
   --precision fp32 \
   --lr 1e-3 \
+  --lr-decay 0 \
   --meta-batch 1 \
   --grad-clip 0.25 \
   --n-workers 2 \
