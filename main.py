@@ -35,7 +35,7 @@ from around.evaluation import Evaluator, judge
 from around.flags import parse, run_folder, settle
 from around.lanes import MetaBatch
 from around.predict import predict
-from around.ranks import Ranks
+from around.ranks import Ranks, end
 from around.recording import RECORDED, record, write_trace
 from around.results import contradictions, export, provenance, tables, write_results
 from around.run import Run, Stopped, begin_worker, find_checkpoint
@@ -208,4 +208,4 @@ def run(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     Terminal.take_over()
-    sys.exit(run(sys.argv[1:]))
+    end(lambda: run(sys.argv[1:]))
