@@ -121,11 +121,12 @@ def meta_gradient(
     learner_wo_grad.train()
     cI, _ = adapt(episode, learner_w_grad, metalearner, batch_size)
     loss, logits = query_loss(episode, learner_w_grad, learner_wo_grad, cI)
-    grads = torch.autograd.grad(loss, _learned(metalearner))
+    grads = torch.autograd.grad(loss, learned(metalearner))
     return torch.cat([g.reshape(-1) for g in grads]), loss.detach(), accuracy(logits.detach(), episode.query_y)
 
 
-def _learned(metalearner: MetaLearner) -> list[Tensor]:
+def learned(metalearner: MetaLearner) -> list[Tensor]:
+    """The meta-learner's parameters that training changes, in the order of its gradient."""
     return [p for p in metalearner.parameters() if p.requires_grad]
 
 
@@ -148,11 +149,11 @@ def update_metalearner(
     Returns:
         Whether the update was skipped [], bool, because a loss or the gradient was not finite; still on the device.
     """
-    learned = _learned(metalearner)
+    parameters = learned(metalearner)
     mean = reduce(torch.add, gradients) / len(gradients)
-    for p, grad in zip(learned, mean.split([p.numel() for p in learned]), strict=True):
+    for p, grad in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
         p.grad = grad.view_as(p)
-    norm = torch.nn.utils.clip_grad_norm_(learned, grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
     finite = torch.isfinite(losses).all() & torch.isfinite(norm)
     step(optimizer, finite)
     return ~finite

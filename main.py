@@ -41,7 +41,7 @@ from around.results import contradictions, export, provenance, tables, write_res
 from around.run import Run, Stopped, begin_worker, find_checkpoint
 from around.way import Way, choose, dataset
 from dataloader import check_apart, episodes, scan_split
-from episode import train_episode
+from episode import learned, train_episode
 from learner import FlatModule
 from metalearner import MetaLearner
 from utils import Terminal, UserError, exit_code
@@ -85,9 +85,8 @@ def train(run: Run) -> None:
     train_set = dataset(args, way, train_files, args.episode)
     val_set = dataset(args, way, val_files, args.episode_val)
     learners, metalearner = build(args, way)
-    learned = [p for p in metalearner.parameters() if p.requires_grad]
     # a recorded update reads a rate that changes from the device
-    optimizer = way.adam(learned, lr=torch.tensor(args.lr, device=way.device) if args.lr_decay else args.lr)
+    optimizer = way.adam(learned(metalearner), lr=torch.tensor(args.lr, device=way.device) if args.lr_decay else args.lr)
     evaluate = Evaluator(args, way, learners, metalearner, ranks)
 
     def one(episode):
