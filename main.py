@@ -85,8 +85,10 @@ def train(run: Run) -> None:
     train_set = dataset(args, way, train_files, args.episode)
     val_set = dataset(args, way, val_files, args.episode_val)
     learners, metalearner = build(args, way)
-    # a recorded update reads a rate that changes from the device
-    optimizer = way.adam(learned(metalearner), lr=torch.tensor(args.lr, device=way.device) if args.lr_decay else args.lr)
+    # a recorded update reads a rate that changes from the device; on a CPU, a double is the float's equal to the bit
+    precise = torch.float64 if way.device.type == "cpu" else torch.float32
+    rate = torch.tensor(args.lr, dtype=precise, device=way.device) if args.lr_decay else args.lr
+    optimizer = way.adam(learned(metalearner), lr=rate)
     evaluate = Evaluator(args, way, learners, metalearner, ranks)
 
     def one(episode):

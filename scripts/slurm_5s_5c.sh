@@ -52,9 +52,9 @@ run() { # COMMAND: to its end, whatever signals come
 
 ranks=()
 if [ $((nodes * gpus)) -gt 1 ]; then
-  head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
   ranks=("$PYTHON" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$gpus" --no-python
-    --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))")
+    --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "${hosts%%$'\n'*}:$((20000 + SLURM_JOB_ID % 20000))")
   set -- --meta-batch $((nodes * gpus)) "$@"
 fi
 run srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${ranks[@]}" scripts/train_5s_5c.sh --seed "$seed" "$@"

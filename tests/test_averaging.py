@@ -102,11 +102,13 @@ def test_it_falls_evenly_at_the_end(master, tmp_path, monkeypatch):
 
 
 def test_adam_takes_it(master, trained, tmp_path):
-    """The first three updates are those of a constant rate, the fourth is not."""
+    """The first three updates are those of a constant rate, to the bit; the fourth is not."""
     assert train(master, tmp_path / "logs", "--lr", "0.01") == 0
     assert metrics(trained, "train") == metrics(tmp_path / "logs", "train")
+    name = "meta-learner-2.pth.tar"
+    assert_same(tensors(trained, name)["metalearner"], tensors(tmp_path / "logs", name)["metalearner"])
     found, constant = (tensors(save)["metalearner"]["metalstm.cI"] for save in (trained, tmp_path / "logs"))
-    middle = tensors(trained, "meta-learner-2.pth.tar")["metalearner"]["metalstm.cI"]
+    middle = tensors(trained, name)["metalearner"]["metalstm.cI"]
     assert 0 < (found - middle).norm() < (constant - middle).norm()
 
 

@@ -192,7 +192,7 @@ def test_a_rank_that_dies_takes_the_others_down(master, alone, tmp_path):
 
 def test_torchrun_starts_them_again(master, alone, tmp_path):
     save = tmp_path / "logs"
-    launcher, pids = begun(torchrun(2, training(master, save, *M6), "--max-restarts", "1"), save, 3)
+    launcher, pids = begun(torchrun(2, training(master, save, *M6), "--max-restarts", "3"), save, 3)
     os.kill(pids[0], signal.SIGKILL)
     out, err = launcher.communicate(timeout=600)
     assert launcher.returncode == 0, err

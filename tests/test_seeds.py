@@ -213,7 +213,7 @@ trap 'kill -KILL $(cat "{place}/step")' TERM
 wait $!"""
     executable(place / "srun", log + srun)
     executable(place / "scancel", log + f'kill -TERM $(cat "{place}/step")')
-    executable(place / "scontrol", log + 'case "$*" in "show hostnames"*) echo node7; echo node8 ;; esac')
+    executable(place / "scontrol", log + 'case "$*" in "show hostnames"*) echo node7; sleep 0.2; echo node8 ;; esac')
     (place / "calls").touch()
     return place
 
