@@ -64,7 +64,7 @@ def updates(
     for x, y in minibatches(episode, batch_size):
         learner_w_grad.copy_flat_params(state.c)
         loss, grad = learner_w_grad.loss_and_grad(x, y)
-        state = metalearner(loss, grad / len(x), state)
+        state = metalearner(loss, grad / (metalearner.grad_divisor or len(x)), state)
         yield loss, state
 
 

@@ -63,8 +63,8 @@ def build(args: argparse.Namespace, way: Way) -> tuple[tuple[FlatModule, FlatMod
     learner_w_grad = way.learner(*shape).to(way.device)
     learner_wo_grad = copy.deepcopy(learner_w_grad)
     theta = learner_w_grad.get_flat_params()
-    start = (tuple(args.bi_init), tuple(args.bf_init), args.lstm_init)
-    metalearner = way.metalearner(args.input_size, args.hidden_size, theta.numel(), *start).to(way.device)
+    how = (tuple(args.bi_init), tuple(args.bf_init), args.lstm_init, args.grad_divisor)
+    metalearner = way.metalearner(args.input_size, args.hidden_size, theta.numel(), *how).to(way.device)
     metalearner.metalstm.init_cI(theta)
     return (learner_w_grad, learner_wo_grad), metalearner
 

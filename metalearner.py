@@ -105,6 +105,8 @@ class MetaLearner(nn.Module):
         bi_range, bf_range: ranges of the uniform distributions from which bI and bF start.
         lstm_init: "pytorch" for PyTorch's default, U(-1/sqrt(hidden_size), 1/sqrt(hidden_size)) and two biases, as the port;
             "authors" for U(-0.01, 0.01) and a single bias (``bias_hh`` stays zero), as the authors' Lua code.
+        grad_divisor: by what a minibatch's gradient is divided before ``forward`` takes it; 0: by its number of images, as the
+            authors' Lua code, so that a step is at most 1/25 of the gradient in 5-shot episodes, but 1/5 in 1-shot ones.
 
     Raises:
         ValueError: ``input_size`` is not 4.
@@ -118,10 +120,12 @@ class MetaLearner(nn.Module):
         bi_range: tuple[float, float] = (-5.0, -4.0),
         bf_range: tuple[float, float] = (4.0, 6.0),
         lstm_init: str = "pytorch",
+        grad_divisor: int = 0,
     ):
         super().__init__()
         if input_size != INPUT_SIZE:
             raise ValueError(f"input_size is {input_size}, but prep(loss) and prep(grad) make {INPUT_SIZE} numbers")
+        self.grad_divisor = grad_divisor
         self.lstm = nn.LSTMCell(input_size, hidden_size)
         if lstm_init == "authors":
             for parameter in self.lstm.parameters():
@@ -140,7 +144,7 @@ class MetaLearner(nn.Module):
 
         Args:
             loss: [], mean cross entropy of the minibatch, detached.
-            grad: [P, 1], its gradient divided once more by the minibatch's number of images, detached.
+            grad: [P, 1], its gradient divided once more by ``grad_divisor``, detached.
             state: from ``initial_state`` or the last call.
 
         Returns:

@@ -12,7 +12,7 @@ from around.flags import check_stored
 from metalearner import MetaLearner
 from utils import UserError, whole_file
 
-OLDER = {"bn_scale": "one", "meta_batch": 1, "lr_decay": 0.0}  # in checkpoints that are older than these flags
+OLDER = {"bn_scale": "one", "meta_batch": 1, "lr_decay": 0.0, "grad_divisor": 0}  # in checkpoints from before these flags
 
 
 def save(content: dict, *paths: Path) -> None:
@@ -25,8 +25,11 @@ def save(content: dict, *paths: Path) -> None:
                 raise OSError(None, str(e).splitlines()[0]) from e
 
 
-def load(path: Path) -> dict:
+def load(path: Path, flag: str = "--resume") -> dict:
     """Read a checkpoint of this project or of the older port.
+
+    Args:
+        flag: which names it, for errors.
 
     Returns:
         A dict with at least ``episode`` (int) and ``metalearner`` (a state dict of CPU tensors).
@@ -35,7 +38,7 @@ def load(path: Path) -> dict:
         UserError: there is no such file, or its content is not what training writes.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; give --resume a file written by training")
+        raise UserError(f"{path}: no such checkpoint; give {flag} a file written by training")
     try:
         if zipfile.is_zipfile(path):  # PyTorch writes checksums but does not read them
             with zipfile.ZipFile(path) as archive:
@@ -43,7 +46,7 @@ def load(path: Path) -> dict:
                     raise ValueError("its bytes have changed")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # damaged or foreign bytes raise nearly anything
-        raise UserError(f"{path}: not a checkpoint ({type(e).__name__}); give --resume a file written by training") from e
+        raise UserError(f"{path}: not a checkpoint ({type(e).__name__}); give {flag} a file written by training") from e
     try:
         wrong = _wrong(content)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # some part is missing or of another type

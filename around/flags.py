@@ -23,6 +23,7 @@ HYPER_PARAMETERS = (
     "meta_batch",
     "epoch",
     "batch_size",
+    "grad_divisor",
     "image_size",
     "filters",
     "grad_clip",
@@ -110,6 +111,8 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     add = group("learner and its training on the support set")
     add("--epoch", 8, "passes over the support set", type=whole(1, 10000), metavar="N")
     add("--batch-size", 25, "images of a support minibatch", type=whole(1), metavar="N")
+    words = "divide a minibatch's gradient by N before the meta-learner reads it; 0: by its number of images, as the authors"
+    add("--grad-divisor", 0, words, type=whole(0, 10**6), metavar="N")
     words = "order of the support images in smaller minibatches: new in each pass, or one per episode, as the authors"
     add("--shuffle", "pass", words, choices=("pass", "episode"))
     words = "start of batch normalisation's scale: uniform, U(0, 1), as both earlier codes; one, as PyTorch since 1.2"
@@ -123,6 +126,8 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     size = whole(INPUT_SIZE, INPUT_SIZE)
     add("--input-size", INPUT_SIZE, "numbers that its LSTM reads per coordinate", type=size, metavar="N")
     add("--hidden-size", 20, "width of its LSTM", type=whole(1, 4096), metavar="N")
+    words = "checkpoint of another training, whose meta-learner a new one begins with (default: a random one)"
+    add("--start", None, words, metavar="PATH")
     add("--lr", 1e-3, "learning rate of Adam", type=real(0, 1, low_open=True), metavar="X")
     words = "share of the training, at its end, in which the learning rate falls evenly to 0; 0: never, as both earlier codes"
     add("--lr-decay", 0.0, words, type=real(0, 1), metavar="X")

@@ -195,6 +195,8 @@ def predict(args: argparse.Namespace, way: Way, learners: tuple[FlatModule, Flat
     targets = [Path(f"{stem}.csv"), Path(f"{stem}.png")]
     if targets[1].resolve() in {path.resolve() for of_class in [*support, files] for path in of_class}:
         raise UserError(f"--out {args.out}: would replace {targets[1]}, which is one of the images; choose another name")
+    # as large steps as in training, also from fewer examples
+    metalearner.grad_divisor = metalearner.grad_divisor or min(args.batch_size, args.n_class * args.n_shot)
     examples = by_content([[prepare(path, args) for path in of_class] for of_class in support])
     place = {k: rank for rank, k in enumerate(dict.fromkeys(k for k, _ in examples))}
     ranks = np.array([place[k] for k in range(len(classes))])

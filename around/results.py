@@ -46,6 +46,7 @@ PORT = {
     "bi_init": [-5.0, -4.0],
     "lr": 1e-3,
     "lr_decay": 0.0,
+    "grad_divisor": 0,
     "meta_batch": 1,
     "grad_clip": 0.25,
     "image_size": 84,
@@ -57,9 +58,16 @@ PORT = {
     "shuffle": "pass",
 }
 AUTHORS = {**PORT, "augment": "none", "pixels": "unit", "lstm_init": "authors", "bf_init": [4.0, 5.0], "shuffle": "episode"}
-RECIPES = {"port": PORT, "authors": AUTHORS, "best": {**AUTHORS, "lr_decay": 0.2}}  # as the scripts are called
-SCHEDULE = {"epoch": 8, "batch_size": 25, "bn_momentum": 0.95}  # of both, by the number of shots
+FIVE_SHOT = {"epoch": 8, "batch_size": 25, "bn_momentum": 0.95}  # the schedules of both
 ONE_SHOT = {"epoch": 12, "batch_size": 5, "bn_momentum": 0.9}
+RECIPES = {  # as the scripts are called; for 5 shots or more, and for 1
+    "port": (PORT | FIVE_SHOT, PORT | ONE_SHOT),
+    "authors": (AUTHORS | FIVE_SHOT, AUTHORS | ONE_SHOT),
+    "best": (
+        AUTHORS | FIVE_SHOT | {"lr_decay": 0.2},
+        AUTHORS | ONE_SHOT | {"epoch": 8, "bn_momentum": 0.95, "lr": 5e-4, "lr_decay": 0.5, "grad_divisor": 25},
+    ),
+}
 # 97.5 % quantile of Student's t distribution for 1, 2, ... 10 degrees of freedom
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -193,9 +201,9 @@ def recipe(stored: dict[str, object]) -> str:
     """The name of a recipe: the port's, the authors', or the best one; or the nearest of them with its differences."""
     if not stored:
         return "unknown"
-    schedule = ONE_SHOT if stored.get("n_shot") == 1 else SCHEDULE
-    stored = PORT | checkpoints.OLDER | schedule | stored
-    differ = {name: [k for k, v in (known | schedule).items() if stored[k] != v] for name, known in RECIPES.items()}
+    known = {name: settings[stored.get("n_shot") == 1] for name, settings in RECIPES.items()}
+    stored = known["port"] | checkpoints.OLDER | stored
+    differ = {name: [k for k, v in settings.items() if stored[k] != v] for name, settings in known.items()}
     name = min(differ, key=lambda name: len(differ[name]))
     changes = [f"{k.replace('_', '-')} {_words(stored[k])}" for k in HYPER_PARAMETERS if k in differ[name]]
     return name + (", but " + ", ".join(changes) if changes else "")
@@ -258,6 +266,8 @@ def _table(data: str, n_class: int, shots: int, rows: list[tuple[dict, dict]]) -
     for training, test in rows:
         trained_on = training["hyper_parameters"].get("n_shot", shots)
         name = recipe(training["hyper_parameters"]) + (f", trained on {trained_on}-shot" if trained_on != shots else "")
+        if training.get("started_from"):
+            name += f", begun with {training['started_from']['checkpoint'].split('/')[0]}"
         if training.get("changed"):
             news = (f"{k.replace('_', '-')} {_words(v)}" for k, v in training["changed"].items())
             name += f", {' and '.join(news)} only after {training['resumed_from']['episode']:,} episodes"

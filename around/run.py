@@ -68,14 +68,18 @@ class Run:
             raise
 
     def _open(self, given: dict[str, object], defaults: dict[str, object]) -> None:
-        resume, self.checkpoint = given.get("resume"), None
+        resume, self.checkpoint, start, origin = given.get("resume"), None, given.get("start"), None
         if self.ranks.rank == 0:
             if resume == "auto":
                 last = self.folder / "ckpts" / LAST
                 resume = str(last) if last.is_file() else None
             resume = resume and checkpoint_of(resume, LAST)
             self.checkpoint = checkpoints.load(Path(resume)) if resume else None
-        resume, self.checkpoint = self.ranks.exchange((resume, self.checkpoint))[0]
+            if start and not resume:  # a run that continues is past its start
+                start = checkpoint_of(start, BEST, LAST)
+                origin = checkpoints.load(Path(start), "--start")
+        resume, self.checkpoint, start, origin = self.ranks.exchange((resume, self.checkpoint, start, origin))[0]
+        self.origin = (Path(start), origin) if origin else None
         stored = self.checkpoint.get("hyper_parameters", {}) if resume else {}
         elsewhere = resume is not None and Path(resume).resolve().parent != (self.folder / "ckpts").resolve()
         self.changed = {k: given[k] for k, v in stored.items() if k in given and given[k] != v}
@@ -126,6 +130,11 @@ class Run:
         args, checkpoint, done, ends = self.args, self.checkpoint, 0, None
         self.metalearner, self.optimizer, self.data = metalearner, optimizer, fingerprints
         self.about = (checkpoint or {}).get("about") or provenance(device, self.ranks.size)
+        if self.origin is not None:
+            path, origin = self.origin
+            checkpoints.load_metalearner(metalearner, origin, path)
+            name = "/".join(part for part in path.resolve().parts[-3:] if part != "ckpts")
+            self.about["started_from"] = {"checkpoint": name, "episode": origin["episode"]}
         if checkpoint is not None:
             path = Path(args.resume)
             checkpoints.load_metalearner(metalearner, checkpoint, path)

@@ -21,6 +21,7 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --episode-val 100 \
   --epoch 8 \
   --batch-size 25 \
+  --grad-divisor 0 \
   --shuffle episode \
   --bn-scale uniform \
   --bn-momentum 0.95 \

@@ -28,6 +28,7 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --episode-val 100 \
   --epoch 12 \
   --batch-size 5 \
+  --grad-divisor 0 \
   --shuffle pass \
   --bn-scale uniform \
   --bn-momentum 0.9 \

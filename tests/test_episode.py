@@ -57,6 +57,18 @@ def test_no_gradient_reaches_learner_w_grad_or_the_inputs(way):
     assert all(p.grad.abs().sum() > 0 for p in meta.parameters())
 
 
+@pytest.mark.parametrize(("divisor", "divided_by"), [(0, [4, 2, 4, 2]), (3, [3] * 4)])
+def test_the_gradient_is_divided_by_the_minibatch_or_by_a_given_number(way, divisor, divided_by):
+    episode, w_grad, _, meta = make(way, dtype=torch.float64)
+    meta.grad_divisor, seen, original = divisor, [], w_grad.loss_and_grad
+    w_grad.loss_and_grad = lambda x, y: seen.append(original(x, y)) or seen[-1]
+    step, taken = meta.forward, []
+    meta.forward = lambda loss, grad, state: taken.append(grad) or step(loss, grad, state)
+    adapt(episode, w_grad, meta, 4)
+    for (_, grad), given, number in zip(seen, taken, divided_by, strict=True):
+        assert torch.equal(given, grad / number)
+
+
 def test_gradient_agrees_with_finite_differences(way):
     """The paper's first-order assumption: losses and gradients of the support set are constants, so they are recorded once."""
     episode, w_grad, wo_grad, meta = make(way, dtype=torch.float64, n_pass=3)

@@ -59,6 +59,20 @@ def test_predictions(checkpoint, photographs, capsys):
     assert (photographs / "answer.csv").read_bytes() == first
 
 
+def test_fewer_examples_take_steps_as_large_as_in_training(master, tmp_path, photographs, monkeypatch):
+    """A gradient is divided by the images of a minibatch; with one example a class, steps would be three times as large."""
+    assert train(master, tmp_path / "logs", "--n-shot", "3") == 0
+    for path in photographs.glob("support/*/[1-9].jpg"):
+        path.unlink()
+    seen, original = [], predict.adapted
+    monkeypatch.setattr(predict, "adapted", lambda *args: seen.append(args[4].grad_divisor) or original(*args))
+    best = f"{tmp_path}/logs-719/ckpts/meta-learner-best.pth.tar"
+    for flags in ((), ("--batch-size", "4"), ("--grad-divisor", "2")):
+        where = ("--support", str(photographs / "support"), "--query", str(photographs / "wide.png"), "--orders", "1")
+        assert run(best, photographs, *where, *flags) == 0
+    assert seen == [9, 4, 2]
+
+
 def test_bad_input(checkpoint, photographs, capsys):
     support, query = str(photographs / "support"), str(photographs / "query")
     expect(capsys, run(checkpoint, photographs, "--query", query), "--support: needed by --mode predict")

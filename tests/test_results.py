@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_cli import do_test, expect, shell, tensors, train
 
 import main
@@ -108,6 +109,14 @@ def test_names_of_recipes(stored, name):
     assert recipe(stored) == name
 
 
+@pytest.mark.parametrize("shots", ["5s", "1s"])
+@pytest.mark.parametrize(("suffix", "name"), [("", "port"), ("_authors", "authors"), ("_best", "best")])
+def test_each_script_is_called_as_its_recipe(shots, suffix, name):
+    text = (ROOT / "scripts" / f"train_{shots}_5c{suffix}.sh").read_text()
+    words = text.partition('main.py" ')[2].replace("\\\n", " ").replace('"', "").split()
+    assert recipe(hyper_parameters(settle(*parse(words[:-1])))) == name
+
+
 @pytest.mark.parametrize("flag", sorted(set(HYPER_PARAMETERS) - {"n_class", "n_shot", "seed", "input_size"}))
 def test_no_hyper_parameter_is_left_out_of_a_recipes_name(flag):
     other = {"augment": "none", "pixels": "unit", "shuffle": "episode", "bn_scale": "one", "lstm_init": "authors"}
@@ -157,6 +166,7 @@ def test_one_seed_has_no_mean(tmp_path):
         dict(seen=4000, asked_for=9000),
         dict(name=LAST, episode=2000, seen=4000),
         dict(about={"resumed_from": {"checkpoint": "x/y", "episode": 20}, "changed": {"lr": 1e-4}}),
+        dict(about={"started_from": {"checkpoint": "x/y", "episode": 20}}),
     ],
 )
 def test_different_things_are_never_averaged(tmp_path, other):

@@ -311,6 +311,25 @@ def test_another_folder_may_take_other_training_settings(data, tmp_path, capsys)
     assert tensors(tmp_path / "b")["about"] == found["about"]
 
 
+def test_a_training_that_begins_with_another_ones_meta_learner(data, tmp_path, capsys):
+    assert train(data, tmp_path / "a") == 0
+    flags, run = ("--start", str(tmp_path / "a-719"), "--grad-divisor", "3"), tmp_path / "b-719"
+    expect(capsys, train(data, tmp_path / "b", "--start", str(tmp_path / "gone")), "gone: no such checkpoint; give --start")
+    expect(capsys, train(data, tmp_path / "b", *flags, "--hidden-size", "5"), "a-719", "--hidden-size")
+    assert not run.exists()
+    assert train(data, tmp_path / "b", *flags, "--lr", "1e-12", "--lr-decay", "1") == 0
+    before, after = tensors(tmp_path / "a", "meta-learner-best.pth.tar"), tensors(tmp_path / "b")
+    for name, value in before["metalearner"].items():
+        assert torch.allclose(value, after["metalearner"][name], rtol=0, atol=1e-10)
+    assert after["about"]["started_from"] == {"checkpoint": "a-719/meta-learner-best.pth.tar", "episode": before["episode"]}
+    assert after["hyper_parameters"]["grad_divisor"] == 3
+    assert len(metrics(tmp_path / "b", "train")) == after["episode"] == 4
+    # a run that continues needs its start no more
+    flags = ("--start", str(tmp_path / "gone"), "--resume", "auto")
+    assert train(data, tmp_path / "b", *flags, episode=6) == 0
+    assert tensors(tmp_path / "b")["about"] == after["about"]
+
+
 def test_checkpoint_of_the_older_port_can_be_trained_on(data, tmp_path):
     assert train(data, tmp_path / "a") == 0
     content = {k: tensors(tmp_path / "a")[k] for k in ("episode", "metalearner", "optim")}

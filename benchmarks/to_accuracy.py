@@ -1,0 +1,98 @@
+"""Time to accuracy: after how many episodes and minutes does validation first reach a level? Run folders in, Markdown out.
+
+Minutes are episodes times the time of one where the run was undisturbed, its fastest tenth: validations, pauses and other work
+on the machine do not count.
+A run that continues a checkpoint of another one, as the best recipes' do, begins with that one's validations if its folder is
+given, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from around import checkpoints
+from around.results import LAST, NAME, recipe
+from utils import UserError, complain
+
+LEVELS = {5: (50, 55, 57.8), 1: (40, 43.44, 46)}  # percent, by the number of shots
+
+
+def training(folder: Path) -> dict:
+    """What ``results.json`` says about a run's training; of an untested run, what its newest checkpoint says."""
+    path = folder / NAME
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))["training"]
+    for place in ("ckpts", "unfinished"):
+        if (folder / place / LAST).is_file():
+            checkpoint = checkpoints.load(folder / place / LAST)
+            return {**checkpoint.get("about", {}), "hyper_parameters": checkpoint["hyper_parameters"]}
+    raise UserError(f"{folder}: neither {NAME} nor ckpts/{LAST} there; name a run folder")
+
+
+def logged(folder: Path) -> list[dict]:
+    try:
+        events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    except OSError as e:
+        raise UserError(f"{folder}/metrics.jsonl: cannot be read ({e.strerror}); name a run folder") from e
+    if not {"train", "val"} <= {event["event"] for event in events}:
+        raise UserError(f"{folder}/metrics.jsonl: no training with a validation in it yet")
+    return events
+
+
+def validations(folder: Path, folders: list[Path]) -> dict[int, dict]:
+    """Accuracy by episode, those before the run's beginning included."""
+    found, origin = {}, training(folder).get("resumed_from")
+    if origin:
+        parents = [other for other in folders if other.name == Path(origin["checkpoint"]).parts[0]]
+        for parent in parents:
+            found |= {n: v for n, v in validations(parent, folders).items() if n <= origin["episode"]}
+    return found | {event["episode"]: event["accuracy"] for event in logged(folder) if event["event"] == "val"}
+
+
+def table(folders: list[Path]) -> str:
+    """One table for each number of shots; a row is a run.
+
+    Raises:
+        UserError: a folder is not a run's.
+    """
+    rows: dict[int, list[str]] = {}
+    for folder in folders:
+        about, events, accuracies = training(folder), logged(folder), validations(folder, folders)
+        stored = about["hyper_parameters"]
+        shots = stored.get("n_shot", 5)
+        times = [1 / e["time"]["episodes_per_second"] for e in events if e["event"] == "train"]
+        seconds = statistics.quantiles(times, n=10, method="inclusive")[0] if len(times) > 1 else times[0]
+        best = max(accuracies, key=lambda n: accuracies[n]["mean"])
+        found = accuracies[best]
+        cells = [folder.name, recipe(stored), f"{events[-1]['episode']:,}", f"{1000 * seconds:.0f}"]
+        cells.append(f"{found['mean']:.2f} ± {found['ci95']:.2f}, after {best:,}")
+        for level in LEVELS.get(shots, ()):
+            first = next((n for n in sorted(accuracies) if accuracies[n]["mean"] >= level), None)
+            cells.append(f"{first:,}, {first * seconds / 60:.0f} min" if first else "")
+        rows.setdefault(shots, []).append("| " + " | ".join(cells) + " |")
+    blocks = []
+    for shots in sorted(rows, reverse=True):
+        heads = ["run", "recipe", "episodes", "ms an episode", "best validation, %", *(f"{x} %" for x in LEVELS.get(shots, ()))]
+        lines = [f"{shots}-shot:", "", "| " + " | ".join(heads) + " |", "|" + "-|" * len(heads), *rows[shots]]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, such as logs-719")
+    try:
+        print(table(parser.parse_args(argv).runs))
+    except UserError as e:
+        return complain(e)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
