@@ -36,12 +36,16 @@ def training(folder: Path) -> dict:
 
 
 def logged(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
     try:
-        events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        kinds = {event["event"] for event in events}
     except OSError as e:
-        raise UserError(f"{folder}/metrics.jsonl: cannot be read ({e.strerror}); name a run folder") from e
-    if not {"train", "val"} <= {event["event"] for event in events}:
-        raise UserError(f"{folder}/metrics.jsonl: no training with a validation in it yet")
+        raise UserError(f"{path}: cannot be read ({e.strerror}); name a run folder") from e
+    except (ValueError, LookupError, TypeError) as e:
+        raise UserError(f"{path}: not a run's log ({type(e).__name__}); name a run folder") from e
+    if not {"train", "val"} <= kinds:
+        raise UserError(f"{path}: no training with a validation in it yet")
     return events
 
 
