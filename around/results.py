@@ -267,7 +267,7 @@ def _table(data: str, n_class: int, shots: int, rows: list[tuple[dict, dict]]) -
         trained_on = training["hyper_parameters"].get("n_shot", shots)
         name = recipe(training["hyper_parameters"]) + (f", trained on {trained_on}-shot" if trained_on != shots else "")
         if training.get("started_from"):
-            name += f", begun with {training['started_from']['checkpoint'].split('/')[0]}"
+            name += f", begun with {training['started_from']['checkpoint'].split('/')[-2]}"
         if training.get("changed"):
             news = (f"{k.replace('_', '-')} {_words(v)}" for k, v in training["changed"].items())
             name += f", {' and '.join(news)} only after {training['resumed_from']['episode']:,} episodes"

@@ -133,7 +133,7 @@ class Run:
         if self.origin is not None:
             path, origin = self.origin
             checkpoints.load_metalearner(metalearner, origin, path)
-            name = "/".join(part for part in path.resolve().parts[-3:] if part != "ckpts")
+            name = "/".join([part for part in path.resolve().parts if part != "ckpts"][-2:])
             self.about["started_from"] = {"checkpoint": name, "episode": origin["episode"]}
         if checkpoint is not None:
             path = Path(args.resume)

@@ -1,5 +1,6 @@
 """Several processes. `together` forks them, so that each one's exit code and words can be seen; `torchrun` is real."""
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -36,6 +37,7 @@ def child(rank, size, port, served, place, argv, prepare):
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(place / f"{name}{rank}", os.O_CREAT | os.O_WRONLY), stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    faulthandler.dump_traceback_later(300, exit=True)  # says where it hangs
     prepare(rank)
     try:
         code = main.run(argv)
@@ -185,7 +187,7 @@ def test_a_rank_that_dies_takes_the_others_down(master, alone, tmp_path):
     assert not any(Path("/proc", str(pid)).exists() for pid in pids)
     assert len(re.findall("^error: ", err, re.MULTILINE)) == 1
     assert "error: rank 0: another rank has ended" in err
-    assert 18 <= tensors(save)["episode"] < EPISODES
+    assert 12 <= tensors(save)["episode"] < EPISODES  # that of the log's third line, 18, is perhaps not written yet
     assert main.run(training(master, save, *M6)) == 0
     assert_as_alone(save, alone)
 

@@ -152,6 +152,11 @@ def test_one_seed_has_no_mean(tmp_path):
     assert "mean of" not in tables([tmp_path / "a", tmp_path / "copy"])
 
 
+def test_the_table_says_what_a_run_was_begun_with(tmp_path):
+    about = {"started_from": {"checkpoint": "results/five/meta-learner.pth.tar", "episode": 20}}
+    assert ", begun with five |" in tables([with_test(tmp_path / "a", [50.0, 60.0], seen=4000, about=about)])
+
+
 @pytest.mark.parametrize(
     "other",
     [
