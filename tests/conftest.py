@@ -2,6 +2,7 @@ import copy
 import importlib.util
 import re
 import shutil
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,10 @@ from episode import evaluate_episode, step_if_finite, train_episode
 from learner import Learner
 from main import make_reproducible
 from metalearner import MetaLearner
+
+for number in (signal.SIGINT, signal.SIGHUP):  # nohup and a shell's & ignore them, and what tests start would, too
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 CPU = torch.device("cpu")
 LEARNERS, METALEARNERS, DATASETS = {"plain": Learner}, {"plain": MetaLearner}, {"plain": EpisodeDataset}
