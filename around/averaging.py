@@ -100,4 +100,5 @@ def evaluate_averaged(
         adapted(episode, view, learner_w_grad, learner_wo_grad, metalearner, batch_size)
         found.append(answer(episode.query, view, learner_wo_grad, mirror))
     mean = torch.stack(found).mean(0)
-    return F.nll_loss(mean.log(), episode.query_y), accuracy(mean, episode.query_y)
+    logs = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()  # or one image of probability 0 makes the loss infinite
+    return F.nll_loss(logs, episode.query_y), accuracy(mean, episode.query_y)

@@ -349,7 +349,7 @@ def find_checkpoint(args: argparse.Namespace) -> str:
 
 
 def checkpoint_of(resume: str, *names: str) -> str:
-    """What ``--resume`` names: a checkpoint, or a run's folder, which stands for the first of ``names`` that it holds."""
+    """What ``--resume`` or ``--start`` names: a checkpoint, or the first of ``names`` that a run's folder holds."""
     held = (Path(resume, "ckpts", name) for name in names)
     return next((str(path) for path in held if path.is_file()), resume)
 

@@ -48,6 +48,14 @@ def test_the_probability_is_the_mean_of_each_view(way):
     assert float(percent) == pytest.approx(100 * float((rows.argmax(1) == episode.query_y).float().mean()))
 
 
+def test_an_answer_of_probability_0_is_not_an_infinite_loss(way):
+    episode, *models = make(way)
+    models[2].metalstm.cI.data.mul_(1e4)
+    orders = class_orders(3, 1, 0)
+    loss, _ = evaluate_averaged(episode, *models, 100, orders, False)
+    assert 50 < float(loss) < 90  # -log of the smallest float32 is 87
+
+
 def test_over_all_orders_no_class_has_a_place_of_its_own(way):
     episode, *models = make(way)
     places = torch.tensor([2, 0, 1])
