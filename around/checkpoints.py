@@ -104,7 +104,7 @@ def load_metalearner(metalearner: MetaLearner, content: dict, path: Path) -> Non
         if found[name].shape != tensor.shape:
             raise UserError(
                 f"{path}: {name} is {list(found[name].shape)}, but the flags make it {list(tensor.shape)}; "
-                "--image-size, --n-class and --hidden-size must be those of its training"
+                "--image-size, --n-class, --filters and --hidden-size must be those of its training"
             )
     metalearner.load_state_dict(found)
 
