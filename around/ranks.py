@@ -20,7 +20,6 @@ from around.flags import ROOT
 from utils import UserError, complain
 
 TIMEOUT = timedelta(minutes=30)  # the longest that a rank waits for another one that lives but does not answer
-CONNECTION = timedelta(minutes=2)  # the longest that it takes to connect them once all are there
 OWN = ("data_root", "cache_dir", "n_workers")  # flags that may be each machine's own
 
 
@@ -69,12 +68,10 @@ class Ranks:
             torch.set_num_threads(max(1, torch.get_num_threads() // self.local[1]))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
-            self._store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-            self._store.set(f"here {self.rank}", "")
-            self._store.wait([f"here {r}" for r in range(self.size)], TIMEOUT)
-            dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size, timeout=CONNECTION)
-            set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.14
-            set_timeout(TIMEOUT)
+            store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            # torchrun's restarts share one store, in which the addresses of the ranks that have ended are still to be read
+            self._store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
         except (ValueError, RuntimeError) as e:  # variables are missing; the port is in use, or nobody answers
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             why = str(e).splitlines()[0]

@@ -1,5 +1,6 @@
 """Several processes. `together` forks them, so that each one's exit code and words can be seen; `torchrun` is real."""
 
+import contextlib
 import faulthandler
 import json
 import multiprocessing
@@ -187,7 +188,10 @@ def begun(command, save, line):
 def workers(launcher):
     """Process ids by rank."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
+    environments = {}
+    for pid in children:
+        with contextlib.suppress(OSError):  # it has ended
+            environments[int(pid)] = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     found = {int(v[5:]): pid for pid, values in environments.items() for v in values if v.startswith(b"RANK=")}
     return [found[rank] for rank in sorted(found)]
 
@@ -216,6 +220,25 @@ def test_torchrun_starts_them_again(master, alone, tmp_path):
     assert launcher.returncode == 0, err
     assert "resuming after episode" in out
     assert_as_alone(save, alone)
+
+
+def test_a_second_start_reads_nothing_of_the_first(master, tmp_path):
+    """Neither addresses nor who ended first: torchrun keeps one store for all starts."""
+    save = tmp_path / "logs"
+    run = training(master, save, *M6, episode=60000, val_freq=0)
+    launcher, first = begun(torchrun(2, run, "--max-restarts", "1"), save, 3)
+    os.kill(first[1], signal.SIGKILL)  # so rank 0 speaks
+    log = Path(f"{save}-719", "metrics.jsonl")
+    while len(second := workers(launcher)) < 2 or set(first) & set(second):
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    n = log.read_text().count("\n")
+    while log.read_text().count("\n") < n + 3:
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    os.kill(second[0], signal.SIGKILL)  # so rank 1 does
+    _, err = launcher.communicate(timeout=600)
+    assert re.findall("^error: rank (\\d): another rank has ended", err, re.MULTILINE) == ["0", "1"]
 
 
 def test_the_launchers_signal_stops_all_at_the_same_update(master, alone, tmp_path):
@@ -311,18 +334,6 @@ def test_nobody_waits_longer_than_it_says(master, tmp_path):
     codes, err = together(tmp_path / "b", 2, argv, prepare, present=[0])  # rank 1 never comes
     assert codes == [2]
     assert "error: rank 0 of 2: cannot meet the others at 127.0.0.1" in err
-
-
-def test_a_slow_rank_is_waited_for(master, tmp_path):
-    """Longer than for a connection."""
-
-    def prepare(rank):
-        ranks.CONNECTION = ranks.timedelta(seconds=2)
-        original = lanes.meta_gradient
-        lanes.meta_gradient = lambda *args: time.sleep(4 * rank) or original(*args)
-
-    argv = training(master, tmp_path / "logs", "--meta-batch", "2", episode=2, val_freq=0)
-    assert together(tmp_path / "a", 2, lambda rank: argv, prepare) == ([0, 0], "")
 
 
 # ---- Refusals ----
