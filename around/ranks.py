@@ -68,9 +68,11 @@ class Ranks:
             torch.set_num_threads(max(1, torch.get_num_threads() // self.local[1]))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
-            store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-            # torchrun's restarts share one store, in which the addresses of the ranks that have ended are still to be read
-            self._store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            self._store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            if self.size == self.local[1]:  # several machines may differ in how many starts they have counted
+                # torchrun's restarts share one store, in which the addresses of the ranks that have ended are still to be read
+                start = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+                self._store = dist.PrefixStore(start, self._store)
             dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
         except (ValueError, RuntimeError) as e:  # variables are missing; the port is in use, or nobody answers
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

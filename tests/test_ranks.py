@@ -28,7 +28,6 @@ from utils import UserError
 
 M6 = ("--meta-batch", "6", "--log-freq", "6", "--save-minutes", "0", "--resume", "auto")
 EPISODES = 120  # 20 updates
-UNMET = "cannot meet the others"  # Gloo fails to connect now and then, in which case users start again, and so do tests
 
 
 def child(rank, size, port, served, place, argv, prepare):
@@ -61,18 +60,13 @@ def together(place, size, argv, prepare=lambda rank: None, port=None, present=No
     for process in processes:
         process.start()
     if served:  # only now: a fork while the store's thread holds a lock would copy the lock, but not the thread
-        fd = listener.detach()
-        store = TCPStore("127.0.0.1", int(port), is_master=True, wait_for_workers=False, master_listen_fd=fd)
+        how = {"wait_for_workers": False, "master_listen_fd": listener.detach()}
+        store = TCPStore("127.0.0.1", int(port), is_master=True, **how)  # noqa: F841 - serves as long as it lives
     for process in processes:
         process.join(600)
         if process.exitcode is None:
             process.kill()
-    if served:
-        del store
-    codes, err = [process.exitcode for process in processes], "".join((place / f"err{r}").read_text() for r in there)
-    if UNMET in err and served and present is None and place.name != "again":
-        return together(place / "again", size, argv, prepare)
-    return codes, err
+    return [process.exitcode for process in processes], "".join((place / f"err{r}").read_text() for r in there)
 
 
 def training(data, save, *flags, episode=EPISODES, val_freq=60):
@@ -88,11 +82,7 @@ def torchrun(n, argv, *flags):
 
 def completed(command):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
-        if UNMET not in done.stderr:
-            break
-    return done
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -172,15 +162,11 @@ def begun(command, save, line):
     """Start torchrun and wait until the run's log holds a line; the launcher and the ranks' process ids in their order."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     log = Path(f"{save}-719", "metrics.jsonl")
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    launcher = subprocess.Popen(command, **how)
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 600
     while not (log.exists() and log.read_text().count("\n") >= line):
+        assert launcher.poll() is None, launcher.communicate()[1]
         assert time.monotonic() < deadline
-        if launcher.poll() is not None:
-            err = launcher.communicate()[1]
-            assert UNMET in err, err
-            launcher = subprocess.Popen(command, **how)
         time.sleep(0.01)
     return launcher, workers(launcher)
 
@@ -198,7 +184,7 @@ def workers(launcher):
 
 def test_a_rank_that_dies_takes_the_others_down(master, alone, tmp_path):
     save = tmp_path / "logs"
-    launcher, pids = begun(torchrun(2, training(master, save, *M6)), save, 3)
+    launcher, pids = begun(torchrun(2, training(master, save, *M6)), save, 4)  # so the snapshot of 18 is there
     os.kill(pids[1], signal.SIGKILL)
     killed = time.monotonic()
     _, err = launcher.communicate(timeout=600)
@@ -207,14 +193,14 @@ def test_a_rank_that_dies_takes_the_others_down(master, alone, tmp_path):
     assert not any(Path("/proc", str(pid)).exists() for pid in pids)
     assert len(re.findall("^error: ", err, re.MULTILINE)) == 1
     assert "error: rank 0: another rank has ended" in err
-    assert 12 <= tensors(save)["episode"] < EPISODES  # that of the log's third line, 18, is perhaps not written yet
+    assert 18 <= tensors(save)["episode"] < EPISODES
     assert main.run(training(master, save, *M6)) == 0
     assert_as_alone(save, alone)
 
 
 def test_torchrun_starts_them_again(master, alone, tmp_path):
     save = tmp_path / "logs"
-    launcher, pids = begun(torchrun(2, training(master, save, *M6), "--max-restarts", "3"), save, 3)
+    launcher, pids = begun(torchrun(2, training(master, save, *M6), "--max-restarts", "1"), save, 3)
     os.kill(pids[0], signal.SIGKILL)
     out, err = launcher.communicate(timeout=600)
     assert launcher.returncode == 0, err
