@@ -10,14 +10,20 @@ import hashlib
 import os
 import signal
 import sys
+import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from around.flags import ROOT
 from utils import UserError, complain
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 TIMEOUT = timedelta(minutes=30)  # the longest that a rank waits for another one that lives but does not answer
 OWN = ("data_root", "cache_dir", "n_workers")  # flags that may be each machine's own
@@ -69,10 +75,7 @@ class Ranks:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             self._store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-            if self.size == self.local[1]:  # several machines may differ in how many starts they have counted
-                # torchrun's restarts share one store, in which the addresses of the ranks that have ended are still to be read
-                start = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-                self._store = dist.PrefixStore(start, self._store)
+            self._store = dist.PrefixStore(self._meet(self._store), self._store)
             dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
         except (ValueError, RuntimeError) as e:  # variables are missing; the port is in use, or nobody answers
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -83,6 +86,37 @@ class Ranks:
             ) from e
         if self.rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
+
+    def _meet(self, store: Store) -> str:
+        """A name that the ranks of this start share, and none of an earlier one knows.
+
+        torchrun's restarts share one store, which still holds what the ranks that have ended wrote, their addresses among it,
+        and its agents on several machines may count the starts differently. So each rank signs in under a name made anew.
+        Rank 0 announces its name together with those that it has read, again and again until each of the others has found
+        itself in the announcement, and said so.
+
+        Raises:
+            RuntimeError: one of the others does not come within TIMEOUT.
+        """
+        mine, others, deadline = uuid.uuid4().hex, range(1, self.size), time.monotonic() + TIMEOUT.total_seconds()
+        store.set(f"signed in {self.rank}", mine)
+        announced: list[str] = []
+        while True:
+            if self.rank == 0:
+                names = [mine, *(store.get(f"signed in {rank}").decode() for rank in others)]
+                if names != announced:
+                    announced = names
+                    store.set("announced", " ".join(names))
+                if store.check([f"{mine} found by {rank}" for rank in others]):
+                    return mine
+            else:
+                announced = store.get("announced").decode().split()
+                if mine in announced:
+                    store.set(f"{announced[0]} found by {self.rank}", "")
+                    return announced[0]
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"they do not come within {TIMEOUT.total_seconds():g} seconds")
+            time.sleep(0.05)
 
     def __enter__(self) -> Ranks:
         return self

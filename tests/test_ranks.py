@@ -34,7 +34,7 @@ def child(rank, size, port, served, place, argv, prepare):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": str(served), "TORCHELASTIC_RESTART_COUNT": "0"}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": str(served)}
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(place / f"{name}{rank}", os.O_CREAT | os.O_WRONLY), stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
@@ -225,6 +225,39 @@ def test_a_second_start_reads_nothing_of_the_first(master, tmp_path):
     os.kill(second[0], signal.SIGKILL)  # so rank 1 does
     _, err = launcher.communicate(timeout=600)
     assert re.findall("^error: rank (\\d): another rank has ended", err, re.MULTILINE) == ["0", "1"]
+
+
+HOW_MACHINES_MEET = {
+    "by number": ["--node-rank", "{k}", "--master-addr", "127.0.0.1", "--master-port", "{port}"],  # as in README.md
+    "by themselves": ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:{port}", "--local-addr", "127.0.0.1"],
+}
+
+
+@pytest.mark.parametrize("how", HOW_MACHINES_MEET)
+def test_torchrun_starts_them_again_on_two_machines(master, alone, tmp_path, how):
+    """Each has a launcher of its own, which counts starts by itself; a rank of one dies, and then one of the other."""
+    save, log = tmp_path / "logs", tmp_path / "logs-719" / "metrics.jsonl"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags = [[flag.format(k=k, port=port) for flag in HOW_MACHINES_MEET[how]] for k in range(2)]
+    run = training(master, save, *M6)
+    commands = [torchrun(1, run, "--nnodes", "2", "--max-restarts", "4", *flags[k]) for k in range(2)]
+    commands = [[word for word in command if word != "--standalone"] for command in commands]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (tmp_path / "words").open("w") as words:
+        launchers = [subprocess.Popen(command, stdout=words, stderr=words, env=environment) for command in commands]
+        try:
+            for lines, of in ((3, 0), (8, 1)):
+                while not (log.exists() and log.read_text().count("\n") >= lines):
+                    assert [launcher.poll() for launcher in launchers] == [None, None], (tmp_path / "words").read_text()
+                    time.sleep(0.01)
+                os.kill(workers(launchers[of])[0], signal.SIGKILL)
+            assert [launcher.wait(300) for launcher in launchers] == [0, 0], (tmp_path / "words").read_text()
+        finally:
+            for launcher in launchers:
+                launcher.terminate()  # and its rank
+    assert (tmp_path / "words").read_text().count("resuming after episode") == 2
+    assert_as_alone(save, alone)
 
 
 def test_the_launchers_signal_stops_all_at_the_same_update(master, alone, tmp_path):
