@@ -31,27 +31,32 @@ struct Filters {
   }
 };
 
+// What first_pixels holds in registers: the outputs of PIXELS pooled pixels for GROUP vectors of filters.
+constexpr int PIXELS = 3, GROUP = LANES == 16 ? 2 : 1;
+
 template <int N, class T>  // computes N neighbouring pooled pixels
 INLINE void first_pixels(const float* in, len stride, const Filters& filters, const Affine& affine, uint8_t* where, T* out) {
-  vec y[2][2 * N][HALVES] = {};
-  for (int row = 0; row < 3; row++)
-    ROLLED for (int t = 0; t < 9; t++) {
-      vec w[HALVES];
-      UNROLL for (int v = 0; v < HALVES; v++) w[v] = load(filters.w[row * 9 + t] + v * LANES);
-      UNROLL for (int dr = 0; dr < 2; dr++)
-        UNROLL for (int dq = 0; dq < 2 * N; dq++) {
-          const vec x = all(in[(dr + row) * stride + dq * 3 + t]);
-          UNROLL for (int v = 0; v < HALVES; v++) y[dr][dq][v] += x * w[v];
-        }
-    }
-  UNROLL for (int n = 0; n < N; n++)
-    UNROLL for (int v = 0; v < HALVES; v++) {
-      ivec at;
-      const vec best = largest(y[0][2 * n][v], y[0][2 * n + 1][v], y[1][2 * n][v], y[1][2 * n + 1][v], at);
-      const len to = n * C + v * LANES;
-      if (where) narrowed(where + to, at);
-      store(out + to, relu(affine(best, v * LANES)));
-    }
+  ROLLED for (int from = 0; from < C; from += GROUP * LANES) {
+    vec y[2][2 * N][GROUP] = {};
+    for (int row = 0; row < 3; row++)
+      ROLLED for (int t = 0; t < 9; t++) {
+        vec w[GROUP];
+        UNROLL for (int v = 0; v < GROUP; v++) w[v] = load(filters.w[row * 9 + t] + from + v * LANES);
+        UNROLL for (int dr = 0; dr < 2; dr++)
+          UNROLL for (int dq = 0; dq < 2 * N; dq++) {
+            const vec x = all(in[(dr + row) * stride + dq * 3 + t]);
+            UNROLL for (int v = 0; v < GROUP; v++) y[dr][dq][v] += x * w[v];
+          }
+      }
+    UNROLL for (int n = 0; n < N; n++)
+      UNROLL for (int v = 0; v < GROUP; v++) {
+        ivec at;
+        const vec best = largest(y[0][2 * n][v], y[0][2 * n + 1][v], y[1][2 * n][v], y[1][2 * n + 1][v], at);
+        const int channel = from + v * LANES;
+        if (where) narrowed(where + n * C + channel, at);
+        store(out + n * C + channel, relu(affine(best, channel)));
+      }
+  }
 }
 
 template <class T>
@@ -67,9 +72,9 @@ void first_images(const T* x, const Filters& filters, const Affine& affine, uint
         const float* in = padded.pixels.data() + 2 * r * padded.stride;
         const len row = b * s.pooled() + r * s.columns() * C;
         len q = 0;
-        for (; q + 3 <= s.columns(); q += 3) {
+        for (; q + PIXELS <= s.columns(); q += PIXELS) {
           const len to = row + q * C;
-          first_pixels<3>(in + q * 6, padded.stride, filters, affine, where ? where + to : nullptr, out + to);
+          first_pixels<PIXELS>(in + q * 6, padded.stride, filters, affine, where ? where + to : nullptr, out + to);
         }
         for (; q < s.columns(); q++) {
           const len to = row + q * C;
@@ -115,28 +120,28 @@ void first_eval(const T* x, const float* weight, const float* bias, T* out, len 
 template <class T>
 void first_sums_of_image(const Padded& padded, const T* grad, const T* out, const uint8_t* where, const Shape& s,
                          double* result) {
-  for (int v = 0; v < C; v += LANES) {
-    vec plain = {}, sums[TAPS] = {};
-    for (len r = 0; r < s.rows(); r++)
-      for (len q = 0; q < s.columns(); q++) {
-        const len from = (r * s.columns() + q) * C + v;
-        const vec g = keep(~(load(out + from) <= 0), load(grad + from));
-        const ivec at = widened(where + from);
-        plain += g;
-        ROLLED for (int k = 0; k < 4; k++) {
-          const vec here = keep(at == k, g);
-          const float* top = padded.pixels.data() + (2 * r + k / 2) * padded.stride + (2 * q + k % 2) * 3;
-          const float *middle = top + padded.stride, *bottom = middle + padded.stride;
-          UNROLL for (int t = 0; t < 9; t++) sums[t] += here * top[t];
-          UNROLL for (int t = 0; t < 9; t++) sums[9 + t] += here * middle[t];
-          UNROLL for (int t = 0; t < 9; t++) sums[18 + t] += here * bottom[t];
+  constexpr int ROWS_AT_ONCE = LANES == 16 ? 3 : 1;  // rows of the patch whose sums are held in registers
+  for (int v = 0; v < C; v += LANES)
+    for (int first = 0; first < 3; first += ROWS_AT_ONCE) {
+      vec plain = {}, sums[ROWS_AT_ONCE * 9] = {};
+      for (len r = 0; r < s.rows(); r++)
+        for (len q = 0; q < s.columns(); q++) {
+          const len from = (r * s.columns() + q) * C + v;
+          const vec g = keep(~(load(out + from) <= 0), load(grad + from));
+          const ivec at = widened(where + from);
+          plain += g;
+          ROLLED for (int k = 0; k < 4; k++) {
+            const vec here = keep(at == k, g);
+            const float* patch = padded.pixels.data() + (2 * r + k / 2 + first) * padded.stride + (2 * q + k % 2) * 3;
+            UNROLL for (int row = 0; row < ROWS_AT_ONCE; row++)
+              UNROLL for (int t = 0; t < 9; t++) sums[row * 9 + t] += here * patch[row * padded.stride + t];
+          }
         }
+      for (int k = 0; k < LANES; k++) {
+        result[v + k] = plain[k];
+        for (int t = 0; t < ROWS_AT_ONCE * 9; t++) result[C + (first * 9 + t) * C + v + k] = sums[t][k];
       }
-    for (int k = 0; k < LANES; k++) {
-      result[v + k] = plain[k];
-      for (int t = 0; t < TAPS; t++) result[C + t * C + v + k] = sums[t][k];
     }
-  }
 }
 
 template <class T>

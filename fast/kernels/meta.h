@@ -13,7 +13,7 @@ namespace {
 
 constexpr int TILE = 128;  // coordinates of a tile
 constexpr int CHUNKS = 16;  // parts with sums of their own, always as many, so that the number of threads changes no sum
-constexpr int WIDE = 4;  // vectors of a row that are held in registers
+constexpr int WIDE = LANES == 16 ? 4 : 2;  // vectors of a row that are held in registers
 
 // One step of the LSTM for a tile of coordinates: from its input z [2 + H, TILE] (x and the last h) and c to the gates
 // [4 H, TILE] in PyTorch's order (input, forget, candidate, output), new_c, its tanh (squashed) and new_h.

@@ -1,23 +1,26 @@
-// Vectors of 16 floats: loading and storing, elementary functions, sums of products.
+// Vectors of 16 floats, or of 8 without AVX-512: loading and storing, elementary functions, sums of products.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
 namespace {
 
-typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t half_vec __attribute__((vector_size(32), aligned(2), may_alias));
-typedef uint8_t byte_vec __attribute__((vector_size(16), aligned(1), may_alias));
-typedef int64_t len;
-
+#ifdef __AVX512F__
 constexpr int LANES = 16;
+#else  // GCC takes wider vectors than the processor has apart, into memory and back
+constexpr int LANES = 8;
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t half_vec __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint8_t byte_vec __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef int64_t len;
 
 #define UNROLL _Pragma("GCC unroll 32")
 #define ROLLED _Pragma("GCC unroll 1")  // for loops that spill registers when they are unrolled
@@ -28,11 +31,20 @@ INLINE vec floats(ivec b) { vec x; memcpy(&x, &b, sizeof x); return x; }
 INLINE vec all(float x) { return x - vec{}; }
 INLINE vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
 INLINE void store(float* p, vec x) { *reinterpret_cast<vec*>(p) = x; }
-#ifdef __AVX512F__  // GCC turns __builtin_convertvector into one conversion per number
+// GCC turns __builtin_convertvector into one conversion per number.
+#ifdef __AVX512F__
 INLINE ivec widened(const uint8_t* p) { return ivec(_mm512_maskz_cvtepu8_epi32(-1, _mm_loadu_si128((const __m128i*)p))); }
 INLINE ivec widened(const uint16_t* p) { return ivec(_mm512_maskz_cvtepu16_epi32(-1, _mm256_loadu_si256((const __m256i*)p))); }
 INLINE void narrowed(uint8_t* p, ivec x) { _mm512_mask_cvtepi32_storeu_epi8(p, -1, __m512i(x)); }
 INLINE void narrowed(uint16_t* p, ivec x) { _mm512_mask_cvtepi32_storeu_epi16(p, -1, __m512i(x)); }
+#elif defined(__AVX2__)
+INLINE ivec widened(const uint8_t* p) { return ivec(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+INLINE ivec widened(const uint16_t* p) { return ivec(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p))); }
+INLINE __m128i packed(ivec x) {  // numbers from 0 to 65535
+  return _mm_packus_epi32(_mm256_castsi256_si128(__m256i(x)), _mm256_extracti128_si256(__m256i(x), 1));
+}
+INLINE void narrowed(uint8_t* p, ivec x) { _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(packed(x), packed(x))); }
+INLINE void narrowed(uint16_t* p, ivec x) { _mm_storeu_si128((__m128i*)p, packed(x)); }
 #else
 INLINE ivec widened(const uint8_t* p) { return __builtin_convertvector(*reinterpret_cast<const byte_vec*>(p), ivec); }
 INLINE ivec widened(const uint16_t* p) { return __builtin_convertvector(*reinterpret_cast<const half_vec*>(p), ivec); }
@@ -46,6 +58,13 @@ INLINE void store(uint16_t* p, vec x) {  // rounds to nearest, ties to even; kee
 }
 INLINE float number(float x) { return x; }
 INLINE float number(uint16_t x) { uint32_t b = uint32_t(x) << 16; float f; memcpy(&f, &b, sizeof f); return f; }
+INLINE ivec integers(vec x) {  // rounds towards zero
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return ivec(_mm256_cvttps_epi32(__m256(x)));
+#else
+  return __builtin_convertvector(x, ivec);
+#endif
+}
 INLINE vec keep(ivec mask, vec x) { return floats(mask & bits(x)); }
 INLINE vec relu(vec x) { return x < 0 ? vec{} : x; }  // keeps NaN
 // Of equal numbers the first wins, and NaN wins over all, as in PyTorch. at is the winner's place, 0 to 3.
@@ -65,11 +84,13 @@ INLINE double sum(vec x) {
   return s;
 }
 
-// The functions below have relative errors below 1e-6 and keep NaN. AVX-512 instructions halve their running time; the other
-// branches are for processors without them.
+// The functions below have relative errors below 1e-6 and keep NaN. Instructions of AVX-512 and AVX2 halve their running time;
+// the last branches are for processors without either.
 INLINE vec at_least(vec x, float limit) {
 #ifdef __AVX512F__
   return vec(_mm512_max_ps(__m512(all(limit)), __m512(x)));
+#elif defined(__AVX2__)
+  return vec(_mm256_max_ps(__m256(all(limit)), __m256(x)));
 #else
   return x < limit ? all(limit) : x;
 #endif
@@ -77,6 +98,8 @@ INLINE vec at_least(vec x, float limit) {
 INLINE vec at_most(vec x, float limit) {
 #ifdef __AVX512F__
   return vec(_mm512_min_ps(__m512(all(limit)), __m512(x)));
+#elif defined(__AVX2__)
+  return vec(_mm256_min_ps(__m256(all(limit)), __m256(x)));
 #else
   return x > limit ? all(limit) : x;
 #endif
@@ -85,12 +108,15 @@ INLINE vec times_power_of_two(vec x, vec n) {  // n is a whole number from -126 
 #ifdef __AVX512F__
   return vec(_mm512_scalef_ps(__m512(x), __m512(n)));
 #else
-  return x * floats((__builtin_convertvector(n, ivec) + 127) << 23);
+  return x * floats((integers(n) + 127) << 23);
 #endif
 }
 INLINE vec reciprocal(vec x) {
 #ifdef __AVX512F__  // an estimate and one Newton step
   const vec y = vec(_mm512_maskz_rcp14_ps(__mmask16(-1), __m512(x)));
+  return y * (2.0f - x * y);
+#elif defined(__AVX2__)
+  const vec y = vec(_mm256_rcp_ps(__m256(x)));
   return y * (2.0f - x * y);
 #else
   return 1.0f / x;
@@ -133,7 +159,8 @@ void total(const std::vector<double>& parts, len n, len size, double* result) {
     for (len k = 0; k < size; k++) result[k] += parts[b * size + k];
 }
 
-constexpr int ROWS = 4, COLUMNS = 6;  // size of the block of sums that add_products holds in registers
+// Size of the block of sums that add_products holds in registers: of 32 with AVX-512, of 16 without.
+constexpr int ROWS = LANES == 16 ? 4 : 2, COLUMNS = 6;
 
 // Adds to sums [rows, columns, LANES] the products of each row of a [rows, width] with each row of z [columns, width], lane by
 // lane. rows, columns and width are multiples of ROWS, COLUMNS and LANES. If a is z, the sums are symmetric, and blocks that
