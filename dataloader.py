@@ -220,12 +220,15 @@ def draw_order(seed: int, split: str, index: int, n_pass: int, n_support: int, s
 
 
 class Augmentation(NamedTuple):
-    """One row per image: what RandomResizedCrop, RandomHorizontalFlip and ColorJitter draw, in the order of application."""
+    """One row per image: what RandomResizedCrop, RandomHorizontalFlip and ColorJitter draw, in the order of application.
 
-    box: np.ndarray  # [B, 4] int64: top, left, height, width of the crop in pixels of the source
+    Where images are only mirrored, all but ``flip`` is None.
+    """
+
+    box: np.ndarray | None  # [B, 4] int64: top, left, height, width of the crop in pixels of the source
     flip: np.ndarray  # [B] bool
-    jitter: np.ndarray  # [B, 4] float64: brightness, contrast, saturation factors, hue shift in turns
-    order: np.ndarray  # [B, 4] int64: the order in which those four are applied
+    jitter: np.ndarray | None  # [B, 4] float64: brightness, contrast, saturation factors, hue shift in turns
+    order: np.ndarray | None  # [B, 4] int64: the order in which those four are applied
 
 
 def draw_augmentation(seed: int, split: str, index: int, sizes: np.ndarray) -> Augmentation:
@@ -263,6 +266,11 @@ def draw_augmentation(seed: int, split: str, index: int, sizes: np.ndarray) -> A
     return Augmentation(np.stack((top, left, h, w), axis=1), flip, jitter, order)
 
 
+def draw_mirrored(seed: int, split: str, index: int, n: int) -> Augmentation:
+    """Which of n images are mirrored: each with probability 1/2."""
+    return Augmentation(None, _generator(seed, split, index, _AUGMENT).random(n) < 0.5, None, None)
+
+
 # ---- Pixels ----
 
 
@@ -274,7 +282,11 @@ def _torchvision():
 
 def train_image(image: Image.Image, drawn: Augmentation, k: int, image_size: int) -> Image.Image:
     """Apply row ``k`` of the training augmentation: crop and resize, flip, then the four colours in their drawn order."""
-    TF, (top, left, height, width) = _torchvision(), (int(v) for v in drawn.box[k])
+    TF = _torchvision()
+    if drawn.box is None:
+        image = eval_image(image, image_size, "mirror")
+        return TF.hflip(image) if drawn.flip[k] else image
+    top, left, height, width = (int(v) for v in drawn.box[k])
     image = TF.resized_crop(image, top, left, height, width, [image_size, image_size], TF.InterpolationMode.BILINEAR)
     if drawn.flip[k]:
         image = TF.hflip(image)
@@ -288,11 +300,11 @@ def eval_image(image: Image.Image, image_size: int, augment: str) -> Image.Image
     """Resize without chance.
 
     Args:
-        augment: "port" for the shorter side to image_size * 8 // 7, then the centre; "none" for the whole image squashed to a
-            square, as the authors do in training, too.
+        augment: "port" for the shorter side to image_size * 8 // 7, then the centre; "none" and "mirror" for the whole image
+            squashed to a square, as the authors do in training, too.
     """
     TF = _torchvision()
-    if augment == "none":
+    if augment != "port":
         return TF.resize(image, [image_size, image_size], TF.InterpolationMode.BILINEAR)
     image = TF.resize(image, [image_size * 8 // 7], TF.InterpolationMode.BILINEAR)
     return TF.center_crop(image, [image_size, image_size])
@@ -320,10 +332,13 @@ class EpisodeDataset(Dataset):
         n_class, n_shot, n_eval: shape of the episode.
         n_pass: passes over the support set in the inner loop (``--epoch``).
         image_size: height and width of the result in pixels.
-        augment: "port" for the older port's transforms (random ones for the train split), "none" to squash each image.
+        augment: "port" for the older port's transforms (random ones for the train split), "none" to squash each image,
+            "mirror" to squash each and mirror those of the train split at random.
         length: number of episodes.
         pixels: "imagenet" or "unit", see ``to_input``.
         shuffle: "pass" or "episode", see ``draw_order``.
+        in_order: whether an episode's classes come in the order of their names instead of the order in which they are drawn;
+            then episodes of all classes give each class the same label.
 
     Raises:
         UserError: the split cannot serve such episodes.
@@ -342,11 +357,13 @@ class EpisodeDataset(Dataset):
         length: int,
         pixels: str = "imagenet",
         shuffle: str = "pass",
+        in_order: bool = False,
     ):
         check_split(split, n_class, n_shot, n_eval)
         self.split, self.seed, self.length = split, seed, length
         self.n_class, self.n_shot, self.n_eval, self.n_pass = n_class, n_shot, n_eval, n_pass
         self.image_size, self.augment, self.pixels, self.shuffle = image_size, augment, pixels, shuffle
+        self.in_order = in_order
         self.files = [path for of_class in split.files for path in of_class]
         self._first = np.cumsum([0] + [len(of_class) for of_class in split.files])
 
@@ -380,6 +397,8 @@ class EpisodeDataset(Dataset):
         """The places in ``files`` of an episode's images, support set first: [n_class * (n_shot + n_eval)] int64."""
         classes, picks = draw_images(self.seed, self.split, index, self.n_class, self.n_shot + self.n_eval)
         numbers = self._first[classes][:, None] + picks
+        if self.in_order:
+            numbers = numbers[np.argsort(classes)]
         return np.concatenate((numbers[:, : self.n_shot].reshape(-1), numbers[:, self.n_shot :].reshape(-1)))
 
     def order(self, index: int) -> Tensor:
@@ -389,8 +408,11 @@ class EpisodeDataset(Dataset):
 
     def augmentation(self, index: int, sizes: np.ndarray) -> Augmentation | None:
         """The episode's random transforms, if its split and ``augment`` ask for them; ``sizes`` as in ``draw_augmentation``."""
-        random = self.augment == "port" and self.split.name == "train"
-        return draw_augmentation(self.seed, self.split.name, index, sizes) if random else None
+        if self.augment == "none" or self.split.name != "train":
+            return None
+        if self.augment == "mirror":
+            return draw_mirrored(self.seed, self.split.name, index, len(sizes))
+        return draw_augmentation(self.seed, self.split.name, index, sizes)
 
     def episode(self, x: Tensor, order: Tensor) -> Episode:
         """An episode of the images ``x``, support set first."""

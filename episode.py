@@ -69,9 +69,13 @@ def updates(
 
 
 def adapt(
-    episode: Episode, learner_w_grad: FlatModule, metalearner: MetaLearner, batch_size: int
+    episode: Episode, learner_w_grad: FlatModule, metalearner: MetaLearner, batch_size: int, fresh_stats: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     """All updates of an episode, see ``updates``.
+
+    Args:
+        fresh_stats: pass over the support set once more with the last parameters, so that learner_w_grad's running statistics
+            are theirs; otherwise they are those of the parameters before the last update, as in the authors' code.
 
     Returns:
         The last cell state [P, 1] and the support losses, [] each.
@@ -80,6 +84,10 @@ def adapt(
     for loss, state in updates(episode, learner_w_grad, metalearner, batch_size):
         losses.append(loss)
         cI = state.c
+    if fresh_stats:
+        learner_w_grad.copy_flat_params(cI)
+        with torch.no_grad():
+            learner_w_grad(episode.support)
     return cI, losses
 
 
@@ -181,16 +189,21 @@ def train_episode(
 
 @torch.no_grad()
 def evaluate_episode(
-    episode: Episode, learner_w_grad: FlatModule, learner_wo_grad: FlatModule, metalearner: MetaLearner, batch_size: int
+    episode: Episode,
+    learner_w_grad: FlatModule,
+    learner_wo_grad: FlatModule,
+    metalearner: MetaLearner,
+    batch_size: int,
+    fresh_stats: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The same inner loop without the meta-learner's graph; the support set's running statistics normalise the query images.
 
-    Both learners are overwritten: give evaluation a pair of its own.
+    Both learners are overwritten: give evaluation a pair of its own. ``fresh_stats`` as for ``adapt``.
 
     Returns:
         Query loss [] and query accuracy [] in percent, still on the device.
     """
     learner_wo_grad.eval()
-    cI, _ = adapt(episode, learner_w_grad, metalearner, batch_size)
+    cI, _ = adapt(episode, learner_w_grad, metalearner, batch_size, fresh_stats)
     loss, logits = query_loss(episode, learner_w_grad, learner_wo_grad, cI)
     return loss, accuracy(logits, episode.query_y)

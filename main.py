@@ -35,6 +35,7 @@ from around.evaluation import Evaluator, judge
 from around.flags import parse, run_folder, settle
 from around.lanes import MetaBatch
 from around.predict import predict
+from around.pretrain import all_classes, pretrain_batch
 from around.ranks import Ranks, end
 from around.recording import RECORDED, record, write_trace
 from around.results import contradictions, export, provenance, tables, write_results
@@ -75,15 +76,19 @@ def learning_rate(args: argparse.Namespace, seen: int) -> float:
 
 
 def train(run: Run) -> None:
-    """Train the meta-learner for ``--episode`` episodes; validate and save every ``--val-freq``."""
+    """Train the meta-learner for ``--episode`` episodes; validate and save every ``--val-freq``.
+
+    With ``--mode pretrain`` an episode is a batch of all classes, which trains cI alone; nothing is validated.
+    """
     args, ranks, way = run.args, run.ranks, choose(run.args, run.ranks.local)
     print(f"{way.description}\ntraining on {args.data_root}, into {run.folder}")
     ranks.compare({"device": way.description})
     train_files, val_files = (scan_split(args.data_root, split) for split in ("train", "val"))
     if note := check_apart(train_files, val_files):
         print(note)
-    train_set = dataset(args, way, train_files, args.episode)
-    val_set = dataset(args, way, val_files, args.episode_val)
+    pretraining = args.mode == "pretrain"
+    train_set = dataset(args, way, train_files, args.episode, in_order=pretraining)
+    val_set = None if pretraining else dataset(args, way, val_files, args.episode_val)
     learners, metalearner = build(args, way)
     # a recorded update reads a rate that changes from the device; on a CPU, a double is the float's equal to the bit
     precise = torch.float64 if way.device.type == "cpu" else torch.float32
@@ -92,6 +97,8 @@ def train(run: Run) -> None:
     evaluate = Evaluator(args, way, learners, metalearner, ranks)
 
     def one(episode):
+        if pretraining:
+            return pretrain_batch(episode, learners[0], metalearner, optimizer, args.grad_clip, way.step)
         return train_episode(episode, *learners, metalearner, optimizer, args.batch_size, args.grad_clip, way.step)
 
     def update(share):
@@ -103,15 +110,15 @@ def train(run: Run) -> None:
         update = MetaBatch(args, way, ranks, learners, metalearner, optimizer)
     description = (
         f"{args.n_class}-way {args.n_shot}-shot, {args.image_size} px, {metalearner.metalstm.cI.numel()} learner parameters; "
-        f"{args.data_root.name}: {len(train_set.split.classes)} classes to train on, {len(val_set.split.classes)} to validate "
-        f"on; {args.episode} episodes"
+        f"{args.data_root.name}: {len(train_set.split.classes)} classes to train on, "
+        f"{'none' if pretraining else len(val_set.split.classes)} to validate on; {args.episode} episodes"
     )
-    fingerprints = {"train": train_set.fingerprint, "val": val_set.fingerprint}
+    fingerprints = {"train": train_set.fingerprint, "val": "not used" if pretraining else val_set.fingerprint}
     done = run.restore(metalearner, optimizer, fingerprints, way.device, description)
 
     def validate(n: int) -> None:
         if run.due(n):
-            run.keep(n, *(evaluate(val_set, run.stop_if_asked) if args.val_freq else ([], [])))
+            run.keep(n, *(evaluate(val_set, run.stop_if_asked) if val_set and args.val_freq else ([], [])))
 
     validate(done)  # if the last process ended while it validated
     # closing the stream ends its worker processes; a traceback that held it would keep this process from ending
@@ -123,7 +130,7 @@ def train(run: Run) -> None:
             losses, accuracies, skipped = update(islice(stream, args.meta_batch // ranks.size))
             run.log(n, losses, accuracies, skipped)
             validate(n)
-    if args.plots and ranks.rank == 0:
+    if args.plots and ranks.rank == 0 and not pretraining:
         few = val_set.first(RECORDED)
         write_trace(run.folder, record(few, learners, metalearner, args.batch_size, way.device))
     run.say_done()
@@ -171,7 +178,9 @@ def work(argv: list[str], ranks: Ranks) -> int:
     args = settle(given, defaults)
     if args.mode not in ("train", "test") and ranks.size > 1:
         raise UserError(f"--mode {args.mode}: is for one process; start it without torchrun")
-    if args.mode == "train":
+    if args.mode == "pretrain":
+        given["n_class"] = all_classes(settle({"n_class": None, **given}, defaults))
+    if args.mode in ("train", "pretrain"):
         with Run(given, defaults, ranks) as run:
             if run.finished:
                 print(f"{run.args.resume}: has seen all {run.args.episode} episodes; nothing to do")
@@ -189,6 +198,8 @@ def work(argv: list[str], ranks: Ranks) -> int:
     else:
         found = (path := find_checkpoint(args), checkpoints.load(Path(path))) if ranks.rank == 0 else None
         path, checkpoint = ranks.exchange(found)[0]
+        if checkpoint.get("mode") == "pretrain":
+            raise UserError(f"{path}: is only pre-trained and cannot adapt yet; train a meta-learner with --start {path}")
         args = settle({**given, "resume": path}, defaults, checkpoint.get("hyper_parameters"))
         if not {"data", "data_root"} & given.keys() and "data_root" in checkpoint:
             args.data_root = Path(checkpoint["data_root"])

@@ -12,7 +12,8 @@ from around.flags import check_stored
 from metalearner import MetaLearner
 from utils import UserError, whole_file
 
-OLDER = {"bn_scale": "one", "meta_batch": 1, "lr_decay": 0.0, "grad_divisor": 0}  # in checkpoints from before these flags
+# in checkpoints from before these flags
+OLDER = {"bn_scale": "one", "meta_batch": 1, "lr_decay": 0.0, "grad_divisor": 0, "fresh_stats": False}
 
 
 def save(content: dict, *paths: Path) -> None:
@@ -75,6 +76,8 @@ def _wrong(content: object) -> str | None:
         if not torch.isfinite(value).all():
             return f"{name} holds numbers that are not finite"
     about, root = content.get("about", {}), content.get("data_root", "")
+    if content.get("mode", "train") not in ("train", "pretrain"):
+        return f"its mode {content['mode']!r} is unknown"
     if not isinstance(about, dict) or not all(isinstance(k, str) for k in about) or not isinstance(root, str):
         return "what it says about its training is not what training writes"
     best, run = content.get("best"), content.get("run")
@@ -107,6 +110,21 @@ def load_metalearner(metalearner: MetaLearner, content: dict, path: Path) -> Non
                 "--image-size, --n-class, --filters and --hidden-size must be those of its training"
             )
     metalearner.load_state_dict(found)
+
+
+def load_start(metalearner: MetaLearner, content: dict, path: Path, n_class: int) -> None:
+    """Begin with another training's meta-learner. If that one had another number of classes, as pre-training has, the weights
+    and biases of the learner's last layer, a linear one, start at zero.
+
+    Raises:
+        UserError: the rest does not fit.
+    """
+    cI, theirs = content["metalearner"].get("metalstm.cI"), content.get("hyper_parameters", {}).get("n_class", n_class)
+    if cI is not None and theirs != n_class:
+        of_a_class = (cI.numel() - metalearner.metalstm.cI.numel()) // (theirs - n_class)
+        cI = torch.cat((cI[: cI.numel() - theirs * of_a_class], cI.new_zeros(n_class * of_a_class, 1)))
+        content = {**content, "metalearner": {**content["metalearner"], "metalstm.cI": cI}}
+    load_metalearner(metalearner, content, path)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, content: dict, path: Path) -> None:

@@ -39,11 +39,11 @@ class Evaluator:
         metalearner: MetaLearner,
         ranks: Ranks = ALONE,
     ):
-        one = partial(evaluate_episode, metalearner=metalearner, batch_size=args.batch_size)
+        how = {"metalearner": metalearner, "batch_size": args.batch_size, "fresh_stats": args.fresh_stats}
+        one = partial(evaluate_episode, **how)
         orders = class_orders(args.n_class, args.orders or 1, args.seed)
         if len(orders) > 1 or args.mirror:
-            how = {"orders": orders, "mirror": args.mirror}
-            one = partial(evaluate_averaged, metalearner=metalearner, batch_size=args.batch_size, **how)
+            one = partial(evaluate_averaged, **how, orders=orders, mirror=args.mirror)
         self.args, self.way, self.ranks, self.lanes = args, way, ranks, Lanes(one, way, learners, metalearner)
 
     def __call__(

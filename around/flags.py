@@ -29,6 +29,7 @@ HYPER_PARAMETERS = (
     "grad_clip",
     "bn_momentum",
     "bn_eps",
+    "fresh_stats",
     "augment",
     "pixels",
     "shuffle",
@@ -70,9 +71,10 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
         return add
 
     add = group("what to do")
-    modes = ("train", "test", "plot", "results", "export", "predict")
-    words = "train; test a checkpoint; plot a run; results: table of tested runs; export: copy what is worth publishing of a "
-    words += "run into results/; predict: classify photographs"
+    modes = ("train", "pretrain", "test", "plot", "results", "export", "predict")
+    words = "train; pretrain: the learner alone, on batches of all training classes, for --start; test a checkpoint; plot a "
+    words += "run; results: table of tested runs; export: copy what is worth publishing of a run into results/; predict: "
+    words += "classify photographs"
     add("--mode", "train", words, choices=modes)
     words = "checkpoint, or run folder for its last (train) or best (test, predict); auto: SAVE-SEED's, if there is one"
     add("--resume", None, words, metavar="PATH")
@@ -89,8 +91,8 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
         "--augment",
         "port",
         "port: random crops, flips and colours for train, centre crops for val and test, as the older port; "
-        "none: every image squashed to a square, as the authors",
-        choices=("port", "none"),
+        "none: every image squashed to a square, as the authors; mirror: that, and train mirrored at random",
+        choices=("port", "none", "mirror"),
     )
     words = "imagenet: ImageNet's mean subtracted, divided by its deviation, as the port; unit: 0 to 1, as the authors"
     add("--pixels", "imagenet", words, choices=("imagenet", "unit"))
@@ -120,13 +122,17 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     words = "filters of each convolution; on a CPU, kernels are for 32"
     add("--filters", 32, words, type=whole(1, 1024), metavar="N")
     add("--bn-momentum", 0.95, "share of the newest batch in the running statistics", type=real(0, 1), metavar="X")
+    words = "to validate and test, normalise the query images by the support set's statistics under the learner's last "
+    words += "weights; false: under those before the last update, as both earlier codes"
+    add("--fresh-stats", False, words, type=boolean, metavar="BOOL")
     add("--bn-eps", 1e-3, "epsilon of batch normalisation", type=real(0, 1, low_open=True), metavar="X")
 
     add = group("meta-learner and its training")
     size = whole(INPUT_SIZE, INPUT_SIZE)
     add("--input-size", INPUT_SIZE, "numbers that its LSTM reads per coordinate", type=size, metavar="N")
     add("--hidden-size", 20, "width of its LSTM", type=whole(1, 4096), metavar="N")
-    words = "checkpoint of another training, whose meta-learner a new one begins with (default: a random one)"
+    words = "checkpoint of another training, whose meta-learner a new one begins with (default: a random one); a classifier of "
+    words += "another number of classes starts at zero"
     add("--start", None, words, metavar="PATH")
     add("--lr", 1e-3, "learning rate of Adam", type=real(0, 1, low_open=True), metavar="X")
     words = "share of the training, at its end, in which the learning rate falls evenly to 0; 0: never, as both earlier codes"

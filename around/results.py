@@ -55,6 +55,7 @@ PORT = {
     "filters": 32,
     "hidden_size": 20,
     "bn_eps": 1e-3,
+    "fresh_stats": False,
     "shuffle": "pass",
 }
 AUTHORS = {**PORT, "augment": "none", "pixels": "unit", "lstm_init": "authors", "bf_init": [4.0, 5.0], "shuffle": "episode"}
@@ -328,7 +329,8 @@ def export(folder: Path) -> Path:
     if best is None:
         raise UserError(f"{folder}/ckpts: no checkpoint there")
     checkpoint = checkpoints.load(best)
-    kept = {k: checkpoint[k] for k in ("episode", "metalearner", "hyper_parameters", "best", "about") if k in checkpoint}
+    published = ("episode", "mode", "metalearner", "hyper_parameters", "best", "about")
+    kept = {k: checkpoint[k] for k in published if k in checkpoint}
     checkpoints.save(kept, dest / "meta-learner.pth.tar")
     for path in (*(folder / n for n in ("console.log", "metrics.jsonl", NAME)), *sorted((folder / "plots").glob("*.png"))):
         if path.is_file() and path.name != "confusion.png":  # which shows photographs: they are not ours to publish

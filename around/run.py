@@ -75,6 +75,9 @@ class Run:
                 resume = str(last) if last.is_file() else None
             resume = resume and checkpoint_of(resume, LAST)
             self.checkpoint = checkpoints.load(Path(resume)) if resume else None
+            if resume and (made := self.checkpoint.get("mode", "train")) != (mode := given.get("mode", "train")):
+                advice = "begin with it by --start" if mode == "train" else "choose another --save"
+                raise UserError(f"{resume}: was written by --mode {made}, which --mode {mode} cannot continue; {advice}")
             if start and not resume:  # a run that continues is past its start
                 start = checkpoint_of(start, BEST, LAST)
                 origin = checkpoints.load(Path(start), "--start")
@@ -132,7 +135,7 @@ class Run:
         self.about = (checkpoint or {}).get("about") or provenance(device, self.ranks.size)
         if self.origin is not None:
             path, origin = self.origin
-            checkpoints.load_metalearner(metalearner, origin, path)
+            checkpoints.load_start(metalearner, origin, path, args.n_class)
             name = "/".join([part for part in path.resolve().parts if part != "ckpts"][-2:])
             self.about["started_from"] = {"checkpoint": name, "episode": origin["episode"]}
         if checkpoint is not None:
@@ -309,6 +312,7 @@ class Run:
             return
         content = {
             "episode": n,
+            "mode": self.args.mode,
             "metalearner": self.metalearner.state_dict(),
             "optim": self.optimizer.state_dict(),
             "hyper_parameters": hyper_parameters(self.args),

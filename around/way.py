@@ -98,11 +98,11 @@ def _fast(args: argparse.Namespace, device: torch.device, name: str) -> Way:
     )
 
 
-def dataset(args: argparse.Namespace, way: Way, split: Split, length: int) -> EpisodeDataset:
-    """A split's episodes as the flags ask for them.
+def dataset(args: argparse.Namespace, way: Way, split: Split, length: int, in_order: bool = False) -> EpisodeDataset:
+    """A split's episodes as the flags ask for them; ``in_order`` as for ``EpisodeDataset``.
 
     Raises:
         UserError: the split cannot serve such episodes, or a file cannot be used.
     """
     shape = {k: getattr(args, k) for k in ("n_class", "n_shot", "n_eval", "image_size", "augment", "pixels", "shuffle")}
-    return way.dataset(split, args.seed, n_pass=args.epoch, length=length, **shape)
+    return way.dataset(split, args.seed, n_pass=args.epoch, length=length, in_order=in_order, **shape)

@@ -54,11 +54,11 @@ def table(windows: Windows, drawn: Augmentation | None) -> np.ndarray:
     """All that ``transform`` needs to know of each image, as numbers that float32 holds exactly, but for the factors.
 
     Returns:
-        [B, 9] or, if there is an augmentation, [B, 17] float32: windows (8), flip, factors (4), their order (4).
+        [B, 9] or, if colours change, [B, 17] float32: windows (8), flip, factors (4), their order (4).
     """
-    columns = [*windows, np.zeros((len(windows.start), 1))]
-    if drawn is not None:
-        columns = [*windows, drawn.flip[:, None], drawn.jitter, drawn.order]
+    columns = [*windows, np.zeros((len(windows.start), 1)) if drawn is None else drawn.flip[:, None]]
+    if drawn is not None and drawn.jitter is not None:
+        columns += [drawn.jitter, drawn.order]
     return np.concatenate(columns, axis=1, dtype=np.float32)
 
 

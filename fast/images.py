@@ -214,10 +214,10 @@ class FastEpisodeDataset(EpisodeDataset):
         numbers = self.numbers(index)
         sizes = self._decoded.sizes[numbers]
         augmentation = self.augmentation(index, sizes)
-        if augmentation is not None:
+        if augmentation is not None and augmentation.box is not None:
             windows = Windows.crops(augmentation.box, self.image_size)
         else:
-            windows = (Windows.squashed if self.augment == "none" else Windows.centres)(sizes, self.image_size)
+            windows = (Windows.centres if self.augment == "port" else Windows.squashed)(sizes, self.image_size)
         rows = table(windows, augmentation)
         floats = np.concatenate((rows, self.order(index)), axis=None, dtype=np.float32).view(np.uint8)
         shape = (len(numbers), 3, *sizes.max(axis=0).tolist())

@@ -103,6 +103,26 @@ def test_gradient_agrees_with_finite_differences(way):
             assert parameter.grad.view(-1)[k].item() == pytest.approx((above - below) / (2 * step), rel=1e-4, abs=1e-8)
 
 
+def test_fresh_statistics_are_those_of_the_last_weights(way):
+    episode, w_grad, wo_grad, meta = make(way, dtype=torch.float64)
+    cI, _ = adapt(episode, w_grad, meta, 4)
+    stale = [t.clone() for t in w_grad.buffers()]
+    cI_again, _ = adapt(episode, w_grad, meta, 4, fresh_stats=True)
+    assert torch.equal(cI, cI_again)
+    w_grad.copy_flat_params(cI)
+    fresh = [t.clone() for t in w_grad.buffers()]
+    for now, then in zip(w_grad.buffers(), stale, strict=True):
+        now.copy_(then)
+    w_grad.train()
+    with torch.no_grad():
+        w_grad(episode.support)  # all of it at once
+    moved = [t for t in stale if t.dim()]
+    assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(fresh, w_grad.buffers(), strict=True))
+    assert not any(torch.allclose(a, b, rtol=1e-3) for a, b in zip([t for t in fresh if t.dim()], moved, strict=True))
+    evaluate_episode(episode, w_grad, wo_grad, meta, 4, fresh_stats=True)
+    assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(fresh, wo_grad.buffers(), strict=True))
+
+
 def test_evaluation_leaves_training_alone_and_builds_no_graph(way):
     episode, w_grad, wo_grad, meta = make(way)
     optimizer = torch.optim.Adam(meta.parameters(), fused=way == "fast")

@@ -64,9 +64,8 @@ def evaluation(episode, w_grad, wo_grad, meta, close):
 
 # In float32 the later episodes stand apart: after Adam's steps the parameters differ by up to 1e-3 where a gradient was nearly
 # zero, and then some maximum of a pooling window falls on its neighbour. In the plain way that happens one episode earlier: its
-# gradient of a bias under batch normalisation is not zero but noise. Its second is 6e-6 off with two threads, 3e-3 with one. On a
-# processor with AVX2 only, where PyTorch's convolutions round otherwise, the fast way's second is 3e-4 off, before as after it has
-# kernels of its own for that processor.
+# gradient of a bias under batch normalisation is not zero but noise. Its second is 6e-6 off with two threads, 3e-3 with one.
+# PyTorch's convolutions round otherwise on a processor with AVX2 only: there the fast way's second is 3e-4 off.
 @pytest.mark.parametrize(
     ("way", "dtype", "close"),
     [

@@ -1,0 +1,73 @@
+"""Pre-training: the learner learns to tell all training classes apart, as an ordinary network, before it meta-learns.
+
+A batch is an episode of all training classes in the order of their names, without a support set to adapt to: the loss of all
+its images trains cI directly, and the gates not at all. A meta-learner that begins with the result (``--start``) keeps its
+convolutions; its classifier, of fewer classes, starts at zero (``checkpoints.load_start``).
+
+The paper compares with such a network as a baseline (section 5.1). To begin meta-learning with it is from Rusu et al.,
+"Meta-Learning with Latent Embedding Optimization", and Sun et al., "Meta-Transfer Learning for Few-Shot Learning" (both 2019).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dataloader import scan_split
+from episode import Episode, accuracy, learned, step_if_finite, update_metalearner
+from learner import FlatModule
+from metalearner import MetaLearner
+from utils import UserError
+
+
+def all_classes(args: argparse.Namespace) -> int:
+    """How many classes pre-training tells apart: all that there are to train on.
+
+    Raises:
+        UserError: the flags ask for something else.
+    """
+    n = len(scan_split(args.data_root, "train").classes)
+    if args.n_class not in (None, n):
+        raise UserError(
+            f"--n-class {args.n_class}: --mode pretrain takes all {n} classes of {args.data_root}/train; leave it out"
+        )
+    if args.meta_batch != 1:
+        raise UserError(f"--meta-batch {args.meta_batch}: --mode pretrain makes one update a batch; leave it out")
+    return n
+
+
+def pretrain_batch(
+    episode: Episode,
+    learner: FlatModule,
+    metalearner: MetaLearner,
+    optimizer: torch.optim.Optimizer,
+    grad_clip: float,
+    step: Callable[[torch.optim.Optimizer, Tensor], None] = step_if_finite,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One update of cI by the classification loss of an episode's images, support and query set alike.
+
+    Args:
+        episode: of all classes, which are in the same order in each call.
+        learner: takes cI's values; overwritten.
+        metalearner: cI is updated; the gates have a gradient of zero, with which Adam leaves them as they are.
+        optimizer, grad_clip, step: as for ``episode.update_metalearner``.
+
+    Returns:
+        Loss [], accuracy [] in percent, and whether the update was skipped [], bool; still on the device.
+    """
+    x, y = torch.cat((episode.support, episode.query)), torch.cat((episode.support_y, episode.query_y))
+    learner.train()
+    learner.reset_batch_stats()
+    learner.copy_flat_params(metalearner.metalstm.cI)
+    logits = learner(x)
+    loss = F.cross_entropy(logits, y)
+    grads = torch.autograd.grad(loss, list(learner.parameters()), allow_unused=True, materialize_grads=True)
+    of_cI, cI = torch.cat([g.reshape(-1) for g in grads]), metalearner.metalstm.cI
+    gradient = torch.cat([of_cI if p is cI else torch.zeros_like(p).view(-1) for p in learned(metalearner)])
+    losses = loss.detach().unsqueeze(0)
+    skipped = update_metalearner(gradient.unsqueeze(0), losses, metalearner, optimizer, grad_clip, step)
+    return losses[0], accuracy(logits.detach(), y), skipped
