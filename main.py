@@ -17,11 +17,15 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+from utils import Terminal, UserError, exit_code, step_aside
+
 # Deterministic cuBLAS needs a workspace of fixed size before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Threads that wait for each other spin for long by default: then two trainings side by side take four times as long, not twice.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if __name__ == "__main__":
+    step_aside()  # before PyTorch starts threads
 
 try:
     import torch
@@ -45,7 +49,6 @@ from dataloader import check_apart, episodes, scan_split
 from episode import learned, train_episode
 from learner import FlatModule
 from metalearner import MetaLearner
-from utils import Terminal, UserError, exit_code
 
 
 def make_reproducible(seed: int) -> None:

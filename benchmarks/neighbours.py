@@ -1,8 +1,7 @@
-"""Two trainings on one machine: how fast is one alone, beside a second one, and beside one that is niced, or idle to Linux?
+"""Two trainings on one machine: how fast is one alone, beside a second one, and beside a niced one?
 
 Each is a process of main.py's default recipe with its worker processes. GOMP_SPINCOUNT in the environment is passed on; 300000
-is OpenMP's own. The fair share is what the scheduler's weights say: 1024 against 1024, against 110 of nice 10, and against 3 of
-chrt --idle 0.
+is OpenMP's own. The fair share is what the scheduler's weights say: a half, and beside nice 10 1024 / (1024 + 110).
 """
 
 from __future__ import annotations
@@ -17,18 +16,13 @@ import time
 from pathlib import Path
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
-NEIGHBOURS = (
-    ("beside a second one", 1 / 2),
-    ("beside one of nice 10", 1024 / (1024 + 110), "nice", "-n", "10"),
-    ("beside one of chrt --idle 0", 1024 / (1024 + 3), "chrt", "--idle", "0"),
-)
 LINES, STEP = 4, 8  # log lines of a measurement, episodes of a line
 
 
 @contextlib.contextmanager
-def training(args: argparse.Namespace, folder: str, name: str, *before: str):
+def training(args: argparse.Namespace, folder: str, name: str, nice: int = 0):
     """A training that has begun, as the path of its metrics; it ends with the block."""
-    command = [*before, sys.executable, str(MAIN), "--mode", "train", "--cpu", "--data-root", args.data_root]
+    command = ["nice", "-n", str(nice), sys.executable, str(MAIN), "--mode", "train", "--cpu", "--data-root", args.data_root]
     command += ["--save", f"{folder}/{name}", "--cache-dir", args.cache_dir or folder, "--log-freq", str(STEP)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
@@ -56,8 +50,8 @@ parser.add_argument("--cache-dir", help="folder for decoded images (default: a t
 args = parser.parse_args()
 with tempfile.TemporaryDirectory() as folder, training(args, folder, "measured") as measured:
     rates = {"alone": (rate(measured), 1)}
-    for name, share, *before in NEIGHBOURS:
-        with training(args, folder, name.replace(" ", "-"), *before):
+    for name, nice, share in (("beside a second one", 0, 1 / 2), ("beside one of nice 10", 10, 1024 / (1024 + 110))):
+        with training(args, folder, name.replace(" ", "-"), nice):
             rates[name] = (rate(measured), share)
 print("| training | episodes a second | of the speed alone | of the fair share |\n|-|-|-|-|")
 for name, (value, share) in rates.items():

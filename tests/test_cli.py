@@ -523,3 +523,15 @@ def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(given, expect
     code = "import main, os; print(os.environ.get('GOMP_SPINCOUNT'))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux only")
+@pytest.mark.parametrize(("nice", "policy"), [("0", "SCHED_OTHER"), ("5", "SCHED_OTHER"), ("10", "SCHED_IDLE")])
+def test_a_niced_run_steps_aside_for_all_others(nice, policy):
+    if os.getpriority(os.PRIO_PROCESS, 0) > 0 or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        pytest.skip("the tests are niced themselves")
+    code = "import os, sys, runpy; sys.argv = ['main.py', '--help']\n"
+    code += "try: runpy.run_path('main.py', run_name='__main__')\nfinally: os.write(2, b'%d' % os.sched_getscheduler(0))"
+    command = ["nice", "-n", nice, sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert int(found.stderr) == getattr(os, policy)
