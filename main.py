@@ -39,7 +39,7 @@ from around.evaluation import Evaluator, judge
 from around.flags import parse, run_folder, settle
 from around.lanes import MetaBatch
 from around.predict import predict
-from around.pretrain import all_classes, pretrain_batch
+from around.pretrain import all_classes, lengthen_filters, pretrain_batch
 from around.ranks import Ranks, end
 from around.recording import RECORDED, record, write_trace
 from around.results import contradictions, export, provenance, tables, write_results
@@ -118,6 +118,8 @@ def train(run: Run) -> None:
     )
     fingerprints = {"train": train_set.fingerprint, "val": "not used" if pretraining else val_set.fingerprint}
     done = run.restore(metalearner, optimizer, fingerprints, way.device, description)
+    if run.origin:
+        lengthen_filters(learners[0], metalearner, args.filter_scale)
 
     def validate(n: int) -> None:
         if run.due(n):

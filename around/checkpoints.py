@@ -13,7 +13,7 @@ from metalearner import MetaLearner
 from utils import UserError, whole_file
 
 # in checkpoints from before these flags
-OLDER = {"bn_scale": "one", "meta_batch": 1, "lr_decay": 0.0, "grad_divisor": 0, "fresh_stats": False}
+OLDER = {"bn_scale": "one", "meta_batch": 1, "lr_decay": 0.0, "grad_divisor": 0, "fresh_stats": False, "filter_scale": 1.0}
 
 
 def save(content: dict, *paths: Path) -> None:

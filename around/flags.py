@@ -26,6 +26,7 @@ HYPER_PARAMETERS = (
     "grad_divisor",
     "image_size",
     "filters",
+    "filter_scale",
     "grad_clip",
     "bn_momentum",
     "bn_eps",
@@ -134,6 +135,8 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     words = "checkpoint of another training, whose meta-learner a new one begins with (default: a random one); a classifier of "
     words += "another number of classes starts at zero"
     add("--start", None, words, metavar="PATH")
+    words = "factor of the filters that a training with --start begins with; with more than 1 the same step turns them less"
+    add("--filter-scale", 1.0, words, type=real(0, 1e6, low_open=True), metavar="X")
     add("--lr", 1e-3, "learning rate of Adam", type=real(0, 1, low_open=True), metavar="X")
     words = "share of the training, at its end, in which the learning rate falls evenly to 0; 0: never, as both earlier codes"
     add("--lr-decay", 0.0, words, type=real(0, 1), metavar="X")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dataloader import scan_split
 from episode import Episode, accuracy, learned, step_if_finite, update_metalearner
@@ -38,6 +38,19 @@ def all_classes(args: argparse.Namespace) -> int:
     if args.meta_batch != 1:
         raise UserError(f"--meta-batch {args.meta_batch}: --mode pretrain makes one update a batch; leave it out")
     return n
+
+
+@torch.no_grad()
+def lengthen_filters(learner: FlatModule, metalearner: MetaLearner, factor: float) -> None:
+    """Multiply the filters of all convolutions in cI. ``learner`` knows their places.
+
+    Batch normalisation makes their length meaningless to the output, but the longer they are, the less a step of the same
+    length turns them (van Laarhoven, "L2 Regularization versus Batch and Weight Normalization", 2017): for a trained network
+    whose classifier has yet to learn, that is a start between adapting all layers alike and adapting the last one only.
+    """
+    for (module, name, _), part in zip(learner.slots(), learner.slices(metalearner.metalstm.cI), strict=True):
+        if isinstance(module, nn.Conv2d) and name == "weight":
+            part.mul_(factor)
 
 
 def pretrain_batch(

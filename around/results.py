@@ -53,6 +53,7 @@ PORT = {
     "precision": "fp32",
     "n_eval": 15,
     "filters": 32,
+    "filter_scale": 1.0,
     "hidden_size": 20,
     "bn_eps": 1e-3,
     "fresh_stats": False,

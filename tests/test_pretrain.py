@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 import main
 from around.pretrain import pretrain_batch
 from dataloader import episodes, eval_image, load_image, scan_split, to_input
+from learner import Learner
 
 TINY = ["--cpu", "--image-size", "16", "--n-shot", "1", "--n-eval", "2", "--hidden-size", "4", "--log-freq", "1"]
 TINY += ["--n-workers", "0", "--plots", "false"]
@@ -111,6 +112,23 @@ def test_a_training_begins_with_its_convolutions_and_an_empty_classifier(pretrai
     assert cI[-3 * n :].abs().max() < 1e-20
     assert tensors(save)["hyper_parameters"]["n_class"] == 3
     assert tensors(save)["about"]["started_from"] == {"checkpoint": "logs-719/meta-learner-last.pth.tar", "episode": 4}
+
+
+def test_a_training_may_begin_with_longer_filters(pretrained, tmp_path, master):
+    save = tmp_path / "logs"
+    assert train(master, save, "--start", f"{pretrained}-719", "--filter-scale", "3", "--lr", "1e-30", val_freq=2) == 0
+    learner = Learner(16, 1e-3, 0.95, 3)
+    names, cI = [name for name, _ in learner.named_parameters()], tensors(save)["metalearner"]["metalstm.cI"]
+    found = dict(zip(names, learner.slices(cI), strict=True))
+    theirs = Learner(16, 1e-3, 0.95, 6).slices(tensors(pretrained)["metalearner"]["metalstm.cI"])
+    for (name, ours), before in zip(found.items(), theirs, strict=True):
+        if not name.startswith("cls"):
+            factor = 3 if name.startswith("conv") and name.endswith("weight") else 1
+            assert torch.allclose(ours, factor * before), name
+    # once only, not again when it resumes
+    assert train(master, save, "--resume", "auto", "--lr", "1e-30", episode=6, val_freq=2) == 0
+    again = tensors(save)["metalearner"]["metalstm.cI"]
+    assert torch.allclose(again, torch.cat([v.reshape(-1, 1) for v in found.values()]))
 
 
 def test_refusals(pretrained, tmp_path, master, capsys):
