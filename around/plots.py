@@ -199,7 +199,7 @@ def curves(folder: Path) -> Figure:
         axes[row, 0].set_ylabel(name)
     axes[1, 0].set_xlabel("episodes")
     axes[1, 1].set_xlabel(f"{unit} of training, without validations and pauses")
-    figure.suptitle(f"{shorten(folder.resolve().name, 50)}: training and validation")
+    figure.suptitle(f"{shorten(folder.resolve().name, 50)}: training{' and validation' if val else ''}")
     words = "Two measures: training normalises query images by their own batch's statistics, validation by the support set's."
     look = {"ncols": 3, "fontsize": 8, "title": words if val else None, "title_fontsize": 8}
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", **look)
