@@ -61,6 +61,8 @@ PORT = {
 }
 AUTHORS = {**PORT, "augment": "none", "pixels": "unit", "lstm_init": "authors", "bf_init": [4.0, 5.0], "shuffle": "episode"}
 FIVE_SHOT = {"epoch": 8, "batch_size": 25, "bn_momentum": 0.95}  # the schedules of both
+PRETRAINED = {**AUTHORS, "bf_init": [5.0, 6.0], "bi_init": [-1.2, -0.9], "filter_scale": 3.0, "grad_divisor": 6, "lr": 1e-4}
+PRETRAINED |= {"lr_decay": 1.0, "fresh_stats": True}
 ONE_SHOT = {"epoch": 12, "batch_size": 5, "bn_momentum": 0.9}
 RECIPES = {  # as the scripts are called; for 5 shots or more, and for 1
     "port": (PORT | FIVE_SHOT, PORT | ONE_SHOT),
@@ -69,6 +71,7 @@ RECIPES = {  # as the scripts are called; for 5 shots or more, and for 1
         AUTHORS | FIVE_SHOT | {"lr_decay": 0.2},
         AUTHORS | ONE_SHOT | {"epoch": 8, "bn_momentum": 0.95, "lr": 5e-4, "lr_decay": 0.5, "grad_divisor": 25},
     ),
+    "pretrained": (PRETRAINED | FIVE_SHOT, PRETRAINED | ONE_SHOT),
 }
 # 97.5 % quantile of Student's t distribution for 1, 2, ... 10 degrees of freedom
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

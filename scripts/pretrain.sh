@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Pre-training for train_5s_5c_best.sh and train_1s_5c_best.sh: the learner classifies all training classes, two images of each
-# in a batch (--n-shot and --n-eval), before it meta-learns. An "episode" is a batch. The meta-learner's gates wait for the
-# episodes that follow: with --bi-init -1.2 -0.9 they begin with steps of about 1/100 of the gradient.
+# Pre-training for train_5s_5c_pretrained.sh: before it meta-learns, the learner classifies all training classes, two images of
+# each in a batch (--n-shot and --n-eval). An "episode" is a batch. The gates wait for the episodes that follow.
 # Edit the flags below; flags given to this script override them.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"

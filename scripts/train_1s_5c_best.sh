@@ -16,6 +16,7 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --n-eval 15 \
   --image-size 84 \
   --filters 32 \
+  --filter-scale 1 \
   --augment none \
   --pixels unit \
   --episode 8000 \
@@ -27,6 +28,7 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --bn-scale uniform \
   --bn-momentum 0.95 \
   --bn-eps 1e-3 \
+  --fresh-stats false \
   --input-size 4 \
   --hidden-size 20 \
   --lstm-init authors \

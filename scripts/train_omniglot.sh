@@ -22,6 +22,7 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --n-eval 15 \
   --image-size 28 \
   --filters 32 \
+  --filter-scale 1 \
   --augment none \
   --pixels imagenet \
   --episode 20000 \
@@ -33,6 +34,7 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --bn-scale uniform \
   --bn-momentum 0.9 \
   --bn-eps 1e-3 \
+  --fresh-stats false \
   --input-size 4 \
   --hidden-size 20 \
   --lstm-init pytorch \

@@ -200,7 +200,7 @@ def flags_of(script):
     return dict(lines)
 
 
-@pytest.mark.parametrize("script", ["train_omniglot", *(f"train_{recipe}" for recipe in RECIPES)])
+@pytest.mark.parametrize("script", [path.stem for path in SCRIPTS if path.stem.startswith("train_")])
 def test_training_shows_every_hyper_parameter(script):
     assert {f"--{name.replace('_', '-')}" for name in HYPER_PARAMETERS} <= set(flags_of(script))
 
@@ -213,8 +213,15 @@ def test_testing_leaves_the_hyper_parameters_to_the_checkpoint(recipe):
 
 
 def test_no_two_recipes_share_a_run_folder():
-    saves = {flags_of(f"train_{recipe}")["--save"] for recipe in ("omniglot", *RECIPES)}
-    assert len(saves) == 1 + len(RECIPES)
+    scripts = ["pretrain", *(path.stem for path in SCRIPTS if path.stem.startswith("train_"))]
+    assert len({flags_of(script)["--save"] for script in scripts}) == len(scripts)
+
+
+def test_a_pretrained_learner_is_found_and_fits():
+    before, after = flags_of("pretrain"), flags_of("train_5s_5c_pretrained")
+    assert after["--start"] == f"{before['--save']}-{before['--seed']}"
+    shape = ("--image-size", "--filters", "--pixels", "--hidden-size", "--lstm-init", "--bf-init", "--bi-init", "--data")
+    assert {name: before[name] for name in shape} == {name: after[name] for name in shape}
 
 
 def test_quickstart_twice(repository, tmp_path):
