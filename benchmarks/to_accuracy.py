@@ -3,7 +3,7 @@
 Minutes are episodes times the time of one where the run was undisturbed, its fastest tenth: validations, pauses and other work
 on the machine do not count.
 A run that continues a checkpoint of another one, as the best recipes' do, begins with that one's validations if its folder is
-given, too.
+given, too. If its folder holds that of its pre-training, as ``pretraining/``, the minutes contain it.
 """
 
 from __future__ import annotations
@@ -35,18 +35,25 @@ def training(folder: Path) -> dict:
     raise UserError(f"{folder}: neither {NAME} nor ckpts/{LAST} there; name a run folder")
 
 
-def logged(folder: Path) -> list[dict]:
+def logged(folder: Path, kinds: frozenset[str] = frozenset({"train", "val"})) -> list[dict]:
+    """The events of a run, which are of all these kinds."""
     path = folder / "metrics.jsonl"
     try:
         events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        kinds = {event["event"] for event in events}
+        found = {event["event"] for event in events}
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); name a run folder") from e
     except (ValueError, LookupError, TypeError) as e:
         raise UserError(f"{path}: not a run's log ({type(e).__name__}); name a run folder") from e
-    if not {"train", "val"} <= kinds:
+    if not kinds <= found:
         raise UserError(f"{path}: no training with a validation in it yet")
     return events
+
+
+def seconds_each(events: list[dict]) -> float:
+    """Seconds of an episode, or of a batch, where the run was undisturbed."""
+    times = [1 / e["time"]["episodes_per_second"] for e in events if e["event"] == "train"]
+    return statistics.quantiles(times, n=10, method="inclusive")[0] if len(times) > 1 else times[0]
 
 
 def validations(folder: Path, folders: list[Path]) -> dict[int, dict]:
@@ -70,15 +77,18 @@ def table(folders: list[Path]) -> str:
         about, events, accuracies = training(folder), logged(folder), validations(folder, folders)
         stored = about["hyper_parameters"]
         shots = stored.get("n_shot", 5)
-        times = [1 / e["time"]["episodes_per_second"] for e in events if e["event"] == "train"]
-        seconds = statistics.quantiles(times, n=10, method="inclusive")[0] if len(times) > 1 else times[0]
+        seconds, before, length = seconds_each(events), 0.0, f"{events[-1]['episode']:,}"
+        if (folder / "pretraining").is_dir():
+            batches = logged(folder / "pretraining", frozenset({"train"}))
+            before = batches[-1]["episode"] * seconds_each(batches)
+            length += f" after {batches[-1]['episode']:,} batches"
         best = max(accuracies, key=lambda n: accuracies[n]["mean"])
         found = accuracies[best]
-        cells = [folder.name, recipe(stored), f"{events[-1]['episode']:,}", f"{1000 * seconds:.0f}"]
+        cells = [folder.name, recipe(stored), length, f"{1000 * seconds:.0f}"]
         cells.append(f"{found['mean']:.2f} ± {found['ci95']:.2f}, after {best:,}")
         for level in LEVELS.get(shots, ()):
             first = next((n for n in sorted(accuracies) if accuracies[n]["mean"] >= level), None)
-            cells.append(f"{first:,}, {first * seconds / 60:.0f} min" if first else "")
+            cells.append(f"{first:,}, {(before + first * seconds) / 60:.0f} min" if first else "")
         rows.setdefault(shots, []).append("| " + " | ".join(cells) + " |")
     blocks = []
     for shots in sorted(rows, reverse=True):

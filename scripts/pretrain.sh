@@ -17,7 +17,7 @@ exec "$PYTHON" "$ROOT/main.py" --mode pretrain \
   --filters 32 \
   --augment mirror \
   --pixels unit \
-  --episode 3000 \
+  --episode 6000 \
   --bn-scale uniform \
   --bn-momentum 0.95 \
   --bn-eps 1e-3 \

@@ -48,6 +48,16 @@ def test_a_run_that_continues_another_one_begins_with_its_validations(tmp_path):
     assert shown(tmp_path / "b")["b"]["50 %"] == "3,000, 15 min"
 
 
+def test_minutes_contain_the_pretraining_in_a_runs_folder(tmp_path):
+    write_run(tmp_path / "a", [58.0], [0.3])
+    write_run(tmp_path / "a" / "pretraining", [1.0, 2.0], [0.2, 0.2])
+    path = tmp_path / "a" / "pretraining" / "metrics.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if '"val"' not in line))
+    row = shown(tmp_path / "a")["a"]
+    assert row["episodes"] == "1,000 after 2,000 batches"
+    assert row["57.8 %"] == f"1,000, {(2000 * 0.2 + 1000 * 0.3) / 60:.0f} min"
+
+
 def test_each_number_of_shots_has_its_levels(tmp_path):
     write_run(tmp_path / "a", [43.5], [0.2])
     write_run(tmp_path / "b", [43.5], [0.2], n_shot=1)
