@@ -155,7 +155,7 @@ def contradictions(args: argparse.Namespace, stored: dict[str, object]) -> dict[
 def _key(test: dict) -> tuple:
     names = ("checkpoint", "episode", "data", "fingerprint", "n_class", "n_shot", "n_eval", "epoch", "batch_size")
     changed = sorted(test["contradicts_training"].items())
-    return (*(test[name] for name in names), test["episodes_drawn_by_seed"], str(test["counts"]), str(changed), _averaged(test))
+    return (*(test[name] for name in names), test["episodes_drawn_by_seed"], str(test["counts"]), str(changed), averaged(test))
 
 
 def _asked_for(folder: Path, checkpoint: dict) -> int | None:
@@ -175,7 +175,7 @@ def _progress(folder: Path) -> dict[str, object]:
         return {}
 
 
-def _averaged(test: dict) -> str:
+def averaged(test: dict) -> str:
     """Over what a test's answers are averaged, in words for a table; older results do not say, and are not averaged."""
     how = test.get("averaged", {"orders": 1, "mirror": False})
     over = [f"{how['orders']} orders of the classes"] * (how["orders"] > 1) + ["mirror images"] * how["mirror"]
@@ -278,7 +278,7 @@ def _table(data: str, n_class: int, shots: int, rows: list[tuple[dict, dict]]) -
             name += f", {' and '.join(news)} only after {training['resumed_from']['episode']:,} episodes"
         changed = {k: v for k, v in test["contradicts_training"].items() if k not in ("n_shot", "seed")}
         name += "".join(f", tested with {k.replace('_', '-')} {_words(v)}" for k, v in changed.items())
-        groups.setdefault(name + _averaged(test), []).append((training, test))
+        groups.setdefault(name + averaged(test), []).append((training, test))
     for name in sorted(groups):
         means: dict[tuple, dict[int, dict[int, float]]] = {}
         for training, test in sorted(groups[name], key=lambda row: (row[0]["seed"] or 0, row[1]["episode"])):
