@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import zipfile
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from around.flags import check_stored
+from learner import MIN_IMAGE_SIZE
 from metalearner import MetaLearner
 from utils import UserError, whole_file
 
@@ -112,17 +114,19 @@ def load_metalearner(metalearner: MetaLearner, content: dict, path: Path) -> Non
     metalearner.load_state_dict(found)
 
 
-def load_start(metalearner: MetaLearner, content: dict, path: Path, n_class: int) -> None:
+def load_start(metalearner: MetaLearner, content: dict, path: Path, args: argparse.Namespace) -> None:
     """Begin with another training's meta-learner. If that one had another number of classes, as pre-training has, the weights
-    and biases of the learner's last layer, a linear one, start at zero.
+    and biases of the learner's classifier, the end of cI, start at zero.
 
     Raises:
         UserError: the rest does not fit.
     """
-    cI, theirs = content["metalearner"].get("metalstm.cI"), content.get("hyper_parameters", {}).get("n_class", n_class)
-    if cI is not None and theirs != n_class:
-        of_a_class = (cI.numel() - metalearner.metalstm.cI.numel()) // (theirs - n_class)
-        cI = torch.cat((cI[: cI.numel() - theirs * of_a_class], cI.new_zeros(n_class * of_a_class, 1)))
+    stored, cI = content.get("hyper_parameters", {}), content["metalearner"].get("metalstm.cI")
+    alike = all(stored.get(name) == getattr(args, name) for name in ("filters", "image_size"))
+    if cI is not None and alike and stored.get("n_class", args.n_class) != args.n_class:
+        of_a_class = args.filters * (args.image_size // MIN_IMAGE_SIZE) ** 2 + 1
+        body = cI.reshape(-1, 1)[: max(cI.numel() - stored["n_class"] * of_a_class, 0)]
+        cI = torch.cat((body, body.new_zeros(args.n_class * of_a_class, 1)))
         content = {**content, "metalearner": {**content["metalearner"], "metalstm.cI": cI}}
     load_metalearner(metalearner, content, path)
 

@@ -136,7 +136,7 @@ class Run:
         self.about = (checkpoint or {}).get("about") or provenance(device, self.ranks.size)
         if self.origin is not None:
             path, origin = self.origin
-            checkpoints.load_start(metalearner, origin, path, args.n_class)
+            checkpoints.load_start(metalearner, origin, path, args)
             name = "/".join([part for part in path.resolve().parts if part != "ckpts"][-2:])
             self.about["started_from"] = {"checkpoint": name, "episode": origin["episode"]}
         if checkpoint is not None:

@@ -136,7 +136,9 @@ def test_refusals(pretrained, tmp_path, master, capsys):
     expect(capsys, pretrain(master, save, "--n-class", "3"), "--n-class 3", "all 6 classes")
     expect(capsys, pretrain(master, save, "--meta-batch", "2"), "--meta-batch 2", "pretrain")
     start = f"{pretrained}-719"
-    expect(capsys, train(master, save, "--start", start, "--filters", "16"), "--filters")
+    for n in ("16", "64", "33"):
+        expect(capsys, train(master, save, "--start", start, "--filters", n), "metalstm.cI", "--filters")
+    expect(capsys, train(master, save, "--start", start, "--image-size", "64"), "metalstm.cI", "--image-size")
     expect(capsys, train(master, save, "--resume", start, "--n-class", "6"), start, "--mode pretrain", "--start")
     assert not Path(f"{save}-719").exists()
     assert train(master, save) == 0

@@ -9,7 +9,7 @@
 namespace {
 
 constexpr int C = 32;  // filters of the learner
-constexpr int HALVES = C / LANES;
+constexpr int VECTORS = C / LANES;
 
 struct Shape {
   len images, height, width;
@@ -89,12 +89,12 @@ void statistics_of_image(const T* y, const Shape& s, double* sums) {
   for (len r = 0; r < s.height; r += 2) {
     const T* p = y + r * s.width * C;
     const len n = (r + 1 < s.height ? 2 : 1) * s.width;
-    vec mean[HALVES] = {}, square[HALVES] = {};
+    vec mean[VECTORS] = {}, square[VECTORS] = {};
     for (len k = 0; k < n; k++)
-      UNROLL for (int v = 0; v < HALVES; v++) mean[v] += load(p + k * C + v * LANES);
-    UNROLL for (int v = 0; v < HALVES; v++) mean[v] = mean[v] / float(n);
+      UNROLL for (int v = 0; v < VECTORS; v++) mean[v] += load(p + k * C + v * LANES);
+    UNROLL for (int v = 0; v < VECTORS; v++) mean[v] = mean[v] / float(n);
     for (len k = 0; k < n; k++)
-      UNROLL for (int v = 0; v < HALVES; v++) {
+      UNROLL for (int v = 0; v < VECTORS; v++) {
         const vec d = load(p + k * C + v * LANES) - mean[v];
         square[v] += d * d;
       }
@@ -149,10 +149,10 @@ template <class T>
 void gradient_sums_of_image(const T* grad, const T* pooled, const Affine& affine, const Shape& s, double* sums) {
   std::memset(sums, 0, 2 * C * sizeof(double));
   for (len r = 0; r < s.rows(); r++) {
-    vec plain[HALVES] = {}, product[HALVES] = {};
+    vec plain[VECTORS] = {}, product[VECTORS] = {};
     const len start = r * s.columns() * C;
     for (len k = start; k < start + s.columns() * C; k += C)
-      UNROLL for (int v = 0; v < HALVES; v++) {
+      UNROLL for (int v = 0; v < VECTORS; v++) {
         const vec y = load(pooled + k + v * LANES);
         const vec g = keep(affine.positive(y, v * LANES), load(grad + k + v * LANES));
         plain[v] += g;
