@@ -160,17 +160,28 @@ class Learner(FlatModule):
             self.add_module(f"norm{b}", norm)
         self.cls = nn.Linear(n_filters * (image_size // MIN_IMAGE_SIZE) ** 2, n_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Class scores.
+    def features(self, x: Tensor) -> Tensor:
+        """What the classifier reads.
 
         Args:
             x: images [B, 3, image_size, image_size], float.
 
         Returns:
-            Logits [B, n_classes]. In train mode the batch's own statistics normalise (and update the running ones);
-            in eval mode the running statistics do.
+            [B, n_filters * (image_size // 16)^2]. In train mode the batch's own statistics normalise (and update the running
+            ones); in eval mode the running statistics do.
         """
         for b in range(1, N_BLOCKS + 1):
             conv, norm = getattr(self, f"conv{b}"), getattr(self, f"norm{b}")
             x = F.max_pool2d(F.relu(norm(conv(x))), 2)
-        return self.cls(x.flatten(1))
+        return x.flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores.
+
+        Args:
+            x: as for ``features``.
+
+        Returns:
+            Logits [B, n_classes].
+        """
+        return self.cls(self.features(x))

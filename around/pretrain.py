@@ -4,6 +4,10 @@ A batch is an episode of all training classes in the order of their names, witho
 its images trains cI directly, and the gates not at all. A meta-learner that begins with the result (``--start``) keeps its
 convolutions; its classifier, of fewer classes, starts at zero (``checkpoints.load_start``).
 
+The classifier compares directions only, cos(features, weights of a class), as in Gidaris & Komodakis, "Dynamic Few-Shot Visual
+Learning without Forgetting", and Qi et al., "Low-Shot Learning with Imprinted Weights" (both 2018): the images of a class must
+then lie in one direction, that of their mean, to which a step of gradient descent moves an empty classifier.
+
 The paper compares with such a network as a baseline (section 5.1). To begin meta-learning with it is from Rusu et al.,
 "Meta-Learning with Latent Embedding Optimization", and Sun et al., "Meta-Transfer Learning for Few-Shot Learning" (both 2019).
 """
@@ -19,9 +23,11 @@ from torch import Tensor, nn
 
 from dataloader import scan_split
 from episode import Episode, accuracy, learned, step_if_finite, update_metalearner
-from learner import FlatModule
+from learner import FlatModule, Learner
 from metalearner import MetaLearner
 from utils import UserError
+
+COSINE_SCALE = 10.0  # of the cosines, so that a probability can come close to 1
 
 
 def all_classes(args: argparse.Namespace) -> int:
@@ -55,7 +61,7 @@ def lengthen_filters(learner: FlatModule, metalearner: MetaLearner, factor: floa
 
 def pretrain_batch(
     episode: Episode,
-    learner: FlatModule,
+    learner: Learner,
     metalearner: MetaLearner,
     optimizer: torch.optim.Optimizer,
     grad_clip: float,
@@ -76,7 +82,7 @@ def pretrain_batch(
     learner.train()
     learner.reset_batch_stats()
     learner.copy_flat_params(metalearner.metalstm.cI)
-    logits = learner(x)
+    logits = COSINE_SCALE * F.linear(F.normalize(learner.features(x)), F.normalize(learner.cls.weight))
     loss = F.cross_entropy(logits, y)
     grads = torch.autograd.grad(loss, list(learner.parameters()), allow_unused=True, materialize_grads=True)
     of_cI, cI = torch.cat([g.reshape(-1) for g in grads]), metalearner.metalstm.cI

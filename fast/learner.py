@@ -39,13 +39,13 @@ class FastLearner(Learner):
         self.conv_dtype = conv_dtype
         self._last: tuple[Tensor, int, Tensor, native.PatchMoments | None] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See ``Learner.forward``; fastest on images in channels_last memory format."""
+    def features(self, x: Tensor) -> Tensor:
+        """See ``Learner.features``; fastest on images in channels_last memory format."""
         x, moments = self._prepared(x)
         for b in range(1, N_BLOCKS + 1):
             conv, norm = getattr(self, f"conv{b}"), getattr(self, f"norm{b}")
             x = train_block(x, conv, norm, moments if b == 1 else None) if self.training else eval_block(x, conv, norm)
-        return self.cls(x.flatten(1).to(self.cls.weight.dtype))
+        return x.flatten(1).to(self.cls.weight.dtype)
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, native.PatchMoments | None]:
         """The images in ``conv_dtype`` and, where kernels use them, their moments: the same in all updates of an episode."""
