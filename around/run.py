@@ -288,7 +288,8 @@ class Run:
         if accuracies:
             loss, found = summary(losses), summary(accuracies)
             self._board("val", n, loss["mean"], found["mean"])
-            self.logger.event("val", episode=n, loss=loss, accuracy=found)
+            # of each episode, too: trials are compared episode by episode (benchmarks/trials.py)
+            self.logger.event("val", episode=n, loss=loss, accuracy=found, accuracies=[round(v, 2) for v in accuracies])
             better = self.best is None or found["mean"] > self.best["accuracy"]
             if better:
                 self.best = {"episode": n, "accuracy": found["mean"], "std": found["std"]}
