@@ -116,7 +116,8 @@ def load_metalearner(metalearner: MetaLearner, content: dict, path: Path) -> Non
 
 def load_start(metalearner: MetaLearner, content: dict, path: Path, args: argparse.Namespace) -> None:
     """Begin with another training's meta-learner. If that one had another number of classes, as pre-training has, the weights
-    and biases of the learner's classifier, the end of cI, start at zero.
+    and biases of the learner's classifier, the end of cI, start at zero. Of pre-training, which leaves the gates alone, only cI
+    is taken.
 
     Raises:
         UserError: the rest does not fit.
@@ -127,7 +128,9 @@ def load_start(metalearner: MetaLearner, content: dict, path: Path, args: argpar
         of_a_class = args.filters * (args.image_size // MIN_IMAGE_SIZE) ** 2 + 1
         body = cI.reshape(-1, 1)[: max(cI.numel() - stored["n_class"] * of_a_class, 0)]
         cI = torch.cat((body, body.new_zeros(args.n_class * of_a_class, 1)))
-        content = {**content, "metalearner": {**content["metalearner"], "metalstm.cI": cI}}
+    if cI is not None:
+        gates = metalearner.state_dict() if content.get("mode") == "pretrain" else content["metalearner"]
+        content = {"metalearner": {**gates, "metalstm.cI": cI}}
     load_metalearner(metalearner, content, path)
 
 

@@ -61,7 +61,7 @@ PORT = {
 }
 AUTHORS = {**PORT, "augment": "none", "pixels": "unit", "lstm_init": "authors", "bf_init": [4.0, 5.0], "shuffle": "episode"}
 FIVE_SHOT = {"epoch": 8, "batch_size": 25, "bn_momentum": 0.95}  # the schedules of both
-PRETRAINED = {**AUTHORS, "bf_init": [5.0, 6.0], "bi_init": [-1.2, -0.9], "filter_scale": 3.0, "grad_divisor": 6, "lr": 1e-4}
+PRETRAINED = {**AUTHORS, "bf_init": [5.0, 6.0], "bi_init": [-0.1, 0.1], "filter_scale": 100.0, "grad_divisor": 1, "lr": 1e-4}
 PRETRAINED |= {"lr_decay": 1.0, "fresh_stats": True}
 ONE_SHOT = {"epoch": 12, "batch_size": 5, "bn_momentum": 0.9}
 RECIPES = {  # as the scripts are called; for 5 shots or more, and for 1

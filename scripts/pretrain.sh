@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pre-training for train_5s_5c_pretrained.sh: before it meta-learns, the learner classifies all training classes, two images of
-# each in a batch (--n-shot and --n-eval). An "episode" is a batch. The gates wait for the episodes that follow.
+# each in a batch (--n-shot and --n-eval). An "episode" is a batch. The gates start with the training that follows.
 # Edit the flags below; flags given to this script override them.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
@@ -17,7 +17,7 @@ exec "$PYTHON" "$ROOT/main.py" --mode pretrain \
   --filters 32 \
   --augment mirror \
   --pixels unit \
-  --episode 6000 \
+  --episode 12000 \
   --bn-scale uniform \
   --bn-momentum 0.95 \
   --bn-eps 1e-3 \
@@ -25,7 +25,7 @@ exec "$PYTHON" "$ROOT/main.py" --mode pretrain \
   --hidden-size 20 \
   --lstm-init authors \
   --bf-init 5 6 \
-  --bi-init -1.2 -0.9 \
+  --bi-init -0.1 0.1 \
   --precision fp32 \
   --lr 2e-3 \
   --lr-decay 1 \

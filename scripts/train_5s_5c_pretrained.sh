@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# 5-way 5-shot from a pre-trained learner: run pretrain.sh first, in the same folder. Filters three times as long and steps of
-# about 1/25 of the gradient (--grad-divisor, with the gates that pretrain.sh gives) let the empty classifier learn first.
+# 5-way 5-shot from a pre-trained learner: run pretrain.sh first, in the same folder. Filters a hundred times as long and steps of
+# half the gradient (--filter-scale, --grad-divisor, --bi-init) train the empty classifier, and turn the filters hardly.
 # Edit the flags below; flags given to this script override them.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
@@ -18,11 +18,11 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --filters 32 \
   --augment none \
   --pixels unit \
-  --episode 400 \
+  --episode 200 \
   --episode-val 100 \
   --epoch 8 \
   --batch-size 25 \
-  --grad-divisor 6 \
+  --grad-divisor 1 \
   --shuffle episode \
   --bn-scale uniform \
   --bn-momentum 0.95 \
@@ -32,15 +32,15 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --hidden-size 20 \
   --lstm-init authors \
   --bf-init 5 6 \
-  --bi-init -1.2 -0.9 \
+  --bi-init -0.1 0.1 \
   --precision fp32 \
   --start logs-pretrain-719 \
-  --filter-scale 3 \
+  --filter-scale 100 \
   --lr 1e-4 \
   --lr-decay 1 \
   --meta-batch 1 \
   --grad-clip 0.25 \
   --n-workers 2 \
   --log-freq 50 \
-  --val-freq 200 \
+  --val-freq 100 \
   "$@"

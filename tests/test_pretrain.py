@@ -105,8 +105,10 @@ def test_it_resumes_to_the_same_bits(pretrained, tmp_path, master):
 
 def test_a_training_begins_with_its_convolutions_and_an_empty_classifier(pretrained, tmp_path, master):
     save = tmp_path / "logs"
-    assert train(master, save, "--start", f"{pretrained}-719", "--lr", "1e-30", episode=1, val_freq=0) == 0
+    gates = ["--bi-init", "0.5", "0.6"]
+    assert train(master, save, "--start", f"{pretrained}-719", "--lr", "1e-30", *gates, episode=1, val_freq=0) == 0
     cI, theirs = (tensors(name)["metalearner"]["metalstm.cI"] for name in (save, pretrained))
+    assert 0.5 <= tensors(save)["metalearner"]["metalstm.bI"] <= 0.6  # pre-training leaves the gates to this training
     n = 32 + 1  # features of a 16-pixel image, and the bias
     assert torch.equal(cI[: -3 * n], theirs[: -6 * n])
     assert cI[-3 * n :].abs().max() < 1e-20
