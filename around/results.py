@@ -210,7 +210,7 @@ def recipe(stored: dict[str, object]) -> str:
     stored = known["port"] | checkpoints.OLDER | stored
     differ = {name: [k for k, v in settings.items() if stored[k] != v] for name, settings in known.items()}
     name = min(differ, key=lambda name: len(differ[name]))
-    changes = [f"{k.replace('_', '-')} {_words(stored[k])}" for k in HYPER_PARAMETERS if k in differ[name]]
+    changes = [f"{k.replace('_', '-')} {spelled(stored[k])}" for k in HYPER_PARAMETERS if k in differ[name]]
     return name + (", but " + ", ".join(changes) if changes else "")
 
 
@@ -221,7 +221,14 @@ def length(training: dict, test: dict) -> tuple[int | None, int | None]:
     return seen, told.get("asked_for") or seen
 
 
-def _words(value: object) -> str:
+def begun_with(training: dict) -> str:
+    """The run folder whose checkpoint a training began with (``--start``), or nothing."""
+    origin = training.get("started_from")
+    return origin["checkpoint"].split("/")[-2] if origin else ""
+
+
+def spelled(value: object) -> str:
+    """A hyper-parameter's value as one types it after its flag."""
     return " ".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
 
 
@@ -271,13 +278,13 @@ def _table(data: str, n_class: int, shots: int, rows: list[tuple[dict, dict]]) -
     for training, test in rows:
         trained_on = training["hyper_parameters"].get("n_shot", shots)
         name = recipe(training["hyper_parameters"]) + (f", trained on {trained_on}-shot" if trained_on != shots else "")
-        if training.get("started_from"):
-            name += f", begun with {training['started_from']['checkpoint'].split('/')[-2]}"
+        if origin := begun_with(training):
+            name += f", begun with {origin}"
         if training.get("changed"):
-            news = (f"{k.replace('_', '-')} {_words(v)}" for k, v in training["changed"].items())
+            news = (f"{k.replace('_', '-')} {spelled(v)}" for k, v in training["changed"].items())
             name += f", {' and '.join(news)} only after {training['resumed_from']['episode']:,} episodes"
         changed = {k: v for k, v in test["contradicts_training"].items() if k not in ("n_shot", "seed")}
-        name += "".join(f", tested with {k.replace('_', '-')} {_words(v)}" for k, v in changed.items())
+        name += "".join(f", tested with {k.replace('_', '-')} {spelled(v)}" for k, v in changed.items())
         groups.setdefault(name + averaged(test), []).append((training, test))
     for name in sorted(groups):
         means: dict[tuple, dict[int, dict[int, float]]] = {}

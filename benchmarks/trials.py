@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from to_accuracy import logged, seconds_each, training
 
 from around.flags import HYPER_PARAMETERS
+from around.results import begun_with, spelled
 from utils import UserError, complain, summary
 
 EPISODES = ("seed", "n_class", "n_shot", "n_eval")  # which episodes a run is validated on
@@ -27,12 +28,8 @@ def interval(values: list[float], sign: str = "") -> str:
 
 def changes(stored: dict[str, object], first: dict[str, object]) -> str:
     """The hyper-parameters that are not the first run's, as flags."""
-    words = []
-    for name in (name for name in HYPER_PARAMETERS if stored.get(name) != first.get(name)):
-        value = stored.get(name)
-        shown = " ".join(f"{v:g}" for v in value) if isinstance(value, list) else value
-        words.append(f"`--{name.replace('_', '-')} {shown}`")
-    return ", ".join(words)
+    names = [name for name in HYPER_PARAMETERS if stored.get(name) != first.get(name)]
+    return ", ".join(f"`--{name.replace('_', '-')} {spelled(stored.get(name))}`" for name in names)
 
 
 def table(folders: list[Path], kept: list[Path]) -> str:
@@ -52,10 +49,9 @@ def table(folders: list[Path], kept: list[Path]) -> str:
         if before and len(before) != len(found):
             n = f"{len(found)} episodes, {folders[0]} on {len(before)}"
             raise UserError(f"{folder}: validated on {n}; name runs of one kind")
-        begins = origin["checkpoint"].split("/")[-2] if (origin := about.get("started_from")) else ""
         stored, first = about["hyper_parameters"], abouts[0]["hyper_parameters"]
         seconds, n = seconds_each(events), events[-1]["episode"]
-        cells = [folder.name, begins, changes(stored, first)]
+        cells = [folder.name, begun_with(about), changes(stored, first)]
         cells += [f"{best['episode']:,} of {n:,}", f"{n * seconds / 60:.0f}", interval(found)]
         paired = before and all(stored.get(name) == first.get(name) for name in EPISODES)
         cells += [interval([a - b for a, b in zip(found, before, strict=True)], "+") if paired else ""]

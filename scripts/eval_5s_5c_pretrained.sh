@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Test the best checkpoint of train_5s_5c_pretrained.sh, with the hyper-parameters it was trained with.
-# Answers are averaged over mirror images; the order of the classes matters little to a classifier that starts empty.
+# Answers are averaged over mirror images.
 # Flags given to this script override; --resume CKPT tests another checkpoint.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"

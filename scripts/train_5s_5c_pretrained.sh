@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# 5-way 5-shot from a pre-trained learner: run pretrain.sh first, in the same folder. Filters a hundred times as long and steps of
-# half the gradient (--filter-scale, --grad-divisor, --bi-init) train the empty classifier, and turn the filters hardly.
+# 5-way 5-shot from a pre-trained learner: run pretrain.sh first, in the same folder. Filters a hundred times as long
+# (--filter-scale) and steps of half the gradient (--grad-divisor, --bi-init) train the empty classifier and hardly turn the filters.
 # Edit the flags below; flags given to this script override them.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
