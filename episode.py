@@ -56,26 +56,25 @@ def updates(
 
     Yields:
         After each update the loss [] that led to it and the meta-learner's new state, whose ``c`` [P, 1] is the learner's new
-        parameters, with their graph unless under ``torch.no_grad()``.
+        parameters, with their graph unless under ``torch.no_grad()``. Of a learner that adapts its classifier only, it is the
+        classifier's, see ``MetaLearner.complete``.
     """
     learner_w_grad.train()
     learner_w_grad.reset_batch_stats()
-    state = metalearner.initial_state()
-    for x, y in minibatches(episode, batch_size):
-        learner_w_grad.copy_flat_params(state.c)
-        loss, grad = learner_w_grad.loss_and_grad(x, y)
+    learner_w_grad.copy_flat_params(metalearner.metalstm.cI)
+    adapted, inputs = learner_w_grad.to_adapt(episode.support)
+    state = metalearner.initial_state(adapted.size())
+    for x, y in minibatches(episode._replace(support=inputs), batch_size):
+        adapted.copy_flat_params(state.c)
+        loss, grad = adapted.loss_and_grad(x, y)
         state = metalearner(loss, grad / (metalearner.grad_divisor or len(x)), state)
         yield loss, state
 
 
 def adapt(
-    episode: Episode, learner_w_grad: FlatModule, metalearner: MetaLearner, batch_size: int, fresh_stats: bool = False
+    episode: Episode, learner_w_grad: FlatModule, metalearner: MetaLearner, batch_size: int
 ) -> tuple[Tensor, list[Tensor]]:
     """All updates of an episode, see ``updates``.
-
-    Args:
-        fresh_stats: pass over the support set once more with the last parameters, so that learner_w_grad's running statistics
-            are theirs; otherwise they are those of the parameters before the last update, as in the authors' code.
 
     Returns:
         The last cell state [P, 1] and the support losses, [] each.
@@ -83,12 +82,8 @@ def adapt(
     losses = []
     for loss, state in updates(episode, learner_w_grad, metalearner, batch_size):
         losses.append(loss)
-        cI = state.c
-    if fresh_stats:
-        learner_w_grad.copy_flat_params(cI)
-        with torch.no_grad():
-            learner_w_grad(episode.support)
-    return cI, losses
+        c = state.c
+    return metalearner.complete(c), losses
 
 
 def query_loss(
@@ -194,16 +189,15 @@ def evaluate_episode(
     learner_wo_grad: FlatModule,
     metalearner: MetaLearner,
     batch_size: int,
-    fresh_stats: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The same inner loop without the meta-learner's graph; the support set's running statistics normalise the query images.
 
-    Both learners are overwritten: give evaluation a pair of its own. ``fresh_stats`` as for ``adapt``.
+    Both learners are overwritten: give evaluation a pair of its own.
 
     Returns:
         Query loss [] and query accuracy [] in percent, still on the device.
     """
     learner_wo_grad.eval()
-    cI, _ = adapt(episode, learner_w_grad, metalearner, batch_size, fresh_stats)
+    cI, _ = adapt(episode, learner_w_grad, metalearner, batch_size)
     loss, logits = query_loss(episode, learner_w_grad, learner_wo_grad, cI)
     return loss, accuracy(logits, episode.query_y)

@@ -57,6 +57,10 @@ class FlatModule(nn.Module):
             raise ValueError(f"the flat vector has {flat.numel()} numbers, but this learner has {sum(sizes)}")
         return [part.view(shape) for part, shape in zip(flat.reshape(-1).split(sizes), shapes, strict=True)]
 
+    def size(self) -> int:
+        """P."""
+        return sum(shape.numel() for _, _, shape in self.slots())
+
     def get_flat_params(self) -> Tensor:
         """A detached copy of the parameters as one vector [P]."""
         return torch.cat([getattr(m, name).detach().reshape(-1) for m, name, _ in self.slots()])
@@ -108,6 +112,17 @@ class FlatModule(nn.Module):
             if hasattr(m, "reset_running_stats"):
                 m.reset_running_stats()
 
+    def to_adapt(self, x: Tensor) -> tuple[FlatModule, Tensor]:
+        """What an episode trains: this network or a part of it whose parameters are the last ones of the flat vector.
+
+        Args:
+            x: the support images [N, ...].
+
+        Returns:
+            The part, and what it reads of them, [N, ...]. Here: all of it.
+        """
+        return self, x
+
     def loss_and_grad(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross entropy of a minibatch and its gradient, both detached.
 
@@ -123,6 +138,10 @@ class FlatModule(nn.Module):
         return loss.detach(), torch.cat([g.reshape(-1) for g in grads]).unsqueeze(1)
 
 
+class Classifier(FlatModule, nn.Linear):
+    """The learner's last layer, which can be trained alone."""
+
+
 class Learner(FlatModule):
     """Four blocks of convolution, batch normalisation, ReLU and 2x2 max-pooling, then a linear classifier.
 
@@ -134,6 +153,9 @@ class Learner(FlatModule):
         bn_scale: where batch normalisation's scale starts: "uniform" for U(0, 1), as in the authors' Torch and the port's
             PyTorch 1.0; "one" as in PyTorch since 1.2.
         n_filters: filters of each convolution.
+        adapt: what an episode trains: "all", or "classifier", the last layer only. Then nothing before it depends on the
+            episode: batch normalisation does not look at the batch, but has mean 0 and variance 1 for its statistics, and it is
+            for the filters to make them so (``around.pretrain.fold_statistics``).
 
     Raises:
         ValueError: ``image_size`` is smaller than 16, so that nothing is left after four poolings.
@@ -147,6 +169,7 @@ class Learner(FlatModule):
         n_classes: int,
         bn_scale: str = "uniform",
         n_filters: int = 32,
+        adapt: str = "all",
     ):
         super().__init__()
         if image_size < MIN_IMAGE_SIZE:
@@ -158,7 +181,23 @@ class Learner(FlatModule):
                 nn.init.uniform_(norm.weight)
             self.add_module(f"conv{b}", conv)
             self.add_module(f"norm{b}", norm)
-        self.cls = nn.Linear(n_filters * (image_size // MIN_IMAGE_SIZE) ** 2, n_classes)
+        self.cls = Classifier(n_filters * (image_size // MIN_IMAGE_SIZE) ** 2, n_classes)
+        self.adapt = adapt
+        self.train()
+
+    def train(self, mode: bool = True) -> Learner:
+        """See ``nn.Module.train``. Only where all of the learner adapts does batch normalisation have two modes."""
+        super().train(mode)
+        for b in range(1, N_BLOCKS + 1):
+            getattr(self, f"norm{b}").train(mode and self.adapt == "all")
+        return self
+
+    def to_adapt(self, x: Tensor) -> tuple[FlatModule, Tensor]:
+        """See ``FlatModule.to_adapt``: all of it, or the classifier, which reads the images' features."""
+        if self.adapt == "all":
+            return self, x
+        with torch.no_grad():
+            return self.cls, self.features(x)
 
     def features(self, x: Tensor) -> Tensor:
         """What the classifier reads.
@@ -167,8 +206,8 @@ class Learner(FlatModule):
             x: images [B, 3, image_size, image_size], float.
 
         Returns:
-            [B, n_filters * (image_size // 16)^2]. In train mode the batch's own statistics normalise (and update the running
-            ones); in eval mode the running statistics do.
+            [B, n_filters * (image_size // 16)^2]. In train mode, if all of it adapts, the batch's own statistics normalise (and
+            update the running ones); otherwise the running statistics do.
         """
         for b in range(1, N_BLOCKS + 1):
             conv, norm = getattr(self, f"conv{b}"), getattr(self, f"norm{b}")

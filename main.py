@@ -39,7 +39,7 @@ from around.evaluation import Evaluator, judge
 from around.flags import parse, run_folder, settle
 from around.lanes import MetaBatch
 from around.predict import predict
-from around.pretrain import all_classes, lengthen_filters, pretrain_batch
+from around.pretrain import MEASURED, all_classes, fold_statistics, pretrain_batch
 from around.ranks import Ranks, end
 from around.recording import RECORDED, record, write_trace
 from around.results import contradictions, export, provenance, tables, write_results
@@ -63,7 +63,7 @@ def make_reproducible(seed: int) -> None:
 def build(args: argparse.Namespace, way: Way) -> tuple[tuple[FlatModule, FlatModule], MetaLearner]:
     """The pair (learner_w_grad, learner_wo_grad), and the meta-learner, whose cI starts as the learner's parameters."""
     make_reproducible(args.seed)
-    shape = (args.image_size, args.bn_eps, args.bn_momentum, args.n_class, args.bn_scale, args.filters)
+    shape = (args.image_size, args.bn_eps, args.bn_momentum, args.n_class, args.bn_scale, args.filters, args.adapt)
     learner_w_grad = way.learner(*shape).to(way.device)
     learner_wo_grad = copy.deepcopy(learner_w_grad)
     theta = learner_w_grad.get_flat_params()
@@ -118,8 +118,9 @@ def train(run: Run) -> None:
     )
     fingerprints = {"train": train_set.fingerprint, "val": "not used" if pretraining else val_set.fingerprint}
     done = run.restore(metalearner, optimizer, fingerprints, way.device, description)
-    if run.origin:
-        lengthen_filters(learners[0], metalearner, args.filter_scale)
+    if args.adapt == "classifier" and not run.folded:
+        few = episodes(train_set.first(MEASURED), 0, 0, way.device, False)
+        fold_statistics(args, metalearner, (torch.cat((episode.support, episode.query)) for episode in few))
 
     def validate(n: int) -> None:
         if run.due(n):

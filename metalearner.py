@@ -133,11 +133,20 @@ class MetaLearner(nn.Module):
             nn.init.zeros_(self.lstm.bias_hh).requires_grad_(False)
         self.metalstm = MetaLSTMCell(hidden_size, n_learner_params, bi_range, bf_range)
 
-    def initial_state(self) -> MetaState:
-        """The state before the first update: c_0 = cI, all else zero."""
-        cI = self.metalstm.cI
+    def initial_state(self, n: int | None = None) -> MetaState:
+        """The state before the first update: c_0 = cI, all else zero.
+
+        Args:
+            n: the last n coordinates only, which then are all that ``forward`` updates; P by default.
+        """
+        cI = self.metalstm.cI[-(n or len(self.metalstm.cI)) :]
         h, zero = cI.new_zeros(cI.shape[0], self.lstm.hidden_size), torch.zeros_like(cI)
         return MetaState(h, h, zero, zero, cI)
+
+    def complete(self, c: Tensor) -> Tensor:
+        """The parameters [P, 1] of a learner whose last ones are a cell state c [n, 1]; the others are constants, cI's."""
+        cI = self.metalstm.cI
+        return c if len(c) == len(cI) else torch.cat((cI[: len(cI) - len(c)].detach(), c))
 
     def forward(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
         """One update of the learner.

@@ -61,13 +61,12 @@ def adapted(
     learner_wo_grad: FlatModule,
     metalearner: MetaLearner,
     batch_size: int,
-    fresh_stats: bool,
 ) -> None:
     """Train the learner on a view of the support set: ``learner_wo_grad`` takes over the result, in eval mode."""
     x, places = episode.support, torch.from_numpy(view.places).to(episode.support_y.device)
     seen = episode._replace(support=mirrored(x) if view.mirrored else x, support_y=places[episode.support_y])
     learner_wo_grad.eval()
-    cI, _ = adapt(seen, learner_w_grad, metalearner, batch_size, fresh_stats)
+    cI, _ = adapt(seen, learner_w_grad, metalearner, batch_size)
     learner_wo_grad.transfer_params(learner_w_grad, cI)
 
 
@@ -86,21 +85,19 @@ def evaluate_averaged(
     batch_size: int,
     orders: np.ndarray,
     mirror: bool,
-    fresh_stats: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``episode.evaluate_episode`` with averaged probabilities.
 
     Args:
         orders: from ``class_orders``.
         mirror: whether mirror images are averaged over, too.
-        fresh_stats: as for ``episode.adapt``.
 
     Returns:
         Query loss [] and query accuracy [] in percent.
     """
     found = []
     for view in views(orders, mirror):
-        adapted(episode, view, learner_w_grad, learner_wo_grad, metalearner, batch_size, fresh_stats)
+        adapted(episode, view, learner_w_grad, learner_wo_grad, metalearner, batch_size)
         found.append(answer(episode.query, view, learner_wo_grad, mirror))
     mean = torch.stack(found).mean(0)
     logs = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()  # or one image of probability 0 makes the loss infinite

@@ -15,7 +15,8 @@ from metalearner import MetaLearner
 from utils import UserError, whole_file
 
 # in checkpoints from before these flags
-OLDER = {"bn_scale": "one", "meta_batch": 1, "lr_decay": 0.0, "grad_divisor": 0, "fresh_stats": False, "filter_scale": 1.0}
+OLDER = {"bn_scale": "one", "meta_batch": 1, "lr_decay": 0.0, "grad_divisor": 0, "adapt": "all", "bn_shift": 0.0}
+RETIRED = {"fresh_stats": False, "filter_scale": 1.0}  # flags of some days in 2026, at the values that are understood
 
 
 def save(content: dict, *paths: Path) -> None:
@@ -57,6 +58,8 @@ def load(path: Path, flag: str = "--resume") -> dict:
     if wrong:
         raise UserError(f"{path}: {wrong}; take another checkpoint")
     stored = content.get("hyper_parameters", {})
+    if isinstance(stored, dict):
+        stored = {k: v for k, v in stored.items() if not (k in RETIRED and v == RETIRED[k])}
     check_stored(path, stored)
     if stored:
         content["hyper_parameters"] = OLDER | stored

@@ -39,7 +39,7 @@ class Evaluator:
         metalearner: MetaLearner,
         ranks: Ranks = ALONE,
     ):
-        how = {"metalearner": metalearner, "batch_size": args.batch_size, "fresh_stats": args.fresh_stats}
+        how = {"metalearner": metalearner, "batch_size": args.batch_size}
         one = partial(evaluate_episode, **how)
         orders = class_orders(args.n_class, args.orders or 1, args.seed)
         if len(orders) > 1 or args.mirror:

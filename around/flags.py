@@ -26,15 +26,15 @@ HYPER_PARAMETERS = (
     "grad_divisor",
     "image_size",
     "filters",
-    "filter_scale",
+    "adapt",
     "grad_clip",
     "bn_momentum",
     "bn_eps",
-    "fresh_stats",
     "augment",
     "pixels",
     "shuffle",
     "bn_scale",
+    "bn_shift",
     "lstm_init",
     "bf_init",
     "bi_init",
@@ -120,12 +120,15 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     add("--shuffle", "pass", words, choices=("pass", "episode"))
     words = "start of batch normalisation's scale: uniform, U(0, 1), as both earlier codes; one, as PyTorch since 1.2"
     add("--bn-scale", "uniform", words, choices=("uniform", "one"))
+    words = "what adapts to an episode: all of the learner, as in the paper; classifier: its last layer, while all before it "
+    words += "stays as it starts, normalised by statistics of training images"
+    add("--adapt", "all", words, choices=("all", "classifier"))
+    words = "with --adapt classifier: raise the shift of the last batch normalisation, when training begins, by X standard "
+    words += "deviations; the higher, the fewer features are zero"
+    add("--bn-shift", 0.0, words, type=real(-10, 10), metavar="X")
     words = "filters of each convolution; on a CPU, kernels are for 32"
     add("--filters", 32, words, type=whole(1, 1024), metavar="N")
     add("--bn-momentum", 0.95, "share of the newest batch in the running statistics", type=real(0, 1), metavar="X")
-    words = "to validate and test, normalise the query images by the support set's statistics under the learner's last "
-    words += "weights; false: under those before the last update, as both earlier codes"
-    add("--fresh-stats", False, words, type=boolean, metavar="BOOL")
     add("--bn-eps", 1e-3, "epsilon of batch normalisation", type=real(0, 1, low_open=True), metavar="X")
 
     add = group("meta-learner and its training")
@@ -135,8 +138,6 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     words = "checkpoint of another training, whose meta-learner a new one begins with (default: a random one); a classifier of "
     words += "another number of classes starts at zero"
     add("--start", None, words, metavar="PATH")
-    words = "factor of the filters that a training with --start begins with; with more than 1 the same step turns them less"
-    add("--filter-scale", 1.0, words, type=real(0, 1e6, low_open=True), metavar="X")
     add("--lr", 1e-3, "learning rate of Adam", type=real(0, 1, low_open=True), metavar="X")
     words = "share of the training, at its end, in which the learning rate falls evenly to 0; 0: never, as both earlier codes"
     add("--lr-decay", 0.0, words, type=real(0, 1), metavar="X")
@@ -206,6 +207,8 @@ def settle(
         low, high = getattr(args, name)
         if low > high:
             raise UserError(f"--{name.replace('_', '-')} {low:g} {high:g}: the first must not be the larger one")
+    if args.bn_shift and args.adapt != "classifier":
+        raise UserError(f"--bn-shift {args.bn_shift:g}: is for --adapt classifier only; give that, or leave the shift out")
     return args
 
 

@@ -96,7 +96,7 @@ def trained_learners(
     episode, found = Episode(x, labels, nothing, nothing, order), []
     for view in shown:
         found.append(copy.deepcopy(learners[1]))
-        adapted(episode, view, learners[0], found[-1], metalearner, args.batch_size, args.fresh_stats)
+        adapted(episode, view, learners[0], found[-1], metalearner, args.batch_size)
     return found
 
 

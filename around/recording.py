@@ -19,8 +19,8 @@ RECORDED = 20  # validation episodes that are followed update by update
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def layers(learner: FlatModule) -> dict[str, slice]:
-    """The learner's layers and their places in the flat parameter vector, in its order.
+def layers(learner: FlatModule, n: int) -> dict[str, slice]:
+    """The learner's layers and their places in the last n numbers of the flat parameter vector, in its order.
 
     A layer is a module with a matrix or filters of its own, and the modules with vectors only (biases, normalisation) that
     follow it.
@@ -33,7 +33,8 @@ def layers(learner: FlatModule) -> dict[str, slice]:
             found[layer] = slice(start, start)
         start += shape.numel()
         found[layer] = slice(found[layer].start, start)
-    return found
+    before = start - n
+    return {layer: slice(s.start - before, s.stop - before) for layer, s in found.items() if s.start >= before}
 
 
 @torch.no_grad()
@@ -47,7 +48,7 @@ def record(
     """Follow all episodes of a data set update by update.
 
     Returns:
-        E episodes, T updates, L layers:
+        E episodes, T updates, L layers that adapt:
         ``layers``: [L] their names; ``forget``, ``input``: [E, T, L, 6] float32, the gates after the sigmoid: mean over the
         layer's coordinates, then ``QUANTILES``; ``moved``: [E, T, L], |c_t - cI| / |cI| of the layer; ``support``, ``query``:
         [E, T + 1], accuracy in percent of the learner on either set, with the running statistics, first of cI itself with the
@@ -56,19 +57,19 @@ def record(
     """
     w_grad, wo_grad = learners
     wo_grad.eval()
-    where = layers(w_grad)
     cI = metalearner.metalstm.cI
     found: dict[str, list] = {k: [] for k in ("forget", "input", "moved", "support", "query")}
     for episode in episodes(dataset, 0, 0, device, False):
         rows: dict[str, list] = {k: [] for k in found}
         for _, state in updates(episode, w_grad, metalearner, batch_size):
-            for c in (state.c,) if rows["query"] else (cI, state.c):
-                logits = query_loss(episode, w_grad, wo_grad, c)[1]
+            c, start, where = metalearner.complete(state.c), cI[-len(state.c) :], layers(w_grad, len(state.c))
+            for parameters in (c,) if rows["query"] else (cI, c):
+                logits = query_loss(episode, w_grad, wo_grad, parameters)[1]
                 rows["query"].append(accuracy(logits, episode.query_y))
                 rows["support"].append(accuracy(wo_grad(episode.support), episode.support_y))
             rows["forget"].append(_spread(torch.sigmoid(state.f), where))
             rows["input"].append(_spread(torch.sigmoid(state.i), where))
-            rows["moved"].append(torch.stack([(state.c[s] - cI[s]).norm() / cI[s].norm() for s in where.values()]))
+            rows["moved"].append(torch.stack([(state.c[s] - start[s]).norm() / start[s].norm() for s in where.values()]))
         for k, values in rows.items():
             found[k].append(torch.stack(values))
     arrays = {k: torch.stack(v).float().cpu().numpy() for k, v in found.items()}

@@ -41,6 +41,7 @@ PORT = {
     "augment": "port",
     "pixels": "imagenet",
     "bn_scale": "uniform",
+    "bn_shift": 0.0,
     "lstm_init": "pytorch",
     "bf_init": [4.0, 6.0],
     "bi_init": [-5.0, -4.0],
@@ -53,16 +54,15 @@ PORT = {
     "precision": "fp32",
     "n_eval": 15,
     "filters": 32,
-    "filter_scale": 1.0,
+    "adapt": "all",
     "hidden_size": 20,
     "bn_eps": 1e-3,
-    "fresh_stats": False,
     "shuffle": "pass",
 }
 AUTHORS = {**PORT, "augment": "none", "pixels": "unit", "lstm_init": "authors", "bf_init": [4.0, 5.0], "shuffle": "episode"}
 FIVE_SHOT = {"epoch": 8, "batch_size": 25, "bn_momentum": 0.95}  # the schedules of both
-PRETRAINED = {**AUTHORS, "bf_init": [5.0, 6.0], "bi_init": [-0.1, 0.1], "filter_scale": 100.0, "grad_divisor": 1, "lr": 1e-4}
-PRETRAINED |= {"lr_decay": 1.0, "fresh_stats": True}
+PRETRAINED = {**AUTHORS, "bf_init": [5.0, 6.0], "adapt": "classifier", "bn_shift": 0.3, "grad_divisor": 1}
+PRETRAINED |= {"lr": 1e-4, "lr_decay": 1.0}
 ONE_SHOT = {"epoch": 12, "batch_size": 5, "bn_momentum": 0.9}
 RECIPES = {  # as the scripts are called; for 5 shots or more, and for 1
     "port": (PORT | FIVE_SHOT, PORT | ONE_SHOT),
@@ -71,7 +71,10 @@ RECIPES = {  # as the scripts are called; for 5 shots or more, and for 1
         AUTHORS | FIVE_SHOT | {"lr_decay": 0.2},
         AUTHORS | ONE_SHOT | {"epoch": 8, "bn_momentum": 0.95, "lr": 5e-4, "lr_decay": 0.5, "grad_divisor": 25},
     ),
-    "pretrained": (PRETRAINED | FIVE_SHOT, PRETRAINED | ONE_SHOT),
+    "pretrained": (
+        PRETRAINED | FIVE_SHOT | {"bi_init": [0.5, 0.7]},
+        PRETRAINED | FIVE_SHOT | {"batch_size": 5, "bi_init": [-1.4, -1.2]},
+    ),
 }
 # 97.5 % quantile of Student's t distribution for 1, 2, ... 10 degrees of freedom
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

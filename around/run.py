@@ -32,7 +32,7 @@ MAX_SKIPPED = 20  # updates in a row whose loss or gradient is not finite
 HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 OLD_FINGERPRINT = re.compile("[0-9a-f]{8}-[0-9a-f]{8}")  # before the house: checksums of the names and of the decoded pixels
 # hyper-parameters that say nothing after the first episode
-START_ONLY = ("bn_scale", "lstm_init", "bf_init", "bi_init", "filter_scale")
+START_ONLY = ("bn_scale", "lstm_init", "bf_init", "bi_init", "adapt", "bn_shift")
 
 
 class Run:
@@ -97,6 +97,12 @@ class Run:
         self.validated, self.best = 0, None
         self.since_log: dict[str, list] = {"loss": [], "accuracy": [], "skipped": []}  # since the last log line
         self.skipped_in_a_row = 0
+
+    @property
+    def folded(self) -> bool:
+        """Whether the meta-learner that this run goes on with already contains batch statistics, see ``fold_statistics``."""
+        origin = self.checkpoint or (self.origin[1] if self.origin else {})
+        return origin.get("hyper_parameters", {}).get("adapt") == "classifier"
 
     @property
     def finished(self) -> bool:

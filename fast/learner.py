@@ -33,9 +33,10 @@ class FastLearner(Learner):
         n_classes: int,
         bn_scale: str = "uniform",
         n_filters: int = 32,
+        adapt: str = "all",
         conv_dtype: torch.dtype | None = None,
     ):
-        super().__init__(image_size, bn_eps, bn_momentum, n_classes, bn_scale, n_filters)
+        super().__init__(image_size, bn_eps, bn_momentum, n_classes, bn_scale, n_filters, adapt)
         self.conv_dtype = conv_dtype
         self._last: tuple[Tensor, int, Tensor, native.PatchMoments | None] | None = None
 
@@ -44,14 +45,14 @@ class FastLearner(Learner):
         x, moments = self._prepared(x)
         for b in range(1, N_BLOCKS + 1):
             conv, norm = getattr(self, f"conv{b}"), getattr(self, f"norm{b}")
-            x = train_block(x, conv, norm, moments if b == 1 else None) if self.training else eval_block(x, conv, norm)
+            x = train_block(x, conv, norm, moments if b == 1 else None) if norm.training else eval_block(x, conv, norm)
         return x.flatten(1).to(self.cls.weight.dtype)
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, native.PatchMoments | None]:
         """The images in ``conv_dtype`` and, where kernels use them, their moments: the same in all updates of an episode."""
         if self._last is None or self._last[0] is not x or self._last[1] != x._version:
             images = x.to(self.conv_dtype or x.dtype)
-            wanted = self.training and native.handles_block(images, self.conv1.weight)
+            wanted = self.norm1.training and native.handles_block(images, self.conv1.weight)
             self._last = (x, x._version, images, native.PatchMoments.of(images) if wanted else None)
         return self._last[2:]
 
@@ -106,7 +107,7 @@ def train_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, moments: nativ
 
 def eval_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """The same with the running statistics; arguments and result as for ``train_block``."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, conv.weight, conv.bias, norm.weight, norm.bias)):
         return _eval_block(x, conv, norm)
     if native.handles_block(x, conv.weight):
         return native.eval_block(x, conv, norm)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Pre-training for train_5s_5c_pretrained.sh: before it meta-learns, the learner classifies all training classes, two images of
-# each in a batch (--n-shot and --n-eval). An "episode" is a batch. The gates start with the training that follows.
+# Pre-training for train_5s_5c_pretrained.sh and train_1s_5c_pretrained.sh: before it meta-learns, the learner classifies all
+# training classes, two images of each in a batch (--n-shot and --n-eval). An "episode" is a batch. The gates start with the
+# training that follows.
 # Edit the flags below; flags given to this script override them.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
@@ -21,11 +22,6 @@ exec "$PYTHON" "$ROOT/main.py" --mode pretrain \
   --bn-scale uniform \
   --bn-momentum 0.95 \
   --bn-eps 1e-3 \
-  --input-size 4 \
-  --hidden-size 20 \
-  --lstm-init authors \
-  --bf-init 5 6 \
-  --bi-init -0.1 0.1 \
   --precision fp32 \
   --lr 2e-3 \
   --lr-decay 1 \

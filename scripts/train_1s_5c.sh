@@ -15,7 +15,6 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --n-eval 15 \
   --image-size 84 \
   --filters 32 \
-  --filter-scale 1 \
   --augment port \
   --pixels imagenet \
   --episode 75000 \
@@ -25,9 +24,10 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --grad-divisor 0 \
   --shuffle pass \
   --bn-scale uniform \
+  --bn-shift 0 \
   --bn-momentum 0.9 \
   --bn-eps 1e-3 \
-  --fresh-stats false \
+  --adapt all \
   --input-size 4 \
   --hidden-size 20 \
   --lstm-init pytorch \

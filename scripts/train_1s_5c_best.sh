@@ -16,7 +16,6 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --n-eval 15 \
   --image-size 84 \
   --filters 32 \
-  --filter-scale 1 \
   --augment none \
   --pixels unit \
   --episode 8000 \
@@ -26,9 +25,10 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --grad-divisor 25 \
   --shuffle episode \
   --bn-scale uniform \
+  --bn-shift 0 \
   --bn-momentum 0.95 \
   --bn-eps 1e-3 \
-  --fresh-stats false \
+  --adapt all \
   --input-size 4 \
   --hidden-size 20 \
   --lstm-init authors \

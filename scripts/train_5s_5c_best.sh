@@ -15,7 +15,6 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --n-eval 15 \
   --image-size 84 \
   --filters 32 \
-  --filter-scale 1 \
   --augment none \
   --pixels unit \
   --episode 20000 \
@@ -25,9 +24,10 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --grad-divisor 0 \
   --shuffle episode \
   --bn-scale uniform \
+  --bn-shift 0 \
   --bn-momentum 0.95 \
   --bn-eps 1e-3 \
-  --fresh-stats false \
+  --adapt all \
   --input-size 4 \
   --hidden-size 20 \
   --lstm-init authors \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# 5-way 5-shot from a pre-trained learner: run pretrain.sh first, in the same folder. Filters a hundred times as long
-# (--filter-scale) and steps of half the gradient (--grad-divisor, --bi-init) train the empty classifier and hardly turn the filters.
+# 5-way 5-shot from a pre-trained learner: run pretrain.sh first, in the same folder. The classifier alone adapts (--adapt), by
+# steps of up to the whole gradient (--grad-divisor), of about two thirds of it at first (--bi-init).
 # Edit the flags below; flags given to this script override them.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
@@ -19,23 +19,23 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --augment none \
   --pixels unit \
   --episode 200 \
-  --episode-val 100 \
+  --episode-val 300 \
   --epoch 8 \
   --batch-size 25 \
   --grad-divisor 1 \
   --shuffle episode \
   --bn-scale uniform \
+  --bn-shift 0.3 \
   --bn-momentum 0.95 \
   --bn-eps 1e-3 \
-  --fresh-stats true \
+  --adapt classifier \
   --input-size 4 \
   --hidden-size 20 \
   --lstm-init authors \
   --bf-init 5 6 \
-  --bi-init -0.1 0.1 \
+  --bi-init 0.5 0.7 \
   --precision fp32 \
   --start logs-pretrain-719 \
-  --filter-scale 100 \
   --lr 1e-4 \
   --lr-decay 1 \
   --meta-batch 1 \

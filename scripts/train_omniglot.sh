@@ -22,7 +22,6 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --n-eval 15 \
   --image-size 28 \
   --filters 32 \
-  --filter-scale 1 \
   --augment none \
   --pixels imagenet \
   --episode 20000 \
@@ -32,9 +31,10 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --grad-divisor 0 \
   --shuffle pass \
   --bn-scale uniform \
+  --bn-shift 0 \
   --bn-momentum 0.9 \
   --bn-eps 1e-3 \
-  --fresh-stats false \
+  --adapt all \
   --input-size 4 \
   --hidden-size 20 \
   --lstm-init pytorch \

@@ -142,7 +142,7 @@ def test_checkpoint_of_the_older_port(master, trained, tmp_path, capsys):
 def of_commit_6c46975(content):
     """A checkpoint as that commit wrote it: without the flags that came later, with fingerprints of another form."""
     later = {"bn_scale", "pixels", "shuffle", "lstm_init", "bf_init", "filters", "meta_batch", "lr_decay", "grad_divisor"}
-    later |= {"fresh_stats", "filter_scale"}
+    later |= {"adapt", "bn_shift"}
     kept = ("episode", "metalearner", "optim", "hyper_parameters", "best", "run")
     old = {k: content[k] for k in kept}
     old["hyper_parameters"] = {k: v for k, v in content["hyper_parameters"].items() if k not in later}

@@ -15,7 +15,7 @@ from dataloader import scan_split
 from episode import Episode, adapt, evaluate_episode, minibatches, query_loss, train_episode, updates
 from fast.graphs import step_on_device
 from fast.threads import side_by_side
-from learner import FlatModule
+from learner import Classifier, FlatModule
 
 
 def make(way, n_class=3, n_shot=2, n_eval=2, n_pass=2, size=16, dtype=torch.float32, seed=0):
@@ -103,24 +103,51 @@ def test_gradient_agrees_with_finite_differences(way):
             assert parameter.grad.view(-1)[k].item() == pytest.approx((above - below) / (2 * step), rel=1e-4, abs=1e-8)
 
 
-def test_fresh_statistics_are_those_of_the_last_weights(way):
-    episode, w_grad, wo_grad, meta = make(way, dtype=torch.float64)
-    cI, _ = adapt(episode, w_grad, meta, 4)
-    stale = [t.clone() for t in w_grad.buffers()]
-    cI_again, _ = adapt(episode, w_grad, meta, 4, fresh_stats=True)
-    assert torch.equal(cI, cI_again)
-    w_grad.copy_flat_params(cI)
-    fresh = [t.clone() for t in w_grad.buffers()]
-    for now, then in zip(w_grad.buffers(), stale, strict=True):
-        now.copy_(then)
-    w_grad.train()
+def classifier_only(way, dtype=torch.float64):
+    episode, w_grad, wo_grad, meta = make(way, dtype=dtype)
+    for learner in (w_grad, wo_grad):
+        learner.adapt = "classifier"
+        learner.train()
+    return episode, w_grad, wo_grad, meta
+
+
+def test_a_classifier_can_adapt_alone(way):
+    """As an episode of a linear learner whose inputs are the features, and whose meta-learner has the end of cI."""
+    episode, w_grad, wo_grad, meta = classifier_only(way)
+    n, cI = 3 * (32 + 1), meta.metalstm.cI.detach()
+    alone = METALEARNERS[way](4, 5, n).double()
+    alone.load_state_dict(meta.state_dict() | {"metalstm.cI": cI[-n:]})
     with torch.no_grad():
-        w_grad(episode.support)  # all of it at once
-    moved = [t for t in stale if t.dim()]
-    assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(fresh, w_grad.buffers(), strict=True))
-    assert not any(torch.allclose(a, b, rtol=1e-3) for a, b in zip([t for t in fresh if t.dim()], moved, strict=True))
-    evaluate_episode(episode, w_grad, wo_grad, meta, 4, fresh_stats=True)
-    assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(fresh, wo_grad.buffers(), strict=True))
+        images = wo_grad.eval().features(torch.cat((episode.support, episode.query)))
+    linear = episode._replace(support=images[: len(episode.support)], query=images[len(episode.support) :])
+    pair = [Classifier(32, 3).double() for _ in range(2)]
+    for batch_size in (100, 4):
+        found, losses = adapt(episode, w_grad, meta, batch_size)
+        expected, theirs = adapt(linear, pair[0], alone, batch_size)
+        assert torch.allclose(torch.stack(losses), torch.stack(theirs), rtol=1e-9)
+        assert torch.equal(found[:-n], cI[:-n])
+        assert torch.allclose(found[-n:], expected, rtol=1e-9)
+        loss, _ = query_loss(episode, w_grad, wo_grad.train(), found)
+        gradient = torch.autograd.grad(loss, list(meta.parameters()))
+        gradients = torch.autograd.grad(query_loss(linear, *pair, expected)[0], list(alone.parameters()))
+        for (name, _), a, b in zip(meta.named_parameters(), gradient, gradients, strict=True):
+            assert torch.allclose(a[-len(b) :], b, rtol=1e-6, atol=1e-15), name
+            assert not a[: -len(b)].any(), name
+
+
+def test_then_an_image_is_judged_alone(way):
+    """Nothing before the classifier depends on the other images of a batch, in train mode as in eval mode."""
+    episode, w_grad, wo_grad, meta = classifier_only(way)
+    cI, _ = adapt(episode, w_grad, meta, 100)
+    for learner in (wo_grad.train(), wo_grad.eval()):
+        _, logits = query_loss(episode, w_grad, learner, cI)
+        one = episode._replace(query=episode.query[:1].clone(), query_y=episode.query_y[:1])
+        assert torch.allclose(query_loss(one, w_grad, learner, cI)[1], logits[:1], rtol=1e-9)
+    assert all((norm.running_mean == 0).all() and (norm.running_var == 1).all() for norm in norms(wo_grad))
+
+
+def norms(learner):
+    return [m for m in learner.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
 def test_evaluation_leaves_training_alone_and_builds_no_graph(way):

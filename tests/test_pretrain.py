@@ -12,7 +12,7 @@ from test_episode import make
 from torch.nn.functional import cross_entropy
 
 import main
-from around.pretrain import pretrain_batch
+from around.pretrain import MEASURED, pretrain_batch
 from dataloader import episodes, eval_image, load_image, scan_split, to_input
 from learner import Learner
 
@@ -116,27 +116,40 @@ def test_a_training_begins_with_its_convolutions_and_an_empty_classifier(pretrai
     assert tensors(save)["about"]["started_from"] == {"checkpoint": "logs-719/meta-learner-last.pth.tar", "episode": 4}
 
 
-def test_a_training_may_begin_with_longer_filters(pretrained, tmp_path, master):
-    save = tmp_path / "logs"
-    assert train(master, save, "--start", f"{pretrained}-719", "--filter-scale", "3", "--lr", "1e-30", val_freq=2) == 0
-    learner = Learner(16, 1e-3, 0.95, 3)
-    names, cI = [name for name, _ in learner.named_parameters()], tensors(save)["metalearner"]["metalstm.cI"]
-    found = dict(zip(names, learner.slices(cI), strict=True))
-    theirs = Learner(16, 1e-3, 0.95, 6).slices(tensors(pretrained)["metalearner"]["metalstm.cI"])
-    for (name, ours), before in zip(found.items(), theirs, strict=True):
-        if not name.startswith("cls"):
-            factor = 3 if name.startswith("conv") and name.endswith("weight") else 1
-            assert torch.allclose(ours, factor * before), name
-    # once only, not again when it resumes
+def test_statistics_of_training_images_become_part_of_the_filters(pretrained, tmp_path, master):
+    save, first = tmp_path / "logs", tmp_path / "first"
+    flags = ["--adapt", "classifier", "--bn-shift", "0.5", "--lr", "1e-30"]
+    assert train(master, first, "--start", f"{pretrained}-719", "--lr", "1e-30", episode=1, val_freq=0) == 0
+    assert train(master, save, "--start", f"{pretrained}-719", *flags, val_freq=2) == 0
+    ours, theirs = (Learner(16, 1e-3, 0.95, 3, adapt=adapt) for adapt in ("classifier", "all"))
+    ours.copy_flat_params(tensors(save)["metalearner"]["metalstm.cI"])
+    theirs.copy_flat_params(tensors(first)["metalearner"]["metalstm.cI"])
+    shown = dataset("plain", master, n_class=3, n_shot=1, n_eval=2, length=MEASURED)
+    batches = [torch.cat((e.support, e.query)) for e in episodes(shown, 0, 0, CPU, False)]
+    for norm in (theirs.norm1, theirs.norm2, theirs.norm3, theirs.norm4):
+        norm.momentum = None  # the mean of all batches
+    with torch.no_grad():
+        theirs.train()
+        theirs.reset_batch_stats()
+        for x in batches:
+            theirs(x)
+        theirs.eval()
+        theirs.norm4.bias += 0.5 * theirs.norm4.weight.abs()
+        assert torch.allclose(ours.train()(batches[0]), theirs(batches[0]), rtol=1e-3, atol=1e-5)
+    # once only: not when it resumes, and not by a training that begins with it
+    cI = tensors(save)["metalearner"]["metalstm.cI"]
     assert train(master, save, "--resume", "auto", "--lr", "1e-30", episode=6, val_freq=2) == 0
-    again = tensors(save)["metalearner"]["metalstm.cI"]
-    assert torch.allclose(again, torch.cat([v.reshape(-1, 1) for v in found.values()]))
+    assert torch.allclose(tensors(save)["metalearner"]["metalstm.cI"], cI, atol=1e-20)
+    assert train(master, tmp_path / "next", "--start", f"{save}-719", *flags, episode=1, val_freq=0) == 0
+    assert torch.allclose(tensors(tmp_path / "next")["metalearner"]["metalstm.cI"], cI, atol=1e-20)
 
 
 def test_refusals(pretrained, tmp_path, master, capsys):
     save = tmp_path / "logs"
     expect(capsys, pretrain(master, save, "--n-class", "3"), "--n-class 3", "all 6 classes")
     expect(capsys, pretrain(master, save, "--meta-batch", "2"), "--meta-batch 2", "pretrain")
+    expect(capsys, pretrain(master, save, "--adapt", "classifier"), "--adapt classifier", "pretrain")
+    expect(capsys, pretrain(master, save, "--bn-shift", "0.4"), "--bn-shift 0.4", "--adapt classifier")
     start = f"{pretrained}-719"
     for n in ("16", "64", "33"):
         expect(capsys, train(master, save, "--start", start, "--filters", n), "metalstm.cI", "--filters")

@@ -217,10 +217,11 @@ def test_no_two_recipes_share_a_run_folder():
     assert len({flags_of(script)["--save"] for script in scripts}) == len(scripts)
 
 
-def test_a_pretrained_learner_is_found_and_fits():
-    before, after = flags_of("pretrain"), flags_of("train_5s_5c_pretrained")
+@pytest.mark.parametrize("shots", [1, 5])
+def test_a_pretrained_learner_is_found_and_fits(shots):
+    before, after = flags_of("pretrain"), flags_of(f"train_{shots}s_5c_pretrained")
     assert after["--start"] == f"{before['--save']}-{before['--seed']}"
-    shape = ("--image-size", "--filters", "--pixels", "--hidden-size", "--lstm-init", "--bf-init", "--bi-init", "--data")
+    shape = ("--image-size", "--filters", "--pixels", "--data")
     assert {name: before[name] for name in shape} == {name: after[name] for name in shape}
 
 
