@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from around import checkpoints
 from around.recording import QUANTILES, read_trace
@@ -161,13 +161,12 @@ def training_time(train: list[dict]) -> tuple[np.ndarray, str]:
     return seconds / size, unit
 
 
-def ways(folder: Path) -> int | None:
-    """The number of classes that a run's model tells apart, from its checkpoint or else from its tests, if it has either."""
+def settings(folder: Path) -> dict[str, object]:
+    """A run's hyper-parameters and its mode, from its checkpoint or else from its tests; empty if it has neither."""
     if (folder / "ckpts" / LAST).is_file():
-        known = checkpoints.load(folder / "ckpts" / LAST).get("hyper_parameters", {})
-    else:
-        known = read_results(folder)["training"]["hyper_parameters"] if (folder / RESULTS).exists() else {}
-    return known.get("n_class")
+        content = checkpoints.load(folder / "ckpts" / LAST)
+        return {"mode": content.get("mode", "train"), **content.get("hyper_parameters", {})}
+    return read_results(folder)["training"]["hyper_parameters"] if (folder / RESULTS).exists() else {}
 
 
 # ---- Pictures ----
@@ -180,7 +179,8 @@ def curves(folder: Path) -> Figure:
     val = [e for e in events if e["event"] == "val"]
     episode = np.array([e["episode"] for e in train])
     time, unit = training_time(train)
-    n = ways(folder)
+    known = settings(folder)
+    n = known.get("n_class")
     figure, axes = plt.subplots(2, 2, figsize=(8, 5.6), sharex="col", sharey="row")
     for row, (key, name, chance) in enumerate((("loss", "loss", math.log), ("accuracy", "accuracy, %", lambda n: 100 / n))):
         values = np.array([e[f"mean_{key}"] for e in train], dtype=float)
@@ -197,11 +197,12 @@ def curves(folder: Path) -> Figure:
                 look = {"color": ORANGE, "fmt": "s--", "markersize": 3, "linewidth": 1, "capsize": 2}
                 axis.errorbar(at, centre, half, **look, label="validation, ± 95 %")
         axes[row, 0].set_ylabel(name)
-    axes[1, 0].set_xlabel("episodes")
+    axes[1, 0].set_xlabel("batches" if known.get("mode") == "pretrain" else "episodes")
     axes[1, 1].set_xlabel(f"{unit} of training, without validations and pauses")
     figure.suptitle(f"{shorten(folder.resolve().name, 50)}: training{' and validation' if val else ''}")
     words = "Two measures: training normalises query images by their own batch's statistics, validation by the support set's."
-    look = {"ncols": 3, "fontsize": 8, "title": words if val else None, "title_fontsize": 8}
+    differ = val and known.get("adapt") != "classifier"
+    look = {"ncols": 3, "fontsize": 8, "title": words if differ else None, "title_fontsize": 8}
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", **look)
     return figure
 
@@ -209,7 +210,8 @@ def curves(folder: Path) -> Figure:
 def gates(name: str, trace: dict[str, np.ndarray]) -> Figure:
     """Forget and input gates over the updates, layer by layer (compare the paper's figure 2)."""
     layers = trace["layers"]
-    figure, axes = plt.subplots(2, len(layers), figsize=(1 + 2 * len(layers), 4.8), sharex=True, sharey="row", squeeze=False)
+    size = (max(7, 1 + 2 * len(layers)), 4.8)
+    figure, axes = plt.subplots(2, len(layers), figsize=size, sharex=True, sharey="row", squeeze=False)
     for row, (key, colour) in enumerate((("forget", BLUE), ("input", ORANGE))):
         gate = trace[key]  # [E, T, L, 6]
         t = np.arange(1, gate.shape[1] + 1)
@@ -242,6 +244,7 @@ def movement(name: str, trace: dict[str, np.ndarray]) -> Figure:
         axis.plot(np.arange(1, len(moved) + 1), 100 * moved[:, k], **look, label=shorten(str(layer), 24))
     axis.set(xlabel="update", ylabel="|c_t − cI| / |cI|, %", title=f"{shorten(name, 40)}: distance from cI", yscale="log")
     axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(LogFormatter())  # the usual one writes formulas, which STYLE forbids
     figure.legend(loc="outside right upper", fontsize=8, handlelength=3)
     return figure
 

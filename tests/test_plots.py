@@ -13,7 +13,7 @@ from torch import nn
 
 import main
 from around import plots
-from around.plots import curves, fonts_for, histogram, read_metrics, shorten, smooth, style, training_time, ways
+from around.plots import curves, fonts_for, histogram, read_metrics, settings, shorten, smooth, style, training_time
 from around.recording import QUANTILES, layers, read_trace, record, write_trace
 from around.words import plain
 from dataloader import EpisodeDataset, scan_split
@@ -122,12 +122,22 @@ def test_the_names_of_the_classes_are_recorded(master, run):
 
 def test_layers_cover_the_flat_vector():
     learner = Learner(32, 1e-3, 0.95, 5)
-    found = list(layers(learner).values())
+    found = list(layers(learner, learner.size()).values())
     assert len(found) == 5
     assert [s.start for s in found[1:]] == [s.stop for s in found[:-1]]
     assert (found[0].start, found[-1].stop) == (0, learner.get_flat_params().numel())
     assert found[0].stop == 32 * 27 + 32 * 3
     assert found[-1].stop - found[-1].start == learner.cls.weight.numel() + 5
+    assert layers(learner, learner.cls.size()) == {"cls": slice(0, learner.cls.size())}
+
+
+def test_a_classifier_that_adapts_alone_has_its_gates_only(master, tmp_path):
+    save = tmp_path / "logs"
+    assert train(master, save, "--adapt", "classifier", "--plots", "true") == 0
+    trace = read_trace(Path(f"{save}-719"))
+    assert list(trace["layers"]) == ["cls"]
+    assert trace["forget"].shape[2] == trace["moved"].shape[2] == 1
+    assert drawn(save) == ALL
 
 
 class Two(FlatModule):
@@ -144,7 +154,7 @@ class Two(FlatModule):
 
 def test_another_learner_has_its_own_layers(master, run, tmp_path):
     learners = (Two(), Two())
-    assert list(layers(learners[0])) == ["body.1", "head"]
+    assert list(layers(learners[0], learners[0].size())) == ["body.1", "head"]
     theta = learners[0].get_flat_params()
     metalearner = MetaLearner(4, 4, len(theta))
     metalearner.metalstm.init_cI(theta)
@@ -187,7 +197,7 @@ def test_the_time_axis_has_a_fitting_unit_and_no_pauses():
 
 def test_chance_and_the_measures_are_in_the_curves(run):
     folder = Path(f"{run}-719")
-    assert ways(folder) == 3
+    assert settings(folder)["n_class"] == 3
     figure = curves(folder)
     for axes, level in zip(figure.axes[::2], (np.log(3), 100 / 3), strict=True):
         assert any(np.allclose(found.get_ydata(), level) for found in axes.lines)
@@ -201,9 +211,9 @@ def test_a_published_run_has_no_checkpoints(master, run, tmp_path):
     folder = copied(run, tmp_path / "logs-719")
     assert do_test(master, tmp_path / "logs", "--episode-test", "2") == 0
     shutil.rmtree(folder / "ckpts")
-    assert ways(folder) == 3
+    assert settings(folder)["n_class"] == 3
     (folder / "results.json").unlink()
-    assert ways(folder) is None
+    assert settings(folder) == {}
     assert plot(tmp_path / "logs") == 0
 
 
