@@ -68,10 +68,6 @@ RECIPES = {  # as the scripts are called; for 5 shots or more, and for 1
     "port": (PORT | FIVE_SHOT, PORT | ONE_SHOT),
     "authors": (AUTHORS | FIVE_SHOT, AUTHORS | ONE_SHOT),
     "best": (
-        AUTHORS | FIVE_SHOT | {"lr_decay": 0.2},
-        AUTHORS | ONE_SHOT | {"epoch": 8, "bn_momentum": 0.95, "lr": 5e-4, "lr_decay": 0.5, "grad_divisor": 25},
-    ),
-    "pretrained": (
         PRETRAINED | FIVE_SHOT | {"bi_init": [0.5, 0.7]},
         PRETRAINED | FIVE_SHOT | {"batch_size": 5, "bi_init": [-1.4, -1.2]},
     ),

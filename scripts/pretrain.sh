@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pre-training for train_5s_5c_pretrained.sh and train_1s_5c_pretrained.sh: before it meta-learns, the learner classifies all
+# Pre-training for train_5s_5c_best.sh and train_1s_5c_best.sh: before it meta-learns, the learner classifies all
 # training classes, two images of each in a batch (--n-shot and --n-eval). An "episode" is a batch. The gates start with the
 # training that follows.
 # Edit the flags below; flags given to this script override them.

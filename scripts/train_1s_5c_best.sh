@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# 5-way 1-shot, beyond the paper: begins with the 5-shot meta-learner in results/, whose steps it keeps (--grad-divisor 25);
-# the learning rate falls to 0 in the second half.
+# 5-way 1-shot from a pre-trained learner: run pretrain.sh first, in the same folder. The classifier alone adapts (--adapt), by
+# steps of up to the whole gradient (--grad-divisor), of about a fifth of it at first (--bi-init).
 # Edit the flags below; flags given to this script override them.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
@@ -18,29 +18,29 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --filters 32 \
   --augment none \
   --pixels unit \
-  --episode 8000 \
-  --episode-val 100 \
+  --episode 200 \
+  --episode-val 300 \
   --epoch 8 \
   --batch-size 5 \
-  --grad-divisor 25 \
+  --grad-divisor 1 \
   --shuffle episode \
   --bn-scale uniform \
-  --bn-shift 0 \
+  --bn-shift 0.3 \
   --bn-momentum 0.95 \
   --bn-eps 1e-3 \
-  --adapt all \
+  --adapt classifier \
   --input-size 4 \
   --hidden-size 20 \
   --lstm-init authors \
-  --bf-init 4 5 \
-  --bi-init -5 -4 \
+  --bf-init 5 6 \
+  --bi-init -1.4 -1.2 \
   --precision fp32 \
-  --start "$ROOT/results/miniImagenet-5s5c-best-719/meta-learner.pth.tar" \
-  --lr 5e-4 \
-  --lr-decay 0.5 \
+  --start logs-pretrain-719 \
+  --lr 1e-4 \
+  --lr-decay 1 \
   --meta-batch 1 \
   --grad-clip 0.25 \
   --n-workers 2 \
   --log-freq 50 \
-  --val-freq 1000 \
+  --val-freq 100 \
   "$@"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# 5-way 5-shot, beyond the paper: the authors' recipe with a learning rate that falls to 0 in the last fifth.
+# 5-way 5-shot from a pre-trained learner: run pretrain.sh first, in the same folder. The classifier alone adapts (--adapt), by
+# steps of up to the whole gradient (--grad-divisor), of about two thirds of it at first (--bi-init).
 # Edit the flags below; flags given to this script override them.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
@@ -17,28 +18,29 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --filters 32 \
   --augment none \
   --pixels unit \
-  --episode 20000 \
-  --episode-val 100 \
+  --episode 200 \
+  --episode-val 300 \
   --epoch 8 \
   --batch-size 25 \
-  --grad-divisor 0 \
+  --grad-divisor 1 \
   --shuffle episode \
   --bn-scale uniform \
-  --bn-shift 0 \
+  --bn-shift 0.3 \
   --bn-momentum 0.95 \
   --bn-eps 1e-3 \
-  --adapt all \
+  --adapt classifier \
   --input-size 4 \
   --hidden-size 20 \
   --lstm-init authors \
-  --bf-init 4 5 \
-  --bi-init -5 -4 \
+  --bf-init 5 6 \
+  --bi-init 0.5 0.7 \
   --precision fp32 \
-  --lr 1e-3 \
-  --lr-decay 0.2 \
+  --start logs-pretrain-719 \
+  --lr 1e-4 \
+  --lr-decay 1 \
   --meta-batch 1 \
   --grad-clip 0.25 \
   --n-workers 2 \
   --log-freq 50 \
-  --val-freq 1000 \
+  --val-freq 100 \
   "$@"
