@@ -139,7 +139,7 @@ class MetaLearner(nn.Module):
         Args:
             n: the last n coordinates only, which then are all that ``forward`` updates; P by default.
         """
-        cI = self.metalstm.cI[-(n or len(self.metalstm.cI)) :]
+        cI = self.metalstm.cI if n in (None, len(self.metalstm.cI)) else self.metalstm.cI[-n:]
         h, zero = cI.new_zeros(cI.shape[0], self.lstm.hidden_size), torch.zeros_like(cI)
         return MetaState(h, h, zero, zero, cI)
 

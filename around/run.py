@@ -31,7 +31,7 @@ from utils import UserError, locked, release_locks, summary
 MAX_SKIPPED = 20  # updates in a row whose loss or gradient is not finite
 HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 OLD_FINGERPRINT = re.compile("[0-9a-f]{8}-[0-9a-f]{8}")  # before the house: checksums of the names and of the decoded pixels
-# hyper-parameters that say nothing after the first episode
+# hyper-parameters that shape the first episode, and cannot change after it
 START_ONLY = ("bn_scale", "lstm_init", "bf_init", "bi_init", "adapt", "bn_shift")
 
 

@@ -44,10 +44,10 @@ WAYS = tuple(LEARNERS)
 class Model:
     """Learners, meta-learner and Adam as in training, in one of the two ways, always from the same initialisation."""
 
-    def __init__(self, way, image_size, dtype=torch.float32, conv_dtype=None, device="cpu", batch_size=25):
+    def __init__(self, way, image_size, dtype=torch.float32, conv_dtype=None, device="cpu", batch_size=25, adapt="all"):
         torch.manual_seed(1)
         extra = {} if conv_dtype is None else {"conv_dtype": conv_dtype}  # which only the fast learner has
-        w_grad = LEARNERS[way](image_size, 1e-3, 0.95, 5, **extra).to(device, dtype)
+        w_grad = LEARNERS[way](image_size, 1e-3, 0.95, 5, adapt=adapt, **extra).to(device, dtype)
         self.learners, self.scratch = ((w_grad, copy.deepcopy(w_grad)), (copy.deepcopy(w_grad), copy.deepcopy(w_grad)))
         self.meta = METALEARNERS[way](4, 20, w_grad.get_flat_params().numel()).to(device, dtype)
         self.meta.metalstm.init_cI(w_grad.get_flat_params())

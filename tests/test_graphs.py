@@ -154,10 +154,11 @@ def episodes(n, device, image_size=16):
 
 
 @pytest.mark.parametrize("conv_dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("batch_size", [25, 4])
-def test_captured_episodes_are_the_eager_ones_bit_for_bit(device, batch_size, conv_dtype, capsys):
+@pytest.mark.parametrize(("batch_size", "adapt"), [(25, "all"), (4, "all"), (4, "classifier")])
+def test_captured_episodes_are_the_eager_ones_bit_for_bit(device, batch_size, adapt, conv_dtype, capsys):
     """Training and testing by turns, from the warm-up into the replays."""
-    eager, graphed = (Model("fast", 16, conv_dtype=conv_dtype, device=device, batch_size=batch_size) for _ in range(2))
+    how = {"conv_dtype": conv_dtype, "device": device, "batch_size": batch_size, "adapt": adapt}
+    eager, graphed = (Model("fast", 16, **how) for _ in range(2))
     train, test = graphed.captured("train"), graphed.captured("test")
     for episode in episodes(WARM_UP + CHECKED + 2, device):
         for ours, theirs in zip((*train(episode), *test(episode)), (*eager.train(episode), *eager.test(episode)), strict=True):

@@ -105,15 +105,15 @@ def test_the_detector_detects(guilty, device):
 
 
 @pytest.mark.parametrize("conv_dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("batch_size", [25, 10])
+@pytest.mark.parametrize(("batch_size", "adapt"), [(25, "all"), (10, "all"), (10, "classifier")])
 @pytest.mark.parametrize("device", DEVICES)
-def test_nothing_in_an_episode_synchronises(master, batch_size, conv_dtype, device):
+def test_nothing_in_an_episode_synchronises(master, batch_size, adapt, conv_dtype, device):
     """Inner loop, backward pass, clipping, Adam, accuracy; the second episode finds Adam's state there already."""
-    fast = Model("fast", 16, conv_dtype=conv_dtype, device=device, batch_size=batch_size)
+    how = {"conv_dtype": conv_dtype, "device": device, "batch_size": batch_size, "adapt": adapt}
+    fast, first = (Model("fast", 16, **how) for _ in range(2))
     before = fast.meta.metalstm.cI.detach().clone()
     batches = list(drawn(master, 16, 2, device=torch.device(device)))
-    first = Model("fast", 16, conv_dtype=conv_dtype, device=device)  # a GPU's kernels are checked at their first use
-    first.train(batches[0])
+    first.train(batches[0])  # a GPU's kernels are checked at their first use
     first.test(batches[0])
     with no_synchronisation():
         for episode in batches:

@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from around import checkpoints
 
 
-@pytest.mark.parametrize("batch_size", [25, 10])
-def test_twenty_consecutive_episodes_of_training_are_the_plain_ones(master, batch_size):
+@pytest.mark.parametrize(("batch_size", "adapt"), [(25, "all"), (10, "all"), (10, "classifier")])
+def test_twenty_consecutive_episodes_of_training_are_the_plain_ones(master, batch_size, adapt):
     """In float64, where rounding cannot hide a wrong gradient and none has room to grow."""
-    plain, fast = (Model(way, 32, torch.float64, batch_size=batch_size) for way in ("plain", "fast"))
+    plain, fast = (Model(way, 32, torch.float64, batch_size=batch_size, adapt=adapt) for way in ("plain", "fast"))
     for episode in drawn(master, 32, 20 if batch_size == 25 else 2, torch.float64):
         results = zip(fast.train(episode), plain.train(episode), strict=True)
         assert all(ours.item() == pytest.approx(theirs.item(), rel=1e-9) for ours, theirs in results)
