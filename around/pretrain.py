@@ -57,8 +57,8 @@ def fold_statistics(args: argparse.Namespace, metalearner: MetaLearner, batches:
     Normalised by mean 0 and variance 1, as ``Learner`` has it with ``adapt="classifier"``, the blocks then do what they did
     with the statistics. (Bronskill et al., "TaskNorm", 2020, compare where a few-shot learner may take its statistics from.)
 
-    Pre-training leaves 86 % of the features of mini-ImageNet's images zero; a classifier of new classes misses those that a
-    higher shift brings back (results/recipe-search.md).
+    A long pre-training leaves 85 % of the features of mini-ImageNet's images zero; a higher shift brings some back, which helps
+    to tell new classes apart (results/recipe-search.md).
 
     Args:
         args: the flags that shape the learner.
