@@ -39,7 +39,7 @@ from around.evaluation import Evaluator, judge
 from around.flags import parse, run_folder, settle
 from around.lanes import MetaBatch
 from around.predict import predict
-from around.pretrain import MEASURED, all_classes, fold_statistics, pretrain_batch
+from around.pretrain import all_classes, fold_statistics, pretrain_batch
 from around.ranks import Ranks, end
 from around.recording import RECORDED, record, write_trace
 from around.results import contradictions, export, provenance, tables, write_results
@@ -119,8 +119,7 @@ def train(run: Run) -> None:
     fingerprints = {"train": train_set.fingerprint, "val": "not used" if pretraining else val_set.fingerprint}
     done = run.restore(metalearner, optimizer, fingerprints, way.device, description)
     if args.adapt == "classifier" and not run.folded:
-        few = episodes(train_set.first(MEASURED), 0, 0, way.device, False)
-        fold_statistics(args, metalearner, (torch.cat((episode.support, episode.query)) for episode in few))
+        fold_statistics(args, metalearner, train_set)
 
     def validate(n: int) -> None:
         if run.due(n):

@@ -15,14 +15,14 @@ The paper compares with such a network as a baseline (section 5.1). To begin met
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from dataloader import scan_split
+from dataloader import EpisodeDataset, episodes, scan_split
 from episode import Episode, accuracy, learned, step_if_finite, update_metalearner
 from learner import N_BLOCKS, Learner
 from metalearner import MetaLearner
@@ -51,7 +51,7 @@ def all_classes(args: argparse.Namespace) -> int:
 
 
 @torch.no_grad()
-def fold_statistics(args: argparse.Namespace, metalearner: MetaLearner, batches: Iterable[Tensor]) -> None:
+def fold_statistics(args: argparse.Namespace, metalearner: MetaLearner, dataset: EpisodeDataset) -> None:
     """Make batch normalisation's statistics a part of the filters and biases in cI; raise the last shift by ``--bn-shift``.
 
     Normalised by mean 0 and variance 1, as ``Learner`` has it with ``adapt="classifier"``, the blocks then do what they did
@@ -63,12 +63,14 @@ def fold_statistics(args: argparse.Namespace, metalearner: MetaLearner, batches:
     Args:
         args: the flags that shape the learner.
         metalearner: cI is changed.
-        batches: images [B, 3, image_size, image_size], whose statistics are averaged.
+        dataset: of the training images; the statistics of its first ``MEASURED`` episodes are averaged.
     """
     cell = metalearner.metalstm
-    learner = Learner(args.image_size, args.bn_eps, args.bn_momentum, args.n_class, n_filters=args.filters).to(cell.cI.device)
+    device = cell.cI.device
+    learner = Learner(args.image_size, args.bn_eps, args.bn_momentum, args.n_class, n_filters=args.filters).to(device)
     learner.copy_flat_params(cell.cI)
-    update_bn(batches, learner)
+    shown = episodes(dataset.first(MEASURED), 0, 0, device, False)
+    update_bn((torch.cat((episode.support, episode.query)) for episode in shown), learner)
     for b in range(1, N_BLOCKS + 1):
         conv, norm = learner.get_submodule(f"conv{b}"), learner.get_submodule(f"norm{b}")
         scale = torch.sqrt((1 + norm.eps) / (norm.running_var + norm.eps))

@@ -29,7 +29,7 @@ from around.pretrain import MEASURED, fold_statistics
 from around.results import BEST, LAST
 from around.run import checkpoint_of
 from around.way import choose, dataset
-from dataloader import episodes, scan_split
+from dataloader import scan_split
 from main import build
 from utils import exit_code, summary
 
@@ -45,9 +45,7 @@ def features(path: Path, data_root: Path, shift: float) -> list[Tensor]:
     way = choose(args)
     (learner, _), metalearner = build(args, way)
     checkpoints.load_start(metalearner, content, path, args)
-    shown = dataset(args, way, scan_split(data_root, "train"), MEASURED)
-    batches = (torch.cat((e.support, e.query)) for e in episodes(shown, 0, 0, way.device, False))
-    fold_statistics(args, metalearner, batches)
+    fold_statistics(args, metalearner, dataset(args, way, scan_split(data_root, "train"), MEASURED))
     learner.eval().copy_flat_params(metalearner.metalstm.cI)
     learner.reset_batch_stats()
     classes = scan_split(data_root, "val").files
