@@ -25,7 +25,7 @@ DIGEST = 32  # bytes of a SHA-256
 SLOWER = "without compiled kernels, at a third of the speed"
 
 # the kernels' names; those in BY_TYPE end in one of SUFFIX
-ANY_TYPE = ("augment", "meta_forward", "meta_backward")
+ONE_TYPE = ("augment", "convolve", "convolve_to_input", "convolve_to_filters", "meta_forward", "meta_backward")
 BY_TYPE = ("block_forward", "block_backward", "block_eval", "first_forward", "first_backward", "first_eval", "patch_moments")
 _TYPES = {"p": ctypes.c_void_p, "f": ctypes.c_float, "l": ctypes.c_int64}  # by the letters of kernels.cpp
 SUFFIX = {torch.float32: "_float", torch.bfloat16: "_bfloat16"}
@@ -47,7 +47,7 @@ class Library:
             return
         try:
             library = _load(compiler)
-            for name in (*ANY_TYPE, *(name + suffix for name in BY_TYPE for suffix in SUFFIX.values())):
+            for name in (*ONE_TYPE, *(name + suffix for name in BY_TYPE for suffix in SUFFIX.values())):
                 letters = ctypes.c_char_p.in_dll(library, f"{name}_arguments").value.decode()
                 address = ctypes.c_void_p.in_dll(library, f"{name}_address").value
                 self.functions[name] = ctypes.CFUNCTYPE(None, *(_TYPES[letter] for letter in letters))(address)

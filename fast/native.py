@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fast.library import ANY_TYPE, SUFFIX, library
+from fast.library import ONE_TYPE, SUFFIX, library
 
 N_FILTERS, TILE = 32, 128  # the same as C in kernels/blocks.h and TILE in kernels/meta.h
 
@@ -52,7 +52,7 @@ def _checked(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float
 def _call(name: str, first: Tensor, *others: Tensor | float | None) -> None:
     """Call a kernel, the one for ``first``'s type if there are two. It trusts all sizes and memory layouts."""
     numbers = [a.data_ptr() if isinstance(a, Tensor) else a for a in (first, *others)]
-    suffix = "" if name in ANY_TYPE else SUFFIX[first.dtype]
+    suffix = "" if name in ONE_TYPE else SUFFIX[first.dtype]
     library().functions[name + suffix](*numbers, torch.get_num_threads())
 
 
@@ -100,8 +100,31 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def _is_ours(x: Tensor) -> bool:
+    """Whether a block's convolution has kernels; in bfloat16 PyTorch's is faster, where that type pays at all."""
+    return x.shape[1] == N_FILTERS and x.dtype == torch.float32
+
+
 def _convolved(x: Tensor, weight: Tensor) -> Tensor:
-    return _channels_last(F.conv2d(x, weight, padding=1))
+    """The convolution of a block, with a border of zeros; ``x`` and what is returned are channels last."""
+    if not _is_ours(x):
+        return _channels_last(F.conv2d(x, weight, padding=1))
+    y = torch.empty_like(x)
+    _call("convolve", x, weight.contiguous(), y, *_size(x))
+    return y
+
+
+def _convolved_back(grad: Tensor, x: Tensor, weight: Tensor, wanted: bool) -> tuple[Tensor | None, Tensor]:
+    """The gradients at a convolution's input, if wanted, and at its filters; ``grad`` and ``x`` are channels last."""
+    if not _is_ours(x):
+        fixed = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+        return torch.ops.aten.convolution_backward(grad, x, weight, *fixed, [wanted, True, False])[:2]
+    weight = weight.contiguous()
+    grad_x, grad_w = torch.empty_like(x) if wanted else None, torch.empty_like(weight)
+    if grad_x is not None:
+        _call("convolve_to_input", grad, weight, grad_x, *_size(x))
+    _call("convolve_to_filters", grad, x, grad_w, *_size(x))
+    return grad_x, grad_w
 
 
 def _pooled(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -185,9 +208,7 @@ class Block(torch.autograd.Function):
         grad_gamma, grad_beta = torch.empty_like(gamma), torch.empty_like(beta)
         args = (pooled, where, y, gamma, beta, mean, var, ctx.eps, grad_gamma, grad_beta, *_size(x))
         _call("block_backward", _channels_last(grad), *args)
-        grad_x, grad_w, _ = torch.ops.aten.convolution_backward(
-            y, x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [ctx.needs_input_grad[0], True, False]
-        )
+        grad_x, grad_w = _convolved_back(y, x, w, ctx.needs_input_grad[0])
         return grad_x, grad_w.to(gamma.dtype), grad_gamma, grad_beta, None
 
 

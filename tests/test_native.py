@@ -95,6 +95,27 @@ def test_block(compiled, first, height, width):
         assert relative(ours, theirs) < 1e-4
 
 
+@pytest.mark.parametrize(("images", "height", "width"), [(3, 42, 42), (30, 10, 9), (2, 21, 5), (1, 2, 2)])
+def test_convolution(compiled, images, height, width):
+    """About as close to float64 as PyTorch's, or closer, forward and back; sizes that fill no tile; several groups of tiles."""
+    shape = (images, 32, height, width)
+    x, weight, ahead = channels_last(*shape), torch.randn(32, 32, 3, 3), channels_last(*shape)
+
+    def by_pytorch(x, weight, ahead):
+        x, weight = x.requires_grad_(), weight.requires_grad_()
+        y = torch.nn.functional.conv2d(x, weight, padding=1)
+        return [y, *torch.autograd.grad(y, (x, weight), ahead)]
+
+    ours = [native._convolved(x, weight), *native._convolved_back(ahead, x, weight, True)]
+    theirs = by_pytorch(*(t.clone() for t in (x, weight, ahead)))
+    exact = by_pytorch(*(t.double() for t in (x, weight, ahead)))
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert relative(a, c) < max(4e-7, relative(b, c))
+    without, grad_w = native._convolved_back(ahead, x, weight, False)
+    assert without is None
+    assert torch.equal(grad_w, ours[2])
+
+
 @pytest.mark.parametrize("channels", [3, 32])
 def test_block_in_bf16(compiled, channels):
     """No further from float32 with the same rounded inputs than PyTorch is, which rounds more in between."""
@@ -211,6 +232,8 @@ def test_an_episode(compiled, calls, conv_dtype):
     kind = "float" if conv_dtype is None else "bfloat16"
     # the query images take one pass more: in eval mode, then in train mode, with moments of their own
     expected = Counter({"meta_forward": 6, "meta_backward": 3})
+    if conv_dtype is None:  # the other convolutions are PyTorch's
+        expected |= Counter({"convolve": 24, "convolve_to_input": 21, "convolve_to_filters": 21})
     by_type = {"patch_moments": 3, "first_forward": 7, "first_backward": 7, "first_eval": 1}
     by_type |= {"block_forward": 21, "block_backward": 21, "block_eval": 3}
     assert calls == expected | Counter({f"{name}_{kind}": n for name, n in by_type.items()})
@@ -222,16 +245,16 @@ def test_an_episode(compiled, calls, conv_dtype):
 
 
 def test_the_number_of_threads_changes_no_bit(compiled):
-    """Of the kernels: PyTorch's convolutions see to themselves."""
-    conv, norm = layers(3)
-    x, meta, grad = channels_last(5, 3, 20, 20), FastMetaLearner(4, 20, 3000), torch.randn(3000, 1) * 1e-3
+    (conv, norm), (conv2, norm2) = layers(3), layers(32)
+    x, meta, grad = channels_last(12, 3, 42, 42), FastMetaLearner(4, 20, 3000), torch.randn(3000, 1) * 1e-3
     kept, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            out = train_block(x, conv, norm, PatchMoments.of(x))
+            out = train_block(train_block(x, conv, norm, PatchMoments.of(x)), conv2, norm2)
             state = meta(torch.tensor(1.0), grad, meta(torch.tensor(1.0), grad, meta.initial_state()))
-            found = torch.autograd.grad(out.sum() + state.c.sum(), [conv.weight, norm.weight, *meta.parameters()])
+            learned = [conv.weight, norm.weight, conv2.weight, norm2.weight, *meta.parameters()]
+            found = torch.autograd.grad(out.square().sum() + state.c.sum(), learned)
             results.append([out, state.c, *found])
     finally:
         torch.set_num_threads(kept)

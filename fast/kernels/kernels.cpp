@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "augment.h"
+#include "convolution.h"
 #include "first.h"
 #include "meta.h"
 
@@ -37,6 +38,9 @@ constexpr const char* letters(void (*)(A...)) {
 #define EXPORT_BOTH(name) EXPORT(name##_float, name<float>) EXPORT(name##_bfloat16, name<uint16_t>)
 
 EXPORT(augment, augment)
+EXPORT(convolve, convolve<float>)
+EXPORT(convolve_to_input, convolve_to_input<float>)
+EXPORT(convolve_to_filters, convolve_to_filters<float>)
 EXPORT(meta_forward, meta_forward)
 EXPORT(meta_backward, meta_backward)
 EXPORT_BOTH(block_forward)
