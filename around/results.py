@@ -15,6 +15,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -201,15 +202,24 @@ def read_results(folder: Path) -> dict:
     return content
 
 
-def recipe(stored: dict[str, object]) -> str:
-    """The name of a recipe: the port's, the authors', or the best one; or the nearest of them with its differences."""
+def recipe(stored: dict[str, object], late: Iterable[str] = (), since: int = 0) -> str:
+    """The name of a recipe: the port's, the authors', or the best one; or the nearest of them with its differences.
+
+    Args:
+        stored: a run's hyper-parameters.
+        late: those that it has only had after ``since`` episodes, from a resumption on.
+    """
     if not stored:
         return "unknown"
     known = {name: settings[stored.get("n_shot") == 1] for name, settings in RECIPES.items()}
     stored = known["port"] | checkpoints.OLDER | stored
     differ = {name: [k for k, v in settings.items() if stored[k] != v] for name, settings in known.items()}
     name = min(differ, key=lambda name: len(differ[name]))
-    changes = [f"{k.replace('_', '-')} {spelled(stored[k])}" for k in HYPER_PARAMETERS if k in differ[name]]
+    changes = [
+        f"{k.replace('_', '-')} {spelled(stored[k])}" + f" only after {since:,} episodes" * (k in late)
+        for k in HYPER_PARAMETERS
+        if k in differ[name] or k in late
+    ]
     return name + (", but " + ", ".join(changes) if changes else "")
 
 
@@ -276,12 +286,12 @@ def _table(data: str, n_class: int, shots: int, rows: list[tuple[dict, dict]]) -
     groups: dict[str, list] = {}
     for training, test in rows:
         trained_on = training["hyper_parameters"].get("n_shot", shots)
-        name = recipe(training["hyper_parameters"]) + (f", trained on {trained_on}-shot" if trained_on != shots else "")
+        since = (training.get("resumed_from") or {}).get("episode", 0)
+        name = recipe(training["hyper_parameters"], training.get("changed") or (), since)
+        name += f", trained on {trained_on}-shot" if trained_on != shots else ""
         if origin := begun_with(training):
-            name += f", begun with {origin}"
-        if training.get("changed"):
-            news = (f"{k.replace('_', '-')} {spelled(v)}" for k, v in training["changed"].items())
-            name += f", {' and '.join(news)} only after {training['resumed_from']['episode']:,} episodes"
+            alike = origin.removesuffix(f"-{training['seed']}")
+            name += f", begun with {alike}" + (" of its seed" if alike != origin else "")
         changed = {k: v for k, v in test["contradicts_training"].items() if k not in ("n_shot", "seed")}
         name += "".join(f", tested with {k.replace('_', '-')} {spelled(v)}" for k, v in changed.items())
         groups.setdefault(name + averaged(test), []).append((training, test))

@@ -157,6 +157,26 @@ def test_the_table_says_what_a_run_was_begun_with(tmp_path):
     assert ", begun with five |" in tables([with_test(tmp_path / "a", [50.0, 60.0], seen=4000, about=about)])
 
 
+def test_seeds_with_a_pre_training_each_are_averaged(tmp_path):
+    def run(seed, start):
+        about = {"started_from": {"checkpoint": f"{start}/meta-learner-last.pth.tar", "episode": 20}}
+        return with_test(tmp_path / f"{seed}{start}", [50.0, 60.0, 40.0, 50.0], seed=seed, seen=4000, about=about)
+
+    text = tables([run(719, "pre-719"), run(53, "pre-53")])
+    assert [row[0] for row in rows_of(text)[2:]] == [
+        "port, begun with pre of its seed",
+        "port, begun with pre of its seed, mean of 2 seeds, best of 4,000 episodes",
+    ]
+    assert "mean of" not in tables([run(719, "pre-719"), run(53, "pre-719")])
+
+
+def test_what_changed_at_a_resumption_is_told_once(tmp_path):
+    about = {"resumed_from": {"checkpoint": "x/y", "episode": 2000}, "changed": {"lr_decay": 0.2, "epoch": 8}}
+    folder = with_test(tmp_path / "a", [50.0, 60.0], hyper=PORT | {"lr_decay": 0.2}, seen=4000, about=about)
+    expected = "port, but lr-decay 0.2 only after 2,000 episodes, epoch 8 only after 2,000 episodes"
+    assert [row[0] for row in rows_of(tables([folder]))[1:]] == [expected]
+
+
 @pytest.mark.parametrize(
     "other",
     [
