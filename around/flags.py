@@ -135,8 +135,8 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     size = whole(INPUT_SIZE, INPUT_SIZE)
     add("--input-size", INPUT_SIZE, "numbers that its LSTM reads per coordinate", type=size, metavar="N")
     add("--hidden-size", 20, "width of its LSTM", type=whole(1, 4096), metavar="N")
-    words = "checkpoint of another training, whose meta-learner a new one begins with (default: a random one); a classifier of "
-    words += "another number of classes starts at zero"
+    words = "checkpoint or run folder (PATH, or else PATH-SEED) of another training, whose meta-learner a new one begins with "
+    words += "(default: a random one); a classifier of another number of classes starts at zero"
     add("--start", None, words, metavar="PATH")
     add("--lr", 1e-3, "learning rate of Adam", type=real(0, 1, low_open=True), metavar="X")
     words = "share of the training, at its end, in which the learning rate falls evenly to 0; 0: never, as both earlier codes"

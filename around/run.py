@@ -80,7 +80,7 @@ class Run:
                 advice = "begin with it by --start" if mode == "train" else "choose another --save"
                 raise UserError(f"{resume}: was written by --mode {made}, which --mode {mode} cannot continue; {advice}")
             if start and not resume:  # a run that continues is past its start
-                start = checkpoint_of(start, BEST, LAST)
+                start = checkpoint_of(_of_seed(start, settle(given, defaults).seed), BEST, LAST)
                 origin = checkpoints.load(Path(start), "--start")
         resume, self.checkpoint, start, origin = self.ranks.exchange((resume, self.checkpoint, start, origin))[0]
         self.origin = (Path(start), origin) if origin else None
@@ -364,6 +364,19 @@ def checkpoint_of(resume: str, *names: str) -> str:
     """What ``--resume`` or ``--start`` names: a checkpoint, or the first of ``names`` that a run's folder holds."""
     held = (Path(resume, "ckpts", name) for name in names)
     return next((str(path) for path in held if path.is_file()), resume)
+
+
+def _of_seed(start: str, seed: int) -> str:
+    """What ``--start`` names: ``start``, or else the folder ``start``-SEED.
+
+    Raises:
+        UserError: there is neither.
+    """
+    names = (start, f"{start}-{seed}")
+    for name in names:
+        if Path(name).exists():
+            return name
+    raise UserError(f"--start {start}: there is neither {' nor '.join(names)}; train or pre-train that run first")
 
 
 def _check_meta_batch(args: argparse.Namespace, done: int, n_ranks: int) -> None:

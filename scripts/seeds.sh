@@ -3,6 +3,7 @@
 # where there are GPUs, one seed on each at a time. Stopped or killed, the same command continues;
 # what is finished is skipped. Further flags go to main.py, for training and testing.
 #   bash scripts/seeds.sh 719 53 1 [--recipe train_5s_5c_authors] [--data-root DIR ...]
+# Before train_5s_5c_best comes --recipe pretrain, which tests nothing.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
@@ -21,7 +22,8 @@ while [ $# -gt 0 ]; do
   flags+=("$1") && shift
 done
 train=$ROOT/scripts/$recipe.sh test=$ROOT/scripts/eval_${recipe#train_}.sh
-for file in "$train" "$test"; do [ -f "$file" ] || fail "--recipe $recipe: there is no $file"; done
+if [ "$recipe" = pretrain ]; then test=''; fi
+for file in "$train" ${test:+"$test"}; do [ -f "$file" ] || fail "--recipe $recipe: there is no $file"; done
 save=${save:-$(sed -n 's/^  --save \(.*\) \\$/\1/p' "$train")}
 
 use_python requirements.txt
@@ -36,6 +38,7 @@ fi
 one() { # SEED: train and test it
   local folder=$save-$1
   bash "$train" "${flags[@]}" --seed "$1" || return
+  [ -n "$test" ] || return 0
   if [ "$folder/results.json" -nt "$folder/ckpts/meta-learner-last.pth.tar" ]; then
     echo "$folder: tested already (remove its results.json to test it again)"
   else
@@ -77,5 +80,6 @@ for pid in "${pids[@]}"; do
   wait "$pid" || { status=$? && failed=$((failed ? failed : status)); }
 done
 trap - INT TERM HUP
+[ -n "$test" ] || exit "$failed"
 bash "$ROOT/scripts/results.sh" "${seeds[@]/#/$save-}" || failed=$((failed ? failed : $?))
 exit "$failed"

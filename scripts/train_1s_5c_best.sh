@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# 5-way 1-shot from a pre-trained learner: run pretrain.sh first, in the same folder. The classifier alone adapts (--adapt), by
-# steps of up to the whole gradient (--grad-divisor), of about a fifth of it at first (--bi-init).
+# 5-way 1-shot from a pre-trained learner: run pretrain.sh first, in the same folder and with the same seed. The classifier
+# alone adapts (--adapt), by steps of up to the whole gradient (--grad-divisor), of about a fifth of it at first (--bi-init).
 # Edit the flags below; flags given to this script override them.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
@@ -35,7 +35,7 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --bf-init 5 6 \
   --bi-init -1.4 -1.2 \
   --precision fp32 \
-  --start logs-pretrain-719 \
+  --start logs-pretrain \
   --lr 1e-4 \
   --lr-decay 1 \
   --meta-batch 1 \

@@ -114,6 +114,11 @@ def test_a_training_begins_with_its_convolutions_and_an_empty_classifier(pretrai
     assert cI[-3 * n :].abs().max() < 1e-20
     assert tensors(save)["hyper_parameters"]["n_class"] == 3
     assert tensors(save)["about"]["started_from"] == {"checkpoint": "logs-719/meta-learner-last.pth.tar", "episode": 4}
+    # without the seed, the folder of this training's seed is meant
+    short = tmp_path / "short"
+    assert train(master, short, "--start", str(pretrained), "--lr", "1e-30", *gates, episode=1, val_freq=0) == 0
+    assert torch.equal(tensors(short)["metalearner"]["metalstm.cI"], cI)
+    assert tensors(short)["about"]["started_from"] == tensors(save)["about"]["started_from"]
 
 
 def test_statistics_of_training_images_become_part_of_the_filters(pretrained, tmp_path, master):
@@ -154,6 +159,8 @@ def test_refusals(pretrained, tmp_path, master, capsys):
     for n in ("16", "64", "33"):
         expect(capsys, train(master, save, "--start", start, "--filters", n), "metalstm.cI", "--filters")
     expect(capsys, train(master, save, "--start", start, "--image-size", "64"), "metalstm.cI", "--image-size")
+    found = train(master, save, "--start", str(pretrained), "--seed", "53")
+    expect(capsys, found, f"--start {pretrained}: there is neither {pretrained} nor {pretrained}-53")
     expect(capsys, train(master, save, "--resume", start, "--n-class", "6"), start, "--mode pretrain", "--start")
     assert not Path(f"{save}-719").exists()
     assert train(master, save) == 0

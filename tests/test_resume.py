@@ -314,7 +314,7 @@ def test_another_folder_may_take_other_training_settings(data, tmp_path, capsys)
 def test_a_training_that_begins_with_another_ones_meta_learner(data, tmp_path, capsys):
     assert train(data, tmp_path / "a") == 0
     flags, run = ("--start", str(tmp_path / "a-719"), "--grad-divisor", "3"), tmp_path / "b-719"
-    expect(capsys, train(data, tmp_path / "b", "--start", str(tmp_path / "gone")), "gone: no such checkpoint; give --start")
+    expect(capsys, train(data, tmp_path / "b", "--start", str(tmp_path / "gone")), "--start", "neither", "gone nor", "gone-719")
     expect(capsys, train(data, tmp_path / "b", *flags, "--hidden-size", "5"), "a-719", "--hidden-size")
     assert not run.exists()
     assert train(data, tmp_path / "b", *flags, "--lr", "1e-12", "--lr-decay", "1") == 0

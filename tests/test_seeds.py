@@ -96,6 +96,14 @@ def test_another_recipe_with_its_own_folders(clone, given):
     assert table == ["--mode", "results", "--runs", "logs-1shot-authors-53"]
 
 
+def test_pre_training_of_seeds_is_not_tested(clone):
+    run = seeds(clone, "719", "53", "--recipe", "pretrain")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert modes(clone[1]()) == [("pretrain", 719), ("pretrain", 53)]
+    assert len(clone[1]()) == 2  # and no table
+    assert settle(*parse(clone[1]()[0][2:])).save == "logs-pretrain"
+
+
 @pytest.mark.parametrize(
     ("gpus", "env", "flags", "expected"),
     [
