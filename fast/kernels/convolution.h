@@ -17,19 +17,18 @@ constexpr int PAIR = 2 * LANES;            // channels whose sums are held in re
 constexpr int AT_ONCE = 6, HELD = 4;
 static_assert(TILES % AT_ONCE == 0 && C % HELD == 0 && C % PAIR == 0, "blocks fit");
 
-struct Tiling {
-  len images, height, width;
-  len columns() const { return (width + 1) / 2; }
-  len each() const { return (height + 1) / 2 * columns(); }
-  len count() const { return images * each(); }
+struct Tiling : Shape {  // in tiles; rows and columns are counted up, where pooling drops the last odd one
+  len across() const { return (width + 1) / 2; }
+  len each() const { return (height + 1) / 2 * across(); }
+  len tiles() const { return images * each(); }
 };
 
 struct ImageTile {  // its outputs' first pixel, and whether a second row and column are in the image
   len row, column, start;
   bool below, right;
   ImageTile(const Tiling& s, len k)
-      : row(k % s.each() / s.columns() * 2),
-        column(k % s.columns() * 2),
+      : row(k % s.each() / s.across() * 2),
+        column(k % s.across() * 2),
         start(((k / s.each() * s.height + row) * s.width + column) * C),
         below(row + 1 < s.height),
         right(column + 1 < s.width) {}
@@ -169,18 +168,22 @@ INLINE void add_outer_products(const float* x, const float* grad, float* sums, l
     }
 }
 
-// y = x convolved with w [9, in, out].
+// y [B, H, W, C] = x [B, H, W, C] convolved with weight, in PyTorch's order [out, in, row, column]; or, turned, with the
+// filters turned around and in and out exchanged.
 template <class T>
-void convolve_by(const float* w, const T* x, T* y, const Tiling& s, len threads) {
-  std::vector<float> filters(POINTS * PLANE);
-  filters_to_points(w, filters.data());
+void convolve_by(const float* weight, bool turned, const T* x, T* y, const Tiling& s, len threads) {
+  std::vector<float> w(9 * PLANE), filters(POINTS * PLANE);  // w [9, in, out]
+  for (int o = 0; o < C; o++)
+    for (int i = 0; i < C; i++)
+      for (int t = 0; t < 9; t++) w[turned ? (8 - t) * PLANE + o * C + i : t * PLANE + i * C + o] = weight[(o * C + i) * 9 + t];
+  filters_to_points(w.data(), filters.data());
   const T zeros[C] = {};
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> in(POINTS * TILES * C), out(POINTS * TILES * C);
 #pragma omp for schedule(static)
-    for (len first = 0; first < s.count(); first += TILES) {
-      const len n = std::min(s.count() - first, len(TILES));
+    for (len first = 0; first < s.tiles(); first += TILES) {
+      const len n = std::min(s.tiles() - first, len(TILES));
       for (len t = 0; t < n; t++) inputs_to_points(x, s, ImageTile(s, first + t), zeros, &in[t * C]);
       for (int p = 0; p < POINTS; p++) multiply(&in[p * TILES * C], &filters[p * PLANE], &out[p * TILES * C], n);
       for (len t = 0; t < n; t++) points_to_outputs(&out[t * C], s, ImageTile(s, first + t), y);
@@ -188,32 +191,23 @@ void convolve_by(const float* w, const T* x, T* y, const Tiling& s, len threads)
   }
 }
 
-// y [B, H, W, C] = x [B, H, W, C] convolved with weight, in PyTorch's order [out, in, row, column].
 template <class T>
 void convolve(const T* x, const float* weight, T* y, len images, len height, len width, len threads) {
-  std::vector<float> w(9 * PLANE);
-  for (int o = 0; o < C; o++)
-    for (int i = 0; i < C; i++)
-      for (int t = 0; t < 9; t++) w[t * PLANE + i * C + o] = weight[(o * C + i) * 9 + t];
-  convolve_by(w.data(), x, y, Tiling{images, height, width}, threads);
+  convolve_by(weight, false, x, y, Tiling{{images, height, width}}, threads);
 }
 
-// The gradient at x: grad convolved with the filters turned around.
+// The gradient at x.
 template <class T>
 void convolve_to_input(const T* grad, const float* weight, T* grad_x, len images, len height, len width, len threads) {
-  std::vector<float> w(9 * PLANE);
-  for (int o = 0; o < C; o++)
-    for (int i = 0; i < C; i++)
-      for (int t = 0; t < 9; t++) w[(8 - t) * PLANE + o * C + i] = weight[(o * C + i) * 9 + t];
-  convolve_by(w.data(), grad, grad_x, Tiling{images, height, width}, threads);
+  convolve_by(weight, true, grad, grad_x, Tiling{{images, height, width}}, threads);
 }
 
 // The gradient at the filters. The tiles are summed in groups, whose number and borders depend on the images' size alone.
 template <class T>
 void convolve_to_filters(const T* grad, const T* x, float* grad_weight, len images, len height, len width, len threads) {
-  const Tiling s{images, height, width};
+  const Tiling s{{images, height, width}};
   len groups = 1;
-  while (groups < 16 && groups * 512 <= s.count()) groups *= 2;
+  while (groups < 16 && groups * 512 <= s.tiles()) groups *= 2;
   std::vector<float> sums(groups * POINTS * PLANE);
   const T zeros[C] = {};
 #pragma omp parallel num_threads(threads)
@@ -221,9 +215,9 @@ void convolve_to_filters(const T* grad, const T* x, float* grad_weight, len imag
     std::vector<float> in(POINTS * TILES * C), ahead(POINTS * TILES * C);
 #pragma omp for schedule(static)
     for (len group = 0; group < groups; group++) {
-      const len end = s.count() * (group + 1) / groups;
+      const len end = s.tiles() * (group + 1) / groups;
       float* to = &sums[group * POINTS * PLANE];
-      for (len first = s.count() * group / groups; first < end; first += TILES) {
+      for (len first = s.tiles() * group / groups; first < end; first += TILES) {
         const len n = std::min(end - first, len(TILES));
         for (len t = 0; t < n; t++) {
           const ImageTile tile(s, first + t);
