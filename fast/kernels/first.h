@@ -115,33 +115,65 @@ void first_eval(const T* x, const float* weight, const float* bias, T* out, len 
   first_images(x, Filters(weight), only_bias(bias), nullptr, out, Shape{images, height, width}, threads);
 }
 
+// The gradient at the convolution's outputs for one row of pooling windows, in two rows of outputs, [2, 2 * columns, C]: at each
+// window's maximum the gradient at the ReLU's input, and zeros. Adds it up in plain, [C].
+template <class T>
+INLINE void spread(const T* grad, const T* out, const uint8_t* where, len columns, float* wide, float* plain) {
+  for (int v = 0; v < C; v += LANES) {
+    vec sum = load(plain + v);
+    for (len q = 0; q < columns; q++) {
+      const len from = q * C + v;
+      const vec g = keep(~(load(out + from) <= 0), load(grad + from));
+      const ivec at = widened(where + from);
+      sum += g;
+      UNROLL for (int k = 0; k < 4; k++) store(wide + (k / 2 * 2 * columns + 2 * q + k % 2) * C + v, keep(at == k, g));
+    }
+    store(plain + v, sum);
+  }
+}
+
+// The taps, times channels, whose sums add_patches holds in registers.
+constexpr int TAPS_HELD = LANES == 16 ? 9 : 5;
+
+// Adds to sums [TAPS, C] each pixel's N taps from number t on, times its gradient [n, C]. in points at the first pixel's patch.
+template <int N>
+INLINE void add_patches(const float* in, len stride, int t, const float* grad, len n, float* sums) {
+  in += t / 9 * stride + t % 9;
+  ROLLED for (int from = 0; from < C; from += 2 * LANES) {
+    vec held[N][2];
+    float* to = sums + t * C + from;
+    UNROLL for (int k = 0; k < N; k++)
+      UNROLL for (int v = 0; v < 2; v++) held[k][v] = load(to + k * C + v * LANES);
+    ROLLED for (len q = 0; q < n; q++) {
+      const vec left = load(grad + q * C + from), right = load(grad + q * C + from + LANES);
+      UNROLL for (int k = 0; k < N; k++) {
+        const vec x = all(in[q * 3 + k]);
+        held[k][0] += x * left;
+        held[k][1] += x * right;
+      }
+    }
+    UNROLL for (int k = 0; k < N; k++)
+      UNROLL for (int v = 0; v < 2; v++) store(to + k * C + v * LANES, held[k][v]);
+  }
+}
+
 // Sums over one image of the gradient at the ReLU's input, [C], and of this gradient times the patch under the filter at the
 // window's maximum, [TAPS, C].
 template <class T>
-void first_sums_of_image(const Padded& padded, const T* grad, const T* out, const uint8_t* where, const Shape& s,
+void first_sums_of_image(const Padded& padded, const T* grad, const T* out, const uint8_t* where, const Shape& s, float* wide,
                          double* result) {
-  constexpr int ROWS_AT_ONCE = LANES == 16 ? 3 : 1;  // rows of the patch whose sums are held in registers
-  for (int v = 0; v < C; v += LANES)
-    for (int first = 0; first < 3; first += ROWS_AT_ONCE) {
-      vec plain = {}, sums[ROWS_AT_ONCE * 9] = {};
-      for (len r = 0; r < s.rows(); r++)
-        for (len q = 0; q < s.columns(); q++) {
-          const len from = (r * s.columns() + q) * C + v;
-          const vec g = keep(~(load(out + from) <= 0), load(grad + from));
-          const ivec at = widened(where + from);
-          plain += g;
-          ROLLED for (int k = 0; k < 4; k++) {
-            const vec here = keep(at == k, g);
-            const float* patch = padded.pixels.data() + (2 * r + k / 2 + first) * padded.stride + (2 * q + k % 2) * 3;
-            UNROLL for (int row = 0; row < ROWS_AT_ONCE; row++)
-              UNROLL for (int t = 0; t < 9; t++) sums[row * 9 + t] += here * patch[row * padded.stride + t];
-          }
-        }
-      for (int k = 0; k < LANES; k++) {
-        result[v + k] = plain[k];
-        for (int t = 0; t < ROWS_AT_ONCE * 9; t++) result[C + (first * 9 + t) * C + v + k] = sums[t][k];
+  float sums[C + TAPS * C] = {};
+  for (len r = 0; r < s.rows(); r++) {
+    const len from = r * s.columns() * C, n = 2 * s.columns();
+    spread(grad + from, out + from, where + from, s.columns(), wide, sums);
+    for (int row = 0; row < 2; row++)
+      for (int t = 0; t < TAPS; t += 9) {
+        const float *in = padded.pixels.data() + (2 * r + row) * padded.stride, *g = wide + row * n * C;
+        add_patches<TAPS_HELD>(in, padded.stride, t, g, n, sums + C);
+        if (TAPS_HELD < 9) add_patches<9 - TAPS_HELD>(in, padded.stride, t + TAPS_HELD, g, n, sums + C);
       }
-    }
+  }
+  std::copy_n(sums, C + TAPS * C, result);
 }
 
 template <class T>
@@ -155,11 +187,12 @@ void first_backward(const T* grad, const T* x, const float* weight, const T* out
 #pragma omp parallel num_threads(threads)
   {
     Padded padded(s);
+    std::vector<float> wide(4 * s.columns() * C);
 #pragma omp for schedule(static)
     for (len b = 0; b < s.images; b++) {
       const len at = b * s.pooled();
       padded.copy(x + b * s.height * s.width * 3, s);
-      first_sums_of_image(padded, grad + at, out + at, where + at, s, &parts[b * SIZE]);
+      first_sums_of_image(padded, grad + at, out + at, where + at, s, wide.data(), &parts[b * SIZE]);
     }
   }
   double found[SIZE], sums[2 * C];
