@@ -11,6 +11,28 @@ namespace {
 constexpr int C = 32;  // filters of the learner
 constexpr int VECTORS = C / LANES;
 
+// Adds to sums [N, C], for each of n pixels, N numbers from x on, times the pixel's row of grad [n, C]. x advances by step.
+template <int N>
+INLINE void add_outer_products(const float* x, len step, const float* grad, len n, float* sums) {
+  static_assert(C % (2 * LANES) == 0, "channels go by two vectors");
+  ROLLED for (int from = 0; from < C; from += 2 * LANES) {
+    vec held[N][2];
+    float* to = sums + from;
+    UNROLL for (int k = 0; k < N; k++)
+      UNROLL for (int v = 0; v < 2; v++) held[k][v] = load(to + k * C + v * LANES);
+    ROLLED for (len q = 0; q < n; q++) {
+      const vec left = load(grad + q * C + from), right = load(grad + q * C + from + LANES);
+      UNROLL for (int k = 0; k < N; k++) {
+        const vec here = all(x[q * step + k]);
+        held[k][0] += here * left;
+        held[k][1] += here * right;
+      }
+    }
+    UNROLL for (int k = 0; k < N; k++)
+      UNROLL for (int v = 0; v < 2; v++) store(to + k * C + v * LANES, held[k][v]);
+  }
+}
+
 struct Shape {
   len images, height, width;
   len rows() const { return height / 2; }  // after pooling

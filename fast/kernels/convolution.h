@@ -13,9 +13,9 @@ namespace {
 
 constexpr int POINTS = 16, PLANE = C * C;  // PLANE: one point of all filters
 constexpr int TILES = 24;                  // tiles that are mapped, multiplied and mapped back at a time
-constexpr int PAIR = 2 * LANES;            // channels whose sums are held in registers, for AT_ONCE tiles or HELD inputs
-constexpr int AT_ONCE = 6, HELD = 4;
-static_assert(TILES % AT_ONCE == 0 && C % HELD == 0 && C % PAIR == 0, "blocks fit");
+constexpr int PAIR = 2 * LANES;            // channels whose sums are held in registers, for AT_ONCE tiles
+constexpr int AT_ONCE = 6;
+static_assert(TILES % AT_ONCE == 0 && C % PAIR == 0 && C % 6 == 2, "blocks fit");
 
 struct Tiling : Shape {  // in tiles; rows and columns are counted up, where pooling drops the last odd one
   len across() const { return (width + 1) / 2; }
@@ -147,27 +147,6 @@ INLINE void multiply(const float* x, const float* w, float* out, len n) {
     }
 }
 
-// sums [C, C] += the transpose of x [n, C] times grad [n, C].
-INLINE void add_outer_products(const float* x, const float* grad, float* sums, len n) {
-  ROLLED for (int i = 0; i < C; i += HELD)
-    ROLLED for (int from = 0; from < C; from += PAIR) {
-      vec held[HELD][2];
-      float* to = sums + i * C + from;
-      UNROLL for (int k = 0; k < HELD; k++)
-        UNROLL for (int v = 0; v < 2; v++) held[k][v] = load(to + k * C + v * LANES);
-      ROLLED for (len t = 0; t < n; t++) {
-        const vec left = load(grad + t * C + from), right = load(grad + t * C + from + LANES);
-        UNROLL for (int k = 0; k < HELD; k++) {
-          const vec here = all(x[t * C + i + k]);
-          held[k][0] += here * left;
-          held[k][1] += here * right;
-        }
-      }
-      UNROLL for (int k = 0; k < HELD; k++)
-        UNROLL for (int v = 0; v < 2; v++) store(to + k * C + v * LANES, held[k][v]);
-    }
-}
-
 // y [B, H, W, C] = x [B, H, W, C] convolved with weight, in PyTorch's order [out, in, row, column]; or, turned, with the
 // filters turned around and in and out exchanged.
 template <class T>
@@ -224,8 +203,11 @@ void convolve_to_filters(const T* grad, const T* x, float* grad_weight, len imag
           inputs_to_points(x, s, tile, zeros, &in[t * C]);
           gradient_to_points(grad, s, tile, &ahead[t * C]);
         }
-        for (int p = 0; p < POINTS; p++)
-          add_outer_products(&in[p * TILES * C], &ahead[p * TILES * C], to + p * PLANE, n);
+        for (int p = 0; p < POINTS; p++) {  // a block of 6 x 2 vectors of sums fits AVX2's 16 registers; the last 8 rows are 2 x 4
+          const float *x_p = &in[p * TILES * C], *grad_p = &ahead[p * TILES * C];
+          ROLLED for (int i = 0; i < C - 8; i += 6) add_outer_products<6>(x_p + i, C, grad_p, n, to + p * PLANE + i * C);
+          ROLLED for (int i = C - 8; i < C; i += 4) add_outer_products<4>(x_p + i, C, grad_p, n, to + p * PLANE + i * C);
+        }
       }
     }
   }

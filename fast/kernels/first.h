@@ -132,31 +132,6 @@ INLINE void spread(const T* grad, const T* out, const uint8_t* where, len column
   }
 }
 
-// The taps, times channels, whose sums add_patches holds in registers.
-constexpr int TAPS_HELD = LANES == 16 ? 9 : 5;
-
-// Adds to sums [TAPS, C] each pixel's N taps from number t on, times its gradient [n, C]. in points at the first pixel's patch.
-template <int N>
-INLINE void add_patches(const float* in, len stride, int t, const float* grad, len n, float* sums) {
-  in += t / 9 * stride + t % 9;
-  ROLLED for (int from = 0; from < C; from += 2 * LANES) {
-    vec held[N][2];
-    float* to = sums + t * C + from;
-    UNROLL for (int k = 0; k < N; k++)
-      UNROLL for (int v = 0; v < 2; v++) held[k][v] = load(to + k * C + v * LANES);
-    ROLLED for (len q = 0; q < n; q++) {
-      const vec left = load(grad + q * C + from), right = load(grad + q * C + from + LANES);
-      UNROLL for (int k = 0; k < N; k++) {
-        const vec x = all(in[q * 3 + k]);
-        held[k][0] += x * left;
-        held[k][1] += x * right;
-      }
-    }
-    UNROLL for (int k = 0; k < N; k++)
-      UNROLL for (int v = 0; v < 2; v++) store(to + k * C + v * LANES, held[k][v]);
-  }
-}
-
 // Sums over one image of the gradient at the ReLU's input, [C], and of this gradient times the patch under the filter at the
 // window's maximum, [TAPS, C].
 template <class T>
@@ -168,9 +143,10 @@ void first_sums_of_image(const Padded& padded, const T* grad, const T* out, cons
     spread(grad + from, out + from, where + from, s.columns(), wide, sums);
     for (int row = 0; row < 2; row++)
       for (int t = 0; t < TAPS; t += 9) {
-        const float *in = padded.pixels.data() + (2 * r + row) * padded.stride, *g = wide + row * n * C;
-        add_patches<TAPS_HELD>(in, padded.stride, t, g, n, sums + C);
-        if (TAPS_HELD < 9) add_patches<9 - TAPS_HELD>(in, padded.stride, t + TAPS_HELD, g, n, sums + C);
+        const float *in = padded.pixels.data() + (2 * r + row + t / 9) * padded.stride, *g = wide + row * n * C;
+        float* to = sums + C + t * C;
+        add_outer_products<5>(in, 3, g, n, to);
+        add_outer_products<4>(in + 5, 3, g, n, to + 5 * C);
       }
   }
   std::copy_n(sums, C + TAPS * C, result);
