@@ -199,7 +199,7 @@ def work(argv: list[str], ranks: Ranks) -> int:
     elif args.mode == "export":
         print(f"written to {export(run_folder(args))}")
     elif args.mode == "results":
-        print(tables([Path(folder) for folder in args.runs or [run_folder(args)]]))
+        print(tables([Path(folder) for folder in args.runs or [run_folder(args)]], args.means))
     else:
         found = (path := find_checkpoint(args), checkpoints.load(Path(path))) if ranks.rank == 0 else None
         path, checkpoint = ranks.exchange(found)[0]

@@ -73,6 +73,7 @@ RECIPES = {  # as the scripts are called; for 5 shots or more, and for 1
         PRETRAINED | FIVE_SHOT | {"batch_size": 5, "bi_init": [-1.4, -1.2]},
     ),
 }
+STARTS = {"best": "logs-pretrain"}  # what a recipe's scripts begin with, where it is not from scratch
 # 97.5 % quantile of Student's t distribution for 1, 2, ... 10 degrees of freedom
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -247,11 +248,11 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def tables(folders: list[Path]) -> str:
+def tables(folders: list[Path], means_alone: bool = False) -> str:
     """Markdown tables of tested runs: one for each data set, n-way and k-shot, with published results beside mini-ImageNet's.
 
-    A row is one tested checkpoint. Runs that differ in their seed only, of as many episodes, are followed by their mean.
-    A folder without a test is skipped, with a note.
+    A row is one tested checkpoint. Runs that differ in their seed only, of as many episodes, are followed by their mean, or
+    with ``means_alone`` replaced by it. A folder without a test is skipped, with a note.
 
     Raises:
         UserError: nothing in these folders has been tested.
@@ -270,55 +271,76 @@ def tables(folders: list[Path]) -> str:
     for training, test in rows:
         data = "mini-ImageNet" if test["mini_imagenet"] else test["data"]
         groups.setdefault((not test["mini_imagenet"], data, test["n_class"], -test["n_shot"]), []).append((training, test))
-    blocks = [_table(data, n_class, -shots, groups[key]) for key in sorted(groups) for _, data, n_class, shots in [key]]
+    blocks = [_table(*key[1:3], -key[3], groups[key], means_alone) for key in sorted(groups)]
     return "\n\n".join(blocks + [f"skipped {note}" for note in notes])
 
 
-def _table(data: str, n_class: int, shots: int, rows: list[tuple[dict, dict]]) -> str:
+def _table(data: str, n_class: int, shots: int, rows: list[tuple[dict, dict]], means_alone: bool = False) -> str:
     published = PUBLISHED.get(shots, []) if data == "mini-ImageNet" and n_class == 5 else []
     counts = sorted({count for _, test in rows for count in test["counts"]} | ({600} if published else set()))
     lines = [
-        f"{data}, {n_class}-way {shots}-shot, accuracy in %, mean ± 95 % interval over test episodes:",
+        f"{data}, {n_class}-way {shots}-shot, accuracy in %, mean ± 95 % interval over test episodes, or over seeds:",
         "",
         "| recipe | seed | tested | validation | " + " | ".join(f"{count} episodes" for count in counts) + " |",
         "|-|-|-|-|" + "-|" * len(counts),
     ]
     groups: dict[str, list] = {}
     for training, test in rows:
-        trained_on = training["hyper_parameters"].get("n_shot", shots)
-        since = (training.get("resumed_from") or {}).get("episode", 0)
-        name = recipe(training["hyper_parameters"], training.get("changed") or (), since)
-        name += f", trained on {trained_on}-shot" if trained_on != shots else ""
-        if origin := begun_with(training):
-            alike = origin.removesuffix(f"-{training['seed']}")
-            name += f", begun with {alike}" + (" of its seed" if alike != origin else "")
-        changed = {k: v for k, v in test["contradicts_training"].items() if k not in ("n_shot", "seed")}
-        name += "".join(f", tested with {k.replace('_', '-')} {spelled(v)}" for k, v in changed.items())
-        groups.setdefault(name + averaged(test), []).append((training, test))
+        groups.setdefault(_name(training, test, shots), []).append((training, test))
     for name in sorted(groups):
-        means: dict[tuple, dict[int, dict[int, float]]] = {}
-        for training, test in sorted(groups[name], key=lambda row: (row[0]["seed"] or 0, row[1]["episode"])):
-            val, (seen, asked) = test["validation"], length(training, test)
-            cells = [cell(test["accuracies"], c) if c in test["counts"] else "" for c in counts]
-            kind = "best" if "best" in test["checkpoint"] else "last" if "last" in test["checkpoint"] else "checkpoint"
-            tested = f"{kind}, {test['episode']:,}" + (f" of {seen:,}" if seen else "") + " episodes"
-            tested += f", {asked:,} asked for" if asked != seen else ""
-            shown = f"{val['accuracy']:.2f} (std {val['std']:.1f})" if val and "std" in val else ""
-            lines.append(f"| {name} | {training['seed']} | {tested} | {shown} | " + " | ".join(cells) + " |")
-            for c in test["counts"]:
-                # the best of so many episodes, or the last of them: alike only where as many have been seen
-                alike = (kind, asked, seen if kind == "best" else test["episode"])
-                means.setdefault(alike, {}).setdefault(c, {})[training["seed"]] = summary(test["accuracies"][:c])["mean"]
-        for (kind, _, episodes), by_count in sorted(means.items(), key=str):
-            over = {c: list(of.values()) for c, of in by_count.items() if len(of) > 1}
-            if over and kind != "checkpoint":
-                cells = ["{:.2f} ± {:.2f}".format(*interval(over[c])) if c in over else "" for c in counts]
-                n, of = max(map(len, over.values())), f" of {episodes:,} episodes" if episodes else ""
-                lines.append(f"| {name}, mean of {n} seeds, {kind}{of} | | | | " + " | ".join(cells) + " |")
+        found, means = _rows(groups[name], counts)
+        for alike, cells in found:
+            if not (means_alone and alike in means):
+                lines.append(f"| {name} | {cells}")
+        lines += [f"| {name} | {means[alike]}" for alike in sorted(means, key=str)]
     for name, val, test, more in published:
         cells = [test if count == 600 else "" for count in counts]
         lines.append(f"| {name} | | {more} | {val} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _name(training: dict, test: dict, shots: int) -> str:
+    """What a row is called: the recipe, and all else but the seed that sets a run and its test apart."""
+    trained_on = training["hyper_parameters"].get("n_shot", shots)
+    since = (training.get("resumed_from") or {}).get("episode", 0)
+    name = recipe(training["hyper_parameters"], training.get("changed") or (), since)
+    origin = begun_with(training)
+    alike = origin.removesuffix(f"-{training['seed']}")
+    begun = f", begun with {alike}" + (" of its seed" if alike != origin else "") if origin else ", begun from scratch"
+    begun = "" if alike == STARTS.get(name, "") else begun
+    name += f", trained on {trained_on}-shot" if trained_on != shots else ""
+    changed = {k: v for k, v in test["contradicts_training"].items() if k not in ("n_shot", "seed")}
+    tested = "".join(f", tested with {k.replace('_', '-')} {spelled(v)}" for k, v in changed.items())
+    return name + begun + tested + averaged(test)
+
+
+def _rows(group: list[tuple[dict, dict]], counts: list[int]) -> tuple[list[tuple[tuple, str]], dict[tuple, str]]:
+    """The cells, but for the name's, of runs that differ in their seed only, and of their means.
+
+    Returns:
+        Each run's cells, after a key that is the same for runs to be averaged; and the mean's cells by this key.
+    """
+    found, means = [], {}
+    for training, test in sorted(group, key=lambda row: (row[0]["seed"] or 0, row[1]["episode"])):
+        val, (seen, asked) = test["validation"], length(training, test)
+        cells = [cell(test["accuracies"], c) if c in test["counts"] else "" for c in counts]
+        kind = "best" if "best" in test["checkpoint"] else "last" if "last" in test["checkpoint"] else "checkpoint"
+        tested = f"{kind}, {test['episode']:,}" + (f" of {seen:,}" if seen else "") + " episodes"
+        tested += f", {asked:,} asked for" if asked != seen else ""
+        shown = f"{val['accuracy']:.2f} (std {val['std']:.1f})" if val and "std" in val else ""
+        # the best of so many episodes, or the last of them: alike only where as many have been seen
+        alike = (kind, asked, seen if kind == "best" else test["episode"])
+        found.append((alike, f"{training['seed']} | {tested} | {shown} | " + " | ".join(cells) + " |"))
+        for c in test["counts"]:
+            means.setdefault(alike, {}).setdefault(c, {})[training["seed"]] = summary(test["accuracies"][:c])["mean"]
+    said = {}
+    for (kind, asked, episodes), by_count in means.items():
+        over = {c: list(of.values()) for c, of in by_count.items() if len(of) > 1}
+        if over and kind != "checkpoint":
+            cells = ["{:.2f} ± {:.2f}".format(*interval(over[c])) if c in over else "" for c in counts]
+            n, of = max(map(len, over.values())), f" of {episodes:,} episodes" if episodes else ""
+            said[kind, asked, episodes] = f"mean of {n} seeds | {kind}{of} | | " + " | ".join(cells) + " |"
+    return found, said
 
 
 def cell(accuracies: list[float], count: int) -> str:

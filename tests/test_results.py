@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
+import re
 import shutil
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +142,7 @@ def test_table_of_two_seeds(tmp_path):
     assert first[:4] == ["port", "53", "best, 3,000 episodes", "41.25 (std 8.0)"]
     assert second[:4] == ["port", "719", "best, 3,000 episodes", "41.25 (std 8.0)"]
     assert second[4:] == ["55.00 ± 6.93 (std 5.0)", "50.00 ± 6.93 (std 7.1)"]
-    assert mean[0] == "port, mean of 2 seeds, best"
+    assert mean[:4] == ["port", "mean of 2 seeds", "best", ""]
     assert mean[4:] == ["60.00 ± 63.53", "57.50 ± 95.29"]  # 12.706 times the half of 10 and of 15
 
 
@@ -163,11 +167,48 @@ def test_seeds_with_a_pre_training_each_are_averaged(tmp_path):
         return with_test(tmp_path / f"{seed}{start}", [50.0, 60.0, 40.0, 50.0], seed=seed, seen=4000, about=about)
 
     text = tables([run(719, "pre-719"), run(53, "pre-53")])
-    assert [row[0] for row in rows_of(text)[2:]] == [
-        "port, begun with pre of its seed",
-        "port, begun with pre of its seed, mean of 2 seeds, best of 4,000 episodes",
+    name = "port, begun with pre of its seed"
+    assert [row[:3] for row in rows_of(text)[1:]] == [
+        [name, "53", "best, 3,000 of 4,000 episodes"],
+        [name, "719", "best, 3,000 of 4,000 episodes"],
+        [name, "mean of 2 seeds", "best of 4,000 episodes"],
     ]
     assert "mean of" not in tables([run(719, "pre-719"), run(53, "pre-719")])
+
+
+def test_the_start_that_a_recipe_asks_for_is_not_told(tmp_path):
+    best = hyper_parameters(settle(*parse([]))) | results.RECIPES["best"][0]
+
+    def name(folder, **about):
+        return rows_of(tables([with_test(tmp_path / folder, [50.0, 60.0], hyper=best, seen=200, about=about or None)]))[1][0]
+
+    def of(folder):
+        return {"started_from": {"checkpoint": f"{folder}/meta-learner-last.pth.tar", "episode": 20}}
+
+    assert name("a", **of("logs-pretrain-719")) == "best"
+    assert name("b", **of("logs-pretrain-53")) == "best, begun with logs-pretrain-53"  # of another seed
+    assert name("c", **of("logs-pretrain-short-719")) == "best, begun with logs-pretrain-short of its seed"
+    assert name("d") == "best, begun from scratch"
+
+
+def test_means_alone(tmp_path):
+    two = [with_test(tmp_path / f"{s}", [50.0, 60.0, 40.0, 50.0], seed=s, seen=4000) for s in (719, 53)]
+    one = with_test(tmp_path / "one", [50.0, 60.0, 40.0, 50.0], hyper=AUTHORS, seen=4000)
+    both, alone = rows_of(tables([*two, one])), rows_of(tables([*two, one], means_alone=True))
+    assert [row[1] for row in both[1:]] == ["719", "53", "719", "mean of 2 seeds"]
+    assert alone == [row for row in both if row[:2] not in (["port", "53"], ["port", "719"])]
+
+
+@pytest.mark.skipif(not Path(sys.prefix, "bin", "python").exists(), reason="no environment that the scripts could use")
+@pytest.mark.parametrize("readme", ["README.md", "results/README.md"])
+def test_readmes_have_the_tables_that_their_commands_print(readme):
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    command = re.search(r"^`?(bash scripts/results\.sh results/[^`\n]*)", text, re.MULTILINE)[1]
+    env = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PIP_NO_INDEX": "1"}
+    said = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=True)
+    tables = [block for block in said.stdout.split("\n\n") if block.startswith("|")]
+    assert tables
+    assert [table for table in tables if table.rstrip() not in text] == []
 
 
 def test_what_changed_at_a_resumption_is_told_once(tmp_path):
@@ -220,9 +261,9 @@ def test_the_length_of_a_training_is_told(tmp_path):
         "best, 7,000 of 9,000 episodes",
         "best, 3,000 of 4,500 episodes, 9,000 asked for",
         "best, 8,000 of 9,000 episodes",
-        "",
+        "best of 9,000 episodes",
     ]
-    assert rows[-1][0] == "port, mean of 2 seeds, best of 9,000 episodes"
+    assert rows[-1][:2] == ["port", "mean of 2 seeds"]
 
 
 def test_what_a_row_tells_of_another_training_or_testing(tmp_path):
@@ -491,7 +532,10 @@ def test_the_script_of_tables(master, run, tmp_path):
     said = shell("results.sh", f"{run.name}-719", "logs-53", cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     assert "| 53 |" in said.stdout
-    assert "mean of 2 seeds, best" in said.stdout
+    assert "| mean of 2 seeds | best" in said.stdout
+    alone = shell("results.sh", f"{run.name}-719", "logs-53", "--means", "true", cwd=tmp_path).stdout
+    assert "| mean of 2 seeds | best" in alone
+    assert "| 53 |" not in alone
     (other / results.NAME).unlink()
     said = shell("results.sh", f"{run.name}-719", "logs-53", cwd=tmp_path)
     assert said.returncode == 0
