@@ -189,15 +189,20 @@ def evaluate_episode(
     learner_wo_grad: FlatModule,
     metalearner: MetaLearner,
     batch_size: int,
+    transductive: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The same inner loop without the meta-learner's graph; the support set's running statistics normalise the query images.
 
     Both learners are overwritten: give evaluation a pair of its own.
 
+    Args:
+        transductive: normalise the query images by their own statistics instead, as meta-training does; the answer to one then
+            depends on the others.
+
     Returns:
         Query loss [] and query accuracy [] in percent, still on the device.
     """
-    learner_wo_grad.eval()
+    learner_wo_grad.train(transductive)
     cI, _ = adapt(episode, learner_w_grad, metalearner, batch_size)
     loss, logits = query_loss(episode, learner_w_grad, learner_wo_grad, cI)
     return loss, accuracy(logits, episode.query_y)

@@ -85,12 +85,14 @@ def evaluate_averaged(
     batch_size: int,
     orders: np.ndarray,
     mirror: bool,
+    transductive: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``episode.evaluate_episode`` with averaged probabilities.
 
     Args:
         orders: from ``class_orders``.
         mirror: whether mirror images are averaged over, too.
+        The others are ``evaluate_episode``'s.
 
     Returns:
         Query loss [] and query accuracy [] in percent.
@@ -98,6 +100,7 @@ def evaluate_averaged(
     found = []
     for view in views(orders, mirror):
         adapted(episode, view, learner_w_grad, learner_wo_grad, metalearner, batch_size)
+        learner_wo_grad.train(transductive)
         found.append(answer(episode.query, view, learner_wo_grad, mirror))
     mean = torch.stack(found).mean(0)
     logs = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()  # or one image of probability 0 makes the loss infinite

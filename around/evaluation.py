@@ -39,7 +39,7 @@ class Evaluator:
         metalearner: MetaLearner,
         ranks: Ranks = ALONE,
     ):
-        how = {"metalearner": metalearner, "batch_size": args.batch_size}
+        how = {"metalearner": metalearner, "batch_size": args.batch_size, "transductive": args.transductive}
         one = partial(evaluate_episode, **how)
         orders = class_orders(args.n_class, args.orders or 1, args.seed)
         if len(orders) > 1 or args.mirror:
@@ -99,6 +99,7 @@ def judge(
             print(result_line(name, losses[:count], accuracies[:count]))
         shape = {"n_class": args.n_class, "n_shot": n_shot, "n_eval": args.n_eval, **schedule}
         shape["averaged"] = {"orders": args.orders or 1, "mirror": args.mirror}
+        shape["transductive"] = args.transductive
         known = {"fingerprint": test_set.fingerprint, "mini_imagenet": is_mini_imagenet(test_set.split.classes)}
         tests.append({**shape, **known, "counts": counts, "accuracies": accuracies, "losses": losses})
     return tests

@@ -157,6 +157,8 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     add("--orders", None, words, type=whole(1, 1000), metavar="N")
     words = "average over mirror images, too: of the support images, with a learner for each, and of the query images"
     add("--mirror", False, words, type=boolean, metavar="BOOL")
+    words = "normalise the query images of a test or validation by their own batch statistics, not by the support set's"
+    add("--transductive", False, words, type=boolean, metavar="BOOL")
     add("--support", None, "examples: a folder with one folder of images per class", metavar="DIR")
     add("--query", None, "images to classify, or folders of them", nargs="+", metavar="PATH")
     add("--out", "predictions", "answers are written to OUT.csv and OUT.png", metavar="PATH")
@@ -210,6 +212,10 @@ def settle(
             raise UserError(f"--{name.replace('_', '-')} {low:g} {high:g}: the first must not be the larger one")
     if args.bn_shift and args.adapt != "classifier":
         raise UserError(f"--bn-shift {args.bn_shift:g}: is for --adapt classifier only; give that, or leave the shift out")
+    if args.transductive and args.adapt == "classifier":
+        raise UserError("--transductive true: is for --adapt all only; with --adapt classifier no batch's statistics are used")
+    if args.transductive and args.mode == "predict":
+        raise UserError("--transductive true: is for tests; a prediction must not depend on the other images")
     return args
 
 

@@ -27,7 +27,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 from around import checkpoints
 from around.recording import QUANTILES, read_trace
 from around.results import NAME as RESULTS
-from around.results import averaged, read_results
+from around.results import answered, read_results
 from around.run import LAST
 from around.words import plain
 from utils import UserError, summary
@@ -279,7 +279,7 @@ def histogram(folder: Path) -> Figure:
         axis.axvline(100 / test["n_class"], color=GREY, linestyle=":", linewidth=1.5, label=f"guessing among {test['n_class']}")
         axis.set_title(
             f"{test['n_shot']}-shot, {shorten(test['data'], 20)}, after {test['episode']:,} episodes: "
-            f"{s['mean']:.2f} ± {s['ci95']:.2f} %{averaged(test).replace(', ', chr(10), 1)}",
+            f"{s['mean']:.2f} ± {s['ci95']:.2f} %{answered(test).replace(', ', chr(10), 1)}",
             loc="left",
         )
         axis.set_ylabel("test episodes")

@@ -156,7 +156,7 @@ def contradictions(args: argparse.Namespace, stored: dict[str, object]) -> dict[
 def _key(test: dict) -> tuple:
     names = ("checkpoint", "episode", "data", "fingerprint", "n_class", "n_shot", "n_eval", "epoch", "batch_size")
     changed = sorted(test["contradicts_training"].items())
-    return (*(test[name] for name in names), test["episodes_drawn_by_seed"], str(test["counts"]), str(changed), averaged(test))
+    return (*(test[name] for name in names), test["episodes_drawn_by_seed"], str(test["counts"]), str(changed), answered(test))
 
 
 def _asked_for(folder: Path, checkpoint: dict) -> int | None:
@@ -176,11 +176,15 @@ def _progress(folder: Path) -> dict[str, object]:
         return {}
 
 
-def averaged(test: dict) -> str:
-    """Over what a test's answers are averaged, in words for a table; older results do not say, and are not averaged."""
+def answered(test: dict) -> str:
+    """How a test's answers were found, in words for a table: over what they are averaged, and whether they are transductive.
+
+    Older results do not say, and are neither.
+    """
     how = test.get("averaged", {"orders": 1, "mirror": False})
     over = [f"{how['orders']} orders of the classes"] * (how["orders"] > 1) + ["mirror images"] * how["mirror"]
-    return ", averaged over " + " and ".join(over) if over else ""
+    own = ", transductive" if test.get("transductive") else ""
+    return own + (", averaged over " + " and ".join(over) if over else "")
 
 
 def read_results(folder: Path) -> dict:
@@ -311,7 +315,7 @@ def _name(training: dict, test: dict, shots: int) -> str:
     name += f", trained on {trained_on}-shot" if trained_on != shots else ""
     changed = {k: v for k, v in test["contradicts_training"].items() if k not in ("n_shot", "seed")}
     tested = "".join(f", tested with {k.replace('_', '-')} {spelled(v)}" for k, v in changed.items())
-    return name + begun + tested + averaged(test)
+    return name + begun + tested + answered(test)
 
 
 def _rows(group: list[tuple[dict, dict]], counts: list[int]) -> tuple[list[tuple[tuple, str]], dict[tuple, str]]:

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import WAYS
 from test_cli import do_test, expect, metrics, tensors, train
 from test_episode import make
@@ -73,6 +74,23 @@ def test_with_mirror_images_left_and_right_are_alike(way):
     assert float(both(episode, *models, 100)[0]) == pytest.approx(float(both(other, *models, 100)[0]), rel=1e-5)
 
 
+def test_transductive_answers_are_normalised_by_the_query_images_themselves(way):
+    episode, *models = make(way)
+    few = episode._replace(query=episode.query[:4], query_y=episode.query_y[:4])
+    for averaged in (False, True):
+        how = {"orders": class_orders(3, 1, 0), "mirror": False} if averaged else {}
+        evaluate = partial(evaluate_averaged if averaged else evaluate_episode, **how)
+        loss, _ = evaluate(episode, *models, 100, transductive=True)
+        models[1].train()
+        with torch.no_grad():
+            assert float(loss) == pytest.approx(float(F.cross_entropy(models[1](episode.query), episode.query_y)), rel=1e-5)
+        for transductive in (True, False):
+            evaluate(episode, *models, 100, transductive=transductive)
+            answers = [models[1](shown.query).detach()[:4] for shown in (episode, few)]
+            assert torch.allclose(*answers, atol=1e-6) != transductive
+        assert float(evaluate(episode, *models, 100)[0]) != pytest.approx(float(loss), rel=1e-3)
+
+
 def test_results_say_so_and_keep_both(trained, capsys):
     flags = ("--episode-test", "4")
     assert do_test(None, trained, *flags) == 0
@@ -82,13 +100,20 @@ def test_results_say_so_and_keep_both(trained, capsys):
     assert [test["averaged"] for test in tests] == [{"orders": 1, "mirror": False}, {"orders": 3, "mirror": True}]
     assert tests[0]["losses"] != tests[1]["losses"]
     assert table.count("averaged over 3 orders of the classes and mirror images") == 1
+    assert do_test(None, trained, *flags, "--transductive", "true") == 0
+    table = capsys.readouterr().out.split("written to")[-1]
+    assert table.count(", transductive |") == 1
+    assert len(json.loads((trained.with_name("logs-719") / "results.json").read_text())["tests"]) == 3
     assert do_test(None, trained, *flags, "--orders", "3", "--mirror", "true") == 0  # replaces its like
-    assert len(json.loads((trained.with_name("logs-719") / "results.json").read_text())["tests"]) == 2
+    assert len(json.loads((trained.with_name("logs-719") / "results.json").read_text())["tests"]) == 3
 
 
 def test_refusals(trained, capsys):
     expect(capsys, do_test(None, trained, "--orders", "0"), "--orders", "from 1 to 1000")
     expect(capsys, do_test(None, trained, "--mirror", "perhaps"), "--mirror", "true or false")
+    code = do_test(None, trained, "--transductive", "true", "--adapt", "classifier")
+    expect(capsys, code, "--transductive true", "--adapt all only")
+    expect(capsys, main.run(["--mode", "predict", "--transductive", "true"]), "--transductive true", "for tests")
 
 
 # ---- The learning rate ----
