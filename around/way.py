@@ -84,9 +84,12 @@ def _fast(args: argparse.Namespace, device: torch.device, name: str) -> Way:
     on_cpu = device.type == "cpu"
     keep_freed_memory()
     lanes = torch.get_num_threads() if on_cpu else 1
+    description = f"device: {name}, {library().state}" if on_cpu else f"device: {name}"
+    if on_cpu and args.precision == "bf16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        description += "\nnote: --precision bf16 is many times slower than fp32 on this processor, which has no AVX-512"
     return Way(
         device,
-        f"device: {name}, {library().state}" if on_cpu else f"device: {name}",
+        description,
         partial(FastLearner, conv_dtype={"fp32": None, "bf16": torch.bfloat16}[args.precision]),
         FastMetaLearner,
         partial(FastEpisodeDataset, device=device, cache_dir=Path(args.cache_dir) if args.cache_dir else None),

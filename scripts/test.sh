@@ -13,6 +13,7 @@ for argument in "$@"; do
   set -- "$@" "$argument"
   shift
 done
+if [ $# = 0 ]; then set -- -n 2 --dist loadfile; fi # all tests: two files at a time
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT-1000} # or tests crawl beside other programs
 cd "$ROOT"
 "$PYTHON" -m ruff check .

@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+from around.flags import parse, settle
+from around.way import choose
 from episode import Episode, evaluate_episode, train_episode
 from fast import library, native
 from fast.learner import FastLearner, eval_block, train_block
@@ -521,3 +523,12 @@ def test_nowhere_to_keep_them(tmp_path):
     occupied.write_text("")
     assert probe(occupied)[0]
     assert occupied.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "said"), [("AVX2", "bf16", True), ("AVX2", "fp32", False), ("AVX512", "bf16", False)]
+)
+def test_bf16_on_a_processor_that_is_slow_at_it_is_noted(monkeypatch, capability, precision, said):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    way = choose(settle({"cpu": True, "precision": precision}, parse([])[1]))
+    assert ("note: --precision bf16" in way.description) == said

@@ -270,6 +270,8 @@ def test_the_test_script(repository, tmp_path):
     here = tmp_path / "here"
     expected = f"-m pytest -k golden {here}/test_x.py {here}/test_x.py::test_y tests/test_cli.py /abs/test_z.py"
     assert log.read_text().splitlines()[-2:] == ["-m ruff check .", expected]
+    assert bash(repository / "scripts" / "test.sh", VIRTUAL_ENV=str(tmp_path / "active")).returncode == 3
+    assert log.read_text().splitlines()[-1] == "-m pytest -n 2 --dist loadfile"
 
 
 def test_lint_that_fails_stops_the_test_script(repository, tmp_path):
