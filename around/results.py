@@ -310,8 +310,9 @@ def _name(training: dict, test: dict, shots: int) -> str:
     name = recipe(training["hyper_parameters"], training.get("changed") or (), since)
     origin = begun_with(training)
     alike = origin.removesuffix(f"-{training['seed']}")
-    begun = f", begun with {alike}" + (" of its seed" if alike != origin else "") if origin else ", begun from scratch"
-    begun = "" if alike == STARTS.get(name, "") else begun
+    begun = ""
+    if alike != STARTS.get(name, ""):
+        begun = f", begun with {alike}" + (" of its seed" if alike != origin else "") if origin else ", begun from scratch"
     name += f", trained on {trained_on}-shot" if trained_on != shots else ""
     changed = {k: v for k, v in test["contradicts_training"].items() if k not in ("n_shot", "seed")}
     tested = "".join(f", tested with {k.replace('_', '-')} {spelled(v)}" for k, v in changed.items())
