@@ -61,11 +61,12 @@ def adapted(
     learner_wo_grad: FlatModule,
     metalearner: MetaLearner,
     batch_size: int,
+    transductive: bool = False,
 ) -> None:
-    """Train the learner on a view of the support set: ``learner_wo_grad`` takes over the result, in eval mode."""
+    """Train the learner on a view of the support set: ``learner_wo_grad`` takes over the result, see ``evaluate_episode``."""
     x, places = episode.support, torch.from_numpy(view.places).to(episode.support_y.device)
     seen = episode._replace(support=mirrored(x) if view.mirrored else x, support_y=places[episode.support_y])
-    learner_wo_grad.eval()
+    learner_wo_grad.train(transductive)
     cI, _ = adapt(seen, learner_w_grad, metalearner, batch_size)
     learner_wo_grad.transfer_params(learner_w_grad, cI)
 
@@ -99,8 +100,7 @@ def evaluate_averaged(
     """
     found = []
     for view in views(orders, mirror):
-        adapted(episode, view, learner_w_grad, learner_wo_grad, metalearner, batch_size)
-        learner_wo_grad.train(transductive)
+        adapted(episode, view, learner_w_grad, learner_wo_grad, metalearner, batch_size, transductive)
         found.append(answer(episode.query, view, learner_wo_grad, mirror))
     mean = torch.stack(found).mean(0)
     logs = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()  # or one image of probability 0 makes the loss infinite

@@ -10,12 +10,13 @@ namespace {
 
 constexpr int C = 32;  // filters of the learner
 constexpr int VECTORS = C / LANES;
+constexpr int PAIR = 2 * LANES;  // channels whose sums a product holds in registers
+static_assert(C % PAIR == 0, "channels go by two vectors");
 
 // Adds to sums [N, C], for each of n pixels, N numbers from x on, times the pixel's row of grad [n, C]. x advances by step.
 template <int N>
 INLINE void add_outer_products(const float* x, len step, const float* grad, len n, float* sums) {
-  static_assert(C % (2 * LANES) == 0, "channels go by two vectors");
-  ROLLED for (int from = 0; from < C; from += 2 * LANES) {
+  ROLLED for (int from = 0; from < C; from += PAIR) {
     vec held[N][2];
     float* to = sums + from;
     UNROLL for (int k = 0; k < N; k++)

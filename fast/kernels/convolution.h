@@ -13,9 +13,8 @@ namespace {
 
 constexpr int POINTS = 16, PLANE = C * C;  // PLANE: one point of all filters
 constexpr int TILES = 24;                  // tiles that are mapped, multiplied and mapped back at a time
-constexpr int PAIR = 2 * LANES;            // channels whose sums are held in registers, for AT_ONCE tiles
-constexpr int AT_ONCE = 6;
-static_assert(TILES % AT_ONCE == 0 && C % PAIR == 0 && C % 6 == 2, "blocks fit");
+constexpr int AT_ONCE = 6;                 // tiles whose sums are held in registers
+static_assert(TILES % AT_ONCE == 0 && C % 6 == 2, "blocks fit");
 
 struct Tiling : Shape {  // in tiles; rows and columns are counted up, where pooling drops the last odd one
   len across() const { return (width + 1) / 2; }
