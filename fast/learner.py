@@ -58,6 +58,11 @@ class FastLearner(Learner):
 
     def loss_and_grad(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """See ``FlatModule.loss_and_grad``."""
+        images, moments = self._prepared(x)
+        if moments is not None and images.dtype == torch.float32:
+            parameters = [getattr(m, name) for m, name, _ in self.slots()]
+            running = self._running("mean") + self._running("var")
+            return native.loss_and_grad(images, y, moments, parameters, running, self.norm1.eps, self.norm1.momentum)
         with torch.enable_grad():
             loss = F.cross_entropy(self(x), y)
             grads = torch.autograd.grad(loss, list(self.parameters()), allow_unused=True)

@@ -25,7 +25,8 @@ DIGEST = 32  # bytes of a SHA-256
 SLOWER = "without compiled kernels, at a third of the speed"
 
 # the kernels' names; those in BY_TYPE end in one of SUFFIX
-ONE_TYPE = ("augment", "convolve", "convolve_to_input", "convolve_to_filters", "meta_forward", "meta_backward")
+ONE_TYPE = ("augment", "convolve", "convolve_to_input", "convolve_to_filters")
+ONE_TYPE += ("learner_gradient", "meta_forward", "meta_backward")
 BY_TYPE = ("block_forward", "block_backward", "block_eval", "first_forward", "first_backward", "first_eval", "patch_moments")
 _TYPES = {"p": ctypes.c_void_p, "f": ctypes.c_float, "l": ctypes.c_int64}  # by the letters of kernels.cpp
 SUFFIX = {torch.float32: "_float", torch.bfloat16: "_bfloat16"}

@@ -6,6 +6,7 @@ no C++ compiler, and for tensors that ``handles`` or ``handles_block`` turns dow
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fast.library import ONE_TYPE, SUFFIX, library
+from learner import N_BLOCKS
 
 N_FILTERS, TILE = 32, 128  # the same as C in kernels/blocks.h and TILE in kernels/meta.h
 
@@ -49,7 +51,7 @@ def _checked(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float
     return x.contiguous()
 
 
-def _call(name: str, first: Tensor, *others: Tensor | float | None) -> None:
+def _call(name: str, first: Tensor, *others: Tensor | float | ctypes.Array | None) -> None:
     """Call a kernel, the one for ``first``'s type if there are two. It trusts all sizes and memory layouts."""
     numbers = [a.data_ptr() if isinstance(a, Tensor) else a for a in (first, *others)]
     suffix = "" if name in ONE_TYPE else SUFFIX[first.dtype]
@@ -158,7 +160,7 @@ class PatchMoments(NamedTuple):
 class FirstBlock(torch.autograd.Function):
     """A block whose input is 3-channel images that need no gradient.
 
-    (images, weight, gamma >= 0, beta, eps, the images' moments) -> output, batch mean [C], biased batch variance [C].
+    (images, weight, gamma, beta, eps, the images' moments) -> output, batch mean [C], biased batch variance [C].
     """
 
     @staticmethod
@@ -185,7 +187,7 @@ class FirstBlock(torch.autograd.Function):
 
 
 class Block(torch.autograd.Function):
-    """(input, weight, gamma >= 0, beta, eps) -> output, batch mean [C], biased batch variance [C]."""
+    """(input, weight, gamma, beta, eps) -> output, batch mean [C], biased batch variance [C]."""
 
     @staticmethod
     def forward(ctx, x, weight, gamma, beta, eps):
@@ -216,25 +218,23 @@ def train_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, moments: Patch
     """See ``block.train_block``; only for what ``handles_block`` accepts.
 
     The order here is convolution, pooling, normalisation, ReLU. The function is the same: normalisation is an affine map of
-    each channel, and an increasing one commutes with the maximum. Where the scale is negative, the sign moves into the filter.
-    Normalisation and ReLU then work on a quarter of the numbers.
+    each channel, and an increasing one commutes with the maximum. Where the scale is negative, the opposite of the
+    convolution's output is pooled. Normalisation and ReLU then work on a quarter of the numbers.
 
     The first block uses two more facts: its input needs no gradient, and its convolution is linear in the 27 numbers under a
     filter. The batch statistics of the convolution's output, and the part of the weight gradient that passes through them,
     therefore follow from the moments of the images, which are the same in all updates of an episode. So the convolution's
     output, the largest tensor of the network, is never stored.
     """
-    sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0)
-    weight, gamma = conv.weight * sign.view(-1, 1, 1, 1), norm.weight * sign
     count = math.prod(_size(x))
     if x.shape[1] == 3 and not x.requires_grad:
         if moments is None or moments.count != count:
             moments = PatchMoments.of(x)
-        out, mean, var = FirstBlock.apply(x, weight, gamma, norm.bias, norm.eps, moments)
+        out, mean, var = FirstBlock.apply(x, conv.weight, norm.weight, norm.bias, norm.eps, moments)
     else:
-        out, mean, var = Block.apply(x, weight, gamma, norm.bias, norm.eps)
+        out, mean, var = Block.apply(x, conv.weight, norm.weight, norm.bias, norm.eps)
     with torch.no_grad():
-        norm.running_mean.lerp_(mean * sign + conv.bias, norm.momentum)
+        norm.running_mean.lerp_(mean + conv.bias, norm.momentum)
         norm.running_var.lerp_(var * (count / max(count - 1, 1)), norm.momentum)
     return out
 
@@ -253,6 +253,26 @@ def eval_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     else:
         _call("block_eval", _convolved(x, weight), bias, out, *_size(x))
     return out
+
+
+def loss_and_grad(
+    x: Tensor, y: Tensor, moments: PatchMoments, parameters: list[Tensor], running: list[Tensor], eps: float, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """``FlatModule.loss_and_grad`` of the learner in train mode, in one call.
+
+    Takes float32 images that ``handles_block`` accepts, their labels int64 [B] and moments; the learner's parameters; and the
+    running means and then the running variances of its blocks, which it updates. Raises ValueError for labels that are no
+    classes, or images of another size than the classifier's.
+    """
+    n_images, n_classes = len(x), len(parameters[-1])
+    if not (y.min() >= 0 and y.max() < n_classes):
+        raise ValueError(f"labels must be from 0 to {n_classes - 1}")
+    _checked(parameters[-2], (n_classes, N_FILTERS * math.prod(n // 2**N_BLOCKS for n in x.shape[2:])))
+    x, y, parameters = _channels_last(x), _checked(y, (n_images,), torch.int64), [_checked(p, p.shape) for p in parameters]
+    loss, grad = x.new_empty(()), x.new_empty(sum(p.numel() for p in parameters), 1)
+    addresses = [(ctypes.c_void_p * len(of))(*(t.data_ptr() for t in of)) for of in (parameters, running)]
+    _call("learner_gradient", x, y, *moments[:2], *addresses, eps, momentum, loss, grad, *_size(x), n_classes)
+    return loss, grad
 
 
 # ---- The meta-learner ----

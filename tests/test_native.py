@@ -234,10 +234,13 @@ def test_an_episode(compiled, calls, conv_dtype):
     kind = "float" if conv_dtype is None else "bfloat16"
     # the query images take one pass more: in eval mode, then in train mode, with moments of their own
     expected = Counter({"meta_forward": 6, "meta_backward": 3})
-    if conv_dtype is None:  # the other convolutions are PyTorch's
-        expected |= Counter({"convolve": 24, "convolve_to_input": 21, "convolve_to_filters": 21})
-    by_type = {"patch_moments": 3, "first_forward": 7, "first_backward": 7, "first_eval": 1}
-    by_type |= {"block_forward": 21, "block_backward": 21, "block_eval": 3}
+    if conv_dtype is None:  # one call an update
+        expected |= Counter({"learner_gradient": 6, "convolve": 6, "convolve_to_input": 3, "convolve_to_filters": 3})
+        passes = 1
+    else:  # the convolutions, but for the first block's, are PyTorch's
+        passes = 7
+    by_type = {"patch_moments": 3, "first_forward": passes, "first_backward": passes, "first_eval": 1}
+    by_type |= {"block_forward": 3 * passes, "block_backward": 3 * passes, "block_eval": 3}
     assert calls == expected | Counter({f"{name}_{kind}": n for name, n in by_type.items()})
     calls.clear()
     theirs = plain(compiled, lambda: an_episode(conv_dtype))
@@ -246,8 +249,48 @@ def test_an_episode(compiled, calls, conv_dtype):
         assert a.item() == pytest.approx(b.item(), rel=1e-4 if conv_dtype is None else 1e-2)
 
 
+@pytest.mark.parametrize(("images", "image_size", "n_classes"), [(25, 32, 5), (3, 50, 20), (1, 16, 2)])
+def test_loss_and_gradient_in_one_call(compiled, images, image_size, n_classes):
+    """Against PyTorch in float64: loss, gradient and running statistics; scales of both signs; sizes that pooling cuts."""
+    learner, x = FastLearner(image_size, 1e-3, 0.9, n_classes), channels_last(images, 3, image_size, image_size)
+    with torch.no_grad():
+        for b in range(1, 5):
+            getattr(learner, f"norm{b}").weight.uniform_(-1, 1)
+            getattr(learner, f"norm{b}").bias.uniform_(-1, 1)
+    y, exact, theirs = torch.randint(n_classes, (images,)), copy.deepcopy(learner).double(), copy.deepcopy(learner)
+
+    def found(learner, x):
+        return [*learner.loss_and_grad(x, y), *learner._running("mean"), *learner._running("var")]
+
+    reference = found(exact, x.double())
+    ours, by_pytorch = found(learner, x), plain(compiled, lambda: found(theirs, x))
+    for a, b, c in zip(ours, by_pytorch, reference, strict=True):
+        assert a.shape == c.shape
+        assert a.dtype == torch.float32
+        assert relative(a, c) < max(2e-6, 3 * relative(b, c))
+
+
+def test_loss_and_gradient_of_what_does_not_fit(compiled):
+    """An error like PyTorch's, and no reading beyond a tensor's end."""
+    learner, x, y = FastLearner(32, 1e-3, 0.9, 5), channels_last(2, 3, 32, 32), torch.tensor([0, 4])
+    for images, labels in ((x, y + 1), (x, y - 1), (x, y[:1]), (x, y.int()), (channels_last(2, 3, 48, 32), y)):
+        for run in (learner.loss_and_grad, lambda *args: plain(compiled, lambda: learner.loss_and_grad(*args))):
+            with pytest.raises((ValueError, IndexError, RuntimeError)):
+                run(images, labels)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_loss_and_gradient_that_are_not_finite(compiled, bad):
+    learner, x = FastLearner(32, 1e-3, 0.9, 5), channels_last(2, 3, 32, 32)
+    x[1, 2, 5, 5] = bad
+    loss, grad = learner.loss_and_grad(x, torch.tensor([0, 4]))
+    assert loss.isnan()
+    assert not grad.isfinite().all()
+
+
 def test_the_number_of_threads_changes_no_bit(compiled):
     (conv, norm), (conv2, norm2) = layers(3), layers(32)
+    learner, y = FastLearner(42, 1e-3, 0.9, 4), torch.arange(12) % 4
     x, meta, grad = channels_last(12, 3, 42, 42), FastMetaLearner(4, 20, 3000), torch.randn(3000, 1) * 1e-3
     kept, results = torch.get_num_threads(), []
     try:
@@ -257,7 +300,8 @@ def test_the_number_of_threads_changes_no_bit(compiled):
             state = meta(torch.tensor(1.0), grad, meta(torch.tensor(1.0), grad, meta.initial_state()))
             learned = [conv.weight, norm.weight, conv2.weight, norm2.weight, *meta.parameters()]
             found = torch.autograd.grad(out.square().sum() + state.c.sum(), learned)
-            results.append([out, state.c, *found])
+            learner.reset_batch_stats()
+            results.append([out, state.c, *found, *learner.loss_and_grad(x, y), *learner.buffers()])
     finally:
         torch.set_num_threads(kept)
     for other in results[1:]:

@@ -42,6 +42,15 @@ struct Shape {
   len pooled() const { return rows() * columns() * C; }
 };
 
+// Normalisation is an affine map, and an increasing one commutes with the maximum. Where its scale gamma is negative, the sign
+// is -1, and what is pooled is the opposite of the convolution's output.
+struct Signs {
+  float of[C];
+  explicit Signs(const float* gamma = nullptr) {
+    for (int c = 0; c < C; c++) of[c] = gamma && gamma[c] < 0 ? -1.0f : 1.0f;
+  }
+};
+
 struct Affine {  // the map from each pooling window's maximum to the ReLU's input
   float scale[C], shift[C];
   vec operator()(vec y, int channel) const { return y * load(scale + channel) + load(shift + channel); }
@@ -55,15 +64,17 @@ INLINE Affine only_bias(const float* bias) {
 }
 
 struct Norm {  // normalisation by the batch's statistics
-  double mean[C], invstd[C];
+  double mean[C], invstd[C], slope[C];
+  Signs signs;
   Affine affine;
   template <class M>
-  Norm(const M* means, const float* var, const float* gamma, const float* beta, float eps) {
+  Norm(const M* means, const float* var, const float* gamma, const float* beta, float eps) : signs(gamma) {
     for (int c = 0; c < C; c++) {
       mean[c] = means[c];
       invstd[c] = 1 / std::sqrt(double(var[c]) + eps);
-      affine.scale[c] = float(gamma[c] * invstd[c]);
-      affine.shift[c] = float(beta[c] - mean[c] * gamma[c] * invstd[c]);
+      slope[c] = gamma[c] * invstd[c];
+      affine.scale[c] = float(slope[c]) * signs.of[c];
+      affine.shift[c] = float(beta[c] - mean[c] * slope[c]);
     }
   }
 };
@@ -78,12 +89,11 @@ INLINE void statistics(int c, double sum, double square, len count, double* exac
 // The part of the gradient that flows through the batch statistics: k0 + k1 * y for each output y of the convolution.
 struct Through {
   double k0[C], k1[C];
-  Through(const Norm& norm, const float* gamma, const double* sums, len count, float* grad_gamma, float* grad_beta) {
+  Through(const Norm& norm, const double* sums, len count, float* grad_gamma, float* grad_beta) {
     for (int c = 0; c < C; c++) {
       const double beta = sums[c], of_gamma = norm.invstd[c] * (sums[C + c] - norm.mean[c] * beta);
-      const double scale = gamma[c] * norm.invstd[c];
-      k1[c] = -scale * norm.invstd[c] * of_gamma / count;
-      k0[c] = -scale * beta / count - norm.mean[c] * k1[c];
+      k1[c] = -norm.slope[c] * norm.invstd[c] * of_gamma / count;
+      k0[c] = -norm.slope[c] * beta / count - norm.mean[c] * k1[c];
       grad_gamma[c] = float(of_gamma);
       grad_beta[c] = float(beta);
     }
@@ -91,13 +101,14 @@ struct Through {
 };
 
 template <class T>
-void pool_image(const T* y, T* pooled, uint8_t* where, const Shape& s) {
+void pool_image(const T* y, const Signs& signs, T* pooled, uint8_t* where, const Shape& s) {
   for (len r = 0; r < s.rows(); r++)
     for (len q = 0; q < s.columns(); q++)
       for (int v = 0; v < C; v += LANES) {
         const T* p = y + (2 * r * s.width + 2 * q) * C + v;
         ivec at;
-        const vec best = largest(load(p), load(p + C), load(p + s.width * C), load(p + (s.width + 1) * C), at);
+        const vec sign = load(signs.of + v), right = sign * load(p + C), below = sign * load(p + s.width * C);
+        const vec best = largest(sign * load(p), right, below, sign * load(p + (s.width + 1) * C), at);
         const len to = (r * s.columns() + q) * C + v;
         store(pooled + to, best);
         if (where) narrowed(where + to, at);
@@ -139,12 +150,13 @@ template <class T>
 void block_forward(const T* y, const float* gamma, const float* beta, float eps, T* pooled, uint8_t* where, T* out,
                    float* mean, float* var, len images, len height, len width, len threads) {
   const Shape s{images, height, width};
+  const Signs signs(gamma);
   std::vector<double> parts(s.images * 2 * C);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (len b = 0; b < s.images; b++) {
     const T* of_image = y + b * s.height * s.width * C;
     statistics_of_image(of_image, s, &parts[b * 2 * C]);
-    pool_image(of_image, pooled + b * s.pooled(), where + b * s.pooled(), s);
+    pool_image(of_image, signs, pooled + b * s.pooled(), where + b * s.pooled(), s);
   }
   double sums[2 * C], exact[C];
   total(parts, s.images, 2 * C, sums);
@@ -162,7 +174,7 @@ void block_eval(const T* y, const float* bias, T* out, len images, len height, l
   const Affine affine = only_bias(bias);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (len b = 0; b < s.images; b++) {
-    pool_image(y + b * s.height * s.width * C, out + b * s.pooled(), nullptr, s);
+    pool_image(y + b * s.height * s.width * C, Signs(), out + b * s.pooled(), nullptr, s);
     affine_relu_image(out + b * s.pooled(), out + b * s.pooled(), affine, s.pooled());
   }
 }
@@ -201,9 +213,10 @@ void block_backward(const T* grad, const T* pooled, const uint8_t* where, T* y, 
     gradient_sums_of_image(grad + b * s.pooled(), pooled + b * s.pooled(), norm.affine, s, &parts[b * 2 * C]);
   double sums[2 * C];
   total(parts, s.images, 2 * C, sums);
-  const Through through(norm, gamma, sums, s.count(), grad_gamma, grad_beta);
-  float k0[C], k1[C];
-  for (int c = 0; c < C; c++) k0[c] = float(through.k0[c]), k1[c] = float(through.k1[c]);
+  for (int c = 0; c < C; c++) sums[C + c] *= norm.signs.of[c];
+  const Through through(norm, sums, s.count(), grad_gamma, grad_beta);
+  float slope[C], k0[C], k1[C];
+  for (int c = 0; c < C; c++) slope[c] = float(norm.slope[c]), k0[c] = float(through.k0[c]), k1[c] = float(through.k1[c]);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (len b = 0; b < s.images; b++)
     for (len r = 0; r < s.height; r++)
@@ -213,7 +226,7 @@ void block_backward(const T* grad, const T* pooled, const uint8_t* where, T* y, 
           ivec at = {};
           if (r / 2 < s.rows() && q / 2 < s.columns()) {
             const len from = b * s.pooled() + (r / 2 * s.columns() + q / 2) * C + v;
-            g = keep(norm.affine.positive(load(pooled + from), v), load(grad + from)) * load(norm.affine.scale + v);
+            g = keep(norm.affine.positive(load(pooled + from), v), load(grad + from)) * load(slope + v);
             at = widened(where + from);
           }
           const int left = int(r % 2) * 2;

@@ -21,13 +21,14 @@ struct Padded {  // an image [height, width, 3] with a border of zeros
   }
 };
 
-// Filters, reordered from PyTorch's [C, colour, row, column] to [row, column, colour, C], the order of the pixels in memory.
+// Filters with their signs, reordered from PyTorch's [C, colour, row, column] to [row, column, colour, C], the order of the
+// pixels in memory.
 struct Filters {
   float w[TAPS][C];
   static int place(int tap) { return tap % 3 * 9 + tap / 3; }  // from (row, column, colour) to (colour, row, column)
-  explicit Filters(const float* weight) {
+  Filters(const float* weight, const Signs& signs) {
     for (int t = 0; t < TAPS; t++)
-      for (int c = 0; c < C; c++) w[t][c] = weight[c * TAPS + place(t)];
+      for (int c = 0; c < C; c++) w[t][c] = signs.of[c] * weight[c * TAPS + place(t)];
   }
 };
 
@@ -106,13 +107,14 @@ void first_forward(const T* x, const float* weight, const float* gamma, const fl
     }
     statistics(c, sum, square, s.count(), exact, mean, var);
   }
-  first_images(x, Filters(weight), Norm(exact, var, gamma, beta, eps).affine, where, out, s, threads);
+  const Norm norm(exact, var, gamma, beta, eps);
+  first_images(x, Filters(weight, norm.signs), norm.affine, where, out, s, threads);
 }
 
 // Eval mode: the ReLU of each window's maximum plus the bias.
 template <class T>
 void first_eval(const T* x, const float* weight, const float* bias, T* out, len images, len height, len width, len threads) {
-  first_images(x, Filters(weight), only_bias(bias), nullptr, out, Shape{images, height, width}, threads);
+  first_images(x, Filters(weight, Signs()), only_bias(bias), nullptr, out, Shape{images, height, width}, threads);
 }
 
 // The gradient at the convolution's outputs for one row of pooling windows, in two rows of outputs, [2, 2 * columns, C]: at each
@@ -180,11 +182,11 @@ void first_backward(const T* grad, const T* x, const float* weight, const T* out
     for (int t = 0; t < TAPS; t++) sums[C + c] += at_maxima[t * C + c] * weight[c * TAPS + Filters::place(t)];
   }
   const Norm norm(mean, var, gamma, beta, eps);
-  const Through through(norm, gamma, sums, s.count(), grad_gamma, grad_beta);
+  const Through through(norm, sums, s.count(), grad_gamma, grad_beta);
   for (int c = 0; c < C; c++)
     for (int t = 0; t < TAPS; t++) {
       const int j = Filters::place(t);
-      const double direct = at_maxima[t * C + c] * gamma[c] * norm.invstd[c];
+      const double direct = at_maxima[t * C + c] * norm.slope[c];
       const double by_mean = through.k0[c] * patches[j], by_var = through.k1[c] * output_times_tap(products, weight, c, j);
       grad_weight[c * TAPS + j] = float(direct + by_mean + by_var);
     }

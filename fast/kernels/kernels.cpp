@@ -10,6 +10,7 @@
 #include "augment.h"
 #include "convolution.h"
 #include "first.h"
+#include "learner.h"
 #include "meta.h"
 
 namespace {
@@ -41,6 +42,7 @@ EXPORT(augment, augment)
 EXPORT(convolve, convolve<float>)
 EXPORT(convolve_to_input, convolve_to_input<float>)
 EXPORT(convolve_to_filters, convolve_to_filters<float>)
+EXPORT(learner_gradient, learner_gradient)
 EXPORT(meta_forward, meta_forward)
 EXPORT(meta_backward, meta_backward)
 EXPORT_BOTH(block_forward)

@@ -1,0 +1,133 @@
+// The loss and the gradient of the whole learner for one minibatch, in one call: on small minibatches PyTorch spends as much time
+// between its operations as in them.
+
+#pragma once
+
+#include <memory>
+#include "convolution.h"
+#include "first.h"
+
+namespace {
+
+constexpr int BLOCKS = 4;
+
+template <class Pointer>
+struct Layers {  // a block's parameters or their gradients, in the learner's order
+  Pointer weight, bias, gamma, beta;
+};
+
+struct Activations {  // what a block keeps for its backward pass; the first one has no y, and pools in registers
+  Shape s;            // of its input
+  const float* in;
+  std::unique_ptr<float[]> y, pooled, out;
+  std::unique_ptr<uint8_t[]> where;
+  float mean[C], var[C];
+  Activations(const Shape& s, const float* in, bool first)
+      : s(s),
+        in(in),
+        y(first ? nullptr : new float[s.count() * C]),
+        pooled(first ? nullptr : new float[s.images * s.pooled()]),
+        out(new float[s.images * s.pooled()]),
+        where(new uint8_t[s.images * s.pooled()]) {}
+};
+
+// Mean cross entropy of the linear layer's answers to features in [images, area, C], and its gradients: at the layer's weight
+// [classes, C, area] and bias, and at in. Labels are from 0 to classes - 1.
+float classify(const float* in, const int64_t* labels, const float* weight, const float* bias, float* grad_weight,
+               float* grad_bias, float* grad_in, len images, len area, len classes) {
+  const len size = area * C;
+  std::vector<float> w(classes * size), grad_w(classes * size);  // [classes, area, C]
+  for (len k = 0; k < classes; k++)
+    for (int c = 0; c < C; c++)
+      for (len p = 0; p < area; p++) w[k * size + p * C + c] = weight[k * size + c * area + p];
+  std::vector<double> logits(classes), grad_b(classes);
+  double loss = 0;
+  for (len b = 0; b < images; b++) {
+    const float* features = in + b * size;
+    for (len k = 0; k < classes; k++) {
+      vec s = {};
+      for (len j = 0; j < size; j += LANES) s += load(features + j) * load(&w[k * size + j]);
+      logits[k] = bias[k] + sum(s);
+    }
+    const double largest = *std::max_element(logits.begin(), logits.end());
+    double all_of_it = 0;
+    for (const double logit : logits) all_of_it += std::exp(logit - largest);
+    loss -= logits[labels[b]] - largest - std::log(all_of_it);
+    std::fill_n(grad_in + b * size, size, 0.0f);
+    for (len k = 0; k < classes; k++) {
+      const double ahead = (std::exp(logits[k] - largest) / all_of_it - (k == labels[b])) / images;
+      grad_b[k] += ahead;
+      for (len j = 0; j < size; j += LANES) {
+        float *to_w = &grad_w[k * size + j], *to_in = grad_in + b * size + j;
+        store(to_w, load(to_w) + float(ahead) * load(features + j));
+        store(to_in, load(to_in) + float(ahead) * load(&w[k * size + j]));
+      }
+    }
+  }
+  for (len k = 0; k < classes; k++) {
+    grad_bias[k] = float(grad_b[k]);
+    for (int c = 0; c < C; c++)
+      for (len p = 0; p < area; p++) grad_weight[k * size + c * area + p] = grad_w[k * size + p * C + c];
+  }
+  return float(loss / images);
+}
+
+// Images x [images, height, width, 3] with the moments of their patches. parameters: each block's, see Layers, then the classifier's
+// weight and bias; grad is theirs, one after the other. running: the blocks' means, then their variances, which move towards the
+// batch's by the share momentum.
+void learner_gradient(const float* x, const int64_t* labels, const double* patches, const double* products,
+                      const float* const* parameters, float* const* running, float eps, float momentum, float* loss,
+                      float* grad, len images, len height, len width, len classes, len threads) {
+  const auto* given = reinterpret_cast<const Layers<const float*>*>(parameters);
+  std::vector<Activations> blocks;
+  Shape s{images, height, width};
+  for (int b = 0; b < BLOCKS; b++) {
+    const auto& [weight, bias, gamma, beta] = given[b];
+    blocks.emplace_back(s, b == 0 ? x : blocks.back().out.get(), b == 0);
+    Activations& a = blocks.back();
+    float *y = a.y.get(), *pooled = a.pooled.get(), *out = a.out.get();
+    if (b == 0) {
+      first_forward(x, weight, gamma, beta, eps, patches, products, a.where.get(), out, a.mean, a.var, images, height, width,
+                    threads);
+    } else {
+      convolve(a.in, weight, y, images, s.height, s.width, threads);
+      block_forward(y, gamma, beta, eps, pooled, a.where.get(), out, a.mean, a.var, images, s.height, s.width, threads);
+    }
+    const float unbiased = float(s.count()) / std::max<len>(s.count() - 1, 1);
+    for (int c = 0; c < C; c++) {
+      float *mean = running[b] + c, *var = running[BLOCKS + b] + c;
+      *mean += momentum * (a.mean[c] + bias[c] - *mean);
+      *var += momentum * (a.var[c] * unbiased - *var);
+    }
+    s = Shape{images, s.rows(), s.columns()};
+  }
+  Layers<float*> made[BLOCKS];
+  for (int b = 0; b < BLOCKS; b++) {
+    float* bias = grad + C * (b == 0 ? TAPS : 9 * C);
+    made[b] = {grad, bias, bias + C, bias + 2 * C};
+    std::fill_n(bias, C, 0.0f);  // normalisation takes the bias away again
+    grad = bias + 3 * C;
+  }
+  const len area = s.height * s.width;
+  const float* const* last = parameters + 4 * BLOCKS;
+  std::unique_ptr<float[]> ahead(new float[images * area * C]);
+  *loss = classify(blocks.back().out.get(), labels, last[0], last[1], grad, grad + classes * area * C, ahead.get(), images, area,
+                   classes);
+  for (int b = BLOCKS - 1; b >= 0; b--) {
+    const auto& [weight, bias, gamma, beta] = given[b];
+    const Activations& a = blocks[b];
+    const len height = a.s.height, width = a.s.width;
+    if (b == 0) {
+      first_backward(ahead.get(), x, weight, a.out.get(), a.where.get(), gamma, beta, a.mean, a.var, eps, patches, products,
+                     made[b].weight, made[b].gamma, made[b].beta, images, height, width, threads);
+    } else {
+      block_backward(ahead.get(), a.pooled.get(), a.where.get(), a.y.get(), gamma, beta, a.mean, a.var, eps, made[b].gamma,
+                     made[b].beta, images, height, width, threads);
+      convolve_to_filters(a.y.get(), a.in, made[b].weight, images, height, width, threads);
+      ahead.reset(new float[a.s.count() * C]);
+      convolve_to_input(a.y.get(), weight, ahead.get(), images, height, width, threads);
+    }
+  }
+}
+
+}  // namespace
