@@ -202,7 +202,7 @@ void convolve_to_filters(const T* grad, const T* x, float* grad_weight, len imag
           inputs_to_points(x, s, tile, zeros, &in[t * C]);
           gradient_to_points(grad, s, tile, &ahead[t * C]);
         }
-        for (int p = 0; p < POINTS; p++) {  // a block of 6 x 2 vectors of sums fits AVX2's 16 registers; the last 8 rows are 2 x 4
+        for (int p = 0; p < POINTS; p++) {  // 6 x 2 vectors of sums fit AVX2's 16 registers; the last 8 rows are 2 x 4
           const float *x_p = &in[p * TILES * C], *grad_p = &ahead[p * TILES * C];
           ROLLED for (int i = 0; i < C - 8; i += 6) add_outer_products<6>(x_p + i, C, grad_p, n, to + p * PLANE + i * C);
           ROLLED for (int i = C - 8; i < C; i += 4) add_outer_products<4>(x_p + i, C, grad_p, n, to + p * PLANE + i * C);

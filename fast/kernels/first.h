@@ -117,18 +117,47 @@ void first_eval(const T* x, const float* weight, const float* bias, T* out, len 
   first_images(x, Filters(weight, Signs()), only_bias(bias), nullptr, out, Shape{images, height, width}, threads);
 }
 
-// The gradient at the convolution's outputs for one row of pooling windows, in two rows of outputs, [2, 2 * columns, C]: at each
-// window's maximum the gradient at the ReLU's input, and zeros. Adds it up in plain, [C].
+// The numbers that a tap meets at the four places of a pooling window, side by side: two of a row, two of the next one. From a
+// tap to the next it is one number further, from a window to the next six.
+INLINE void quads_of_rows(const float* row, const float* next, len n, float* quads) {
+  for (len k = 0; k < n; k++) {
+    float* four = quads + 4 * k;
+    four[0] = row[k], four[1] = row[k + 3], four[2] = next[k], four[3] = next[k + 3];
+  }
+}
+
+// Adds to sums [N, C], for each of n pooling windows, what N neighbouring taps meet at each channel's maximum, times the
+// gradient.
+template <int N>
+INLINE void add_at_maxima(const float* quads, const float* grad, const uint8_t* where, len n, float* sums) {
+  ROLLED for (int from = 0; from < C; from += PAIR) {
+    vec held[N][2];
+    float* to = sums + from;
+    UNROLL for (int k = 0; k < N; k++)
+      UNROLL for (int v = 0; v < 2; v++) held[k][v] = load(to + k * C + v * LANES);
+    ROLLED for (len q = 0; q < n; q++) {
+      const vec left = load(grad + q * C + from), right = load(grad + q * C + from + LANES);
+      const ivec of_left = widened(where + q * C + from), of_right = widened(where + q * C + from + LANES);
+      UNROLL for (int k = 0; k < N; k++) {
+        const vec four = repeated(quads + (6 * q + k) * 4);
+        held[k][0] += chosen(four, of_left) * left;
+        held[k][1] += chosen(four, of_right) * right;
+      }
+    }
+    UNROLL for (int k = 0; k < N; k++)
+      UNROLL for (int v = 0; v < 2; v++) store(to + k * C + v * LANES, held[k][v]);
+  }
+}
+
+// The gradient at the ReLU's input for a row of pooling windows, [columns, C], which it adds up in plain, [C].
 template <class T>
-INLINE void spread(const T* grad, const T* out, const uint8_t* where, len columns, float* wide, float* plain) {
+INLINE void back_through_relu(const T* grad, const T* out, len columns, float* back, float* plain) {
   for (int v = 0; v < C; v += LANES) {
     vec sum = load(plain + v);
-    for (len q = 0; q < columns; q++) {
-      const len from = q * C + v;
-      const vec g = keep(~(load(out + from) <= 0), load(grad + from));
-      const ivec at = widened(where + from);
+    for (len k = v; k < columns * C; k += C) {
+      const vec g = keep(~(load(out + k) <= 0), load(grad + k));
+      store(back + k, g);
       sum += g;
-      UNROLL for (int k = 0; k < 4; k++) store(wide + (k / 2 * 2 * columns + 2 * q + k % 2) * C + v, keep(at == k, g));
     }
     store(plain + v, sum);
   }
@@ -137,19 +166,20 @@ INLINE void spread(const T* grad, const T* out, const uint8_t* where, len column
 // Sums over one image of the gradient at the ReLU's input, [C], and of this gradient times the patch under the filter at the
 // window's maximum, [TAPS, C].
 template <class T>
-void first_sums_of_image(const Padded& padded, const T* grad, const T* out, const uint8_t* where, const Shape& s, float* wide,
-                         double* result) {
+void first_sums_of_image(const Padded& padded, const T* grad, const T* out, const uint8_t* where, const Shape& s, float* back,
+                         float* quads, double* result) {
   float sums[C + TAPS * C] = {};
+  const len n = 6 * s.columns() + 3;
   for (len r = 0; r < s.rows(); r++) {
-    const len from = r * s.columns() * C, n = 2 * s.columns();
-    spread(grad + from, out + from, where + from, s.columns(), wide, sums);
-    for (int row = 0; row < 2; row++)
-      for (int t = 0; t < TAPS; t += 9) {
-        const float *in = padded.pixels.data() + (2 * r + row + t / 9) * padded.stride, *g = wide + row * n * C;
-        float* to = sums + C + t * C;
-        add_outer_products<5>(in, 3, g, n, to);
-        add_outer_products<4>(in + 5, 3, g, n, to + 5 * C);
-      }
+    const len from = r * s.columns() * C;
+    back_through_relu(grad + from, out + from, s.columns(), back, sums);
+    for (int row = 0; row < 3; row++) {
+      const float* in = padded.pixels.data() + (2 * r + row) * padded.stride;
+      float* to = sums + C + row * 9 * C;
+      quads_of_rows(in, in + padded.stride, n, quads);
+      add_at_maxima<5>(quads, back, where + from, s.columns(), to);
+      add_at_maxima<4>(quads + 5 * 4, back, where + from, s.columns(), to + 5 * C);
+    }
   }
   std::copy_n(sums, C + TAPS * C, result);
 }
@@ -165,12 +195,12 @@ void first_backward(const T* grad, const T* x, const float* weight, const T* out
 #pragma omp parallel num_threads(threads)
   {
     Padded padded(s);
-    std::vector<float> wide(4 * s.columns() * C);
+    std::vector<float> back(s.columns() * C), quads((6 * s.columns() + 3) * 4);
 #pragma omp for schedule(static)
     for (len b = 0; b < s.images; b++) {
       const len at = b * s.pooled();
       padded.copy(x + b * s.height * s.width * 3, s);
-      first_sums_of_image(padded, grad + at, out + at, where + at, s, wide.data(), &parts[b * SIZE]);
+      first_sums_of_image(padded, grad + at, out + at, where + at, s, back.data(), quads.data(), &parts[b * SIZE]);
     }
   }
   double found[SIZE], sums[2 * C];

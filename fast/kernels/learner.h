@@ -1,5 +1,5 @@
-// The loss and the gradient of the whole learner for one minibatch, in one call: on small minibatches PyTorch spends as much time
-// between its operations as in them.
+// The loss and the gradient of the whole learner for one minibatch, in one call: on small minibatches PyTorch takes a good part
+// of the time between its operations.
 
 #pragma once
 
@@ -72,9 +72,9 @@ float classify(const float* in, const int64_t* labels, const float* weight, cons
   return float(loss / images);
 }
 
-// Images x [images, height, width, 3] with the moments of their patches. parameters: each block's, see Layers, then the classifier's
-// weight and bias; grad is theirs, one after the other. running: the blocks' means, then their variances, which move towards the
-// batch's by the share momentum.
+// Images x [images, height, width, 3] with the moments of their patches. parameters: each block's, see Layers, then the
+// classifier's weight and bias; grad is theirs, one after the other. running: the blocks' means, then their variances, which
+// move towards the batch's by the share momentum.
 void learner_gradient(const float* x, const int64_t* labels, const double* patches, const double* products,
                       const float* const* parameters, float* const* running, float eps, float momentum, float* loss,
                       float* grad, len images, len height, len width, len classes, len threads) {
@@ -111,8 +111,8 @@ void learner_gradient(const float* x, const int64_t* labels, const double* patch
   const len area = s.height * s.width;
   const float* const* last = parameters + 4 * BLOCKS;
   std::unique_ptr<float[]> ahead(new float[images * area * C]);
-  *loss = classify(blocks.back().out.get(), labels, last[0], last[1], grad, grad + classes * area * C, ahead.get(), images, area,
-                   classes);
+  float* grad_bias = grad + classes * area * C;
+  *loss = classify(blocks.back().out.get(), labels, last[0], last[1], grad, grad_bias, ahead.get(), images, area, classes);
   for (int b = BLOCKS - 1; b >= 0; b--) {
     const auto& [weight, bias, gamma, beta] = given[b];
     const Activations& a = blocks[b];

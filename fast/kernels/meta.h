@@ -13,38 +13,54 @@ namespace {
 
 constexpr int TILE = 128;  // coordinates of a tile
 constexpr int CHUNKS = 16;  // parts with sums of their own, always as many, so that the number of threads changes no sum
-constexpr int WIDE = LANES == 16 ? 4 : 2;  // vectors of a row that are held in registers
+// The block of sums that weighted_sums holds in registers; a smaller one would wait for its last addition.
+constexpr int HELD = 5, WIDE = LANES == 16 ? 4 : 2;  // rows, and vectors of each
+
+// out [rows, TILE] = start [rows], or zeros, + w times in [n, TILE]; w's number (r, k) lies at r * step + k * along.
+INLINE void weighted_sums(const float* w, int step, int along, const float* start, const float* in, int rows, int n,
+                          float* out) {
+  for (int first = 0; first < rows; first += HELD)
+    for (int from = 0; from < TILE; from += WIDE * LANES) {
+      const int n_held = std::min(rows - first, HELD);
+      const float* weight[HELD];
+      vec sums[HELD][WIDE];
+      UNROLL for (int p = 0; p < HELD; p++) {
+        const int r = first + (p < n_held ? p : 0);
+        weight[p] = w + r * step;
+        UNROLL for (int v = 0; v < WIDE; v++) sums[p][v] = all(start ? start[r] : 0);
+      }
+      ROLLED for (int k = 0; k < n; k++) {
+        vec x[WIDE];
+        UNROLL for (int v = 0; v < WIDE; v++) x[v] = load(in + k * TILE + from + v * LANES);
+        UNROLL for (int p = 0; p < HELD; p++) {
+          const vec here = all(weight[p][k * along]);
+          UNROLL for (int v = 0; v < WIDE; v++) sums[p][v] += here * x[v];
+        }
+      }
+      for (int p = 0; p < n_held; p++)
+        UNROLL for (int v = 0; v < WIDE; v++) store(out + (first + p) * TILE + from + v * LANES, sums[p][v]);
+    }
+}
 
 // One step of the LSTM for a tile of coordinates: from its input z [2 + H, TILE] (x and the last h) and c to the gates
 // [4 H, TILE] in PyTorch's order (input, forget, candidate, output), new_c, its tanh (squashed) and new_h.
 INLINE void lstm_tile(const float* weight, const float* bias, int H, const float* z, const float* c, float* gates,
                       float* squashed, float* new_c, float* new_h) {
-  for (int u = 0; u < H; u++)
-    for (int from = 0; from < TILE; from += WIDE * LANES) {
-      vec a[4][WIDE];
-      UNROLL for (int g = 0; g < 4; g++)
-        UNROLL for (int v = 0; v < WIDE; v++) a[g][v] = all(bias[g * H + u]);
-      for (int k = 0; k < H + 2; k++) {
-        vec in[WIDE];
-        UNROLL for (int v = 0; v < WIDE; v++) in[v] = load(z + k * TILE + from + v * LANES);
-        UNROLL for (int g = 0; g < 4; g++) {
-          const vec w = all(weight[(g * H + u) * (H + 2) + k]);
-          UNROLL for (int v = 0; v < WIDE; v++) a[g][v] += w * in[v];
-        }
-      }
-      UNROLL for (int v = 0; v < WIDE; v++) {
-        const int at = u * TILE + from + v * LANES;
-        const vec i = gate(a[0][v]), f = gate(a[1][v]), g = hyperbolic_tangent(a[2][v]), o = gate(a[3][v]);
-        const vec cell = f * load(c + at) + i * g, s = hyperbolic_tangent(cell);
-        store(gates + at, i);
-        store(gates + H * TILE + at, f);
-        store(gates + 2 * H * TILE + at, g);
-        store(gates + 3 * H * TILE + at, o);
-        store(squashed + at, s);
-        store(new_c + at, cell);
-        store(new_h + at, o * s);
-      }
-    }
+  weighted_sums(weight, H + 2, 1, bias, z, 4 * H, H + 2, gates);
+  for (int at = 0; at < H * TILE; at += LANES) {
+    float* of = gates + at;
+    const vec i = gate(load(of)), f = gate(load(of + H * TILE)), g = hyperbolic_tangent(load(of + 2 * H * TILE));
+    store(of, i);
+    store(of + H * TILE, f);
+    store(of + 2 * H * TILE, g);
+    store(of + 3 * H * TILE, gate(load(of + 3 * H * TILE)));
+    store(new_c + at, f * load(c + at) + i * g);
+  }
+  for (int at = 0; at < H * TILE; at += LANES) {  // by itself, because it would wait for what the first loop has just made
+    const vec s = hyperbolic_tangent(load(new_c + at));
+    store(squashed + at, s);
+    store(new_h + at, load(gates + 3 * H * TILE + at) * s);
+  }
 }
 
 INLINE len tiles(len P) { return (P + TILE - 1) / TILE; }
@@ -105,25 +121,6 @@ void meta_forward(const float* weight, const float* bias, const float* wf, const
   }
 }
 
-// Gradient of the last h, [H, TILE], from the gradient of the gates before their nonlinearities, [4 H, TILE].
-INLINE void back_through_weight(const float* weight, int H, const float* gates, float* grad_h) {
-  for (int u = 0; u < H; u += ROWS)
-    for (int from = 0; from < TILE; from += WIDE * LANES) {
-      const int rows = H - u < ROWS ? H - u : ROWS;
-      vec s[ROWS][WIDE] = {};
-      for (int r = 0; r < 4 * H; r++) {
-        vec g[WIDE];
-        UNROLL for (int v = 0; v < WIDE; v++) g[v] = load(gates + r * TILE + from + v * LANES);
-        UNROLL for (int p = 0; p < ROWS; p++) {
-          const vec w = all(weight[r * (H + 2) + 2 + u + (p < rows ? p : 0)]);
-          UNROLL for (int v = 0; v < WIDE; v++) s[p][v] += w * g[v];
-        }
-      }
-      for (int p = 0; p < rows; p++)
-        UNROLL for (int v = 0; v < WIDE; v++) store(grad_h + (u + p) * TILE + from + v * LANES, s[p][v]);
-    }
-}
-
 void meta_backward(const float* weight, const float* bias, const float* wf, const float* wi, const float* grad, const float* x,
                    const float* h, const float* c, const float* f, const float* i, const float* theta, const float* new_f,
                    const float* new_i, const float* grad_new_h, const float* grad_new_c, const float* grad_new_f,
@@ -158,38 +155,47 @@ void meta_backward(const float* weight, const float* bias, const float* wf, cons
         tile.get(df.data(), grad_new_f);
         tile.get(di.data(), grad_new_i);
         tile.get(dth.data(), grad_new_theta);
+        auto add = [&](int k, vec with_f, vec with_i) {
+          store(&f_sums[k * LANES], load(&f_sums[k * LANES]) + with_f);
+          store(&i_sums[k * LANES], load(&i_sums[k * LANES]) + with_i);
+        };
         for (int at = 0; at < TILE; at += LANES) {
           const vec value = load(&th[at]), d = load(&dth[at]);
           const vec forget = sigmoid(load(&nf[at])), input = sigmoid(load(&ni[at]));
           const vec to_f = load(&df[at]) + d * value * forget * (1.0f - forget);
           const vec to_i = load(&di[at]) - d * load(&g[at]) * input * (1.0f - input);
-          auto add = [&](int k, vec with_f, vec with_i) {
-            float *sf = &f_sums[k * LANES], *si = &i_sums[k * LANES];
-            store(sf, load(sf) + to_f * with_f);
-            store(si, load(si) + to_i * with_i);
-          };
-          add(H, value, value);
-          add(H + 1, load(&fo[at]), load(&io[at]));
-          add(H + 2, all(1), all(1));
+          add(H, to_f * value, to_i * value);
+          add(H + 1, to_f * load(&fo[at]), to_i * load(&io[at]));
+          add(H + 2, to_f, to_i);
           store(&dth[at], d * forget + to_f * wf[H] + to_i * wi[H]);
-          store(&df[at], to_f * wf[H + 1]);
-          store(&di[at], to_i * wi[H + 1]);
-          for (int u = 0; u < H; u++) {
+          store(&df[at], to_f);
+          store(&di[at], to_i);
+        }
+        for (int u = 0; u < H; u++) {
+          vec with_f = {}, with_i = {};
+          for (int at = 0; at < TILE; at += LANES) {
             const int k = u * TILE + at;
-            const vec said = load(&out_h[k]), s = load(&squashed[k]), d_h = load(to_h + k) + to_f * wf[u] + to_i * wi[u];
-            add(u, said, said);
             float* gate = &gates[k];
+            const vec to_f = load(&df[at]), to_i = load(&di[at]), said = load(&out_h[k]), s = load(&squashed[k]);
+            const vec d_h = load(to_h + k) + to_f * wf[u] + to_i * wi[u];
             const vec i_u = load(gate), f_u = load(gate + H * TILE), g_u = load(gate + 2 * H * TILE);
             const vec o_u = load(gate + 3 * H * TILE), d_c = load(to_c + k) + d_h * o_u * (1.0f - s * s);
+            with_f += to_f * said;
+            with_i += to_i * said;
             store(gate, d_c * g_u * i_u * (1.0f - i_u));
             store(gate + H * TILE, d_c * load(cell + k) * f_u * (1.0f - f_u));
             store(gate + 2 * H * TILE, d_c * i_u * (1.0f - g_u * g_u));
             store(gate + 3 * H * TILE, d_h * s * o_u * (1.0f - o_u));
             store(grad_c + state + k, d_c * f_u);
           }
+          add(u, with_f, with_i);
+        }
+        for (int at = 0; at < TILE; at += LANES) {
+          store(&df[at], load(&df[at]) * wf[H + 1]);
+          store(&di[at], load(&di[at]) * wi[H + 1]);
         }
         add_products(gates.data(), 4 * H, z.data(), columns, TILE, sums.data());
-        back_through_weight(weight, H, gates.data(), grad_h + state);
+        weighted_sums(weight + 2, 1, H + 2, nullptr, gates.data(), H, 4 * H, grad_h + state);
         tile.put(grad_f, df.data());
         tile.put(grad_i, di.data());
         tile.put(grad_theta, dth.data());

@@ -78,6 +78,27 @@ INLINE vec largest(vec a, vec b, vec c, vec d, ivec& at) {
   }
   return a;
 }
+// Four numbers again and again, and of each four lanes the numbers at the places at, 0 to 3.
+INLINE vec repeated(const float* p) {
+#ifdef __AVX512F__
+  return vec(_mm512_maskz_broadcast_f32x4(-1, _mm_loadu_ps(p)));
+#elif defined(__AVX2__)
+  return vec(_mm256_broadcast_ps((const __m128*)p));
+#else
+  vec x;
+  for (int k = 0; k < LANES; k++) x[k] = p[k % 4];
+  return x;
+#endif
+}
+INLINE vec chosen(vec x, ivec at) {
+#ifdef __AVX512F__
+  return vec(_mm512_maskz_permutevar_ps(-1, __m512(x), __m512i(at)));
+#elif defined(__AVX2__)
+  return vec(_mm256_permutevar_ps(__m256(x), __m256i(at)));
+#else
+  return __builtin_shuffle(x, at);
+#endif
+}
 INLINE double sum(vec x) {
   double s = 0;
   for (int k = 0; k < LANES; k++) s += x[k];
