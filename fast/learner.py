@@ -59,7 +59,7 @@ class FastLearner(Learner):
     def loss_and_grad(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """See ``FlatModule.loss_and_grad``."""
         images, moments = self._prepared(x)
-        if moments is not None and images.dtype == torch.float32:
+        if moments is not None and native.handles(images):
             parameters = [getattr(m, name) for m, name, _ in self.slots()]
             running = self._running("mean") + self._running("var")
             return native.loss_and_grad(images, y, moments, parameters, running, self.norm1.eps, self.norm1.momentum)
