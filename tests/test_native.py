@@ -273,9 +273,11 @@ def test_loss_and_gradient_in_one_call(compiled, images, image_size, n_classes):
 
 
 def test_loss_and_gradient_of_what_does_not_fit(compiled):
-    """An error like PyTorch's, and no reading beyond a tensor's end."""
+    """An error like PyTorch's, or no number, and no reading beyond a tensor's end."""
     learner, x, y = FastLearner(32, 1e-3, 0.9, 5), channels_last(2, 3, 32, 32), torch.tensor([0, 4])
-    for images, labels in ((x, y + 1), (x, y - 1), (x, y[:1]), (x, y.int()), (channels_last(2, 3, 48, 32), y)):
+    for wrong in (y + 1, y - 1, y + 2**60):
+        assert learner.loss_and_grad(x, wrong)[0].isnan()
+    for images, labels in ((x, y[:1]), (x, y.int()), (channels_last(2, 3, 48, 32), y)):
         for run in (learner.loss_and_grad, lambda *args: plain(compiled, lambda: learner.loss_and_grad(*args))):
             with pytest.raises((ValueError, IndexError, RuntimeError)):
                 run(images, labels)

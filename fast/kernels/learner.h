@@ -32,7 +32,7 @@ struct Activations {  // what a block keeps for its backward pass; the first one
 };
 
 // Mean cross entropy of the linear layer's answers to features in [images, area, C], and its gradients: at the layer's weight
-// [classes, C, area] and bias, and at in. Labels are from 0 to classes - 1.
+// [classes, C, area] and bias, and at in. A label that is no class makes the loss NaN.
 float classify(const float* in, const int64_t* labels, const float* weight, const float* bias, float* grad_weight,
                float* grad_bias, float* grad_in, len images, len area, len classes) {
   const len size = area * C;
@@ -52,7 +52,8 @@ float classify(const float* in, const int64_t* labels, const float* weight, cons
     const double largest = *std::max_element(logits.begin(), logits.end());
     double all_of_it = 0;
     for (const double logit : logits) all_of_it += std::exp(logit - largest);
-    loss -= logits[labels[b]] - largest - std::log(all_of_it);
+    const bool known = labels[b] >= 0 && labels[b] < classes;
+    loss -= (known ? logits[labels[b]] : NAN) - largest - std::log(all_of_it);
     std::fill_n(grad_in + b * size, size, 0.0f);
     for (len k = 0; k < classes; k++) {
       const double ahead = (std::exp(logits[k] - largest) / all_of_it - (k == labels[b])) / images;
