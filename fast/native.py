@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from fast.library import ONE_TYPE, SUFFIX, library
 from learner import N_BLOCKS
 
-N_FILTERS, TILE = 32, 128  # the same as C in kernels/blocks.h and TILE in kernels/meta.h
+N_FILTERS, TILE = 32, 128  # as C in kernels/blocks.h and TILE in kernels/meta.h; N_BLOCKS is BLOCKS in learner.h
 
 
 # ---- Which tensors the kernels know ----

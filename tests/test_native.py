@@ -305,7 +305,7 @@ def test_the_number_of_threads_changes_no_bit(compiled):
             learned = [conv.weight, norm.weight, conv2.weight, norm2.weight, *meta.parameters()]
             found = torch.autograd.grad(out.square().sum() + state.c.sum(), learned)
             learner.reset_batch_stats()
-            results.append([out, state.c, *found, *learner.loss_and_grad(x, y), *learner.buffers()])
+            results.append([out, state.c, *found, *learner.loss_and_grad(x, y), *(b.clone() for b in learner.buffers())])
     finally:
         torch.set_num_threads(kept)
     for other in results[1:]:
