@@ -43,21 +43,12 @@ from around.pretrain import all_classes, fold_statistics, pretrain_batch
 from around.ranks import Ranks, end
 from around.recording import RECORDED, record, write_trace
 from around.results import contradictions, export, provenance, tables, write_results
-from around.run import Run, Stopped, begin_worker, find_checkpoint
-from around.way import Way, choose, dataset
+from around.run import Run, Stopped, begin_worker, checkpoint_of, trained
+from around.way import Way, choose, dataset, make_reproducible
 from dataloader import check_apart, episodes, scan_split
 from episode import learned, train_episode
 from learner import FlatModule
 from metalearner import MetaLearner
-
-
-def make_reproducible(seed: int) -> None:
-    """Same seed, same bits: seed the initialisation and restrict cuDNN to deterministic algorithms, without TF32."""
-    torch.manual_seed(seed)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
-        backend.fp32_precision = "ieee"
 
 
 def build(args: argparse.Namespace, way: Way) -> tuple[tuple[FlatModule, FlatModule], MetaLearner]:
@@ -111,13 +102,7 @@ def train(run: Run) -> None:
         step = way.recorded(one, (*learners, metalearner), optimizer)
     else:
         update = MetaBatch(args, way, ranks, learners, metalearner, optimizer)
-    description = (
-        f"{args.n_class}-way {args.n_shot}-shot, {args.image_size} px, {metalearner.metalstm.cI.numel()} learner parameters; "
-        f"{args.data_root.name}: {len(train_set.split.classes)} classes to train on, "
-        f"{'none' if pretraining else len(val_set.split.classes)} to validate on; {args.episode} episodes"
-    )
-    fingerprints = {"train": train_set.fingerprint, "val": "not used" if pretraining else val_set.fingerprint}
-    done = run.restore(metalearner, optimizer, fingerprints, way.device, description)
+    done = run.restore(metalearner, optimizer, train_set, val_set, way.device)
     if args.adapt == "classifier" and not run.folded:
         fold_statistics(args, metalearner, train_set)
 
@@ -194,26 +179,20 @@ def work(argv: list[str], ranks: Ranks) -> int:
             if run.args.plots and ranks.rank == 0:
                 show_plots(run.folder)
     elif args.mode == "plot":
-        folder = run_folder(args) if args.resume in (None, "auto") else Path(args.resume)
+        folder = run_folder(args) if args.resume in (None, "auto") else Path(checkpoint_of(args.resume, args.seed))
         show_plots(folder.resolve().parent.parent if folder.is_file() else folder)  # a checkpoint lies in its run's ckpts/
     elif args.mode == "export":
         print(f"written to {export(run_folder(args))}")
     elif args.mode == "results":
         print(tables([Path(folder) for folder in args.runs or [run_folder(args)]], args.means))
     else:
-        found = (path := find_checkpoint(args), checkpoints.load(Path(path))) if ranks.rank == 0 else None
-        path, checkpoint = ranks.exchange(found)[0]
-        if checkpoint.get("mode") == "pretrain":
-            raise UserError(f"{path}: is only pre-trained and cannot adapt yet; train a meta-learner with --start {path}")
-        args = settle({**given, "resume": path}, defaults, checkpoint.get("hyper_parameters"))
-        if not {"data", "data_root"} & given.keys() and "data_root" in checkpoint:
-            args.data_root = Path(checkpoint["data_root"])
+        args, checkpoint = trained(given, defaults, ranks)
         if args.mode == "test":
             test(args, checkpoint, ranks)
         else:
             way = choose(args)
             learners, metalearner = build(args, way)
-            checkpoints.load_metalearner(metalearner, checkpoint, Path(path))
+            checkpoints.load_metalearner(metalearner, checkpoint, Path(args.resume))
             predict(args, way, learners, metalearner)
     return 0
 

@@ -57,9 +57,7 @@ def load(path: Path, flag: str = "--resume") -> dict:
         wrong = "its run state is not what training writes"
     if wrong:
         raise UserError(f"{path}: {wrong}; take another checkpoint")
-    stored = content.get("hyper_parameters", {})
-    if isinstance(stored, dict):
-        stored = {k: v for k, v in stored.items() if not (k in RETIRED and v == RETIRED[k])}
+    stored = {k: v for k, v in content.get("hyper_parameters", {}).items() if not (k in RETIRED and v == RETIRED[k])}
     check_stored(path, stored)
     if stored:
         content["hyper_parameters"] = OLDER | stored
@@ -80,6 +78,8 @@ def _wrong(content: object) -> str | None:
             return f"{name} is {value.dtype}, {value.layout}, but should be a dense tensor of floats"
         if not torch.isfinite(value).all():
             return f"{name} holds numbers that are not finite"
+    if not isinstance(content.get("hyper_parameters", {}), dict):
+        return "its hyper_parameters are no table of names and values"
     about, root = content.get("about", {}), content.get("data_root", "")
     if content.get("mode", "train") not in ("train", "pretrain"):
         return f"its mode {content['mode']!r} is unknown"

@@ -77,7 +77,8 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     words += "run; results: table of tested runs; export: copy what is worth publishing of a run into results/; predict: "
     words += "classify photographs"
     add("--mode", "train", words, choices=modes)
-    words = "checkpoint, or run folder for its last (train) or best (test, predict); auto: SAVE-SEED's, if there is one"
+    words = "checkpoint, or run folder (PATH, or else PATH-SEED) for its last (train) or best (test, predict); auto: "
+    words += "SAVE-SEED's, if there is one"
     add("--resume", None, words, metavar="PATH")
     add("--seed", 719, "seed of initialisation and episodes", type=whole(0, 2**32 - 1), metavar="N")
     add("--save-minutes", 5.0, "minutes between two snapshots", type=real(0, 1e6), metavar="X")
@@ -219,14 +220,12 @@ def settle(
     return args
 
 
-def check_stored(path: Path, stored: object) -> None:
+def check_stored(path: Path, stored: dict[str, object]) -> None:
     """Check that the flags admit a checkpoint's hyper-parameters.
 
     Raises:
         UserError: one is not; it is named.
     """
-    if not isinstance(stored, dict):
-        raise UserError(f"{path}: its hyper_parameters are a {type(stored).__name__}, not a table of names and values")
     for name, value in stored.items():
         words = [str(v) for v in value] if isinstance(value, list) else [str(value)]
         try:

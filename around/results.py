@@ -328,7 +328,7 @@ def _rows(group: list[tuple[dict, dict]], counts: list[int]) -> tuple[list[tuple
     found, means = [], {}
     for training, test in sorted(group, key=lambda row: (row[0]["seed"] or 0, row[1]["episode"])):
         val, (seen, asked) = test["validation"], length(training, test)
-        cells = [cell(test["accuracies"], c) if c in test["counts"] else "" for c in counts]
+        cells = [cell(test["accuracies"], c) if c <= len(test["accuracies"]) else "" for c in counts]
         kind = "best" if "best" in test["checkpoint"] else "last" if "last" in test["checkpoint"] else "checkpoint"
         tested = f"{kind}, {test['episode']:,}" + (f" of {seen:,}" if seen else "") + " episodes"
         tested += f", {asked:,} asked for" if asked != seen else ""

@@ -25,6 +25,7 @@ from around.flags import hyper_parameters, run_folder, settle
 from around.logs import Logger, open_tensorboard, result_line
 from around.ranks import ALONE, Ranks
 from around.results import BEST, LAST, provenance
+from dataloader import EpisodeDataset
 from metalearner import MetaLearner
 from utils import UserError, locked, release_locks, summary
 
@@ -41,7 +42,7 @@ class Run:
     In the order of a training::
 
         with Run(given, defaults) as run:           # lock the folder, read the checkpoint, settle the flags: run.args
-            done = run.restore(metalearner, optimizer, fingerprints, description)
+            done = run.restore(metalearner, optimizer, train_set, val_set, device)
             for each update, up to episode n:
                 run.log(n, losses, accuracies, skipped)  # keep the numbers; write a line, save or stop if it is time to
                 if run.due(n):                           # save; is it time to validate?
@@ -58,8 +59,8 @@ class Run:
     """
 
     def __init__(self, given: dict[str, object], defaults: dict[str, object], ranks: Ranks = ALONE):
-        self._stack = contextlib.ExitStack()
-        self.folder, self.ranks = run_folder(settle(given, defaults)), ranks
+        self._stack, self.ranks, self.args = contextlib.ExitStack(), ranks, settle(given, defaults)
+        self.folder = run_folder(self.args)
         if ranks.rank == 0:
             self._stack.enter_context(_alone(self.folder))
         try:
@@ -69,18 +70,18 @@ class Run:
             raise
 
     def _open(self, given: dict[str, object], defaults: dict[str, object]) -> None:
-        resume, self.checkpoint, start, origin = given.get("resume"), None, given.get("start"), None
+        resume, self.checkpoint, start, origin = self.args.resume, None, self.args.start, None
         if self.ranks.rank == 0:
             if resume == "auto":
-                last = self.folder / "ckpts" / LAST
-                resume = str(last) if last.is_file() else None
-            resume = resume and checkpoint_of(resume, LAST)
+                resume = _held(self.folder, LAST)
+            elif resume:
+                resume = checkpoint_of(resume, self.args.seed, LAST)
             self.checkpoint = checkpoints.load(Path(resume)) if resume else None
-            if resume and (made := self.checkpoint.get("mode", "train")) != (mode := given.get("mode", "train")):
+            if resume and (made := self.checkpoint.get("mode", "train")) != (mode := self.args.mode):
                 advice = "begin with it by --start" if mode == "train" else "choose another --save"
                 raise UserError(f"{resume}: was written by --mode {made}, which --mode {mode} cannot continue; {advice}")
             if start and not resume:  # a run that continues is past its start
-                start = checkpoint_of(_of_seed(start, settle(given, defaults).seed), BEST, LAST)
+                start = checkpoint_of(start, self.args.seed, BEST, LAST, flag="--start")
                 origin = checkpoints.load(Path(start), "--start")
         resume, self.checkpoint, start, origin = self.ranks.exchange((resume, self.checkpoint, start, origin))[0]
         self.origin = (Path(start), origin) if origin else None
@@ -120,16 +121,16 @@ class Run:
         self,
         metalearner: MetaLearner,
         optimizer: torch.optim.Optimizer,
-        fingerprints: dict[str, str],
+        train_set: EpisodeDataset,
+        val_set: EpisodeDataset | None,
         device: torch.device,
-        description: str,
     ) -> int:
         """Continue from the checkpoint, if there is one, and open the logs.
 
         Args:
             metalearner, optimizer: whose values are restored here and saved from now on.
-            fingerprints: of the data, by split.
-            description: what is trained on what, the first line of a new log.
+            train_set, val_set: that the checkpoint was trained on; the second is None in pre-training.
+            device: that trains.
 
         Returns:
             The number of episodes seen so far.
@@ -138,7 +139,8 @@ class Run:
             UserError: the checkpoint does not fit to the flags, to the data or to the folder, or the ranks' images differ.
         """
         args, checkpoint, done, ends = self.args, self.checkpoint, 0, None
-        self.metalearner, self.optimizer, self.data = metalearner, optimizer, fingerprints
+        self.metalearner, self.optimizer = metalearner, optimizer
+        self.data = {"train": train_set.fingerprint, "val": val_set.fingerprint if val_set else "not used"}
         self.about = (checkpoint or {}).get("about") or provenance(device, self.ranks.size)
         if self.origin is not None:
             path, origin = self.origin
@@ -161,9 +163,16 @@ class Run:
                 raise UserError(f"--episode {args.episode}: {args.resume} has seen {done} already; ask for more")
         self.signals, self.saved = Signals(), time.monotonic()
         self._stack.callback(self.signals.restore)
-        self.ranks.begin({f"{split} images": fingerprint for split, fingerprint in fingerprints.items()})
+        self.ranks.begin({f"{split} images": fingerprint for split, fingerprint in self.data.items()})
         if self.ranks.rank == 0:
-            self._open_logs(done, ends, description)
+            n_train, n_val = (len(found.split.classes) if found else "none" for found in (train_set, val_set))
+            self._open_logs(
+                done,
+                ends,
+                f"{args.n_class}-way {args.n_shot}-shot, {args.image_size} px, {metalearner.metalstm.cI.numel()} learner "
+                f"parameters; {args.data_root.name}: {n_train} classes to train on, {n_val} to validate on; "
+                f"{args.episode} episodes",
+            )
         return done
 
     def _open_logs(self, done: int, ends: dict[str, int] | None, description: str) -> None:
@@ -347,36 +356,51 @@ class Run:
         self.logger.info(f"done: {self.folder.name}/ckpts/{LAST}{best}")
 
 
-def find_checkpoint(args: argparse.Namespace) -> str:
-    """What to test: ``--resume``, or else the run folder's best checkpoint, or its last if validation was off.
+def trained(
+    given: dict[str, object], defaults: dict[str, object], ranks: Ranks = ALONE
+) -> tuple[argparse.Namespace, dict[str, object]]:
+    """What to test, or to predict with: ``--resume``, or else the run folder's best checkpoint, or its last if validation was
+    off.
+
+    Returns:
+        The flags, which take from the checkpoint what is not given, and ``resume`` of which is its path; and the checkpoint.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it cannot adapt yet.
     """
-    given = args.resume not in (None, "auto")
-    found = checkpoint_of(args.resume if given else str(run_folder(args)), BEST, LAST)
-    if not given and Path(found) == run_folder(args):
-        raise UserError(f"{found}/ckpts: no checkpoint there; train first, or name one with --resume")
-    return found
+    args, found = settle(given, defaults), None
+    if ranks.rank == 0:
+        folder, names = run_folder(args), (BEST, LAST)
+        own = args.resume in (None, "auto")
+        path = _held(folder, *names) if own else checkpoint_of(args.resume, args.seed, *names)
+        if path is None:
+            raise UserError(f"{folder}/ckpts: no checkpoint there; train first, or name one with --resume")
+        found = path, checkpoints.load(Path(path))
+    path, checkpoint = ranks.exchange(found)[0]
+    if checkpoint.get("mode") == "pretrain":
+        raise UserError(f"{path}: is only pre-trained and cannot adapt yet; train a meta-learner with --start {path}")
+    args = settle({**given, "resume": path}, defaults, checkpoint.get("hyper_parameters"))
+    if not {"data", "data_root"} & given.keys() and "data_root" in checkpoint:
+        args.data_root = Path(checkpoint["data_root"])
+    return args, checkpoint
 
 
-def checkpoint_of(resume: str, *names: str) -> str:
-    """What ``--resume`` or ``--start`` names: a checkpoint, or the first of ``names`` that a run's folder holds."""
-    held = (Path(resume, "ckpts", name) for name in names)
-    return next((str(path) for path in held if path.is_file()), resume)
-
-
-def _of_seed(start: str, seed: int) -> str:
-    """What ``--start`` names: ``start``, or else the folder ``start``-SEED.
+def checkpoint_of(named: str, seed: int, *names: str, flag: str = "--resume") -> str:
+    """What ``--resume`` or ``--start`` names: a checkpoint, or a run folder, which may be named without its seed. Of a folder,
+    the first of ``names`` that it holds, or itself.
 
     Raises:
         UserError: there is neither.
     """
-    names = (start, f"{start}-{seed}")
-    for name in names:
-        if Path(name).exists():
-            return name
-    raise UserError(f"--start {start}: there is neither {' nor '.join(names)}; train or pre-train that run first")
+    place = next((place for place in (named, f"{named}-{seed}") if Path(place).exists()), None)
+    if place is None:
+        raise UserError(f"{flag} {named}: there is neither {named} nor {named}-{seed}; name a checkpoint or a run folder")
+    return _held(Path(place), *names) or place
+
+
+def _held(folder: Path, *names: str) -> str | None:
+    """The first of the checkpoints that a run's folder holds."""
+    return next((str(path) for path in (folder / "ckpts" / name for name in names) if path.is_file()), None)
 
 
 def _check_meta_batch(args: argparse.Namespace, done: int, n_ranks: int) -> None:

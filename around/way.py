@@ -1,4 +1,4 @@
-"""The choice between the plain root and ``fast/``: the one place that makes it."""
+"""The choice between the plain root and ``fast/``: the one place that makes it; and what PyTorch does with a seed."""
 
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ class Way(NamedTuple):
     recorded: Callable[..., Callable]  # (function of an episode, its modules, its optimizer) -> a function that does the same
     lanes: int  # how many episodes run at once
     map: Callable[[Callable, Iterable], Iterator]
+
+
+def make_reproducible(seed: int) -> None:
+    """Same seed, same bits: seed the initialisation and restrict cuDNN to deterministic algorithms, without TF32."""
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+        backend.fp32_precision = "ieee"
 
 
 def choose(args: argparse.Namespace, local: tuple[int, int] = (0, 1)) -> Way:

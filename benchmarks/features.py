@@ -34,6 +34,7 @@ from main import build
 from utils import exit_code, summary
 
 N_CLASS, N_EVAL, N_STEPS = 5, 15, 8
+SEED = 719
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def features(path: Path, data_root: Path, shift: float) -> list[Tensor]:
 
 def drawn(sizes: list[int], n_shot: int, n: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Which classes, [5], and which of their images, [5, n_shot + 15], make up each of n episodes."""
-    generator = torch.Generator().manual_seed(719)
+    generator = torch.Generator().manual_seed(SEED)
     for _ in range(n):
         chosen = torch.randperm(len(sizes), generator=generator)[:N_CLASS]
         picks = [torch.randperm(sizes[c], generator=generator)[: n_shot + N_EVAL] for c in chosen]
@@ -100,7 +101,7 @@ def main(argv: list[str]) -> int:
     first: dict[int, list[float]] = {}
     for run in args.runs:
         for shift in args.shifts:
-            found = features(Path(checkpoint_of(run, BEST, LAST)), args.data_root, shift)
+            found = features(Path(checkpoint_of(run, SEED, BEST, LAST)), args.data_root, shift)
             share = float((torch.cat(found) != 0).double().mean() * 100)
             for n_shot in (5, 1):
                 mean, descended = accuracies(found, n_shot, args.episodes)

@@ -3,6 +3,7 @@ import importlib.util
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,10 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from around.way import make_reproducible
 from dataloader import EpisodeDataset, episodes, scan_split
 from episode import evaluate_episode, step_if_finite, train_episode
 from learner import Learner
-from main import make_reproducible
 from metalearner import MetaLearner
 
 for number in (signal.SIGINT, signal.SIGHUP):  # nohup and a shell's & ignore them, and what tests start would, too
@@ -107,6 +108,26 @@ def master(tmp_path_factory):
 def data(master, tmp_path):
     """A copy of the small data set that a test may damage."""
     return Path(shutil.copytree(master, tmp_path / "data", ignore=shutil.ignore_patterns(".decoded")))
+
+
+def benchmark(script, *argv):
+    """Run a script of benchmarks/ to its end."""
+    command = [sys.executable, ROOT / "benchmarks" / script, *argv]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def rows_printed(done):
+    """The rows of the table that a script has printed, each as a dict by heading."""
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    head, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def refused(done):
+    """The one line with which a script has refused its input."""
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    return done.stderr
 
 
 def drawn(root, image_size, length, dtype=torch.float32, device=CPU):

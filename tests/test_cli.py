@@ -280,7 +280,7 @@ def test_a_failed_start_leaves_no_folder(data, tmp_path, capsys):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["old"]
     (data / "train" / "class 1" / "3.jpg").write_bytes(b"junk")
     expect(capsys, train(data, save), "not a readable image")
-    expect(capsys, train(data, save, "--resume", "none.pth.tar"), "no such checkpoint")
+    expect(capsys, train(data, save, "--resume", "none.pth.tar"), "--resume none.pth.tar: there is neither")
     assert not (tmp_path / "new").exists()
 
 
@@ -388,7 +388,7 @@ def test_checkpoints_that_cannot_serve(master, trained, tmp_path, capsys):
         return main.run([*argv, *flags])
 
     best = Path(f"{trained}-719", "ckpts", "meta-learner-best.pth.tar")
-    expect(capsys, attempt(tmp_path / "none.pth.tar"), "none.pth.tar", "no such checkpoint")
+    expect(capsys, attempt(tmp_path / "none.pth.tar"), "none.pth.tar: there is neither")
     expect(capsys, attempt(tmp_path), str(tmp_path), "no such checkpoint")
     expect(capsys, attempt(ROOT / "LICENSE"), "LICENSE", "not a checkpoint")
     (tmp_path / "half").write_bytes(best.read_bytes()[:2000])

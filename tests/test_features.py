@@ -1,12 +1,11 @@
 """benchmarks/features.py: what pre-trained features are worth."""
 
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, photograph
+from conftest import ROOT, benchmark, photograph, refused, rows_printed
 from PIL import Image
 from test_pretrain import pretrain
 from torch.nn.functional import cross_entropy
@@ -59,17 +58,12 @@ def classes(tmp_path_factory):
 def test_a_table_of_runs(classes, tmp_path):
     save = tmp_path / "logs"
     assert pretrain(classes, save, "--lr", "1e-2", episode=20) == 0
-    command = [sys.executable, ROOT / "benchmarks" / "features.py", f"{save}-719", "--data-root", classes, "--episodes", "5"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()][2:]
+    flags = ("--data-root", classes, "--episodes", "5")
+    rows = [list(row.values()) for row in rows_printed(benchmark("features.py", f"{save}-719", *flags))]
     assert [row[:3] for row in rows] == [["logs-719", shots, shift] for shift in ("0", "0.3") for shots in ("5", "1")]
     few, many = (int(rows[k][3]) for k in (0, 2))
     assert 0 < few < many <= 100  # a higher shift brings features back
     assert all(float(row[4].split()[0]) > 60 for row in rows)  # noise does not hide the picture
     assert "(" not in rows[0][5]
     assert "(" in rows[2][5]
-    missing = subprocess.run([*command[:2], tmp_path / "none", *command[3:]], capture_output=True, text=True, check=False)
-    assert missing.returncode == 2
-    assert missing.stderr.count("\n") == 1
-    assert "none: no such checkpoint" in missing.stderr
+    assert "none: there is neither" in refused(benchmark("features.py", tmp_path / "none", *flags))

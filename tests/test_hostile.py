@@ -143,7 +143,7 @@ BAD = {
     "cache in a file": (lambda d, t: ((t / "f").write_text(""), ["--cache-dir", str(t / "f")])[1], "--cache-dir"),
     "save in a file": (lambda d, t: ((t / "f").write_text(""), ["--save", str(t / "f" / "x")])[1], "--save"),
     # checkpoints
-    "no checkpoint": (flags("--resume nowhere.pth.tar"), "nowhere.pth.tar: no such checkpoint"),
+    "no checkpoint": (flags("--resume nowhere.pth.tar"), "--resume nowhere.pth.tar: there is neither"),
     "checkpoint is a folder": (lambda d, t: ["--resume", str(t)], "no such checkpoint"),
     "empty checkpoint": (checkpoint(lambda c: b""), "bad.pth.tar: not a checkpoint"),
     "text as checkpoint": (checkpoint(lambda c: b"hello"), "bad.pth.tar: not a checkpoint"),

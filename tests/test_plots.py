@@ -240,17 +240,19 @@ def test_the_histogram_has_all_tests(master, run, tmp_path):
 
 
 def test_a_run_folder_can_be_named(master, run, tmp_path, capsys, monkeypatch):
-    folder = copied(run, tmp_path / "elsewhere")
-    expect(capsys, main.run(["--mode", "plot", "--resume", str(tmp_path / "none")]), "none/metrics.jsonl: cannot be read")
+    folder, none = copied(run, tmp_path / "elsewhere-719"), tmp_path / "none"
+    expect(capsys, main.run(["--mode", "plot", "--resume", str(none)]), f"--resume {none}: there is neither", f"{none}-719")
     monkeypatch.setattr(plots, "plot", lambda folder, wanted: [folder])
-    for named in (folder, folder / "ckpts" / "meta-learner-2.pth.tar"):
+    without_seed = tmp_path / "elsewhere"
+    for named in (folder, folder / "ckpts" / "meta-learner-2.pth.tar", without_seed):
         assert main.run(["--mode", "plot", "--resume", str(named)]) == 0
         assert capsys.readouterr().out == f"drawn: {folder}\n"
-    argv = ["--mode", "test", "--data-root", str(master), "--resume", str(folder), "--cpu", "--episode-test", "2"]
-    assert main.run(argv) == 0
-    assert f"testing {folder}/ckpts/meta-learner-best.pth.tar" in capsys.readouterr().out
-    assert train(master, tmp_path / "new", "--resume", str(folder), episode=5) == 0
-    assert "resuming after episode 4 of 5" in capsys.readouterr().out
+    for k, named in enumerate((folder, without_seed)):
+        argv = ["--mode", "test", "--data-root", str(master), "--resume", str(named), "--cpu", "--episode-test", "2"]
+        assert main.run(argv) == 0
+        assert f"testing {folder}/ckpts/meta-learner-best.pth.tar" in capsys.readouterr().out
+        assert train(master, tmp_path / f"new {k}", "--resume", str(named), episode=5) == 0
+        assert "resuming after episode 4 of 5" in capsys.readouterr().out
 
 
 def test_wordnet_numbers_are_shown_as_words(run, tmp_path):

@@ -74,6 +74,9 @@ def training(data, save, *flags, episode=EPISODES, val_freq=60):
     return [*run, "--val-freq", str(val_freq), "--episode-val", "5", *SMALL, *flags]
 
 
+SLOW = ("--monitor-interval", "5")  # a rank that loses another one speaks before torchrun ends it
+
+
 def torchrun(n, argv, *flags):
     """The command; each rank has one thread."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *flags]
@@ -184,7 +187,7 @@ def workers(launcher):
 
 def test_a_rank_that_dies_takes_the_others_down(master, alone, tmp_path):
     save = tmp_path / "logs"
-    launcher, pids = begun(torchrun(2, training(master, save, *M6)), save, 4)  # so the snapshot of 18 is there
+    launcher, pids = begun(torchrun(2, training(master, save, *M6), *SLOW), save, 4)  # so the snapshot of 18 is there
     os.kill(pids[1], signal.SIGKILL)
     killed = time.monotonic()
     _, err = launcher.communicate(timeout=600)
@@ -212,7 +215,7 @@ def test_a_second_start_reads_nothing_of_the_first(master, tmp_path):
     """Neither addresses nor who ended first: torchrun keeps one store for all starts."""
     save = tmp_path / "logs"
     run = training(master, save, *M6, episode=60000, val_freq=0)
-    launcher, first = begun(torchrun(2, run, "--max-restarts", "1"), save, 3)
+    launcher, first = begun(torchrun(2, run, "--max-restarts", "1", *SLOW), save, 3)
     os.kill(first[1], signal.SIGKILL)  # so rank 0 speaks
     log = Path(f"{save}-719", "metrics.jsonl")
     while len(second := workers(launcher)) < 2 or set(first) & set(second):

@@ -410,6 +410,14 @@ def test_counts_are_of_the_same_episodes(master, run, capsys):
     assert both["accuracies"][:3] == first["accuracies"]
 
 
+def test_a_test_of_more_episodes_fills_the_columns_of_fewer(tmp_path):
+    values = [50.0, 60.0, 40.0, 50.0]
+    folders = [with_test(tmp_path / name, values[:n], counts=(n,), seed=n) for name, n in (("a", 2), ("b", 4))]
+    fewer, more = [row[4:] for row in rows_of(tables(folders))[1:3]]
+    assert (fewer[0], more[0]) == ("55.00 ± 6.93 (std 5.0)",) * 2
+    assert (fewer[1], more[1]) == ("", "50.00 ± 6.93 (std 7.1)")
+
+
 def test_another_test_is_added_and_the_same_one_replaced(master, run, data):
     best, last = (str(Path(f"{run}-719", "ckpts", name)) for name in (BEST, "meta-learner-2.pth.tar"))
 

@@ -14,6 +14,7 @@ import termios
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -436,7 +437,8 @@ def test_snapshots_cost_little(data, tmp_path):
         for p in learned:
             p.grad = torch.ones_like(p)
         optimizer.step()  # its moments are part of a snapshot
-        run.restore(metalearner, optimizer, {"train": "0", "val": "1"}, way.device, "a run")
+        some = SimpleNamespace(fingerprint="0", split=SimpleNamespace(classes=["a"]))
+        run.restore(metalearner, optimizer, some, some, way.device)
         run.snapshot(0, running.LAST)
         begin = time.perf_counter()
         for _ in range(5):

@@ -1,11 +1,9 @@
 """benchmarks/to_accuracy.py: run folders in, episodes and minutes to an accuracy out."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import benchmark, refused, rows_printed
 from test_cli import train
 
 
@@ -22,12 +20,8 @@ def write_run(folder, accuracies, seconds, first=1, about=(), **hyper):
 
 
 def shown(*folders):
-    """The table's rows by run, as a dict of each row's cells by heading."""
-    command = [sys.executable, ROOT / "benchmarks" / "to_accuracy.py", *folders]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in run.stdout.splitlines() if line.startswith("| ")]
-    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
+    """The table's rows by run."""
+    return {row["run"]: row for row in rows_printed(benchmark("to_accuracy.py", *folders))}
 
 
 def test_the_first_validation_that_reaches_a_level(tmp_path):
@@ -62,8 +56,7 @@ def test_each_number_of_shots_has_its_levels(tmp_path):
     write_run(tmp_path / "a", [43.5], [0.2])
     write_run(tmp_path / "b", [43.5], [0.2], n_shot=1)
     write_run(tmp_path / "c", [43.5], [0.2], n_shot=3)
-    command = [sys.executable, ROOT / "benchmarks" / "to_accuracy.py", *(tmp_path / name for name in "abc")]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = benchmark("to_accuracy.py", *(tmp_path / name for name in "abc")).stdout
     assert [line for line in text.splitlines() if line.endswith("-shot:")] == ["5-shot:", "3-shot:", "1-shot:"]
     assert "| 40 % | 43.44 % | 46 % |" in text
 
@@ -74,19 +67,11 @@ def test_an_untested_run_and_what_is_none(master, tmp_path):
     assert row["episodes"] == "4"
     (tmp_path / "empty").mkdir()
     for place in (tmp_path / "empty", tmp_path / "gone"):
-        command = [sys.executable, ROOT / "benchmarks" / "to_accuracy.py", place]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert run.returncode == 2
-        assert run.stderr.startswith(f"error: {place}: neither results.json nor ")
-        assert run.stderr.count("\n") == 1
+        assert refused(benchmark("to_accuracy.py", place)).startswith(f"error: {place}: neither results.json nor ")
 
 
 @pytest.mark.parametrize("text", ["", "{}\n", "{", '{"event": "train", "episode": 1}\n'])
 def test_logs_that_are_none(tmp_path, text):
     write_run(tmp_path / "a", [43.5], [0.2])
     (tmp_path / "a" / "metrics.jsonl").write_text(text)
-    command = [sys.executable, ROOT / "benchmarks" / "to_accuracy.py", tmp_path / "a"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 2
-    assert run.stderr.startswith(f"error: {tmp_path}/a/metrics.jsonl: ")
-    assert run.stderr.count("\n") == 1
+    assert refused(benchmark("to_accuracy.py", tmp_path / "a")).startswith(f"error: {tmp_path}/a/metrics.jsonl: ")

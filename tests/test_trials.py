@@ -1,10 +1,8 @@
 """benchmarks/trials.py: runs side by side, compared episode by episode."""
 
 import json
-import subprocess
-import sys
 
-from conftest import ROOT
+from conftest import benchmark, refused, rows_printed
 from test_cli import train
 
 
@@ -20,15 +18,11 @@ def write_run(folder, accuracies, **about):
 
 
 def run(*argv):
-    command = [sys.executable, ROOT / "benchmarks" / "trials.py", *argv]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return benchmark("trials.py", *argv)
 
 
 def rows(*argv):
-    done = run(*argv)
-    assert done.returncode == 0, done.stderr
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
-    return [dict(zip(table[0], row, strict=True)) for row in table[2:]]
+    return rows_printed(run(*argv))
 
 
 def test_what_changed_and_the_paired_difference(tmp_path):
@@ -54,18 +48,14 @@ def test_episodes_of_another_seed_are_not_paired(tmp_path):
 def test_runs_validated_on_other_episodes_are_refused(tmp_path):
     write_run(tmp_path / "a", [40.0, 60.0], hyper_parameters={})
     write_run(tmp_path / "b", [40.0, 60.0, 50.0], hyper_parameters={})
-    refused = run(tmp_path / "a", tmp_path / "b")
-    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert f"{tmp_path}/b: validated on 3 episodes" in refused.stderr
+    assert f"{tmp_path}/b: validated on 3 episodes" in refused(run(tmp_path / "a", tmp_path / "b"))
 
 
 def test_a_log_without_each_episode_is_refused(tmp_path):
     write_run(tmp_path / "a", [40.0, 60.0], hyper_parameters={})
     path = tmp_path / "a" / "metrics.jsonl"
     path.write_text(path.read_text().replace('"accuracies"', '"other"'))
-    refused = run(tmp_path / "a")
-    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert f"{path}: " in refused.stderr
+    assert f"{path}: " in refused(run(tmp_path / "a"))
 
 
 def test_a_run_of_this_version(master, tmp_path):
