@@ -15,7 +15,7 @@ from conftest import ROOT
 from around.flags import parse, settle
 from around.way import choose
 from episode import Episode, evaluate_episode, train_episode
-from fast import library, native
+from fast import augment, library, native
 from fast.learner import FastLearner, eval_block, train_block
 from fast.metalearner import FastMetaLearner
 from fast.native import PatchMoments
@@ -465,6 +465,26 @@ def test_steps_with_any_strides(compiled):
 
     for ours, theirs in zip(run(), plain(compiled, run), strict=True):
         assert relative(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("image_size", [16, 37, 50])
+def test_windows_of_any_size(compiled, image_size):
+    """Narrower than a vector, of fewer rows than a filter's, enlarged and reduced, mirrored or not; nothing outside counts."""
+    windows = torch.tensor([(2, 2), (3, 90), (100, 3), (20, 20), (7, 8), (1, 9), (99, 1), (40, 65), (12, 89)])
+    n = 2 * len(windows)
+    extent = windows.repeat(2, 1)
+    start = torch.tensor([100, 90]) - extent  # up to the last row and column
+    start[::3] //= 2
+    skip = (torch.tensor([4, 0]) if image_size == 37 else torch.tensor([0, 0])).expand(n, 2)
+    flip = torch.arange(n) < len(windows)
+    table = torch.cat((start, extent, skip + image_size, skip, flip[:, None]), dim=1).float()
+    pixels = torch.full((n, 3, 100, 90), 255, dtype=torch.uint8)
+    for image, (y, x), (height, width) in zip(pixels, start.tolist(), extent.tolist(), strict=True):
+        image[:, y : y + height, x : x + width].random_(0, 100)
+    ours = augment.transform(pixels, table, image_size, "unit")
+    assert ours.max() < 100 / 255
+    theirs = plain(compiled, lambda: augment.transform(pixels, table, image_size, "unit"))
+    assert (ours - theirs).abs().max() < 1e-5
 
 
 def augmented(channels=3, **changes):

@@ -8,30 +8,95 @@
 
 namespace {
 
+constexpr int whole_vectors(int n) { return (n + LANES - 1) / LANES * LANES; }
+
 // The antialiased bilinear filter along one axis, the same as _weights in augment.py: for each of size results the first pixel
-// that counts, and the weights from that pixel on.
+// that counts, and the weights from that pixel on; with flip, the last result first. Results that only fill up a vector follow.
 struct Filter {
-  int taps;
+  static constexpr int ENLARGES = 3;  // taps of a filter that does not reduce
+  int taps, padded;
   std::vector<int> first;
-  std::vector<float> weight;  // [taps, size]
-  Filter(len start, len extent, len out, len skip, int size) : first(size) {
+  std::vector<float> weight;  // [taps, padded]
+  Filter(len start, len extent, len out, len skip, int size, bool flip = false) : padded(whole_vectors(size)), first(padded) {
     const float scale = float(extent) / float(out), reach = std::max(scale, 1.0f);
     taps = int(std::ceil(2 * reach)) + 1;
-    weight.assign(taps * size, 0);
-    for (int t = 0; t < size; t++) {
+    weight.assign(taps * padded, 0);
+    for (int place = 0; place < padded; place++) {
+      const int t = std::max(flip ? size - 1 - place : place, 0);
       const float centre = (float(t + skip) + 0.5f) * scale;
       const int from = std::clamp<int>(int(std::floor(centre - reach)), 0, std::max<len>(extent - taps, 0));
       float total = 0;
       for (int k = 0; k < taps && from + k < extent; k++) {
         const float w = std::max(0.0f, 1 - std::fabs(float(from + k) + 0.5f - centre) / reach);
-        weight[k * size + t] = w;
+        weight[k * padded + place] = w;
         total += w;
       }
-      for (int k = 0; k < taps; k++) weight[k * size + t] /= total;
-      first[t] = int(start) + from;
+      for (int k = 0; k < taps; k++) weight[k * padded + place] /= total;
+      first[place] = int(start) + from;
     }
   }
 };
+
+// Result r of a filter down the columns left to right of a plane [height, width], of which taps rows count. TAPS is their
+// number, or 0 for any.
+template <int TAPS>
+INLINE void filter_down(const uint8_t* plane, len width, const Filter& filter, len r, len taps, len left, len right, float* row) {
+  const uint8_t* from = plane + filter.first[r] * width;
+  const float* weight = &filter.weight[r];
+  const len n = TAPS ? TAPS : taps;
+  auto one_vector = [&](len q) {
+    vec sum = numbers(widened(from + q)) * weight[0];
+    for (len k = 1; k < n; k++) sum += numbers(widened(from + k * width + q)) * weight[k * filter.padded];
+    store(row + q, sum);
+  };
+  len q = left;
+  for (; q + LANES <= right; q += LANES) one_vector(q);
+  if (q < right && right - left >= LANES) {
+    one_vector(right - LANES);  // some of it once more
+    return;
+  }
+  for (; q < right; q++) {
+    row[q] = from[q] * weight[0];
+    for (len k = 1; k < n; k++) row[q] += from[k * width + q] * weight[k * filter.padded];
+  }
+}
+
+// All results of a filter along a row. TAPS as above; a filter that does not reduce takes a vector of results from a vector of
+// the row.
+template <int TAPS>
+INLINE void filter_across(const float* row, const Filter& filter, float* results) {
+  for (int q = 0; q < filter.padded; q += LANES) {
+    const int *first = &filter.first[q], base = std::min(first[0], first[LANES - 1]);
+    const ivec at = *reinterpret_cast<const ivec*>(first) - base;
+    vec sum{};
+    for (int k = 0; k < (TAPS ? TAPS : filter.taps); k++) {
+      vec x;
+      if (TAPS == Filter::ENLARGES) x = permuted(load(row + base + k), at);
+      else
+        for (int lane = 0; lane < LANES; lane++) x[lane] = row[first[lane] + k];
+      sum += x * load(&filter.weight[k * filter.padded + q]);
+    }
+    store(results + q, sum);
+  }
+}
+
+// Planes [3, plane] -> result [n, 3], each colour times its scale plus its shift.
+INLINE void interleave(const float* planes, len plane, const float* scale, const float* shift, float* result, len n) {
+  ivec at[3], colour[3];
+  for (int j = 0; j < 3; j++)
+    for (int lane = 0; lane < LANES; lane++) at[j][lane] = (j * LANES + lane) / 3, colour[j][lane] = (j * LANES + lane) % 3;
+  len k = 0;
+  for (; k + LANES <= n; k += LANES) {
+    vec x[3];
+    UNROLL for (int c = 0; c < 3; c++) x[c] = shift[c] + load(planes + c * plane + k) * scale[c];
+    UNROLL for (int j = 0; j < 3; j++) {
+      const vec red = permuted(x[0], at[j]), green = permuted(x[1], at[j]), blue = permuted(x[2], at[j]);
+      store(result + 3 * k + j * LANES, colour[j] == 0 ? red : colour[j] == 1 ? green : blue);
+    }
+  }
+  for (; k < n; k++)
+    for (int c = 0; c < 3; c++) result[3 * k + c] = shift[c] + planes[c * plane + k] * scale[c];
+}
 
 enum Step { BRIGHTNESS, CONTRAST, SATURATION, HUE };
 constexpr float GREY[3] = {0.299f, 0.587f, 0.114f};
@@ -83,37 +148,31 @@ void adjust(float* x, len plane, len pixels, int step, float factor) {
 // order are [images, 4] or null; mean and deviation [3] are those of pixels from 0 to 1.
 void augment(const uint8_t* pixels, const len* windows, const uint8_t* flip, const float* jitter, const len* order,
              const float* mean, const float* deviation, float* out, len size, len images, len height, len width, len threads) {
-  const len area = size * size, plane = (area + LANES - 1) / LANES * LANES;
+  const len area = size * size, plane = whole_vectors(int(area)) + LANES;  // room for the last row's filling
+  float scale[3], shift[3];
+  for (int c = 0; c < 3; c++) scale[c] = 1 / (255 * deviation[c]), shift[c] = -mean[c] / deviation[c];
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> x(3 * plane), rows, row(size);
+    std::vector<float> x(3 * plane), row;
 #pragma omp for schedule(static)
     for (len b = 0; b < images; b++) {
       auto window = [&](int what, int axis) { return windows[(what * images + b) * 2 + axis]; };
       const Filter down(window(0, 0), window(1, 0), window(2, 0), window(3, 0), int(size));
-      const Filter across(window(0, 1), window(1, 1), window(2, 1), window(3, 1), int(size));
+      const Filter across(window(0, 1), window(1, 1), window(2, 1), window(3, 1), int(size), flip[b]);
       const len left = window(0, 1), right = left + window(1, 1);
-      rows.resize(width + across.taps);
+      row.assign(width + across.taps + LANES, 0);
       for (len c = 0; c < 3; c++)
         for (len r = 0; r < size; r++) {
-          const uint8_t* from = pixels + ((b * 3 + c) * height + down.first[r]) * width;
           const len taps = std::min<len>(down.taps, height - down.first[r]);
-          for (len q = left; q < right; q++) rows[q] = from[q] * down.weight[r];
-          for (len k = 1; k < taps; k++)
-            for (len q = left; q < right; q++) rows[q] += from[k * width + q] * down.weight[k * size + r];
-          std::fill(row.begin(), row.end(), 0.0f);
-          for (int k = 0; k < across.taps; k++)
-            for (len q = 0; q < size; q++) row[q] += across.weight[k * size + q] * rows[across.first[q] + k];
-          float* to = &x[c * plane + r * size];
-          if (flip[b]) std::reverse_copy(row.begin(), row.end(), to);
-          else std::copy(row.begin(), row.end(), to);
+          const bool few = taps == Filter::ENLARGES, near = across.taps == Filter::ENLARGES;
+          (few ? filter_down<Filter::ENLARGES> : filter_down<0>)(pixels + (b * 3 + c) * height * width, width, down, r, taps,
+                                                                  left, right, row.data());
+          // the results that fill up a vector make way for the next row
+          (near ? filter_across<Filter::ENLARGES> : filter_across<0>)(row.data(), across, &x[c * plane + r * size]);
         }
       if (jitter)
         for (int k = 0; k < 4; k++) adjust(x.data(), plane, area, int(order[b * 4 + k]), jitter[b * 4 + order[b * 4 + k]]);
-      for (int c = 0; c < 3; c++) {
-        const float shift = -mean[c] / deviation[c], scale = 1 / (255 * deviation[c]);
-        for (len k = 0; k < area; k++) out[(b * area + k) * 3 + c] = shift + x[c * plane + k] * scale;
-      }
+      interleave(x.data(), plane, scale, shift, out + b * area * 3, area);
     }
   }
 }

@@ -58,6 +58,13 @@ INLINE void store(uint16_t* p, vec x) {  // rounds to nearest, ties to even; kee
 }
 INLINE float number(float x) { return x; }
 INLINE float number(uint16_t x) { uint32_t b = uint32_t(x) << 16; float f; memcpy(&f, &b, sizeof f); return f; }
+INLINE vec numbers(ivec x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return vec(_mm256_cvtepi32_ps(__m256i(x)));
+#else
+  return __builtin_convertvector(x, vec);
+#endif
+}
 INLINE ivec integers(vec x) {  // rounds towards zero
 #if defined(__AVX2__) && !defined(__AVX512F__)
   return ivec(_mm256_cvttps_epi32(__m256(x)));
@@ -95,6 +102,15 @@ INLINE vec chosen(vec x, ivec at) {
   return vec(_mm512_maskz_permutevar_ps(-1, __m512(x), __m512i(at)));
 #elif defined(__AVX2__)
   return vec(_mm256_permutevar_ps(__m256(x), __m256i(at)));
+#else
+  return __builtin_shuffle(x, at);
+#endif
+}
+INLINE vec permuted(vec x, ivec at) {  // of all lanes
+#ifdef __AVX512F__
+  return vec(_mm512_maskz_permutexvar_ps(-1, __m512i(at), __m512(x)));
+#elif defined(__AVX2__)
+  return vec(_mm256_permutevar8x32_ps(__m256(x), __m256i(at)));
 #else
   return __builtin_shuffle(x, at);
 #endif
