@@ -29,6 +29,11 @@ def save(content: dict, *paths: Path) -> None:
                 raise OSError(None, str(e).splitlines()[0]) from e
 
 
+def held(folder: Path, *names: str) -> Path | None:
+    """The first of the checkpoints that a run's folder holds."""
+    return next((path for path in (folder / "ckpts" / name for name in names) if path.is_file()), None)
+
+
 def load(path: Path, flag: str = "--resume") -> dict:
     """Read a checkpoint of this project or of the older port.
 

@@ -372,7 +372,7 @@ def export(folder: Path) -> Path:
     dest = ROOT / "results" / name
     if dest.exists():
         raise UserError(f"{dest}: exists already; remove it first")
-    best = next((c for c in (folder / "ckpts" / BEST, folder / "ckpts" / LAST) if c.is_file()), None)
+    best = checkpoints.held(folder, BEST, LAST)
     if best is None:
         raise UserError(f"{folder}/ckpts: no checkpoint there")
     checkpoint = checkpoints.load(best)

@@ -73,7 +73,8 @@ class Run:
         resume, self.checkpoint, start, origin = self.args.resume, None, self.args.start, None
         if self.ranks.rank == 0:
             if resume == "auto":
-                resume = _held(self.folder, LAST)
+                last = checkpoints.held(self.folder, LAST)
+                resume = str(last) if last else None
             elif resume:
                 resume = checkpoint_of(resume, self.args.seed, LAST)
             self.checkpoint = checkpoints.load(Path(resume)) if resume else None
@@ -372,10 +373,10 @@ def trained(
     if ranks.rank == 0:
         folder, names = run_folder(args), (BEST, LAST)
         own = args.resume in (None, "auto")
-        path = _held(folder, *names) if own else checkpoint_of(args.resume, args.seed, *names)
+        path = checkpoints.held(folder, *names) if own else checkpoint_of(args.resume, args.seed, *names)
         if path is None:
             raise UserError(f"{folder}/ckpts: no checkpoint there; train first, or name one with --resume")
-        found = path, checkpoints.load(Path(path))
+        found = str(path), checkpoints.load(Path(path))
     path, checkpoint = ranks.exchange(found)[0]
     if checkpoint.get("mode") == "pretrain":
         raise UserError(f"{path}: is only pre-trained and cannot adapt yet; train a meta-learner with --start {path}")
@@ -395,12 +396,7 @@ def checkpoint_of(named: str, seed: int, *names: str, flag: str = "--resume") ->
     place = next((place for place in (named, f"{named}-{seed}") if Path(place).exists()), None)
     if place is None:
         raise UserError(f"{flag} {named}: there is neither {named} nor {named}-{seed}; name a checkpoint or a run folder")
-    return _held(Path(place), *names) or place
-
-
-def _held(folder: Path, *names: str) -> str | None:
-    """The first of the checkpoints that a run's folder holds."""
-    return next((str(path) for path in (folder / "ckpts" / name for name in names) if path.is_file()), None)
+    return str(checkpoints.held(Path(place), *names) or place)
 
 
 def _check_meta_batch(args: argparse.Namespace, done: int, n_ranks: int) -> None:

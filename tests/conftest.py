@@ -116,11 +116,13 @@ def benchmark(script, *argv):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def rows_printed(done):
-    """The rows of the table that a script has printed, each as a dict by heading."""
+def rows_printed(done, alone=True):
+    """The rows of the table that a script has printed, alone or among other lines, each as a dict by heading."""
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    head, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    lines = done.stdout.splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert table == lines or not alone
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 

@@ -21,7 +21,7 @@ def write_run(folder, accuracies, seconds, first=1, about=(), **hyper):
 
 def shown(*folders):
     """The table's rows by run."""
-    return {row["run"]: row for row in rows_printed(benchmark("to_accuracy.py", *folders))}
+    return {row["run"]: row for row in rows_printed(benchmark("to_accuracy.py", *folders), alone=False)}
 
 
 def test_the_first_validation_that_reaches_a_level(tmp_path):
@@ -56,7 +56,9 @@ def test_each_number_of_shots_has_its_levels(tmp_path):
     write_run(tmp_path / "a", [43.5], [0.2])
     write_run(tmp_path / "b", [43.5], [0.2], n_shot=1)
     write_run(tmp_path / "c", [43.5], [0.2], n_shot=3)
-    text = benchmark("to_accuracy.py", *(tmp_path / name for name in "abc")).stdout
+    done = benchmark("to_accuracy.py", *(tmp_path / name for name in "abc"))
+    assert done.returncode == 0, done.stderr
+    text = done.stdout
     assert [line for line in text.splitlines() if line.endswith("-shot:")] == ["5-shot:", "3-shot:", "1-shot:"]
     assert "| 40 % | 43.44 % | 46 % |" in text
 

@@ -8,8 +8,6 @@
 
 namespace {
 
-constexpr int whole_vectors(int n) { return (n + LANES - 1) / LANES * LANES; }
-
 // The antialiased bilinear filter along one axis, the same as _weights in augment.py: for each of size results the first pixel
 // that counts, and the weights from that pixel on; with flip, the last result first. Results that only fill up a vector follow.
 struct Filter {
@@ -104,7 +102,7 @@ constexpr float GREY[3] = {0.299f, 0.587f, 0.114f};
 INLINE vec clamp(vec x, float low, float high) { return at_most(at_least(x, low), high); }
 INLINE vec absolute(vec x) { return floats(bits(x) & 0x7fffffff); }
 INLINE vec whole(vec x) {  // the largest whole number <= x
-  const vec t = __builtin_convertvector(__builtin_convertvector(x, ivec), vec);
+  const vec t = numbers(integers(x));
   return t > x ? t - 1.0f : t;
 }
 INLINE vec grey(vec r, vec g, vec b) { return r * GREY[0] + g * GREY[1] + b * GREY[2]; }

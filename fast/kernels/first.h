@@ -227,7 +227,7 @@ template <class T>
 void patch_moments(const T* x, double* patches, double* products, len images, len height, len width, len threads) {
   const Shape s{images, height, width};
   constexpr int COUNT = 30, SIZE = TAPS * COUNT;  // the taps, ones for the plain sums, zeros up to a multiple of COLUMNS
-  const int wide = int((2 * s.width + LANES - 1) / LANES * LANES);  // two rows of pixels at a time
+  const int wide = whole_vectors(int(2 * s.width));  // two rows of pixels at a time
   std::vector<double> parts(s.images * SIZE);
 #pragma omp parallel num_threads(threads)
   {

@@ -22,6 +22,8 @@ typedef uint16_t half_vec __attribute__((vector_size(2 * LANES), aligned(2), may
 typedef uint8_t byte_vec __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef int64_t len;
 
+constexpr int whole_vectors(int n) { return (n + LANES - 1) / LANES * LANES; }  // n, rounded up
+
 #define UNROLL _Pragma("GCC unroll 32")
 #define ROLLED _Pragma("GCC unroll 1")  // for loops that spill registers when they are unrolled
 #define INLINE inline __attribute__((always_inline))
