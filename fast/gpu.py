@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
@@ -23,11 +22,18 @@ except ImportError:  # PyTorch without CUDA
     triton = None
 
 TINY = 1e-20
-TILE = 32  # coordinates that a program of the meta-learner's kernels works on
+TILE = 32  # coordinates that a program of the meta-learner's kernels works on at once
 WARPS = 8  # with fewer, or with larger tiles, the numbers do not fit into registers
-LARGEST_HIDDEN = 32
+BACKWARD = {"num_stages": 1, "maxnreg": 128}  # of the backward pass: two programs share a processor
+META_PARTS = 264  # programs at most: two for each processor of a large GPU
+LARGEST_HIDDEN = 28  # with what else the gates read, 32
 PARTS = 128  # programs of a block's kernels at most, a power of two: about as many as a large GPU has processors
 ROWS, BLOCK_WARPS = 64, 16  # windows of four pixels that one of them works on at once, and by how many warps
+CONV_ROWS, CONV_WARPS = 128, 8  # pixels that a convolution's program makes, and its warps
+PARTS_OF_FILTERS = 256  # programs that share the gradient of the filters at most; how they work, by the number of channels:
+OF_FILTERS = {3: {"ROWS": 64, "num_warps": 8, "num_stages": 3}, 32: {"ROWS": 32, "num_warps": 4, "num_stages": 2}}
+# Tensor cores multiply float32 as three products of TF32, which together have float32's precision.
+PRECISION = "tf32x3"
 _works: dict[Callable, bool] = {}  # by kernel
 
 
@@ -162,116 +168,209 @@ if triton is not None:
         return tl.where(large, tl.log(size + 1e-8) / 10, -1.0), tl.where(large, sign, 22026.465794806718 * x)
 
     @triton.jit
-    def _of_gate(weight, k, H: tl.constexpr, W: tl.constexpr):
-        """Gate k's weights of h, [in, out] padded to W x W."""
+    def _of_gate(loss, w_ih, w_hh, b_ih, b_hh, k, H: tl.constexpr, W: tl.constexpr):
+        """Gate k's weights of what ``_read`` makes, [in, out] padded to W x W."""
         into, out = tl.arange(0, W)[:, None], tl.arange(0, W)[None, :]
-        return tl.load(weight + (k * H + out) * (H + 2) + 2 + into, (into < H) & (out < H), 0.0)
+        row, known = k * H + out, out < H
+        found = tl.load(w_hh + row * H + into, known & (into < H), 0.0)
+        found += tl.load(w_ih + row * 4 + 2 + into - H, known & (into >= H) & (into < H + 2), 0.0)
+        size, sign = _prepared(tl.load(loss))
+        bias = tl.load(b_ih + row, known, 0.0) + tl.load(b_hh + row, known, 0.0)
+        bias += size * tl.load(w_ih + row * 4, known, 0.0) + sign * tl.load(w_ih + row * 4 + 1, known, 0.0)
+        return found + tl.where(into == H + 2, bias, 0.0)
 
     @triton.jit
-    def _gate(weight, bias, k, first, second, h, H: tl.constexpr, W: tl.constexpr):
-        """What gate k sums up, [TILE, W]."""
-        out = tl.arange(0, W)
-        row, inside = weight + (k * H + out) * (H + 2), out < H
-        total = tl.dot(h, _of_gate(weight, k, H, W), input_precision="ieee")
-        total += first[:, None] * tl.load(row, inside, 0.0)[None, :] + second[:, None] * tl.load(row + 1, inside, 0.0)[None, :]
-        return total + tl.load(bias + k * H + out, inside, 0.0)[None, :]
+    def _read(h, grad, at, P, H: tl.constexpr, W: tl.constexpr):
+        """What the gates weigh, [TILE, W]: h, the two numbers of the gradient, and 1 for the rest, which is the same for all
+        coordinates; and the gradient."""
+        unit = tl.arange(0, W)[None, :]
+        g = tl.load(grad + at, at < P, 0.0)
+        first, second = _prepared(g)
+        x = tl.load(h + at[:, None] * H + unit, (at < P)[:, None] & (unit < H), 0.0)
+        x = tl.where(unit == H, first[:, None], tl.where(unit == H + 1, second[:, None], x))
+        return tl.where(unit == H + 2, 1.0, x), g
 
     @triton.jit
     def _meta_forward(
-        weight, bias, wf, bf, wi, bi, grad, h, c, f, i, theta,
-        new_h, new_c, new_f, new_i, new_theta, P, H: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr,
+        loss, w_ih, w_hh, b_ih, b_hh, wf, bf, wi, bi, grad, h, c, f, i, theta, new_h, new_c, new_f, new_i, new_theta,
+        P, PER, H: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
-        at, unit = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, W)
-        inside, places = at < P, at[:, None] * H + unit[None, :]
-        square = inside[:, None] & (unit < H)[None, :]
-        g = tl.load(grad + at, inside, 0.0)
-        first, second = _prepared(g)
-        h_tile, c_tile = tl.load(h + places, square, 0.0), tl.load(c + places, square, 0.0)
-        entry = _sigmoid(_gate(weight, bias, 0, first, second, h_tile, H, W))
-        forget = _sigmoid(_gate(weight, bias, 1, first, second, h_tile, H, W))
-        candidate = _tanh(_gate(weight, bias, 2, first, second, h_tile, H, W))
-        leave = _sigmoid(_gate(weight, bias, 3, first, second, h_tile, H, W))
-        c_tile = forget * c_tile + entry * candidate
-        h_tile = leave * _tanh(c_tile)
-        tl.store(new_c + places, c_tile, square)
-        tl.store(new_h + places, h_tile, square)
-        t, old_f, old_i = tl.load(theta + at, inside, 0.0), tl.load(f + at, inside, 0.0), tl.load(i + at, inside, 0.0)
-        of_f, of_i = tl.load(wf + unit, unit < H, 0.0), tl.load(wi + unit, unit < H, 0.0)
-        f_now = tl.load(bf) + tl.sum(h_tile * of_f[None, :], 1) + t * tl.load(wf + H) + old_f * tl.load(wf + H + 1)
-        i_now = tl.load(bi) + tl.sum(h_tile * of_i[None, :], 1) + t * tl.load(wi + H) + old_i * tl.load(wi + H + 1)
-        tl.store(new_f + at, f_now, inside)
-        tl.store(new_i + at, i_now, inside)
-        tl.store(new_theta + at, _sigmoid(f_now) * t - _sigmoid(i_now) * g, inside)
-
-    @triton.jit
-    def _gate_backward(weight, d, sums, k, first, second, h, d_h, H: tl.constexpr, W: tl.constexpr):
-        """Add gate k's share to the gradient of h; store this tile's gradients of its weights and bias."""
-        out, into = tl.arange(0, W), tl.arange(0, W)
-        row, inside = sums + (k * H + out) * (H + 2), out < H
-        tl.store(row, tl.sum(d * first[:, None], 0), inside)
-        tl.store(row + 1, tl.sum(d * second[:, None], 0), inside)
-        of_h = tl.dot(tl.trans(h), d, input_precision="ieee")  # [in, out]
-        tl.store(row[None, :] + 2 + into[:, None], of_h, inside[None, :] & (into < H)[:, None])
-        tl.store(sums + 4 * H * (H + 2) + k * H + out, tl.sum(d, 0), inside)
-        return d_h + tl.dot(d, tl.trans(_of_gate(weight, k, H, W)), input_precision="ieee")
-
-    @triton.jit
-    def _cell_backward(sums, d, h, t, old, H: tl.constexpr, W: tl.constexpr):
-        """Store this tile's gradients of WF and bF, or of WI and bI."""
         unit = tl.arange(0, W)
-        tl.store(sums + unit, tl.sum(h * d[:, None], 0), unit < H)
-        tl.store(sums + H, tl.sum(d * t, 0))
-        tl.store(sums + H + 1, tl.sum(d * old, 0))
-        tl.store(sums + H + 2, tl.sum(d, 0))
+        of_entry = _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 0, H, W)
+        of_forget = _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 1, H, W)
+        of_candidate = _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 2, H, W)
+        of_leave = _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 3, H, W)
+        of_f, of_i = tl.load(wf + unit, unit < H, 0.0), tl.load(wi + unit, unit < H, 0.0)
+        for start in range(tl.program_id(0) * PER, tl.program_id(0) * PER + PER, TILE):
+            at = start + tl.arange(0, TILE)
+            inside, places = at < P, at[:, None] * H + unit[None, :]
+            square = inside[:, None] & (unit < H)[None, :]
+            x, g = _read(h, grad, at, P, H, W)
+            entry = _sigmoid(tl.dot(x, of_entry, input_precision="ieee"))
+            forget = _sigmoid(tl.dot(x, of_forget, input_precision="ieee"))
+            candidate = _tanh(tl.dot(x, of_candidate, input_precision="ieee"))
+            leave = _sigmoid(tl.dot(x, of_leave, input_precision="ieee"))
+            c_tile = forget * tl.load(c + places, square, 0.0) + entry * candidate
+            h_tile = leave * _tanh(c_tile)
+            tl.store(new_c + places, c_tile, square)
+            tl.store(new_h + places, h_tile, square)
+            t, old_f, old_i = tl.load(theta + at, inside, 0.0), tl.load(f + at, inside, 0.0), tl.load(i + at, inside, 0.0)
+            f_now = tl.load(bf) + tl.sum(h_tile * of_f[None, :], 1) + t * tl.load(wf + H) + old_f * tl.load(wf + H + 1)
+            i_now = tl.load(bi) + tl.sum(h_tile * of_i[None, :], 1) + t * tl.load(wi + H) + old_i * tl.load(wi + H + 1)
+            tl.store(new_f + at, f_now, inside)
+            tl.store(new_i + at, i_now, inside)
+            tl.store(new_theta + at, _sigmoid(f_now) * t - _sigmoid(i_now) * g, inside)
+
+    @triton.jit
+    def _store_gate(sums, loss, k, found, H: tl.constexpr, W: tl.constexpr):
+        """A program's gradient of gate k's weights and bias."""
+        into, out = tl.arange(0, W)[:, None], tl.arange(0, W)[None, :]
+        row, known = k * H + out, out < H
+        size, sign = _prepared(tl.load(loss))
+        last = known & (into == H + 2)
+        tl.store(sums + row * 4 + 2 + into - H, found, known & (into >= H) & (into < H + 2))
+        tl.store(sums + row * 4 + 0 * into, size * found, last)
+        tl.store(sums + row * 4 + 1 + 0 * into, sign * found, last)
+        tl.store(sums + 16 * H + row * H + into, found, known & (into < H))
+        tl.store(sums + 16 * H + 4 * H * H + row + 0 * into, found, last)
 
     @triton.jit
     def _meta_backward(
-        weight, bias, wf, wi, grad, h, c, f, i, theta, new_f, new_i, d_h, d_c, d_f, d_i, d_theta,
-        old_d_h, old_d_c, old_d_f, old_d_i, old_d_theta, sums, P, N, H: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr,
+        loss, w_ih, w_hh, b_ih, b_hh, wf, wi, grad, h, c, f, i, theta, new_f, new_i, d_h, d_c, d_f, d_i, d_theta,
+        old_d_h, old_d_c, old_d_f, old_d_i, old_d_theta, sums,
+        P, PER, N, H: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
-        """``sums`` takes N numbers per tile: the gradients of weight, bias, WF, bF, WI and bI."""
-        at, unit = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, W)
-        inside, places = at < P, at[:, None] * H + unit[None, :]
-        square = inside[:, None] & (unit < H)[None, :]
+        """``sums`` takes N numbers per program: the gradients of both weights, of either bias, of WF, bF, WI and bI."""
+        unit, two = tl.arange(0, W), tl.arange(0, 16)
         sums += tl.program_id(0) * N
-        # the cell
-        g, t = tl.load(grad + at, inside, 0.0), tl.load(theta + at, inside, 0.0)
-        decay, rate = _sigmoid(tl.load(new_f + at, inside, 0.0)), _sigmoid(tl.load(new_i + at, inside, 0.0))
-        d = tl.load(d_theta + at, inside, 0.0)
-        d_of_f = tl.load(d_f + at, inside, 0.0) + d * t * decay * (1 - decay)
-        d_of_i = tl.load(d_i + at, inside, 0.0) - d * g * rate * (1 - rate)
-        tl.store(old_d_theta + at, d * decay + d_of_f * tl.load(wf + H) + d_of_i * tl.load(wi + H), inside)
-        tl.store(old_d_f + at, d_of_f * tl.load(wf + H + 1), inside)
-        tl.store(old_d_i + at, d_of_i * tl.load(wi + H + 1), inside)
-        # the LSTM's gates, a second time
-        first, second = _prepared(g)
-        h_tile, c_tile = tl.load(h + places, square, 0.0), tl.load(c + places, square, 0.0)
-        entry = _sigmoid(_gate(weight, bias, 0, first, second, h_tile, H, W))
-        forget = _sigmoid(_gate(weight, bias, 1, first, second, h_tile, H, W))
-        candidate = _tanh(_gate(weight, bias, 2, first, second, h_tile, H, W))
-        leave = _sigmoid(_gate(weight, bias, 3, first, second, h_tile, H, W))
-        squashed = _tanh(forget * c_tile + entry * candidate)
-        cell = sums + 4 * H * (H + 3)
-        _cell_backward(cell, d_of_f, leave * squashed, t, tl.load(f + at, inside, 0.0), H, W)
-        _cell_backward(cell + H + 3, d_of_i, leave * squashed, t, tl.load(i + at, inside, 0.0), H, W)
-        # its backward pass
+        of_entry = _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 0, H, W)
+        of_forget = _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 1, H, W)
+        of_candidate = _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 2, H, W)
+        of_leave = _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 3, H, W)
+        to_entry, to_forget = tl.zeros([W, W], tl.float32), tl.zeros([W, W], tl.float32)
+        to_candidate, to_leave = tl.zeros([W, W], tl.float32), tl.zeros([W, W], tl.float32)
+        to_cell = tl.zeros([W, 16], tl.float32)
         of_f, of_i = tl.load(wf + unit, unit < H, 0.0), tl.load(wi + unit, unit < H, 0.0)
-        d = tl.load(d_h + places, square, 0.0) + d_of_f[:, None] * of_f[None, :] + d_of_i[:, None] * of_i[None, :]
-        d_leave = d * squashed * leave * (1 - leave)
-        d = tl.load(d_c + places, square, 0.0) + d * leave * (1 - squashed * squashed)
-        tl.store(old_d_c + places, d * forget, square)
-        d_old = tl.zeros([TILE, W], tl.float32)
-        d_entry, d_forget = d * candidate * entry * (1 - entry), d * c_tile * forget * (1 - forget)
-        d_old = _gate_backward(weight, d_entry, sums, 0, first, second, h_tile, d_old, H, W)
-        d_old = _gate_backward(weight, d_forget, sums, 1, first, second, h_tile, d_old, H, W)
-        d_old = _gate_backward(weight, d * entry * (1 - candidate * candidate), sums, 2, first, second, h_tile, d_old, H, W)
-        d_old = _gate_backward(weight, d_leave, sums, 3, first, second, h_tile, d_old, H, W)
-        tl.store(old_d_h + places, d_old, square)
+        for start in range(tl.program_id(0) * PER, tl.program_id(0) * PER + PER, TILE):
+            at = start + tl.arange(0, TILE)
+            inside, places = at < P, at[:, None] * H + unit[None, :]
+            square = inside[:, None] & (unit < H)[None, :]
+            x, g = _read(h, grad, at, P, H, W)
+            # the cell
+            t = tl.load(theta + at, inside, 0.0)
+            decay, rate = _sigmoid(tl.load(new_f + at, inside, 0.0)), _sigmoid(tl.load(new_i + at, inside, 0.0))
+            d = tl.load(d_theta + at, inside, 0.0)
+            d_of_f = tl.load(d_f + at, inside, 0.0) + d * t * decay * (1 - decay)
+            d_of_i = tl.load(d_i + at, inside, 0.0) - d * g * rate * (1 - rate)
+            tl.store(old_d_theta + at, d * decay + d_of_f * tl.load(wf + H) + d_of_i * tl.load(wi + H), inside)
+            tl.store(old_d_f + at, d_of_f * tl.load(wf + H + 1), inside)
+            tl.store(old_d_i + at, d_of_i * tl.load(wi + H + 1), inside)
+            # the LSTM's gates, a second time
+            entry = _sigmoid(tl.dot(x, of_entry, input_precision="ieee"))
+            forget = _sigmoid(tl.dot(x, of_forget, input_precision="ieee"))
+            candidate = _tanh(tl.dot(x, of_candidate, input_precision="ieee"))
+            leave = _sigmoid(tl.dot(x, of_leave, input_precision="ieee"))
+            c_tile = tl.load(c + places, square, 0.0)
+            squashed = _tanh(forget * c_tile + entry * candidate)
+            # what the cell read: the new h, theta, 1, the old f and i
+            read = tl.where(unit[None, :] < H, leave * squashed, tl.where(unit[None, :] == H, t[:, None], 0.0))
+            read = tl.where(unit[None, :] == H + 1, 1.0, read)
+            read = tl.where(unit[None, :] == H + 2, tl.load(f + at, inside, 0.0)[:, None], read)
+            read = tl.where(unit[None, :] == H + 3, tl.load(i + at, inside, 0.0)[:, None], read)
+            both = tl.where(two[None, :] == 0, d_of_f[:, None], tl.where(two[None, :] == 1, d_of_i[:, None], 0.0))
+            to_cell = tl.dot(tl.trans(read), both, to_cell, input_precision="ieee")
+            # its backward pass
+            d = tl.load(d_h + places, square, 0.0) + d_of_f[:, None] * of_f[None, :] + d_of_i[:, None] * of_i[None, :]
+            d_leave = d * squashed * leave * (1 - leave)
+            d = tl.load(d_c + places, square, 0.0) + d * leave * (1 - squashed * squashed)
+            tl.store(old_d_c + places, d * forget, square)
+            d_entry, d_forget = d * candidate * entry * (1 - entry), d * c_tile * forget * (1 - forget)
+            d_candidate = d * entry * (1 - candidate * candidate)
+            to_entry = tl.dot(tl.trans(x), d_entry, to_entry, input_precision="ieee")
+            to_forget = tl.dot(tl.trans(x), d_forget, to_forget, input_precision="ieee")
+            to_candidate = tl.dot(tl.trans(x), d_candidate, to_candidate, input_precision="ieee")
+            to_leave = tl.dot(tl.trans(x), d_leave, to_leave, input_precision="ieee")
+            d = tl.dot(d_entry, tl.trans(of_entry), input_precision="ieee")
+            d = tl.dot(d_forget, tl.trans(of_forget), d, input_precision="ieee")
+            d = tl.dot(d_candidate, tl.trans(of_candidate), d, input_precision="ieee")
+            d = tl.dot(d_leave, tl.trans(of_leave), d, input_precision="ieee")
+            tl.store(old_d_h + places, d, square)
+        _store_gate(sums, loss, 0, to_entry, H, W)
+        _store_gate(sums, loss, 1, to_forget, H, W)
+        _store_gate(sums, loss, 2, to_candidate, H, W)
+        _store_gate(sums, loss, 3, to_leave, H, W)
+        into, which = unit[:, None], two[None, :]
+        place = tl.where(into <= H, into, tl.where(into == H + 1, H + 2, H + 1))
+        known = (into < H + 2) | ((into == H + 2) & (which == 0)) | ((into == H + 3) & (which == 1))
+        tl.store(sums + 4 * H * (H + 5) + which * (H + 3) + place, to_cell, known & (which < 2))
 
     # ---- Blocks of the learner ----
     #
     # Images are channels last: a pixel's C numbers lie side by side. Each program works on PER pixels or 2x2 windows, ROWS at
     # once. Where a size is odd, the windows at the edge are cut, and pooling leaves them out.
+
+    @triton.jit
+    def _seen(x, at, row, column, tap, P, H, W, C: tl.constexpr):
+        """What 3x3 filters see around pixels ``at`` [ROWS, 1], [ROWS, 32]: of 32 channels what lies at place ``tap`` of the
+        nine; of 3 channels all nine places, channel by channel."""
+        number = tl.arange(0, 32)[None, :]
+        if C == 3:
+            channel, tap = number // 9, number % 9
+        else:
+            channel = number
+        down, right = tap // 3 - 1, tap % 3 - 1
+        row, column = row + down, column + right
+        inside = (at < P) & (channel < C) & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+        return tl.load(x + (at + down * W + right) * C + channel, inside, 0.0)
+
+    @triton.jit
+    def _filters(weight, tap, C: tl.constexpr):
+        """The weights of what ``_seen`` takes, [filter, 32]."""
+        out, number = tl.arange(0, 32)[:, None], tl.arange(0, 32)[None, :]
+        if C == 3:
+            return tl.load(weight + out * 27 + number, number < 27, 0.0)
+        return tl.load(weight + (out * C + number) * 9 + tap)
+
+    @triton.jit
+    def _convolve(
+        x, weight, y, P, H, W,
+        BACK: tl.constexpr, TAPS: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """A 3x3 convolution to 32 channels; or, if BACK, from the gradient of one's output to that of its input."""
+        at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+        row, column = at // W % H, at % W
+        total = tl.zeros([ROWS, 32], tl.float32)
+        for tap in range(TAPS):
+            seen = _seen(x, at, row, column, tap, P, H, W, C)
+            if BACK:
+                total = tl.dot(seen, _filters(weight, TAPS - 1 - tap, C).to(seen.dtype), total, input_precision=PRECISION)
+            else:
+                total = tl.dot(seen, tl.trans(_filters(weight, tap, C).to(seen.dtype)), total, input_precision=PRECISION)
+        tl.store(y + at * 32 + tl.arange(0, 32)[None, :], total, at < P)
+
+    @triton.jit
+    def _filters_backward(
+        x, grad, parts, P, PER, H, W, C: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr
+    ):  # fmt: skip
+        """Each program's share of the gradient of the filters; of 32 channels, for one of their three lines."""
+        part, line = tl.program_id(0), tl.program_id(1) * 3
+        out, number = tl.arange(0, 32)[:, None], tl.arange(0, 32)[None, :]
+        left, middle, right = (tl.zeros([32, 32], tl.float32), tl.zeros([32, 32], tl.float32), tl.zeros([32, 32], tl.float32))
+        for start in range(part * PER, part * PER + PER, ROWS):
+            at = start + tl.arange(0, ROWS)[:, None]
+            row, column = at // W % H, at % W
+            d = tl.trans(tl.load(grad + at * 32 + number, at < P, 0.0))
+            left = tl.dot(d, _seen(x, at, row, column, line, P, H, W, C), left, input_precision=PRECISION)
+            if C == 32:
+                middle = tl.dot(d, _seen(x, at, row, column, line + 1, P, H, W, C), middle, input_precision=PRECISION)
+                right = tl.dot(d, _seen(x, at, row, column, line + 2, P, H, W, C), right, input_precision=PRECISION)
+        if C == 3:
+            tl.store(parts + part * 32 * 27 + out * 27 + number, left, number < 27)
+        else:
+            places = parts + ((part * 32 + out) * 32 + number) * 9 + line
+            tl.store(places, left)
+            tl.store(places + 1, middle)
+            tl.store(places + 2, right)
 
     @triton.jit
     def _merged(n, mean, squares):
@@ -415,35 +514,40 @@ def colour(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 
 class MetaStep(torch.autograd.Function):
-    """``native.MetaStep`` for a GPU: the same arguments and results, but h and c are [P, hidden_size]."""
+    """One update of the meta-learner: (loss, the LSTM's four parameters, WF, bF, WI, bI, grad, *MetaState) -> MetaState."""
 
     @staticmethod
     def forward(ctx, *inputs):
         inputs = [t.contiguous() for t in inputs]
-        weight, bias, wf, _, wi, _, grad, *state = inputs
+        *lstm, wf, _, wi, _, grad = inputs[:10]
+        state = inputs[10:]
         new = [torch.empty_like(t) for t in state]
-        _meta_forward[(-(-len(grad) // TILE),)](*inputs, *new, len(grad), **_sizes(state[0].shape[1]))
-        ctx.save_for_backward(weight, bias, wf, wi, grad, *state, new[2], new[3])
+        per, programs = _shares(len(grad), TILE, META_PARTS)
+        _meta_forward[programs](*inputs, *new, len(grad), per, **_sizes(state[0].shape[1]))
+        ctx.save_for_backward(*lstm, wf, wi, grad, *state, new[2], new[3])
         return tuple(new)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         saved = ctx.saved_tensors
-        weight, bias, wf, wi, grad, *state = saved[:10]
-        made, tiles = [torch.empty_like(t) for t in state], -(-len(grad) // TILE)
-        shapes = [t.shape for t in (weight, bias, wf, wf[:1], wi, wi[:1])]
+        _, *weights, bias, _, wf, wi, grad = saved[:8]
+        state = saved[8:13]
+        made, (per, programs) = [torch.empty_like(t) for t in state], _shares(len(grad), TILE, META_PARTS)
+        shapes = [t.shape for t in (*weights, bias, wf, wf[:1], wi, wi[:1])]
         n = sum(shape.numel() for shape in shapes)
-        sums = grad.new_empty(tiles, n)
-        args = (*saved, *(g.contiguous() for g in grads), *made, sums, len(grad), n)
-        _meta_backward[(tiles,)](*args, **_sizes(state[0].shape[1]))
+        sums = grad.new_empty(*programs, n)
+        args = (*saved, *(g.contiguous() for g in grads), *made, sums, len(grad), per, n)
+        _meta_backward[programs](*args, **_sizes(state[0].shape[1]), **BACKWARD)
         parts = sums.sum(0).split([shape.numel() for shape in shapes])
-        return *(part.view(shape) for part, shape in zip(parts, shapes, strict=True)), None, *made
+        w_ih, w_hh, bias, *cell = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+        return None, w_ih, w_hh, bias, bias, *cell, None, *made
 
 
-def _sizes(hidden_size: int) -> dict[str, int]:
+def _sizes(hidden_size: int) -> dict[str, object]:
     """The kernels' constants; Triton multiplies matrices of powers of two from 16 on."""
-    return {"H": hidden_size, "W": max(16, 1 << (hidden_size - 1).bit_length()), "TILE": TILE, "num_warps": WARPS}
+    width = max(16, 1 << (hidden_size + 3).bit_length())
+    return {"H": hidden_size, "W": width, "TILE": TILE, "num_warps": WARPS}
 
 
 # ---- Blocks of the learner ----
@@ -451,7 +555,7 @@ def _sizes(hidden_size: int) -> dict[str, int]:
 
 def handles_block(x: Tensor, weight: Tensor) -> bool:
     """Whether ``train_block`` and ``eval_block`` are written for this input and these filters."""
-    return len(weight) == N_FILTERS and x[:, 0].numel() * N_FILTERS < 2**31
+    return weight.shape[:2] in ((N_FILTERS, 3), (N_FILTERS, N_FILTERS)) and x[:, 0].numel() * N_FILTERS < 2**31
 
 
 def train_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
@@ -468,12 +572,44 @@ def eval_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
 
 def _convolved(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """Without the bias, which batch normalisation takes away or the kernel adds."""
-    return F.conv2d(x, conv.weight.to(x.dtype), padding=1).contiguous(memory_format=torch.channels_last)
+    return Convolution.apply(x, conv.weight)
 
 
-def _shares(n: int, rows: int) -> tuple[int, tuple[int]]:
-    """How many of n pixels or windows a program works on, ``rows`` at once, and the programs."""
-    per = -(-n // (rows * PARTS)) * rows
+class Convolution(torch.autograd.Function):
+    """A 3x3 convolution, padded by 1, without bias: (x [B, 3 or 32, H, W], weight [32, 3 or 32, 3, 3]) -> [B, 32, H, W] in
+    x's dtype, channels last; the filters' gradient is in theirs."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous()
+        ctx.save_for_backward(x, weight)
+        return _passed(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        pixels, _, *size = _counts(x)
+        how = {"C": x.shape[1], "PRECISION": PRECISION, **OF_FILTERS[x.shape[1]]}
+        per, programs = _shares(pixels, how["ROWS"], PARTS_OF_FILTERS)
+        parts = weight.new_empty(*programs, *weight.shape)
+        _filters_backward[(*programs, 1 if x.shape[1] == 3 else 3)](x, grad, parts, pixels, per, *size, **how)
+        return _passed(grad, weight, back=True) if ctx.needs_input_grad[0] else None, parts.sum(0)
+
+
+def _passed(x: Tensor, weight: Tensor, back: bool = False) -> Tensor:
+    """``_convolve`` of channels-last images."""
+    pixels, _, *size = _counts(x)
+    out = torch.empty(len(x), N_FILTERS, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    how = {"BACK": back, "TAPS": 1 if x.shape[1] == 3 else 9, "C": x.shape[1], "ROWS": CONV_ROWS, "PRECISION": PRECISION}
+    _convolve[(-(-pixels // CONV_ROWS),)](x, weight, out, pixels, *size, num_warps=CONV_WARPS, **how)
+    return out
+
+
+def _shares(n: int, rows: int, parts: int | None = None) -> tuple[int, tuple[int]]:
+    """How many of n pixels or windows a program works on, ``rows`` at once, and the programs, ``parts`` (or PARTS) at most."""
+    per = -(-n // (rows * (parts or PARTS))) * rows
     return per, (-(-n // per),)
 
 

