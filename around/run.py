@@ -239,8 +239,8 @@ class Run:
             self._write_line(n)
 
     def _write_line(self, n: int) -> None:
+        loss, accuracy, skipped = self._numbers().values()  # waits for the GPU
         seconds = time.perf_counter() - self.since
-        loss, accuracy, skipped = self._numbers().values()
         finite = [v for v in loss if math.isfinite(v)]
         mean_loss = summary(finite)["mean"] if finite else math.nan
         mean_accuracy = summary(accuracy)["mean"]

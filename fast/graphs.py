@@ -108,15 +108,19 @@ class Captured:
 
     def _checked(self) -> tuple[Tensor, ...]:
         """The ordinary way's results and state, with which a replay from the same state and inputs is compared."""
-        before = [t.clone() for t in self._state()]
+        before = self._copies()
         results = self._ordinarily()
-        after = [t.clone() for t in self._state()]
+        after = self._copies()
         _put(before, self._state())
         self.graph.replay()
         if not all(map(_same_bits, (*self.outputs, *self._state()), (*results, *after))):
             _put(after, self._state())
             self._give_up("a replayed episode differs from the same episode in the ordinary way")
         return results
+
+    @torch.no_grad()  # or autograd would remember parameters on the stream of the copies
+    def _copies(self) -> list[Tensor]:
+        return [t.clone() for t in self._state()]
 
     def _state(self) -> list[Tensor]:
         """What lasts from one call to the next: parameters, buffers, moments."""

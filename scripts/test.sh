@@ -13,8 +13,10 @@ for argument in "$@"; do
   set -- "$@" "$argument"
   shift
 done
+all=$#
 if [ $# = 0 ]; then set -- -n 2 --dist loadfile; fi # all tests: two files at a time
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT-1000} # or tests crawl beside other programs
 cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m pytest "$@"
+if [ "$all" = 0 ] && nvidia-smi -L >/dev/null 2>&1; then "$PYTHON" -m pytest -m gpu; fi

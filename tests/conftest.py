@@ -1,5 +1,6 @@
 import copy
 import importlib.util
+import os
 import re
 import shutil
 import signal
@@ -40,6 +41,19 @@ else:  # the folder is gone: what tests it goes with it
     tests = Path(__file__).parent.glob("test_*.py")
     collect_ignore = [path.name for path in tests if re.search(r"^(from|import) fast", path.read_text(), re.MULTILINE)]
 WAYS = tuple(LEARNERS)
+
+
+def pytest_configure(config):
+    """The GPU is for ``pytest -m gpu``: all other tests are of the CPU, and would crowd it with hundreds of small programs."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip("no GPU here, or not asked for by -m gpu"))
 
 
 class Model:

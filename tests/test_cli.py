@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 import main
 from around import results
 from around.flags import parse, settle
+from around.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 TRIALS = ROOT.parent / "shared" / "trials"  # checkpoints of commit 6c46975, where there are some
@@ -66,6 +68,15 @@ def test_a_run_is_a_folder(trained):
     assert tensors(trained)["hyper_parameters"]["n_shot"] == 1
     best = max(metrics(trained, "val"), key=lambda m: m["accuracy"]["mean"])
     assert tensors(trained, "meta-learner-best.pth.tar")["episode"] == best["episode"]
+
+
+def test_the_rate_counts_what_a_gpu_still_has_to_do(master, tmp_path, monkeypatch):
+    """Its numbers come when it is done with the episodes, which the program has only handed over until then."""
+    numbers = Run._numbers
+    monkeypatch.setattr(Run, "_numbers", lambda run: time.sleep(0.5) or numbers(run))
+    assert train(master, tmp_path / "logs", val_freq=0, episode=2) == 0
+    lines = map(json.loads, Path(f"{tmp_path}/logs-719", "metrics.jsonl").read_text().splitlines())
+    assert all(line["time"]["seconds"] > 0.5 for line in lines if line["event"] == "train")
 
 
 @pytest.mark.parametrize("flags", [(), ("--n-workers", "2"), ("--val-freq", "0")])
@@ -426,7 +437,6 @@ def test_flags_that_cannot_serve(master, tmp_path, capsys):
     assert not (tmp_path / "logs-719").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_asked_for_and_absent(master, tmp_path, capsys):
     assert main.run(["--data-root", str(master), "--save", str(tmp_path / "logs"), "--gpu", "0"]) == 2
     assert "--gpu 0: PyTorch sees 0 GPUs" in capsys.readouterr().err

@@ -21,13 +21,11 @@ from learner import Learner
 from metalearner import MetaLearner, MetaState
 
 triton = pytest.importorskip("triton")
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs it")
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
-on_both = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="test_in_the_interpreter runs it, and a GPU")
+on_both = (lambda test: test) if INTERPRETED else pytest.mark.gpu  # test_in_the_interpreter runs it, and a GPU
 
 
 @pytest.mark.skipif(INTERPRETED, reason="it is this run")
@@ -423,7 +421,7 @@ def test_the_meta_learners_check_compares_results_and_gradients():
         assert gpu._agrees(way, FastMetaLearner._in_pytorch, 1e-3, lambda f: meta._two_updates(f, *args)) == agrees
 
 
-@CUDA
+@pytest.mark.gpu
 def test_kernels_work_on_this_gpu(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "_works", {})
     x, factors, order = pictures(100, 84, "cuda")

@@ -24,8 +24,7 @@ from fast import graphs, native
 from fast.graphs import CHECKED, WARM_UP, Captured, step_on_device
 from fast.learner import FastLearner
 
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def storage(tensor):
@@ -160,14 +159,22 @@ def test_captured_episodes_are_the_eager_ones_bit_for_bit(device, batch_size, ad
     how = {"conv_dtype": conv_dtype, "device": device, "batch_size": batch_size, "adapt": adapt}
     eager, graphed = (Model("fast", 16, **how) for _ in range(2))
     train, test = graphed.captured("train"), graphed.captured("test")
-    for episode in episodes(WARM_UP + CHECKED + 2, device):
-        for ours, theirs in zip((*train(episode), *test(episode)), (*eager.train(episode), *eager.test(episode)), strict=True):
-            assert torch.equal(ours, theirs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for episode in episodes(WARM_UP + CHECKED + 2, device):
+            theirs = (*eager.train(episode), *eager.test(episode))
+            assert all(map(torch.equal, (*train(episode), *test(episode)), theirs))
     assert train.graph is not None
     assert test.graph is not None
     assert all(torch.equal(a, b) for a, b in zip(graphed.everything(), eager.everything(), strict=True))
     assert not any(group["capturable"] for group in graphed.optimizer.param_groups)
     assert capsys.readouterr().out == ""
+
+
+def test_what_the_check_copies_does_not_hold_on_to_the_parameters(device):
+    """A copy with a graph would keep the place where autograd collects a parameter's gradient, on the copy's stream."""
+    train = Model("fast", 16, device=device).captured("train")
+    assert not any(t.requires_grad for t in train._copies())
 
 
 def test_captured_gradients_of_several_episodes_are_the_eager_ones(device, capsys):
@@ -460,7 +467,7 @@ def test_tests_and_benchmarks_compute_as_training_does(monkeypatch):
 # ---- On a GPU ----
 
 
-@CUDA
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["train", "test"])
 def test_gpu_and_cpu_agree(mode):
     """Each episode from the same parameters: rounding grows from episode to episode."""
@@ -471,7 +478,7 @@ def test_gpu_and_cpu_agree(mode):
         assert step(theirs)[0].item() == pytest.approx(getattr(here, mode)(ours)[0].item(), rel=1e-3)
 
 
-@CUDA
+@pytest.mark.gpu
 def test_a_wait_is_reported_and_ends_a_capture_but_not_the_next(capsys):
     def function(episode):
         total = episode.query.sum()
@@ -491,7 +498,7 @@ def test_a_wait_is_reported_and_ends_a_capture_but_not_the_next(capsys):
     assert sound.graph is not None
 
 
-@CUDA
+@pytest.mark.gpu
 def test_a_run_on_the_gpu_repeats_itself_and_resumes_to_the_same_bits(master, tmp_path):
     """Through the command line; resumed, other episodes are warm-up than in the run that was not stopped."""
     import main

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dataloader import scan_split
 from episode import Episode
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def _device(value):
