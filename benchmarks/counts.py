@@ -161,7 +161,8 @@ def triton_rows() -> list[tuple[str, tuple[int, int, int], tuple[int, int, int]]
         meta.zero_grad()
         before, kernels = count(function), Kernels()
         meta.zero_grad()
-        names = ("_meta_forward", "_meta_backward", "_moments", "_block_forward", "_block_sums", "_block_backward")
+        names = ("_meta_forward", "_meta_backward", "_convolve", "_filters_backward")
+        names += ("_moments", "_block_forward", "_block_sums", "_block_backward")
         in_their_place = mock.patch.multiple(gpu, **dict.fromkeys(names, kernels), create=True)
         with in_their_place, mock.patch.object(gpu, "works", return_value=True):
             launches, size, copies = count(function)

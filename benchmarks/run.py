@@ -280,6 +280,28 @@ def reduction() -> list[str]:
     return [*lines, row(f"all (a photograph of {photograph.width}x{photograph.height} px)", f"{differences.mean():.2f}")]
 
 
+LARGEST = 20  # kernels of a table
+
+
+def kernels(device: torch.device) -> list[str]:
+    """A GPU's time for one training episode by kernel, as the profiler sees it where the episode is not recorded."""
+    model = Model(device, plain=False)
+    episode = synthetic(device, model.args)
+    for _ in range(2):
+        model.train.function(episode)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        model.train.function(episode)
+        torch.cuda.synchronize()
+    found = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    found = [event for event in found if event.self_device_time_total > 0]
+    lines = table("kernel", "launches", "ms")
+    for event in found[:LARGEST]:
+        lines.append(row(event.key[:90].replace("|", " "), event.count, event.self_device_time_total / 1e3))
+    total = sum(event.self_device_time_total for event in found)
+    return [*lines, row("all", sum(event.count for event in found), total / 1e3)]
+
+
 def machine(device: torch.device) -> str:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = next((x.split(":")[1].strip() for x in info.splitlines() if x.startswith("model name")), platform.processor())
@@ -290,6 +312,9 @@ def machine(device: torch.device) -> str:
     return f"{name}; torch {torch.__version__}; commit {commit.stdout.strip() or 'unknown'}; {time.strftime('%Y-%m-%d')}"
 
 
+SECTIONS = ("end-to-end", "parts", "kernels", "memory", "scaling", "start", "reduction")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Benchmarks of the 5-way 5-shot recipe, fast/ against --plain.")
     glyphs = ROOT / "data" / "glyphs"
@@ -297,22 +322,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="rounds of which the median is reported (default: 7)")
     parser.add_argument("--n-workers", type=int, default=2, help="worker processes of each data pipeline (default: 2)")
     parser.add_argument("--cpu", action="store_true", help="the CPU even where there is a GPU")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="which of them (default: all)")
     parser.add_argument("--name", default=None, help="name of the table in benchmarks/results (default: cpu or cuda)")
     args = parser.parse_args()
     device = torch.device("cpu" if args.cpu or not torch.cuda.is_available() else "cuda")
     command = f"bash benchmarks/run.sh --rounds {args.rounds} --n-workers {args.n_workers}"
+    if args.sections != SECTIONS:
+        command += f" --sections {' '.join(args.sections)}"
     lines = [f"`{command}` on {machine(device)}; data: {args.data_root.name}"]
     print(lines[0])
-    sections = (
-        lambda: end_to_end(args.data_root, args.rounds, args.n_workers, device),
-        lambda: parts(args.data_root, args.rounds, device),
-        lambda: memory(device),
-        lambda: scaling(max(1, args.rounds // 2), device),
-        lambda: start(args.data_root, 3, device),
-        reduction,
-    )
-    for section in sections:
-        found = section()
+    sections = {
+        "end-to-end": lambda: end_to_end(args.data_root, args.rounds, args.n_workers, device),
+        "parts": lambda: parts(args.data_root, args.rounds, device),
+        "kernels": lambda: kernels(device) if device.type == "cuda" else [],
+        "memory": lambda: memory(device),
+        "scaling": lambda: scaling(max(1, args.rounds // 2), device),
+        "start": lambda: start(args.data_root, 3, device),
+        "reduction": reduction,
+    }
+    for name in args.sections:
+        found = sections[name]()
         print("\n".join(found), flush=True)
         lines += found
     place = ROOT / "benchmarks" / "results" / f"{args.name or device.type}.md"

@@ -479,6 +479,16 @@ def test_gpu_and_cpu_agree(mode):
 
 
 @pytest.mark.gpu
+def test_the_benchmark_counts_kernels(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import run
+
+    *found, total = [[cell.strip() for cell in line.strip("|").split("|")] for line in run.kernels(torch.device("cuda"))[3:]]
+    assert {"_convolve", "_filters_backward", "_meta_forward", "_meta_backward"} <= {name for name, *_ in found}
+    assert int(total[1]) >= sum(int(launches) for _, launches, _ in found)
+
+
+@pytest.mark.gpu
 def test_a_wait_is_reported_and_ends_a_capture_but_not_the_next(capsys):
     def function(episode):
         total = episode.query.sum()
