@@ -98,7 +98,10 @@ def test_an_update_and_its_gradients_are_pytorchs(hidden_size, n_params):
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """Sends the learner's blocks to the kernels."""
+    """Sends the learner's blocks to the kernels; large tiles save the interpreter's time."""
+    if INTERPRETED:
+        monkeypatch.setattr(gpu, "CONV_ROWS", 4096)
+        monkeypatch.setattr(gpu, "OF_FILTERS", {channels: {"ROWS": 4096} for channels in gpu.OF_FILTERS})
     monkeypatch.setattr(native, "library", lambda: SimpleNamespace(functions={}))
     monkeypatch.setattr(gpu, "works", lambda kernel, *_: kernel in (gpu.train_block, gpu.eval_block))
 
@@ -139,6 +142,7 @@ def test_a_learner_is_pytorchs(blocks, monkeypatch, parts, image_size, memory_fo
 def test_the_worked_episode_is_pytorchs(blocks, monkeypatch):
     """tests/golden: eight updates, the query loss, the meta-learner's gradients. Large tiles save time."""
     monkeypatch.setattr(gpu, "ROWS", 2048)
+    monkeypatch.setattr(gpu, "TILE", 4096)
     test_golden.one_episode(0, *test_golden.golden_setup("fast", torch.float32), close=1e-5)
 
 
