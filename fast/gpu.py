@@ -32,7 +32,7 @@ ROWS, BLOCK_WARPS = 64, 16  # windows of four pixels that one of them works on a
 CONV_ROWS, CONV_WARPS = 128, 8  # pixels that a convolution's program makes, and its warps
 PARTS_OF_FILTERS = 256  # programs that share the gradient of the filters at most; how they work, by the number of channels:
 OF_FILTERS = {3: {"ROWS": 64, "num_warps": 8, "num_stages": 3}, 32: {"ROWS": 32, "num_warps": 4, "num_stages": 2}}
-# Tensor cores multiply float32 as three products of TF32, which together have float32's precision.
+# Tensor cores multiply float32 as three products of TF32, which together are nearly as precise.
 PRECISION = "tf32x3"
 _works: dict[Callable, bool] = {}  # by kernel
 

@@ -25,6 +25,7 @@ triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs it")
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+EXACT = 1e-5 if INTERPRETED else 1e-4  # what tensor cores leave of float32 over a few layers
 on_both = (lambda test: test) if INTERPRETED else pytest.mark.gpu  # test_in_the_interpreter runs it, and a GPU
 
 
@@ -131,11 +132,11 @@ def test_a_learner_is_pytorchs(blocks, monkeypatch, parts, image_size, memory_fo
     for images in x:
         loss, grad = fast.loss_and_grad(images.float().to(DEVICE).contiguous(memory_format=memory_format), y.to(DEVICE))
         expected, expected_grad = plain.loss_and_grad(images, y)
-        assert_close([loss, *fast.slices(grad)], [expected, *plain.slices(expected_grad)])
+        assert_close([loss, *fast.slices(grad)], [expected, *plain.slices(expected_grad)], EXACT)
     running = [[t for name, t in one.named_buffers() if "running" in name] for one in (fast, plain)]
-    assert_close(*running)
+    assert_close(*running, EXACT)
     with torch.no_grad():
-        assert_close([fast.eval()(x[0].float().to(DEVICE))], [plain.eval()(x[0])])
+        assert_close([fast.eval()(x[0].float().to(DEVICE))], [plain.eval()(x[0])], EXACT)
 
 
 @in_interpreter
@@ -162,7 +163,7 @@ def test_convolutions_are_pytorchs(n_channels, size, monkeypatch):
         return out.detach(), *torch.autograd.grad(out, wanted, share.to(dtype))
 
     theirs = found(lambda x, weight: F.conv2d(x, weight, padding=1), torch.float64, torch.float64)
-    assert_close(found(gpu.Convolution.apply, torch.float32, torch.float32), theirs, 2e-6)
+    assert_close(found(gpu.Convolution.apply, torch.float32, torch.float32), theirs, 2e-6 if INTERPRETED else 1e-5)
     if INTERPRETED:  # which cannot multiply matrices of bfloat16
         return
     half = found(gpu.Convolution.apply, torch.bfloat16, torch.float32)
