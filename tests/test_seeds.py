@@ -157,6 +157,12 @@ def wait_for(condition, process):
         time.sleep(0.02)
 
 
+@pytest.fixture(autouse=True)
+def _all_gpus(monkeypatch):
+    """The other tests see none, by this variable."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
 real = pytest.mark.skipif(not Path(sys.prefix, "bin", "python").exists(), reason="no environment that the scripts could use")
 
 
