@@ -312,7 +312,15 @@ def machine(device: torch.device) -> str:
     return f"{name}; torch {torch.__version__}; commit {commit.stdout.strip() or 'unknown'}; {time.strftime('%Y-%m-%d')}"
 
 
-SECTIONS = ("end-to-end", "parts", "kernels", "memory", "scaling", "start", "reduction")
+SECTIONS = {
+    "end-to-end": lambda args, device: end_to_end(args.data_root, args.rounds, args.n_workers, device),
+    "parts": lambda args, device: parts(args.data_root, args.rounds, device),
+    "kernels": lambda args, device: kernels(device) if device.type == "cuda" else [],
+    "memory": lambda args, device: memory(device),
+    "scaling": lambda args, device: scaling(max(1, args.rounds // 2), device),
+    "start": lambda args, device: start(args.data_root, 3, device),
+    "reduction": lambda args, device: reduction(),
+}
 
 
 def main() -> None:
@@ -331,17 +339,8 @@ def main() -> None:
         command += f" --sections {' '.join(args.sections)}"
     lines = [f"`{command}` on {machine(device)}; data: {args.data_root.name}"]
     print(lines[0])
-    sections = {
-        "end-to-end": lambda: end_to_end(args.data_root, args.rounds, args.n_workers, device),
-        "parts": lambda: parts(args.data_root, args.rounds, device),
-        "kernels": lambda: kernels(device) if device.type == "cuda" else [],
-        "memory": lambda: memory(device),
-        "scaling": lambda: scaling(max(1, args.rounds // 2), device),
-        "start": lambda: start(args.data_root, 3, device),
-        "reduction": reduction,
-    }
     for name in args.sections:
-        found = sections[name]()
+        found = SECTIONS[name](args, device)
         print("\n".join(found), flush=True)
         lines += found
     place = ROOT / "benchmarks" / "results" / f"{args.name or device.type}.md"

@@ -612,9 +612,9 @@ def _passed(x: Tensor, weight: Tensor, back: bool = False) -> Tensor:
     return out
 
 
-def _shares(n: int, rows: int, parts: int | None = None) -> tuple[int, tuple[int]]:
-    """How many of n pixels or windows a program works on, ``rows`` at once, and the programs, ``parts`` (or PARTS) at most."""
-    per = -(-n // (rows * (parts or PARTS))) * rows
+def _shares(n: int, rows: int, parts: int) -> tuple[int, tuple[int]]:
+    """How many of n pixels, windows or coordinates a program works on, ``rows`` at once, and the ``parts`` programs at most."""
+    per = -(-n // (rows * parts)) * rows
     return per, (-(-n // per),)
 
 
@@ -630,10 +630,10 @@ def _normalised(y, gamma, beta, bias, running_mean, running_var, momentum, eps, 
     parts, used = gamma.new_empty(2, PARTS, channels), gamma.new_empty(2, channels)
     shape, sizes = (len(y), channels, height // 2, width // 2), {"C": channels, "PARTS": PARTS, "num_warps": BLOCK_WARPS}
     out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
-    per_of_pixels, programs = _shares(pixels, 4 * ROWS)
+    per_of_pixels, programs = _shares(pixels, 4 * ROWS, PARTS)
     if train:
         _moments[programs](y, parts, pixels, per_of_pixels, ROWS=4 * ROWS, **sizes)
-    per, programs = _shares(windows, ROWS)
+    per, programs = _shares(windows, ROWS, PARTS)
     args = (y, parts, gamma, beta, bias, running_mean, running_var, used, out, momentum, eps)
     _block_forward[programs](*args, pixels, per_of_pixels, windows, per, height, width, TRAIN=train, ROWS=ROWS, **sizes)
     return out, used
@@ -659,7 +659,7 @@ class NormPoolReLU(torch.autograd.Function):
         y, used, gamma, beta = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
         pixels, windows, *size = _counts(y)
-        per, programs = _shares(windows, ROWS)
+        per, programs = _shares(windows, ROWS, PARTS)
         parts, made = gamma.new_empty(2, PARTS, len(gamma)), [torch.empty_like(t) for t in (gamma, beta, y)]
         sizes = {"C": len(gamma), "ROWS": ROWS, "PARTS": PARTS, "num_warps": BLOCK_WARPS}
         _block_sums[programs](y, used, gamma, beta, grad, parts, windows, per, *size, **sizes)
