@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import importlib.util
 import os
 import sys
 from itertools import islice
 from pathlib import Path
 
-from utils import Terminal, UserError, exit_code, step_aside
+from utils import Terminal, UserError, complain, exit_code, step_aside
 
 # Deterministic cuBLAS needs a workspace of fixed size before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -26,13 +27,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if __name__ == "__main__":
     step_aside()  # before PyTorch starts threads
-
-try:
-    import torch
-    import tqdm  # noqa: F401
-except ModuleNotFoundError as missing:
-    print(f"error: {missing.name} is missing; run scripts/quickstart.sh, which installs what is needed", file=sys.stderr)
-    sys.exit(2)
+if missing := [name for name in ("torch", "tqdm") if importlib.util.find_spec(name) is None]:
+    sys.exit(complain(f"{missing[0]} is missing; run scripts/quickstart.sh, which installs what is needed"))
 
 from around import checkpoints
 from around.evaluation import Evaluator, judge
@@ -44,7 +40,7 @@ from around.ranks import Ranks, end
 from around.recording import RECORDED, record, write_trace
 from around.results import contradictions, export, provenance, tables, write_results
 from around.run import Run, Stopped, begin_worker, checkpoint_of, trained
-from around.way import Way, choose, dataset, make_reproducible
+from around.way import Way, adam, choose, dataset, make_reproducible
 from dataloader import check_apart, episodes, scan_split
 from episode import learned, train_episode
 from learner import FlatModule
@@ -84,10 +80,7 @@ def train(run: Run) -> None:
     train_set = dataset(args, way, train_files, args.episode, in_order=pretraining)
     val_set = None if pretraining else dataset(args, way, val_files, args.episode_val)
     learners, metalearner = build(args, way)
-    # a recorded update reads a rate that changes from the device; on a CPU, a double is the float's equal to the bit
-    precise = torch.float64 if way.device.type == "cpu" else torch.float32
-    rate = torch.tensor(args.lr, dtype=precise, device=way.device) if args.lr_decay else args.lr
-    optimizer = way.adam(learned(metalearner), lr=rate)
+    optimizer = adam(args, way, learned(metalearner))
     evaluate = Evaluator(args, way, learners, metalearner, ranks)
 
     def one(episode):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from dataloader import EpisodeDataset, Split
 from episode import step_if_finite
@@ -27,7 +28,7 @@ class Way(NamedTuple):
     metalearner: type[MetaLearner]
     dataset: Callable[..., EpisodeDataset]
     adam: Callable[..., torch.optim.Adam]
-    step: Callable[[torch.optim.Optimizer, torch.Tensor], None]
+    step: Callable[[torch.optim.Optimizer, Tensor], None]
     recorded: Callable[..., Callable]  # (function of an episode, its modules, its optimizer) -> a function that does the same
     lanes: int  # how many episodes run at once
     map: Callable[[Callable, Iterable], Iterator]
@@ -108,6 +109,14 @@ def _fast(args: argparse.Namespace, device: torch.device, name: str) -> Way:
         lanes,
         partial(side_by_side, n_threads=lanes) if on_cpu else map,
     )
+
+
+def adam(args: argparse.Namespace, way: Way, parameters: list[Tensor]) -> torch.optim.Adam:
+    """Adam with rate ``--lr``; if ``--lr-decay`` changes it, that is a tensor on the device, which a recorded update reads."""
+    if not args.lr_decay:
+        return way.adam(parameters, lr=args.lr)
+    precise = torch.float64 if way.device.type == "cpu" else torch.float32  # on a CPU, equal to a float of Python to the bit
+    return way.adam(parameters, lr=torch.tensor(args.lr, dtype=precise, device=way.device))
 
 
 def dataset(args: argparse.Namespace, way: Way, split: Split, length: int, in_order: bool = False) -> EpisodeDataset:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dataloader import PIXELS, Augmentation
 from fast import gpu, native
+from fast.gpu.colour import colour
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as Pillow's mode L
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -153,7 +154,7 @@ def _colour(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
                 which = (order[:, place] == step).nonzero()[:, 0]
                 x[which] = _adjust(x[which], step, factors[which, step].view(-1, 1, 1, 1))
         return x
-    return gpu.replaced(gpu.colour, _colour_together, 1e-3, x, factors, order)
+    return gpu.replaced(colour, _colour_together, 1e-3, x, factors, order)
 
 
 def _colour_together(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:

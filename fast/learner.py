@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast import gpu, native
+from fast.gpu import blocks
 from learner import N_BLOCKS, FlatModule, Learner
 
 
@@ -106,7 +107,7 @@ def train_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, moments: nativ
     """
     if native.handles_block(x, conv.weight):
         return native.train_block(x, conv, norm, moments)
-    chosen = gpu.train_block if _in_triton(gpu.train_block, _train_block, x, conv, norm) else _train_block
+    chosen = blocks.train_block if _in_triton(blocks.train_block, _train_block, x, conv, norm) else _train_block
     return chosen(x, conv, norm)
 
 
@@ -116,7 +117,7 @@ def eval_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
         return _eval_block(x, conv, norm)
     if native.handles_block(x, conv.weight):
         return native.eval_block(x, conv, norm)
-    chosen = gpu.eval_block if _in_triton(gpu.eval_block, _eval_block, x, conv, norm) else _eval_block
+    chosen = blocks.eval_block if _in_triton(blocks.eval_block, _eval_block, x, conv, norm) else _eval_block
     return chosen(x, conv, norm)
 
 
@@ -137,7 +138,7 @@ def _eval_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
 def _in_triton(kernel: Callable, code: Callable, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
     """Whether the kernel works on this GPU; in bfloat16 a rounding may move a maximum."""
     tolerance = 1e-3 if x.dtype == torch.float32 else 2e-2
-    fits = gpu.handles_block(x, conv.weight)
+    fits = blocks.handles_block(x, conv.weight)
     return fits and gpu.works(kernel, code, tolerance, conv.weight, lambda way: _tried(way, x, conv, norm))
 
 

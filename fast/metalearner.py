@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fast import gpu, native
+from fast.gpu import meta
 from metalearner import MetaLearner, MetaState, prep
 
 
@@ -27,7 +28,7 @@ class FastMetaLearner(MetaLearner):
         if native.handles(grad):
             return self._in_cpp(loss, grad, state)
         kernel, code = FastMetaLearner._in_triton, FastMetaLearner._in_pytorch
-        fits = self.lstm.hidden_size <= gpu.LARGEST_HIDDEN
+        fits = self.lstm.hidden_size <= meta.LARGEST_HIDDEN
         if fits and gpu.works(kernel, code, 1e-3, grad, lambda way: self._two_updates(way, loss, grad, state)):
             return self._in_triton(loss, grad, state)
         return self._in_pytorch(loss, grad, state)
@@ -42,7 +43,7 @@ class FastMetaLearner(MetaLearner):
     def _in_triton(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
         lstm, cell = self.lstm, self.metalstm
         of_lstm = lstm.weight_ih, lstm.weight_hh, lstm.bias_ih, lstm.bias_hh
-        return MetaState(*gpu.MetaStep.apply(loss, *of_lstm, cell.WF, cell.bF, cell.WI, cell.bI, grad, *state))
+        return MetaState(*meta.MetaStep.apply(loss, *of_lstm, cell.WF, cell.bF, cell.WI, cell.bI, grad, *state))
 
     def _in_pytorch(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
         x = prep(torch.cat((loss.view(1), grad.squeeze(1))))  # both at once

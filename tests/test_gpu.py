@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from dataloader import draw_augmentation
 from fast import augment, gpu, learner, native
+from fast.gpu import blocks, colour, convolution, meta
 from fast.learner import FastLearner
 from fast.metalearner import FastMetaLearner
 from learner import Learner
@@ -60,7 +61,7 @@ def pictures(n, size, device="cpu"):
 def test_colours_are_pytorchs(size):
     x, factors, order = pictures(24, size)
     given = x.clone()
-    ours, theirs = gpu.colour(x, factors, order), augment._colour_together(x.clone(), factors, order)
+    ours, theirs = colour.colour(x, factors, order), augment._colour_together(x.clone(), factors, order)
     assert torch.equal(x, given)
     difference = (ours - theirs).abs()
     assert difference.mean() < 1e-3
@@ -68,7 +69,7 @@ def test_colours_are_pytorchs(size):
 
 
 @in_interpreter
-@pytest.mark.parametrize(("hidden_size", "n_params"), [(20, 150), (16, 2 * gpu.TILE), (5, 10)])
+@pytest.mark.parametrize(("hidden_size", "n_params"), [(20, 150), (16, 2 * meta.TILE), (5, 10)])
 def test_an_update_and_its_gradients_are_pytorchs(hidden_size, n_params):
     """Against float64, from a state with all its parts and for gradients of all sizes."""
     exact = MetaLearner(4, hidden_size, n_params).double()
@@ -82,11 +83,11 @@ def test_an_update_and_its_gradients_are_pytorchs(hidden_size, n_params):
     state = [torch.randn(n_params, k) * 0.5 for k in (hidden_size, hidden_size, 1, 1, 1)]
     weights = [torch.randn_like(t) for t in state]
 
-    def found(meta, step, dtype):
+    def found(metalearner, step, dtype):
         given = [t.to(dtype).requires_grad_() for t in state]
         made = step(loss.to(dtype), grad.to(dtype), MetaState(*given))
         total = sum((t * w.to(dtype)).sum() for t, w in zip(made, weights, strict=True))
-        learned = [p for p in meta.parameters() if p is not meta.metalstm.cI]
+        learned = [p for p in metalearner.parameters() if p is not metalearner.metalstm.cI]
         return *made, *torch.autograd.grad(total, [*learned, *given])
 
     for ours, theirs in zip(found(fast, fast._in_triton, torch.float32), found(exact, exact, torch.float64), strict=True):
@@ -98,13 +99,13 @@ def test_an_update_and_its_gradients_are_pytorchs(hidden_size, n_params):
 
 
 @pytest.fixture
-def blocks(monkeypatch):
+def kernels(monkeypatch):
     """Sends the learner's blocks to the kernels; large tiles save the interpreter's time."""
     if INTERPRETED:
-        monkeypatch.setattr(gpu, "CONV_ROWS", 4096)
-        monkeypatch.setattr(gpu, "OF_FILTERS", {channels: {"ROWS": 4096} for channels in gpu.OF_FILTERS})
+        monkeypatch.setattr(convolution, "ROWS", 4096)
+        monkeypatch.setattr(convolution, "OF_FILTERS", {channels: {"ROWS": 4096} for channels in convolution.OF_FILTERS})
     monkeypatch.setattr(native, "library", lambda: SimpleNamespace(functions={}))
-    monkeypatch.setattr(gpu, "works", lambda kernel, *_: kernel in (gpu.train_block, gpu.eval_block))
+    monkeypatch.setattr(gpu, "works", lambda kernel, *_: kernel in (blocks.train_block, blocks.eval_block))
 
 
 def assert_close(found, expected, close=1e-5):
@@ -116,11 +117,11 @@ def assert_close(found, expected, close=1e-5):
 
 @on_both
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(("parts", "image_size"), [(gpu.PARTS, 16), (4, 21)])
-def test_a_learner_is_pytorchs(blocks, monkeypatch, parts, image_size, memory_format):
+@pytest.mark.parametrize(("parts", "image_size"), [(blocks.PARTS, 16), (4, 21)])
+def test_a_learner_is_pytorchs(kernels, monkeypatch, parts, image_size, memory_format):
     """Against float64: loss, gradient, running statistics after two minibatches, and what they classify. With few programs each
     works on several tiles; the scale of some channels is negative or zero."""
-    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(blocks, "PARTS", parts)
     plain, fast = (way(image_size, 1e-3, 0.9, 3) for way in (Learner, FastLearner))
     with torch.no_grad():
         plain.norm1.weight[3], plain.norm3.weight[5], plain.norm2.weight[1] = -0.7, -1.3, 0.0
@@ -140,10 +141,10 @@ def test_a_learner_is_pytorchs(blocks, monkeypatch, parts, image_size, memory_fo
 
 
 @in_interpreter
-def test_the_worked_episode_is_pytorchs(blocks, monkeypatch):
+def test_the_worked_episode_is_pytorchs(kernels, monkeypatch):
     """tests/golden: eight updates, the query loss, the meta-learner's gradients. Large tiles save time."""
-    monkeypatch.setattr(gpu, "ROWS", 2048)
-    monkeypatch.setattr(gpu, "TILE", 4096)
+    monkeypatch.setattr(blocks, "ROWS", 2048)
+    monkeypatch.setattr(meta, "TILE", 4096)
     test_golden.one_episode(0, *test_golden.golden_setup("fast", torch.float32), close=1e-5)
 
 
@@ -152,7 +153,7 @@ def test_the_worked_episode_is_pytorchs(blocks, monkeypatch):
 @pytest.mark.parametrize("n_channels", [3, 32])
 def test_convolutions_are_pytorchs(n_channels, size, monkeypatch):
     """Output and both gradients, against float64; with few programs each works on several tiles."""
-    monkeypatch.setattr(gpu, "PARTS_OF_FILTERS", 2)
+    monkeypatch.setattr(convolution, "PARTS_OF_FILTERS", 2)
     x, weight = channels_last(3, n_channels, *size), torch.randn(32, n_channels, 3, 3, device=DEVICE)
     share = torch.randn(3, 32, *size, device=DEVICE)
 
@@ -163,10 +164,10 @@ def test_convolutions_are_pytorchs(n_channels, size, monkeypatch):
         return out.detach(), *torch.autograd.grad(out, wanted, share.to(dtype))
 
     theirs = found(lambda x, weight: F.conv2d(x, weight, padding=1), torch.float64, torch.float64)
-    assert_close(found(gpu.Convolution.apply, torch.float32, torch.float32), theirs, 2e-6 if INTERPRETED else 1e-5)
+    assert_close(found(convolution.Convolution.apply, torch.float32, torch.float32), theirs, 2e-6 if INTERPRETED else 1e-5)
     if INTERPRETED:  # which cannot multiply matrices of bfloat16
         return
-    half = found(gpu.Convolution.apply, torch.bfloat16, torch.float32)
+    half = found(convolution.Convolution.apply, torch.bfloat16, torch.float32)
     assert [t.dtype for t in half[:-1]] == [torch.bfloat16] * (len(half) - 1)
     assert_close(half, theirs, 3e-2)
 
@@ -175,7 +176,7 @@ def test_convolutions_are_pytorchs(n_channels, size, monkeypatch):
 def test_a_convolution_passes_on_what_is_not_finite():
     x, weight = channels_last(2, 32, 5, 6), torch.randn(32, 32, 3, 3, device=DEVICE)
     x[0, 3, 1, 2], x[1, 4, 0, 0] = float("nan"), float("inf")
-    assert torch.equal(gpu.Convolution.apply(x, weight).isfinite(), F.conv2d(x, weight, padding=1).isfinite())
+    assert torch.equal(convolution.Convolution.apply(x, weight).isfinite(), F.conv2d(x, weight, padding=1).isfinite())
 
 
 def channels_last(*shape):
@@ -208,7 +209,7 @@ def test_ties_are_pytorchs(size):
     pixels that only the statistics see."""
     y, others = channels_last(4, 32, *size).mul(1.5).round(), normalisation()
     found, expected = (
-        after_convolution(f, y, others, d) for f, d in ((gpu.NormPoolReLU.apply, torch.float32), (in_pytorch, torch.float64))
+        after_convolution(f, y, others, d) for f, d in ((blocks.NormPoolReLU.apply, torch.float32), (in_pytorch, torch.float64))
     )
     assert 0.1 < (expected[0] == 0).float().mean() < 0.9
     assert_close(found, expected)
@@ -218,7 +219,7 @@ def test_ties_are_pytorchs(size):
 def test_statistics_far_from_zero_are_pytorchs():
     """Where a mean of squares loses all digits of the variance."""
     y, others = channels_last(4, 32, 9, 8) + 3000, normalisation()
-    ours = after_convolution(gpu.NormPoolReLU.apply, y, others, torch.float32)
+    ours = after_convolution(blocks.NormPoolReLU.apply, y, others, torch.float32)
     theirs = after_convolution(in_pytorch, y, others, torch.float64)
     assert_close(ours, theirs, 1e-3)  # float32 rounds the mean itself, too
 
@@ -229,10 +230,10 @@ def test_numbers_that_are_not_finite_are_pytorchs(monkeypatch):
     conv, norm = torch.nn.Conv2d(32, 32, 3, device=DEVICE), torch.nn.BatchNorm2d(32, device=DEVICE)
     y = channels_last(2, 32, 5, 6)
     y[0, 3, 1, 2], y[1, 4, 0, 0], y[1, 5, 1, 1] = float("nan"), float("inf"), float("-inf")
-    monkeypatch.setattr(gpu, "_convolved", lambda y, conv: y)
+    monkeypatch.setattr(blocks, "_convolved", lambda y, conv: y)
     monkeypatch.setattr(learner.F, "conv2d", lambda y, *args, **kwargs: y)
     torch.nn.init.zeros_(conv.bias)
-    for kernel, code in ((gpu.eval_block, learner._eval_block), (gpu.train_block, learner._train_block)):
+    for kernel, code in ((blocks.eval_block, learner._eval_block), (blocks.train_block, learner._train_block)):
         ours, theirs = (function(y, conv, norm) for function in (kernel, code))
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
         assert theirs.isnan().any()
@@ -248,7 +249,7 @@ def test_blocks_in_bfloat16_are_pytorchs():
     others = normalisation()
     half = [y.bfloat16().requires_grad_(), *(t.clone().requires_grad_() for t in others[:2])]
     mean, var = (t.clone() for t in others[2:])
-    out = gpu.NormPoolReLU.apply(*half, torch.zeros_like(mean), mean, var, 0.9, 1e-3)
+    out = blocks.NormPoolReLU.apply(*half, torch.zeros_like(mean), mean, var, 0.9, 1e-3)
     weight = torch.linspace(1, 2, out.numel(), device=DEVICE).view(out.shape).bfloat16()
     found = out, mean, var, *torch.autograd.grad(out, half, weight)
     assert [t.dtype for t in found] == [
@@ -289,10 +290,10 @@ def test_the_blocks_check_compares_results_statistics_and_gradients():
     assert conv.weight.grad is None
 
 
-def test_blocks_go_to_the_kernels_where_they_work(blocks, monkeypatch):
+def test_blocks_go_to_the_kernels_where_they_work(kernels, monkeypatch):
     """Not with another number of filters, and not to the one for testing where a gradient is wanted."""
     for name in ("train_block", "eval_block"):
-        monkeypatch.setattr(gpu, name, lambda x, conv, norm, name=name: used.append(name) or x)
+        monkeypatch.setattr(blocks, name, lambda x, conv, norm, name=name: used.append(name) or x)
     for n_filters, expected in ((32, ["train_block", "eval_block"]), (16, [])):
         used = []
         block = torch.nn.Conv2d(3, n_filters, 3, padding=1), torch.nn.BatchNorm2d(n_filters)
@@ -306,48 +307,49 @@ def test_blocks_go_to_the_kernels_where_they_work(blocks, monkeypatch):
 
 COLOUR = (
     {"x": "*fp32", "factors": "*fp32", "order": "*i64", "out": "*fp32", "n_pixels": "i32"},
-    {"BLOCK": 1024},
-    {"num_warps": 8},
+    {"BLOCK": colour.BLOCK},
+    {"num_warps": colour.WARPS},
 )
 
 
-def meta(function):
+def of_update(function):
     names = dict.fromkeys(function.arg_names, "*fp32") | {n: "i32" for n in ("P", "PER", "N") if n in function.arg_names}
-    more = gpu.BACKWARD if function is gpu._meta_backward else {}
-    return names, {"H": 20, "W": 32, "TILE": gpu.TILE}, {"num_warps": gpu.WARPS, **more}
+    more = meta.BACKWARD if function is meta._meta_backward else {}
+    return names, {"H": 20, "W": 32, "TILE": meta.TILE}, {"num_warps": meta.WARPS, **more}
 
 
-def block(function, number, **constants):
+def of_block(function, number, **constants):
     """Its images hold numbers of this type."""
     types = dict.fromkeys(("y", "grad", "out", "d_y"), f"*{number}") | dict.fromkeys(("momentum", "eps"), "fp32")
     types |= dict.fromkeys(("P", "PER_OF_P", "N", "PER", "H", "W"), "i32")
-    rows = gpu.ROWS * (4 if function is gpu._moments else 1)
-    constants |= {"C": 32, "ROWS": rows, "PARTS": gpu.PARTS}
-    return {name: types.get(name, "*fp32") for name in function.arg_names}, constants, {"num_warps": gpu.BLOCK_WARPS}
+    rows = blocks.ROWS * (4 if function is blocks._moments else 1)
+    constants |= {"C": 32, "ROWS": rows, "PARTS": blocks.PARTS}
+    return {name: types.get(name, "*fp32") for name in function.arg_names}, constants, {"num_warps": blocks.WARPS}
 
 
-def convolution(function, number, channels, **constants):
+def of_convolution(function, number, channels, **constants):
     types = dict.fromkeys(("x", "y", "grad"), f"*{number}") | dict.fromkeys(("P", "PER", "H", "W"), "i32")
-    how = {"ROWS": gpu.CONV_ROWS, "num_warps": gpu.CONV_WARPS} if function is gpu._convolve else dict(gpu.OF_FILTERS[channels])
-    constants |= {"C": channels, "ROWS": how.pop("ROWS"), "PRECISION": gpu.PRECISION}
+    how = {"ROWS": convolution.ROWS, "num_warps": convolution.WARPS}
+    if function is convolution._filters_backward:
+        how = dict(convolution.OF_FILTERS[channels])
+    constants |= {"C": channels, "ROWS": how.pop("ROWS"), "PRECISION": convolution.PRECISION}
     return {name: types.get(name, "*fp32") for name in function.arg_names}, constants, how
 
 
-KERNELS = {"colour": (gpu._colour, COLOUR)}
-KERNELS |= {function.__name__: (function, meta(function)) for function in (gpu._meta_forward, gpu._meta_backward)}
+KERNELS = {"colour": (colour._colour, COLOUR)}
+KERNELS |= {function.__name__: (function, of_update(function)) for function in (meta._meta_forward, meta._meta_backward)}
 for number in ("fp32", "bf16"):
-    for function in (gpu._moments, gpu._block_sums, gpu._block_backward):
-        KERNELS[f"{function.__name__} {number}"] = function, block(function, number)
+    for function in (blocks._moments, blocks._block_sums, blocks._block_backward):
+        KERNELS[f"{function.__name__} {number}"] = function, of_block(function, number)
     for train in (True, False):
-        KERNELS[f"_block_forward {number} {train}"] = gpu._block_forward, block(gpu._block_forward, number, TRAIN=train)
-    for channels, taps, back in ((3, 1, False), (32, 9, False), (32, 9, True)):
-        how = convolution(gpu._convolve, number, channels, TAPS=taps, BACK=back)
-        KERNELS[f"_convolve {number} {channels} {back}"] = gpu._convolve, how
-    for channels in gpu.OF_FILTERS:
-        KERNELS[f"_filters_backward {number} {channels}"] = (
-            gpu._filters_backward,
-            convolution(gpu._filters_backward, number, channels),
-        )
+        how = of_block(blocks._block_forward, number, TRAIN=train)
+        KERNELS[f"_block_forward {number} {train}"] = blocks._block_forward, how
+    for channels, back in ((3, False), (32, False), (32, True)):
+        how = of_convolution(convolution._convolve, number, channels, BACK=back)
+        KERNELS[f"_convolve {number} {channels} {back}"] = convolution._convolve, how
+    for channels in convolution.OF_FILTERS:
+        how = of_convolution(convolution._filters_backward, number, channels)
+        KERNELS[f"_filters_backward {number} {channels}"] = convolution._filters_backward, how
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -414,16 +416,16 @@ def test_a_kernel_that_fails_or_differs_is_left_out(capsys, monkeypatch):
 
 def test_the_meta_learners_check_compares_results_and_gradients():
     """The two ways must not be mixed up, and a wrong gradient must show."""
-    meta = FastMetaLearner(4, 5, 40)
+    metalearner = FastMetaLearner(4, 5, 40)
     loss, grad = torch.tensor(1.3), torch.randn(40, 1)
 
     def wrong(self, *args):
         state = FastMetaLearner._in_pytorch(self, *args)
         return state._replace(c=state.c.detach() + 2 * (state.c - state.c.detach()))
 
-    args = (loss, grad, MetaLearner.initial_state(meta))
+    args = (loss, grad, MetaLearner.initial_state(metalearner))
     for way, agrees in ((FastMetaLearner._in_pytorch, True), (wrong, False)):
-        assert gpu._agrees(way, FastMetaLearner._in_pytorch, 1e-3, lambda f: meta._two_updates(f, *args)) == agrees
+        assert gpu._agrees(way, FastMetaLearner._in_pytorch, 1e-3, lambda f: metalearner._two_updates(f, *args)) == agrees
 
 
 @pytest.mark.gpu
@@ -432,8 +434,8 @@ def test_kernels_work_on_this_gpu(monkeypatch, capsys):
     x, factors, order = pictures(100, 84, "cuda")
     found = augment._colour(x, factors, order)
     assert torch.equal(found, augment._colour(x, factors, order))
-    meta = FastMetaLearner(4, 20, 1000).to("cuda")
-    meta(torch.tensor(1.3, device="cuda"), torch.randn(1000, 1, device="cuda"), meta.initial_state())
+    metalearner = FastMetaLearner(4, 20, 1000).to("cuda")
+    metalearner(torch.tensor(1.3, device="cuda"), torch.randn(1000, 1, device="cuda"), metalearner.initial_state())
     model, x, y = (
         FastLearner(84, 1e-3, 0.9, 5).to("cuda").train(),
         channels_last(25, 3, 84, 84),

@@ -159,6 +159,18 @@ def test_without_fast_bfloat16_is_refused(monkeypatch, plain, why):
         choose(args)
 
 
+def test_without_triton_fast_works():
+    """As with PyTorch for a CPU alone, which does not bring it."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from fast import augment, gpu, learner, metalearner\n"
+        "assert not gpu.works(None, None, 0, torch.ones(1), None)\n"
+        "print(*learner.FastLearner(16, 1e-3, 0.9, 3)(torch.ones(2, 3, 16, 16)).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout, done.returncode) == ("2 3\n", 0), done.stderr
+
+
 def test_plain_decodes_nothing_in_advance(data, tmp_path):
     flags = ["--mode", "train", "--data-root", str(data), *SMALL, "--episode", "1", "--save", str(tmp_path / "logs")]
     assert main.run([*flags, "--plain"]) == 0

@@ -1,0 +1,90 @@
+"""The colours of the augmentation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fast.gpu import jit, tl
+
+BLOCK, WARPS = 1024, 8  # pixels that a program works on at once, and its warps
+
+
+@jit
+def _grey(r, g, b):
+    return r * 0.299 + g * 0.587 + b * 0.114
+
+
+@jit
+def _between(target, x, factor):
+    """torch.lerp's formula, then grey levels."""
+    moved = tl.where(factor < 0.5, target + factor * (x - target), x - (x - target) * (1 - factor))
+    return tl.minimum(tl.maximum(moved, 0.0), 255.0)
+
+
+@jit
+def _unit(x):
+    return tl.minimum(tl.maximum(x, 0.0), 1.0)
+
+
+@jit
+def _adjusted(r, g, b, step, factor, mean):
+    """One of the four colour steps, see ``augment._colour_together``."""
+    grey = _grey(r, g, b)
+    target = tl.where(step == 0, 0.0, tl.where(step == 1, mean, grey))
+    top, bottom = tl.maximum(tl.maximum(r, g), b), tl.minimum(tl.minimum(r, g), b)
+    chroma = top - bottom
+    unit = tl.div_rn(tl.full(r.shape, 255 / 6, tl.float32), tl.maximum(chroma, 1e-6))
+    hue = tl.where(r == top, (g - b) * unit, tl.where(g == top, (b - r) * unit + 85, (r - g) * unit + 170))
+    turn = factor * 255
+    hue = tl.floor(hue) + tl.where(turn < 0, tl.ceil(turn), tl.floor(turn))
+    hue = tl.where(hue < 0, hue + 255, hue)
+    hue = tl.where(hue >= 255, hue - 255, hue) * (6 / 255)
+    turned = step == 3
+    r = tl.where(turned, bottom + chroma * _unit(tl.abs(hue - 3) - 1), _between(target, r, factor))
+    g = tl.where(turned, bottom + chroma * _unit(2 - tl.abs(hue - 2)), _between(target, g, factor))
+    b = tl.where(turned, bottom + chroma * _unit(2 - tl.abs(hue - 4)), _between(target, b, factor))
+    return r, g, b
+
+
+@jit
+def _colour(x, factors, order, out, n_pixels, BLOCK: tl.constexpr):
+    """One image: first the mean grey that its contrast step will find, then all steps."""
+    image = tl.program_id(0)
+    x += image * 3 * n_pixels
+    out += image * 3 * n_pixels
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n_pixels, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < n_pixels
+        r = tl.load(x + at, inside, 0.0)
+        g = tl.load(x + n_pixels + at, inside, 0.0)
+        b = tl.load(x + 2 * n_pixels + at, inside, 0.0)
+        ahead = image >= 0  # of the contrast step: true so far
+        for place in range(4):
+            step = tl.load(order + image * 4 + place)
+            ahead = ahead & (step != 1)
+            new_r, new_g, new_b = _adjusted(r, g, b, step, tl.load(factors + image * 4 + place), 0.0)
+            r, g, b = tl.where(ahead, new_r, r), tl.where(ahead, new_g, g), tl.where(ahead, new_b, b)
+        total += tl.where(inside, _grey(r, g, b), 0.0)
+    mean = tl.floor(tl.sum(total, 0) / n_pixels + 0.5)
+    for start in range(0, n_pixels, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < n_pixels
+        r = tl.load(x + at, inside, 0.0)
+        g = tl.load(x + n_pixels + at, inside, 0.0)
+        b = tl.load(x + 2 * n_pixels + at, inside, 0.0)
+        for place in range(4):
+            step = tl.load(order + image * 4 + place)
+            r, g, b = _adjusted(r, g, b, step, tl.load(factors + image * 4 + place), mean)
+        tl.store(out + at, r, inside)
+        tl.store(out + n_pixels + at, g, inside)
+        tl.store(out + 2 * n_pixels + at, b, inside)
+
+
+def colour(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """``augment._colour_together`` in one launch."""
+    x, order = x.contiguous(), order.contiguous()
+    out = torch.empty_like(x)
+    _colour[(len(x),)](x, factors.gather(1, order), order, out, x.shape[2] * x.shape[3], BLOCK=BLOCK, num_warps=WARPS)
+    return out
