@@ -170,6 +170,22 @@ def test_evaluation_leaves_training_alone_and_builds_no_graph(way):
     assert states[2] == random.getstate()
 
 
+def test_the_momentum_of_batch_normalisation_reaches_the_test_alone(way):
+    """Training normalises by each batch's own statistics: with another momentum a run is the same, but for its validations."""
+    trained, tested = [], []
+    for momentum in (0.9, 0.95):
+        episode, w_grad, wo_grad, meta = make(way)
+        for norm in norms(w_grad) + norms(wo_grad):
+            norm.momentum = momentum
+        optimizer = torch.optim.Adam(meta.parameters(), fused=way == "fast")
+        for _ in range(2):
+            train_episode(episode, w_grad, wo_grad, meta, optimizer, 100, 0.25)
+        trained.append(torch.cat([p.detach().reshape(-1) for p in meta.parameters()]))
+        tested.append(evaluate_episode(episode, w_grad, wo_grad, meta, 100)[0])
+    assert torch.equal(*trained)
+    assert not torch.equal(*tested)
+
+
 def test_a_validation_leaves_training_as_it_was(way, master):
     """The whole of it, worker processes and threads included: parameters, buffers, gradients, Adam, modes, random states."""
     given = {"n_class": 3, "n_shot": 2, "n_eval": 2, "image_size": 16, "epoch": 2, "n_workers": 1, "data_root": str(master)}
