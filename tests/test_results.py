@@ -209,6 +209,8 @@ def test_readmes_have_the_tables_that_their_commands_print(readme):
     tables = [block for block in said.stdout.split("\n\n") if block.startswith("|")]
     assert tables
     assert [table for table in tables if table.rstrip() not in text] == []
+    above = text[: text.index(tables[0].rstrip())]  # README.md begins with some of their numbers
+    assert [number for number in re.findall(r"\d\d\.\d\d ± \d\.\d\d", above) if number not in said.stdout] == []
 
 
 def test_what_changed_at_a_resumption_is_told_once(tmp_path):
