@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import importlib.util
 import os
 import sys
 from itertools import islice
 from pathlib import Path
 
-from utils import Terminal, UserError, complain, exit_code, step_aside
+from utils import Terminal, UserError, complain, exit_code, missing, step_aside
 
 # Deterministic cuBLAS needs a workspace of fixed size before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -27,8 +26,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if __name__ == "__main__":
     step_aside()  # before PyTorch starts threads
-if missing := [name for name in ("torch", "tqdm") if importlib.util.find_spec(name) is None]:
-    sys.exit(complain(f"{missing[0]} is missing; run scripts/quickstart.sh, which installs what is needed"))
+if name := missing("torch", "tqdm"):
+    sys.exit(complain(f"{name} is missing; run scripts/quickstart.sh, which installs what is needed"))
 
 from around import checkpoints
 from around.evaluation import Evaluator, judge

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import importlib
 import io
 import math
 import os
@@ -96,6 +97,16 @@ def complain(error: object) -> int:
     """One line on stderr; returns the exit code 2."""
     print("error: " + str(error).replace("\n", "\\n"), file=sys.stderr)  # file names may hold newlines
     return 2
+
+
+def missing(*packages: str) -> str | None:
+    """The first package, of these and of those that they import, that is not installed."""
+    try:
+        for package in packages:
+            importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        return error.name
+    return None
 
 
 class Terminal(io.FileIO):

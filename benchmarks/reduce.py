@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,13 +24,14 @@ def reduce(argv: list[str]) -> None:
     if args.dest.exists():
         raise UserError(f"{args.dest}: exists already; name a new folder")
     files = [path for split in SPLITS for of_class in scan_split(args.source, split).files for path in of_class]
-    made = args.dest.with_name(f".{args.dest.name}.tmp")  # takes its name when it is complete
-    shutil.rmtree(made, ignore_errors=True)
-    for path in tqdm(files, unit=" images"):
-        to = made / path.relative_to(args.source).with_suffix(".png")
-        to.parent.mkdir(parents=True, exist_ok=True)
-        load_image(path).resize((args.size, args.size), Image.Resampling.BICUBIC).save(to)
-    made.rename(args.dest)
+    args.dest.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.dest.parent, prefix=".") as folder:
+        made = Path(folder, args.dest.name)  # moves into place when it is complete
+        for path in tqdm(files, unit=" images"):
+            to = made / path.relative_to(args.source).with_suffix(".png")
+            to.parent.mkdir(parents=True, exist_ok=True)
+            load_image(path).resize((args.size, args.size), Image.Resampling.BICUBIC).save(to)
+        made.rename(args.dest)
     print(f"{len(files)} images in {args.dest}")
 
 

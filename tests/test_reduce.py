@@ -26,4 +26,4 @@ def test_bad_input_is_refused_and_leaves_nothing(data, tmp_path):
     done = benchmark("reduce.py", "12", data, tmp_path / "small")
     assert done.returncode == 2
     assert f"error: {broken}: not a readable image" in done.stderr
-    assert not (tmp_path / "small").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "there"}

@@ -48,6 +48,12 @@ def _adjusted(r, g, b, step, factor, mean):
 
 
 @jit
+def _pixels(x, at, inside, n_pixels):
+    """Red, green and blue."""
+    return tl.load(x + at, inside, 0.0), tl.load(x + n_pixels + at, inside, 0.0), tl.load(x + 2 * n_pixels + at, inside, 0.0)
+
+
+@jit
 def _colour(x, factors, order, out, n_pixels, BLOCK: tl.constexpr):
     """One image: first the mean grey that its contrast step will find, then all steps."""
     image = tl.program_id(0)
@@ -57,9 +63,7 @@ def _colour(x, factors, order, out, n_pixels, BLOCK: tl.constexpr):
     for start in range(0, n_pixels, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < n_pixels
-        r = tl.load(x + at, inside, 0.0)
-        g = tl.load(x + n_pixels + at, inside, 0.0)
-        b = tl.load(x + 2 * n_pixels + at, inside, 0.0)
+        r, g, b = _pixels(x, at, inside, n_pixels)
         ahead = image >= 0  # of the contrast step: true so far
         for place in range(4):
             step = tl.load(order + image * 4 + place)
@@ -71,9 +75,7 @@ def _colour(x, factors, order, out, n_pixels, BLOCK: tl.constexpr):
     for start in range(0, n_pixels, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < n_pixels
-        r = tl.load(x + at, inside, 0.0)
-        g = tl.load(x + n_pixels + at, inside, 0.0)
-        b = tl.load(x + 2 * n_pixels + at, inside, 0.0)
+        r, g, b = _pixels(x, at, inside, n_pixels)
         for place in range(4):
             step = tl.load(order + image * 4 + place)
             r, g, b = _adjusted(r, g, b, step, tl.load(factors + image * 4 + place), mean)

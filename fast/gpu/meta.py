@@ -54,6 +54,24 @@ def _of_gate(loss, w_ih, w_hh, b_ih, b_hh, k, H: tl.constexpr, W: tl.constexpr):
 
 
 @jit
+def _of_gates(loss, w_ih, w_hh, b_ih, b_hh, H: tl.constexpr, W: tl.constexpr):
+    """The weights of all four; PyTorch calls them the input, forget, cell and output gate."""
+    of_entry = _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 0, H, W)
+    of_forget = _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 1, H, W)
+    of_candidate = _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 2, H, W)
+    return of_entry, of_forget, of_candidate, _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 3, H, W)
+
+
+@jit
+def _gates(x, of_entry, of_forget, of_candidate, of_leave):
+    """The LSTM's four gates, [TILE, W] each."""
+    entry = _sigmoid(tl.dot(x, of_entry, input_precision="ieee"))
+    forget = _sigmoid(tl.dot(x, of_forget, input_precision="ieee"))
+    candidate = _tanh(tl.dot(x, of_candidate, input_precision="ieee"))
+    return entry, forget, candidate, _sigmoid(tl.dot(x, of_leave, input_precision="ieee"))
+
+
+@jit
 def _read(h, grad, at, P, H: tl.constexpr, W: tl.constexpr):
     """What the gates weigh, [TILE, W]: h, the two numbers of the gradient, and 1 for the rest, which is the same for all
     coordinates; and the gradient."""
@@ -71,20 +89,14 @@ def _meta_forward(
     P, PER, H: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     unit = tl.arange(0, W)
-    of_entry = _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 0, H, W)
-    of_forget = _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 1, H, W)
-    of_candidate = _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 2, H, W)
-    of_leave = _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 3, H, W)
+    of_entry, of_forget, of_candidate, of_leave = _of_gates(loss, w_ih, w_hh, b_ih, b_hh, H, W)
     of_f, of_i = tl.load(wf + unit, unit < H, 0.0), tl.load(wi + unit, unit < H, 0.0)
     for start in range(tl.program_id(0) * PER, tl.program_id(0) * PER + PER, TILE):
         at = start + tl.arange(0, TILE)
         inside, places = at < P, at[:, None] * H + unit[None, :]
         square = inside[:, None] & (unit < H)[None, :]
         x, g = _read(h, grad, at, P, H, W)
-        entry = _sigmoid(tl.dot(x, of_entry, input_precision="ieee"))
-        forget = _sigmoid(tl.dot(x, of_forget, input_precision="ieee"))
-        candidate = _tanh(tl.dot(x, of_candidate, input_precision="ieee"))
-        leave = _sigmoid(tl.dot(x, of_leave, input_precision="ieee"))
+        entry, forget, candidate, leave = _gates(x, of_entry, of_forget, of_candidate, of_leave)
         c_tile = forget * tl.load(c + places, square, 0.0) + entry * candidate
         h_tile = leave * _tanh(c_tile)
         tl.store(new_c + places, c_tile, square)
@@ -120,10 +132,7 @@ def _meta_backward(
     """``sums`` takes N numbers per program: the gradients of both weights, of either bias, of WF, bF, WI and bI."""
     unit, two = tl.arange(0, W), tl.arange(0, 16)
     sums += tl.program_id(0) * N
-    of_entry = _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 0, H, W)
-    of_forget = _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 1, H, W)
-    of_candidate = _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 2, H, W)
-    of_leave = _of_gate(loss, w_ih, w_hh, b_ih, b_hh, 3, H, W)
+    of_entry, of_forget, of_candidate, of_leave = _of_gates(loss, w_ih, w_hh, b_ih, b_hh, H, W)
     to_entry, to_forget = tl.zeros([W, W], tl.float32), tl.zeros([W, W], tl.float32)
     to_candidate, to_leave = tl.zeros([W, W], tl.float32), tl.zeros([W, W], tl.float32)
     to_cell = tl.zeros([W, 16], tl.float32)
@@ -143,10 +152,7 @@ def _meta_backward(
         tl.store(old_d_f + at, d_of_f * tl.load(wf + H + 1), inside)
         tl.store(old_d_i + at, d_of_i * tl.load(wi + H + 1), inside)
         # the LSTM's gates, a second time
-        entry = _sigmoid(tl.dot(x, of_entry, input_precision="ieee"))
-        forget = _sigmoid(tl.dot(x, of_forget, input_precision="ieee"))
-        candidate = _tanh(tl.dot(x, of_candidate, input_precision="ieee"))
-        leave = _sigmoid(tl.dot(x, of_leave, input_precision="ieee"))
+        entry, forget, candidate, leave = _gates(x, of_entry, of_forget, of_candidate, of_leave)
         c_tile = tl.load(c + places, square, 0.0)
         squashed = _tanh(forget * c_tile + entry * candidate)
         # what the cell read: the new h, theta, 1, the old f and i
