@@ -26,24 +26,20 @@ class FastMetaLearner(MetaLearner):
     def forward(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
         """See ``MetaLearner.forward``."""
         if native.handles(grad):
-            return self._in_cpp(loss, grad, state)
+            return self._by(native.MetaStep, loss, grad, state)
         kernel, code = FastMetaLearner._in_triton, FastMetaLearner._in_pytorch
         fits = self.lstm.hidden_size <= meta.LARGEST_HIDDEN
         if fits and gpu.works(kernel, code, 1e-3, grad, lambda way: self._two_updates(way, loss, grad, state)):
             return self._in_triton(loss, grad, state)
         return self._in_pytorch(loss, grad, state)
 
-    def _in_cpp(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
-        lstm, cell = self.lstm, self.metalstm
-        # prep(loss) is the same for all coordinates: its share of the LSTM's input acts as a bias
-        bias = lstm.bias_ih + lstm.bias_hh + lstm.weight_ih[:, :2] @ prep(loss)
-        weight = torch.cat((lstm.weight_ih[:, 2:], lstm.weight_hh), dim=1)
-        return MetaState(*native.MetaStep.apply(weight, bias, cell.WF, cell.bF, cell.WI, cell.bI, grad, *state))
-
     def _in_triton(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
+        return self._by(meta.MetaStep, loss, grad, state)
+
+    def _by(self, step: type[torch.autograd.Function], loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
         lstm, cell = self.lstm, self.metalstm
         of_lstm = lstm.weight_ih, lstm.weight_hh, lstm.bias_ih, lstm.bias_hh
-        return MetaState(*meta.MetaStep.apply(loss, *of_lstm, cell.WF, cell.bF, cell.WI, cell.bI, grad, *state))
+        return MetaState(*step.apply(loss, *of_lstm, cell.WF, cell.bF, cell.WI, cell.bI, grad, *state))
 
     def _in_pytorch(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
         x = prep(torch.cat((loss.view(1), grad.squeeze(1))))  # both at once

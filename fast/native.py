@@ -282,33 +282,35 @@ def lstm_state(cI: Tensor, hidden_size: int) -> Tensor:
 
 
 class MetaStep(torch.autograd.Function):
-    """One whole update by ``metalearner.MetaLearner`` except prep(loss): prep(grad), LSTM and cell.
+    """One update by ``metalearner.MetaLearner``.
 
-    (weight [4H, 2+H] and bias [4H] of the LSTM, WF [H+2, 1], bF [1, 1], WI, bI, grad [P, 1], h and c as ``lstm_state`` makes
-    them, f [P, 1], i [P, 1], theta [P, 1]) -> the new h, c, f, i, theta. grad is a constant. The backward pass computes the
-    gates a second time, which is cheaper than storing them.
+    (loss [], the LSTM's weight_ih, weight_hh, bias_ih and bias_hh, WF [H+2, 1], bF [1, 1], WI, bI, grad [P, 1], h and c as
+    ``lstm_state`` makes them, f [P, 1], i [P, 1], theta [P, 1]) -> the new h, c, f, i, theta. loss and grad are constants. The
+    backward pass computes the gates a second time, which is cheaper than storing them.
     """
 
     @staticmethod
     def forward(ctx, *inputs):
-        if ctx.needs_input_grad[6]:
-            raise ValueError("the learner's gradient must be detached: the meta-learner takes it as a constant")
-        H, P = inputs[7].shape[1], inputs[6].shape[0]
-        gate, tiled, flat = ((H + 2, 1), (1, 1)), (-(-P // TILE), H, TILE), (P, 1)
-        shapes = ((4 * H, H + 2), (4 * H,), *gate, *gate, flat, tiled, tiled, flat, flat, flat)
-        weight, bias, wf, bf, wi, bi, grad, *state = map(_checked, inputs, shapes)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[9]:
+            raise ValueError("loss and gradient must be detached: the meta-learner takes them as constants")
+        H, P = inputs[10].shape[1], len(inputs[9])
+        of_lstm, of_gate = ((4 * H, 4), (4 * H, H), (4 * H,), (4 * H,)), ((H + 2, 1), (1, 1))
+        tiled, flat = (-(-P // TILE), H, TILE), (P, 1)
+        shapes = ((), *of_lstm, *of_gate, *of_gate, flat, tiled, tiled, flat, flat, flat)
+        *lstm, wf, bf, wi, bi, grad, h, c, f, i, theta = map(_checked, inputs, shapes)
+        state = h, c, f, i, theta
         new = [torch.empty_like(t) for t in state]
         x = grad.new_empty(tiled[0], 2, TILE)
-        _call("meta_forward", weight, bias, wf, bf, wi, bi, grad, *state, x, *new, H, P)
-        ctx.save_for_backward(weight, bias, wf, wi, grad, x, *state, new[2], new[3])
+        _call("meta_forward", *lstm, wf, bf, wi, bi, grad, *state, x, *new, H, P)
+        ctx.save_for_backward(*lstm, wf, wi, grad, x, *state, new[2], new[3])
         return tuple(new)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        weight, bias, wf, wi, *_ = saved = ctx.saved_tensors
-        state = saved[6:11]
-        made = [torch.empty_like(t) for t in (weight, bias, wf, wf[:1], wi, wi[:1], *state)]
+        _, w_ih, w_hh, bias, _, wf, wi, *_ = saved = ctx.saved_tensors
+        state = saved[9:14]
+        made = [torch.empty_like(t) for t in (w_ih, w_hh, bias, wf, wf[:1], wi, wi[:1], *state)]
         grads = [g.contiguous() for g in grads]
         _call("meta_backward", *saved, *grads, *made, state[0].shape[1], state[2].numel())
-        return *made[:6], None, *made[6:]
+        return None, *made[:3], made[2], *made[3:7], None, *made[7:]

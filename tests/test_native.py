@@ -112,7 +112,7 @@ def test_convolution(compiled, images, height, width):
     theirs = by_pytorch(*(t.clone() for t in (x, weight, ahead)))
     exact = by_pytorch(*(t.double() for t in (x, weight, ahead)))
     for a, b, c in zip(ours, theirs, exact, strict=True):
-        assert relative(a, c) < max(4e-7, relative(b, c))
+        assert relative(a, c) < max(1e-6, relative(b, c))
     without, grad_w = native._convolved_back(ahead, x, weight, False)
     assert without is None
     assert torch.equal(grad_w, ours[2])
@@ -150,14 +150,15 @@ def test_block_in_eval_mode(compiled, channels, dtype):
 
 
 def test_the_first_of_equal_maxima_gets_the_gradient(compiled):
-    """Constant images: all numbers of a window are equal, but at the border."""
+    """Of zeros: then the sums are equal to the bit in whatever order they are taken."""
     conv, norm = layers(32)
-    x = torch.ones(2, 32, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    x = torch.zeros(2, 32, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
 
     def run():
         return torch.autograd.grad(train_block(x, conv, norm)[:, :, 1:-1, 1:-1].sum(), [x])[0]
 
     assert torch.allclose(run(), plain(compiled, run), atol=1e-4)
+    assert run().abs().max() > 1
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -1,132 +1,146 @@
-// The learner's convolutions of C channels: 3x3, with a border of zeros, by Winograd's algorithm for tiles of 2x2 outputs
-// (Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, section 4.1). A tile's 4x4 inputs and the
-// filter are mapped linearly to 16 points each, multiplied point by point, summed over the channels and mapped back,
+// The learner's convolutions of C channels: 3x3, with a border of zeros, by Winograd's algorithm for tiles of 4x4 outputs
+// (Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016). A tile's 6x6 inputs and the filter are mapped
+// linearly to 36 points each, multiplied point by point, summed over the channels and mapped back,
 //   outputs = At ((G w Gt) * (Bt x B)) A,
-// which takes 16 multiplications a pair of channels where the definition takes 36.
+// which takes 36 multiplications a pair of channels where the definition takes 144.
+//
+// A point stands for the value of a polynomial: at 0, at +-NEAR, at +-FAR, or its leading coefficient. Lavin & Gray's 1 and 2
+// lose twice as much to rounding as sqrt(1/2) and sqrt(2), whose product is 1, too.
 
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include "blocks.h"
 
 namespace {
 
-constexpr int POINTS = 16, PLANE = C * C;  // PLANE: one point of all filters
-constexpr int TILES = 24;                  // tiles that are mapped, multiplied and mapped back at a time
-constexpr int AT_ONCE = 6;                 // tiles whose sums are held in registers
+constexpr int OUT = 4, IN = OUT + 2, POINTS = IN * IN;  // edge of a tile's outputs, edge of its inputs and of its points
+constexpr int PLANE = C * C;                            // one point of all filters
+constexpr int TILES = 18;                               // tiles that are mapped, multiplied and mapped back at a time
+constexpr int AT_ONCE = 6;                              // tiles whose sums are held in registers
+constexpr float NEAR = 0.70710678f, FAR = 1.41421356f;
 static_assert(TILES % AT_ONCE == 0 && C % 6 == 2, "blocks fit");
 
-struct Tiling : Shape {  // in tiles; rows and columns are counted up, where pooling drops the last odd one
-  len across() const { return (width + 1) / 2; }
-  len each() const { return (height + 1) / 2 * across(); }
-  len tiles() const { return images * each(); }
+struct Tiling : Shape {
+  len down() const { return (height + OUT - 1) / OUT; }
+  len across() const { return (width + OUT - 1) / OUT; }
+  len tiles() const { return images * down() * across(); }
+  len pixel(len image, len row, len column) const { return ((image * height + row) * width + column) * C; }
 };
 
-struct ImageTile {  // its outputs' first pixel, and whether a second row and column are in the image
-  len row, column, start;
-  bool below, right;
+struct ImageTile {  // its outputs' first pixel
+  len image, row, column;
   ImageTile(const Tiling& s, len k)
-      : row(k % s.each() / s.across() * 2),
-        column(k % s.across() * 2),
-        start(((k / s.each() * s.height + row) * s.width + column) * C),
-        below(row + 1 < s.height),
-        right(column + 1 < s.width) {}
+      : image(k / (s.down() * s.across())), row(k / s.across() % s.down() * OUT), column(k % s.across() * OUT) {}
 };
 
-// Bt x B: the tile's inputs, which reach one pixel beyond its outputs on each side, at 16 points [POINTS, TILES, C].
-template <class T>
-INLINE void inputs_to_points(const T* x, const Tiling& s, const ImageTile& tile, const T* zeros, float* points) {
-  const T* at[4][4];
-  for (len i = 0; i < 4; i++)
-    for (len j = 0; j < 4; j++) {
-      const len row = tile.row + i - 1, column = tile.column + j - 1;
-      const bool inside = row >= 0 && row < s.height && column >= 0 && column < s.width;
-      at[i][j] = inside ? x + tile.start + ((i - 1) * s.width + j - 1) * C : zeros;
-    }
-  ROLLED for (int c = 0; c < C; c += LANES) {
-    vec t[4][4];
-    UNROLL for (int j = 0; j < 4; j++) {
-      const vec a = load(at[0][j] + c), b = load(at[1][j] + c), d = load(at[2][j] + c), e = load(at[3][j] + c);
-      t[0][j] = a - d, t[1][j] = b + d, t[2][j] = d - b, t[3][j] = b - e;
-    }
-    UNROLL for (int i = 0; i < 4; i++) {
-      float* to = points + i * 4 * TILES * C + c;
-      store(to, t[i][0] - t[i][2]);
-      store(to + TILES * C, t[i][1] + t[i][2]);
-      store(to + 2 * TILES * C, t[i][2] - t[i][1]);
-      store(to + 3 * TILES * C, t[i][1] - t[i][3]);
-    }
+// ---- The maps along one edge ----
+
+INLINE void inputs_to_points(const vec* x, vec* p) {  // Bt
+  const vec near_even = x[4] - 2.0f * x[2], near_odd = NEAR * (x[3] - 2.0f * x[1]);
+  const vec far_even = x[4] - 0.5f * x[2], far_odd = FAR * (x[3] - 0.5f * x[1]);
+  p[0] = x[0] - 2.5f * x[2] + x[4];
+  p[1] = near_even + near_odd, p[2] = near_even - near_odd;
+  p[3] = far_even + far_odd, p[4] = far_even - far_odd;
+  p[5] = x[1] - 2.5f * x[3] + x[5];
+}
+
+INLINE void points_to_outputs(const vec* p, vec* y) {  // At
+  const vec near_even = p[1] + p[2], near_odd = NEAR * (p[1] - p[2]);
+  const vec far_even = p[3] + p[4], far_odd = FAR * (p[3] - p[4]);
+  y[0] = p[0] + near_even + far_even;
+  y[1] = near_odd + far_odd;
+  y[2] = 0.5f * near_even + 2.0f * far_even;
+  y[3] = 0.5f * near_odd + 2.0f * far_odd + p[5];
+}
+
+INLINE void gradient_to_points(const vec* y, vec* p) {  // A
+  const vec near_even = y[0] + 0.5f * y[2], near_odd = NEAR * (y[1] + 0.5f * y[3]);
+  const vec far_even = y[0] + 2.0f * y[2], far_odd = FAR * (y[1] + 2.0f * y[3]);
+  p[0] = y[0];
+  p[1] = near_even + near_odd, p[2] = near_even - near_odd;
+  p[3] = far_even + far_odd, p[4] = far_even - far_odd;
+  p[5] = y[3];
+}
+
+INLINE void filter_to_points(const vec* w, vec* p) {  // G
+  const vec near_even = -2 / 3.0f * w[0] - 1 / 3.0f * w[2], near_odd = -2 / 3.0f * NEAR * w[1];
+  const vec far_even = 1 / 6.0f * w[0] + 1 / 3.0f * w[2], far_odd = 1 / 6.0f * FAR * w[1];
+  p[0] = w[0];
+  p[1] = near_even + near_odd, p[2] = near_even - near_odd;
+  p[3] = far_even + far_odd, p[4] = far_even - far_odd;
+  p[5] = w[2];
+}
+
+INLINE void points_to_filter(const vec* p, vec* w) {  // Gt
+  const vec near_even = p[1] + p[2], far_even = p[3] + p[4];
+  w[0] = p[0] - 2 / 3.0f * near_even + 1 / 6.0f * far_even;
+  w[1] = 1 / 6.0f * FAR * (p[3] - p[4]) - 2 / 3.0f * NEAR * (p[1] - p[2]);
+  w[2] = 1 / 3.0f * (far_even - near_even) + p[5];
+}
+
+// ---- The maps along both edges ----
+
+// Maps the columns of N x N vectors, from(row, column), then the rows, and gives the M x M vectors to to(row, column, vector).
+template <int N, int M, class Map, class From, class To>
+INLINE void along_both(Map map, From from, To to) {
+  vec half[M][N];
+  UNROLL for (int j = 0; j < N; j++) {
+    vec column[N], mapped[M];
+    UNROLL for (int i = 0; i < N; i++) column[i] = from(i, j);
+    map(column, mapped);
+    UNROLL for (int i = 0; i < M; i++) half[i][j] = mapped[i];
+  }
+  UNROLL for (int i = 0; i < M; i++) {
+    vec mapped[M];
+    map(half[i], mapped);
+    UNROLL for (int j = 0; j < M; j++) to(i, j, mapped[j]);
   }
 }
 
-// At p A: the tile's outputs from 16 points.
-template <class T>
-INLINE void points_to_outputs(const float* points, const Tiling& s, const ImageTile& tile, T* y) {
-  y += tile.start;
-  ROLLED for (int c = 0; c < C; c += LANES) {
-    vec t[2][4];
-    UNROLL for (int j = 0; j < 4; j++) {
-      const float* p = points + j * TILES * C + c;
-      const vec a = load(p), b = load(p + 4 * TILES * C), d = load(p + 8 * TILES * C), e = load(p + 12 * TILES * C);
-      t[0][j] = a + b + d, t[1][j] = b - d - e;
-    }
-    store(y + c, t[0][0] + t[0][1] + t[0][2]);
-    if (tile.right) store(y + C + c, t[0][1] - t[0][2] - t[0][3]);
-    if (tile.below) store(y + s.width * C + c, t[1][0] + t[1][1] + t[1][2]);
-    if (tile.below && tile.right) store(y + (s.width + 1) * C + c, t[1][1] - t[1][2] - t[1][3]);
+// N x N pixels of an image, from (row, column) on, at points [POINTS, TILES, C].
+template <int N, class Map>
+INLINE void pixels_to_points(Map map, const float* x, const Tiling& s, len image, len row, len column, float* points) {
+  const float* first = x + s.pixel(image, row, column);
+  len stride = s.width * C;
+  alignas(64) float copy[N * N * C];  // of pixels that reach beyond the image, where it is zero
+  if (row < 0 || column < 0 || row + N > s.height || column + N > s.width) {
+    for (len i = 0; i < N; i++)
+      for (len j = 0; j < N; j++) {
+        const bool inside = row + i >= 0 && row + i < s.height && column + j >= 0 && column + j < s.width;
+        for (int c = 0; c < C; c += LANES)
+          store(copy + (i * N + j) * C + c, inside ? load(first + i * stride + j * C + c) : vec{});
+      }
+    first = copy, stride = N * C;
   }
+  ROLLED for (int c = 0; c < C; c += LANES)
+    along_both<N, IN>(
+        map, [&](int i, int j) { return load(first + i * stride + j * C + c); },
+        [&](int i, int j, vec p) { store(points + (i * IN + j) * TILES * C + c, p); });
 }
 
-// A g At: the gradient at the tile's outputs, at 16 points.
-template <class T>
-INLINE void gradient_to_points(const T* grad, const Tiling& s, const ImageTile& tile, float* points) {
-  grad += tile.start;
-  ROLLED for (int c = 0; c < C; c += LANES) {
-    const vec a = load(grad + c), b = tile.right ? load(grad + C + c) : vec{};
-    const vec d = tile.below ? load(grad + s.width * C + c) : vec{};
-    const vec e = tile.below && tile.right ? load(grad + (s.width + 1) * C + c) : vec{};
-    const vec t[4][2] = {{a, b}, {a + d, b + e}, {a - d, b - e}, {-d, -e}};
-    UNROLL for (int i = 0; i < 4; i++) {
-      float* to = points + i * 4 * TILES * C + c;
-      store(to, t[i][0]);
-      store(to + TILES * C, t[i][0] + t[i][1]);
-      store(to + 2 * TILES * C, t[i][0] - t[i][1]);
-      store(to + 3 * TILES * C, -t[i][1]);
-    }
-  }
+// A tile's inputs reach one pixel beyond its outputs on each side.
+INLINE void map_inputs(const float* x, const Tiling& s, const ImageTile& tile, float* points) {
+  pixels_to_points<IN>(inputs_to_points, x, s, tile.image, tile.row - 1, tile.column - 1, points);
 }
 
-// G w Gt: filters [9, in, out] at 16 points [POINTS, in, out].
-void filters_to_points(const float* w, float* points) {
-  for (int k = 0; k < PLANE; k += LANES) {
-    vec t[4][3];
-    UNROLL for (int j = 0; j < 3; j++) {
-      const vec a = load(w + j * PLANE + k), b = load(w + (3 + j) * PLANE + k), d = load(w + (6 + j) * PLANE + k);
-      t[0][j] = a, t[1][j] = 0.5f * (a + b + d), t[2][j] = 0.5f * (a - b + d), t[3][j] = d;
-    }
-    UNROLL for (int i = 0; i < 4; i++) {
-      float* to = points + i * 4 * PLANE + k;
-      store(to, t[i][0]);
-      store(to + PLANE, 0.5f * (t[i][0] + t[i][1] + t[i][2]));
-      store(to + 2 * PLANE, 0.5f * (t[i][0] - t[i][1] + t[i][2]));
-      store(to + 3 * PLANE, t[i][2]);
-    }
-  }
+INLINE void map_gradient(const float* grad, const Tiling& s, const ImageTile& tile, float* points) {
+  pixels_to_points<OUT>(gradient_to_points, grad, s, tile.image, tile.row, tile.column, points);
 }
 
-// Gt p G: a filter's gradient [3, 3] from its 16 points, PLANE numbers apart.
-INLINE void points_to_filter(const float* points, float* grad) {
-  float t[3][4];
-  for (int j = 0; j < 4; j++) {
-    const float* p = points + j * PLANE;
-    const float sum = 0.5f * (p[4 * PLANE] + p[8 * PLANE]);
-    t[0][j] = p[0] + sum, t[1][j] = 0.5f * (p[4 * PLANE] - p[8 * PLANE]), t[2][j] = sum + p[12 * PLANE];
-  }
-  for (int i = 0; i < 3; i++) {
-    const float sum = 0.5f * (t[i][1] + t[i][2]);
-    grad[3 * i] = t[i][0] + sum, grad[3 * i + 1] = 0.5f * (t[i][1] - t[i][2]), grad[3 * i + 2] = sum + t[i][3];
-  }
+INLINE void map_outputs(const float* points, const Tiling& s, const ImageTile& tile, float* y) {
+  y += s.pixel(tile.image, tile.row, tile.column);
+  const len rows = s.height - tile.row, columns = s.width - tile.column;
+  ROLLED for (int c = 0; c < C; c += LANES)
+    along_both<IN, OUT>(
+        points_to_outputs, [&](int i, int j) { return load(points + (i * IN + j) * TILES * C + c); },
+        [&](int i, int j, vec out) {
+          if (i < rows && j < columns) store(y + (i * s.width + j) * C + c, out);
+        });
 }
+
+// ---- Convolutions ----
 
 // out [n, C] = x [n, C] times w [C, C], for n up to the next multiple of AT_ONCE.
 INLINE void multiply(const float* x, const float* w, float* out, len n) {
@@ -148,72 +162,87 @@ INLINE void multiply(const float* x, const float* w, float* out, len n) {
 
 // y [B, H, W, C] = x [B, H, W, C] convolved with weight, in PyTorch's order [out, in, row, column]; or, turned, with the
 // filters turned around and in and out exchanged.
-template <class T>
-void convolve_by(const float* weight, bool turned, const T* x, T* y, const Tiling& s, len threads) {
-  std::vector<float> w(9 * PLANE), filters(POINTS * PLANE);  // w [9, in, out]
-  for (int o = 0; o < C; o++)
-    for (int i = 0; i < C; i++)
-      for (int t = 0; t < 9; t++) w[turned ? (8 - t) * PLANE + o * C + i : t * PLANE + i * C + o] = weight[(o * C + i) * 9 + t];
-  filters_to_points(w.data(), filters.data());
-  const T zeros[C] = {};
+void convolve_by(const float* weight, bool turned, const float* x, float* y, const Tiling& s, len threads) {
+  alignas(64) float filters[POINTS * PLANE];  // [POINTS, in, out]
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> in(POINTS * TILES * C), out(POINTS * TILES * C);
+#pragma omp for schedule(static)
+    for (int i = 0; i < C; i++)
+      for (int o = 0; o < C; o += LANES)
+        along_both<3, IN>(
+            filter_to_points,
+            [&](int row, int column) {
+              const int tap = row * 3 + column;
+              vec w;
+              for (int v = 0; v < LANES; v++)
+                w[v] = weight[turned ? (i * C + o + v) * 9 + 8 - tap : ((o + v) * C + i) * 9 + tap];
+              return w;
+            },
+            [&](int row, int column, vec p) { store(filters + (row * IN + column) * PLANE + i * C + o, p); });
+    alignas(64) float in[POINTS * TILES * C], out[POINTS * TILES * C];
 #pragma omp for schedule(static)
     for (len first = 0; first < s.tiles(); first += TILES) {
       const len n = std::min(s.tiles() - first, len(TILES));
-      for (len t = 0; t < n; t++) inputs_to_points(x, s, ImageTile(s, first + t), zeros, &in[t * C]);
-      for (int p = 0; p < POINTS; p++) multiply(&in[p * TILES * C], &filters[p * PLANE], &out[p * TILES * C], n);
-      for (len t = 0; t < n; t++) points_to_outputs(&out[t * C], s, ImageTile(s, first + t), y);
+      for (len t = 0; t < n; t++) map_inputs(x, s, ImageTile(s, first + t), in + t * C);
+      for (int p = 0; p < POINTS; p++) multiply(in + p * TILES * C, filters + p * PLANE, out + p * TILES * C, n);
+      for (len t = 0; t < n; t++) map_outputs(out + t * C, s, ImageTile(s, first + t), y);
     }
   }
 }
 
-template <class T>
-void convolve(const T* x, const float* weight, T* y, len images, len height, len width, len threads) {
+void convolve(const float* x, const float* weight, float* y, len images, len height, len width, len threads) {
   convolve_by(weight, false, x, y, Tiling{{images, height, width}}, threads);
 }
 
 // The gradient at x.
-template <class T>
-void convolve_to_input(const T* grad, const float* weight, T* grad_x, len images, len height, len width, len threads) {
+void convolve_to_input(const float* grad, const float* weight, float* grad_x, len images, len height, len width, len threads) {
   convolve_by(weight, true, grad, grad_x, Tiling{{images, height, width}}, threads);
 }
 
 // The gradient at the filters. The tiles are summed in groups, whose number and borders depend on the images' size alone.
-template <class T>
-void convolve_to_filters(const T* grad, const T* x, float* grad_weight, len images, len height, len width, len threads) {
+void convolve_to_filters(const float* grad, const float* x, float* grad_weight, len images, len height, len width,
+                         len threads) {
   const Tiling s{{images, height, width}};
   len groups = 1;
-  while (groups < 16 && groups * 512 <= s.tiles()) groups *= 2;
-  std::vector<float> sums(groups * POINTS * PLANE);
-  const T zeros[C] = {};
+  while (groups < 16 && groups * 128 <= s.tiles()) groups *= 2;
+  const std::unique_ptr<float[]> sums(new float[groups * POINTS * PLANE]);  // [groups, POINTS, in, out]
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> in(POINTS * TILES * C), ahead(POINTS * TILES * C);
+    alignas(64) float in[POINTS * TILES * C], ahead[POINTS * TILES * C];
 #pragma omp for schedule(static)
     for (len group = 0; group < groups; group++) {
       const len end = s.tiles() * (group + 1) / groups;
       float* to = &sums[group * POINTS * PLANE];
+      std::fill_n(to, POINTS * PLANE, 0.0f);
       for (len first = s.tiles() * group / groups; first < end; first += TILES) {
         const len n = std::min(end - first, len(TILES));
         for (len t = 0; t < n; t++) {
           const ImageTile tile(s, first + t);
-          inputs_to_points(x, s, tile, zeros, &in[t * C]);
-          gradient_to_points(grad, s, tile, &ahead[t * C]);
+          map_inputs(x, s, tile, in + t * C);
+          map_gradient(grad, s, tile, ahead + t * C);
         }
         for (int p = 0; p < POINTS; p++) {  // 6 x 2 vectors of sums fit AVX2's 16 registers; the last 8 rows are 2 x 4
-          const float *x_p = &in[p * TILES * C], *grad_p = &ahead[p * TILES * C];
+          const float *x_p = in + p * TILES * C, *grad_p = ahead + p * TILES * C;
           ROLLED for (int i = 0; i < C - 8; i += 6) add_outer_products<6>(x_p + i, C, grad_p, n, to + p * PLANE + i * C);
           ROLLED for (int i = C - 8; i < C; i += 4) add_outer_products<4>(x_p + i, C, grad_p, n, to + p * PLANE + i * C);
         }
       }
     }
+#pragma omp for schedule(static)
+    for (int i = 0; i < C; i++)
+      for (int o = 0; o < C; o += LANES)
+        along_both<IN, 3>(
+            points_to_filter,
+            [&](int row, int column) {
+              vec sum = {};
+              for (len group = 0; group < groups; group++)
+                sum += load(&sums[(group * POINTS + row * IN + column) * PLANE + i * C + o]);
+              return sum;
+            },
+            [&](int row, int column, vec w) {
+              for (int v = 0; v < LANES; v++) grad_weight[((o + v) * C + i) * 9 + row * 3 + column] = w[v];
+            });
   }
-  for (len group = 1; group < groups; group++)
-    for (len k = 0; k < POINTS * PLANE; k++) sums[k] += sums[group * POINTS * PLANE + k];
-  for (int o = 0; o < C; o++)
-    for (int i = 0; i < C; i++) points_to_filter(&sums[i * C + o], grad_weight + (o * C + i) * 9);
 }
 
 }  // namespace

@@ -39,9 +39,9 @@ constexpr const char* letters(void (*)(A...)) {
 #define EXPORT_BOTH(name) EXPORT(name##_float, name<float>) EXPORT(name##_bfloat16, name<uint16_t>)
 
 EXPORT(augment, augment)
-EXPORT(convolve, convolve<float>)
-EXPORT(convolve_to_input, convolve_to_input<float>)
-EXPORT(convolve_to_filters, convolve_to_filters<float>)
+EXPORT(convolve, convolve)
+EXPORT(convolve_to_input, convolve_to_input)
+EXPORT(convolve_to_filters, convolve_to_filters)
 EXPORT(learner_gradient, learner_gradient)
 EXPORT(meta_forward, meta_forward)
 EXPORT(meta_backward, meta_backward)

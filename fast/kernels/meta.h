@@ -42,11 +42,35 @@ INLINE void weighted_sums(const float* w, int step, int along, const float* star
     }
 }
 
+INLINE void prep(float x, float* first, float* second) {
+  const float size = std::fabs(x);
+  const bool large = size >= 4.539992976e-05f;  // e^-10
+  *first = large ? std::log(size + 1e-8f) / 10 : -1;
+  *second = large ? (x > 0 ? 1.0f : -1.0f) : 22026.465794806718f * x;
+  if (x != x) *first = *second = x;
+}
+
+// The LSTM's weights of the numbers that differ between coordinates, [4H, 2 + H], and its bias, to which prep(loss) adds its
+// share: it is the same for all of them.
+struct Lstm {
+  float of_loss[2];
+  std::vector<float> weight, bias;
+  Lstm(const float* loss, const float* w_ih, const float* w_hh, const float* b_ih, const float* b_hh, len H)
+      : weight(4 * H * (H + 2)), bias(4 * H) {
+    prep(*loss, of_loss, of_loss + 1);
+    for (len r = 0; r < 4 * H; r++) {
+      float* to = std::copy_n(w_ih + r * 4 + 2, 2, &weight[r * (H + 2)]);
+      std::copy_n(w_hh + r * H, H, to);
+      bias[r] = b_ih[r] + b_hh[r] + w_ih[r * 4] * of_loss[0] + w_ih[r * 4 + 1] * of_loss[1];
+    }
+  }
+};
+
 // One step of the LSTM for a tile of coordinates: from its input z [2 + H, TILE] (x and the last h) and c to the gates
 // [4 H, TILE] in PyTorch's order (input, forget, candidate, output), new_c, its tanh (squashed) and new_h.
-INLINE void lstm_tile(const float* weight, const float* bias, int H, const float* z, const float* c, float* gates,
-                      float* squashed, float* new_c, float* new_h) {
-  weighted_sums(weight, H + 2, 1, bias, z, 4 * H, H + 2, gates);
+INLINE void lstm_tile(const Lstm& lstm, int H, const float* z, const float* c, float* gates, float* squashed, float* new_c,
+                      float* new_h) {
+  weighted_sums(lstm.weight.data(), H + 2, 1, lstm.bias.data(), z, 4 * H, H + 2, gates);
   for (int at = 0; at < H * TILE; at += LANES) {
     float* of = gates + at;
     const vec i = gate(load(of)), f = gate(load(of + H * TILE)), g = hyperbolic_tangent(load(of + 2 * H * TILE));
@@ -75,17 +99,11 @@ struct Tile {  // the coordinates of one tile; the last tile may be cut short
   void put(float* to, const float* from) const { std::memcpy(to + start, from, size * sizeof(float)); }
 };
 
-INLINE void prep(float x, float* first, float* second) {
-  const float size = std::fabs(x);
-  const bool large = size >= 4.539992976e-05f;  // e^-10
-  *first = large ? std::log(size + 1e-8f) / 10 : -1;
-  *second = large ? (x > 0 ? 1.0f : -1.0f) : 22026.465794806718f * x;
-  if (x != x) *first = *second = x;
-}
-
-void meta_forward(const float* weight, const float* bias, const float* wf, const float* bf, const float* wi, const float* bi,
-               const float* grad, const float* h, const float* c, const float* f, const float* i, const float* theta, float* x,
-               float* new_h, float* new_c, float* new_f, float* new_i, float* new_theta, len H, len P, len threads) {
+void meta_forward(const float* loss, const float* w_ih, const float* w_hh, const float* b_ih, const float* b_hh,
+                  const float* wf, const float* bf, const float* wi, const float* bi, const float* grad, const float* h,
+                  const float* c, const float* f, const float* i, const float* theta, float* x, float* new_h, float* new_c,
+                  float* new_f, float* new_i, float* new_theta, len H, len P, len threads) {
+  const Lstm lstm(loss, w_ih, w_hh, b_ih, b_hh, H);
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> z((H + 2) * TILE), gates(4 * H * TILE), squashed(H * TILE), g(TILE), fo(TILE), io(TILE), th(TILE);
@@ -97,7 +115,7 @@ void meta_forward(const float* weight, const float* bias, const float* wf, const
       for (int k = 0; k < TILE; k++) prep(g[k], &z[k], &z[TILE + k]);
       std::copy_n(z.data(), 2 * TILE, x + t * 2 * TILE);
       std::copy_n(h + state, H * TILE, &z[2 * TILE]);
-      lstm_tile(weight, bias, H, z.data(), c + state, gates.data(), squashed.data(), new_c + state, new_h + state);
+      lstm_tile(lstm, H, z.data(), c + state, gates.data(), squashed.data(), new_c + state, new_h + state);
       tile.get(fo.data(), f);
       tile.get(io.data(), i);
       tile.get(th.data(), theta);
@@ -121,12 +139,14 @@ void meta_forward(const float* weight, const float* bias, const float* wf, const
   }
 }
 
-void meta_backward(const float* weight, const float* bias, const float* wf, const float* wi, const float* grad, const float* x,
-                   const float* h, const float* c, const float* f, const float* i, const float* theta, const float* new_f,
-                   const float* new_i, const float* grad_new_h, const float* grad_new_c, const float* grad_new_f,
-                   const float* grad_new_i, const float* grad_new_theta, float* grad_weight, float* grad_bias, float* grad_wf,
+void meta_backward(const float* loss, const float* w_ih, const float* w_hh, const float* b_ih, const float* b_hh,
+                   const float* wf, const float* wi, const float* grad, const float* x, const float* h, const float* c,
+                   const float* f, const float* i, const float* theta, const float* new_f, const float* new_i,
+                   const float* grad_new_h, const float* grad_new_c, const float* grad_new_f, const float* grad_new_i,
+                   const float* grad_new_theta, float* grad_w_ih, float* grad_w_hh, float* grad_bias, float* grad_wf,
                    float* grad_bf, float* grad_wi, float* grad_bi, float* grad_h, float* grad_c, float* grad_f, float* grad_i,
                    float* grad_theta, len H, len P, len threads) {
+  const Lstm lstm(loss, w_ih, w_hh, b_ih, b_hh, H);
   const int columns = (H + 3 + COLUMNS - 1) / COLUMNS * COLUMNS;  // z, ones for the bias, zeros up to a multiple of COLUMNS
   const int cells = H + 3, size = 4 * H * columns, all_sizes = size + 2 * cells;
   std::vector<double> parts(CHUNKS * all_sizes);
@@ -145,7 +165,7 @@ void meta_backward(const float* weight, const float* bias, const float* wf, cons
         const float *cell = c + state, *to_h = grad_new_h + state, *to_c = grad_new_c + state;
         std::copy_n(x + t * 2 * TILE, 2 * TILE, z.data());
         std::copy_n(h + state, H * TILE, &z[2 * TILE]);
-        lstm_tile(weight, bias, H, z.data(), cell, gates.data(), squashed.data(), out_c.data(), out_h.data());
+        lstm_tile(lstm, H, z.data(), cell, gates.data(), squashed.data(), out_c.data(), out_h.data());
         tile.get(g.data(), grad);
         tile.get(th.data(), theta);
         tile.get(fo.data(), f);
@@ -195,7 +215,7 @@ void meta_backward(const float* weight, const float* bias, const float* wf, cons
           store(&di[at], load(&di[at]) * wi[H + 1]);
         }
         add_products(gates.data(), 4 * H, z.data(), columns, TILE, sums.data());
-        weighted_sums(weight + 2, 1, H + 2, nullptr, gates.data(), H, 4 * H, grad_h + state);
+        weighted_sums(lstm.weight.data() + 2, 1, H + 2, nullptr, gates.data(), H, 4 * H, grad_h + state);
         tile.put(grad_f, df.data());
         tile.put(grad_i, di.data());
         tile.put(grad_theta, dth.data());
@@ -208,8 +228,13 @@ void meta_backward(const float* weight, const float* bias, const float* wf, cons
   std::vector<double> found(all_sizes);
   total(parts, CHUNKS, all_sizes, found.data());
   for (int r = 0; r < 4 * H; r++) {
-    for (int k = 0; k < H + 2; k++) grad_weight[r * (H + 2) + k] = float(found[r * columns + k]);
-    grad_bias[r] = float(found[r * columns + H + 2]);
+    const double* of_row = &found[r * columns];
+    grad_bias[r] = float(of_row[H + 2]);
+    for (int k = 0; k < 2; k++) {
+      grad_w_ih[r * 4 + k] = grad_bias[r] * lstm.of_loss[k];
+      grad_w_ih[r * 4 + 2 + k] = float(of_row[k]);
+    }
+    for (int k = 0; k < H; k++) grad_w_hh[r * H + k] = float(of_row[2 + k]);
   }
   const double *of_f = &found[size], *of_i = of_f + cells;
   for (int k = 0; k < H + 2; k++) grad_wf[k] = float(of_f[k]), grad_wi[k] = float(of_i[k]);
