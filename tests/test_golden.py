@@ -63,8 +63,8 @@ def evaluation(episode, w_grad, wo_grad, meta, close):
 
 
 # In float32 the later episodes stand apart: after Adam's steps the parameters differ by up to 1e-3 where a gradient was nearly
-# zero, and then some maximum of a pooling window falls on its neighbour. By chance that happens in the second already: it is 6e-6
-# off in the plain way with two threads, 3e-3 with one, and 3e-3 in the fast way on a processor with AVX2 only.
+# zero, and then some maximum of a pooling window falls on its neighbour. By chance that happens in the second already: it is
+# 6e-6 off in the plain way with two threads, 3e-3 with one, and 3e-3 in the fast way on a processor with AVX2 only.
 @pytest.mark.parametrize(
     ("way", "dtype", "close"),
     [
