@@ -297,11 +297,12 @@ class MetaStep(torch.autograd.Function):
         of_lstm, of_gate = ((4 * H, 4), (4 * H, H), (4 * H,), (4 * H,)), ((H + 2, 1), (1, 1))
         tiled, flat = (-(-P // TILE), H, TILE), (P, 1)
         shapes = ((), *of_lstm, *of_gate, *of_gate, flat, tiled, tiled, flat, flat, flat)
-        *lstm, wf, bf, wi, bi, grad, h, c, f, i, theta = map(_checked, inputs, shapes)
-        state = h, c, f, i, theta
+        inputs = [_checked(t, shape) for t, shape in zip(inputs, shapes, strict=True)]
+        *lstm, wf, _, wi, _, grad = inputs[:10]
+        state = inputs[10:]
         new = [torch.empty_like(t) for t in state]
         x = grad.new_empty(tiled[0], 2, TILE)
-        _call("meta_forward", *lstm, wf, bf, wi, bi, grad, *state, x, *new, H, P)
+        _call("meta_forward", *inputs, x, *new, H, P)
         ctx.save_for_backward(*lstm, wf, wi, grad, x, *state, new[2], new[3])
         return tuple(new)
 

@@ -37,12 +37,15 @@ struct ImageTile {  // its outputs' first pixel
 
 // ---- The maps along one edge ----
 
+// At a number and at its opposite, from a polynomial's even and odd parts.
+INLINE void at_both_signs(vec even, vec odd, vec* p) { p[0] = even + odd, p[1] = even - odd; }
+
 INLINE void inputs_to_points(const vec* x, vec* p) {  // Bt
   const vec near_even = x[4] - 2.0f * x[2], near_odd = NEAR * (x[3] - 2.0f * x[1]);
   const vec far_even = x[4] - 0.5f * x[2], far_odd = FAR * (x[3] - 0.5f * x[1]);
   p[0] = x[0] - 2.5f * x[2] + x[4];
-  p[1] = near_even + near_odd, p[2] = near_even - near_odd;
-  p[3] = far_even + far_odd, p[4] = far_even - far_odd;
+  at_both_signs(near_even, near_odd, p + 1);
+  at_both_signs(far_even, far_odd, p + 3);
   p[5] = x[1] - 2.5f * x[3] + x[5];
 }
 
@@ -59,8 +62,8 @@ INLINE void gradient_to_points(const vec* y, vec* p) {  // A
   const vec near_even = y[0] + 0.5f * y[2], near_odd = NEAR * (y[1] + 0.5f * y[3]);
   const vec far_even = y[0] + 2.0f * y[2], far_odd = FAR * (y[1] + 2.0f * y[3]);
   p[0] = y[0];
-  p[1] = near_even + near_odd, p[2] = near_even - near_odd;
-  p[3] = far_even + far_odd, p[4] = far_even - far_odd;
+  at_both_signs(near_even, near_odd, p + 1);
+  at_both_signs(far_even, far_odd, p + 3);
   p[5] = y[3];
 }
 
@@ -68,8 +71,8 @@ INLINE void filter_to_points(const vec* w, vec* p) {  // G
   const vec near_even = -2 / 3.0f * w[0] - 1 / 3.0f * w[2], near_odd = -2 / 3.0f * NEAR * w[1];
   const vec far_even = 1 / 6.0f * w[0] + 1 / 3.0f * w[2], far_odd = 1 / 6.0f * FAR * w[1];
   p[0] = w[0];
-  p[1] = near_even + near_odd, p[2] = near_even - near_odd;
-  p[3] = far_even + far_odd, p[4] = far_even - far_odd;
+  at_both_signs(near_even, near_odd, p + 1);
+  at_both_signs(far_even, far_odd, p + 3);
   p[5] = w[2];
 }
 
