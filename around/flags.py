@@ -84,7 +84,8 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
     add("--save-minutes", 5.0, "minutes between two snapshots", type=real(0, 1e6), metavar="X")
     add("--save", "logs", "the run folder is SAVE-SEED, with log, metrics and checkpoints", metavar="PATH")
     add("--runs", None, "run folders for --mode results", nargs="+", metavar="DIR")
-    add("--means", False, "in tables, the mean alone of runs that differ in their seed only", type=boolean, metavar="BOOL")
+    words = "in tables, the mean alone of three or more runs that differ in their seed only"
+    add("--means", False, words, type=boolean, metavar="BOOL")
 
     add = group("data")
     add("--data", "miniImagenet", "data set's name, a folder in data/", metavar="NAME")

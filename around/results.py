@@ -256,7 +256,8 @@ def tables(folders: list[Path], means_alone: bool = False) -> str:
     """Markdown tables of tested runs: one for each data set, n-way and k-shot, with published results beside mini-ImageNet's.
 
     A row is one tested checkpoint. Runs that differ in their seed only, of as many episodes, are followed by their mean, or
-    with ``means_alone`` replaced by it. A folder without a test is skipped, with a note.
+    with ``means_alone``, where they are three or more, replaced by it: a mean of two says little of itself. A folder without a
+    test is skipped, with a note.
 
     Raises:
         UserError: nothing in these folders has been tested.
@@ -294,9 +295,10 @@ def _table(data: str, n_class: int, shots: int, rows: list[tuple[dict, dict]], m
     for name in sorted(groups):
         found, means = _rows(groups[name], counts)
         for alike, cells in found:
-            if not (means_alone and alike in means):
+            seeds, _ = means.get(alike, (1, ""))
+            if not (means_alone and seeds > 2):
                 lines.append(f"| {name} | {cells}")
-        lines += [f"| {name} | {means[alike]}" for alike in sorted(means, key=str)]
+        lines += [f"| {name} | {means[alike][1]}" for alike in sorted(means, key=str)]
     for name, val, test, more in published:
         cells = [test if count == 600 else "" for count in counts]
         lines.append(f"| {name} | | {more} | {val} | " + " | ".join(cells) + " |")
@@ -319,11 +321,12 @@ def _name(training: dict, test: dict, shots: int) -> str:
     return name + begun + tested + answered(test)
 
 
-def _rows(group: list[tuple[dict, dict]], counts: list[int]) -> tuple[list[tuple[tuple, str]], dict[tuple, str]]:
+def _rows(group: list[tuple[dict, dict]], counts: list[int]) -> tuple[list[tuple[tuple, str]], dict[tuple, tuple[int, str]]]:
     """The cells, but for the name's, of runs that differ in their seed only, and of their means.
 
     Returns:
-        Each run's cells, after a key that is the same for runs to be averaged; and the mean's cells by this key.
+        Each run's cells, after a key that is the same for runs to be averaged; and by this key the number of seeds and their
+        mean's cells, where there are several.
     """
     found, means = [], {}
     for training, test in sorted(group, key=lambda row: (row[0]["seed"] or 0, row[1]["episode"])):
@@ -344,7 +347,7 @@ def _rows(group: list[tuple[dict, dict]], counts: list[int]) -> tuple[list[tuple
         if over and kind != "checkpoint":
             cells = ["{:.2f} ± {:.2f}".format(*interval(over[c])) if c in over else "" for c in counts]
             n, of = max(map(len, over.values())), f" of {episodes:,} episodes" if episodes else ""
-            said[kind, asked, episodes] = f"mean of {n} seeds | {kind}{of} | | " + " | ".join(cells) + " |"
+            said[kind, asked, episodes] = n, f"mean of {n} seeds | {kind}{of} | | " + " | ".join(cells) + " |"
     return found, said
 
 

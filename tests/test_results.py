@@ -192,11 +192,14 @@ def test_the_start_that_a_recipe_asks_for_is_not_told(tmp_path):
 
 
 def test_means_alone(tmp_path):
-    two = [with_test(tmp_path / f"{s}", [50.0, 60.0, 40.0, 50.0], seed=s, seen=4000) for s in (719, 53)]
-    one = with_test(tmp_path / "one", [50.0, 60.0, 40.0, 50.0], hyper=AUTHORS, seen=4000)
-    both, alone = rows_of(tables([*two, one])), rows_of(tables([*two, one], means_alone=True))
-    assert [row[1] for row in both[1:]] == ["719", "53", "719", "mean of 2 seeds"]
-    assert alone == [row for row in both if row[:2] not in (["port", "53"], ["port", "719"])]
+    values = [50.0, 60.0, 40.0, 50.0]
+    three = [with_test(tmp_path / f"{s}", values, seed=s, seen=4000) for s in (1, 53, 719)]
+    two = [with_test(tmp_path / f"two-{s}", values, hyper=AUTHORS, seed=s, seen=4000) for s in (53, 719)]
+    all_rows, alone = rows_of(tables([*three, *two])), rows_of(tables([*three, *two], means_alone=True))
+    assert [row[1] for row in all_rows[1:]] == ["53", "719", "mean of 2 seeds", "1", "53", "719", "mean of 3 seeds"]
+    assert alone == all_rows[:4] + all_rows[7:]  # a mean of two says little of itself
+    twice = rows_of(tables([*two, shutil.copytree(two[0], tmp_path / "copy")], means_alone=True))
+    assert [row[1] for row in twice[1:]] == ["53", "53", "719", "mean of 2 seeds"]
 
 
 @pytest.mark.skipif(not Path(sys.prefix, "bin", "python").exists(), reason="no environment that the scripts could use")
@@ -534,17 +537,18 @@ def test_a_checkpoint_outside_a_run_folder_is_tested_without_results(master, run
 
 def test_the_script_of_tables(master, run, tmp_path):
     assert do_test(master, run, "--episode-test", "2") == 0
-    other = tmp_path / "logs-53"
-    shutil.copytree(f"{run}-719", other)
-    content = json.loads((other / results.NAME).read_text())
-    content["training"]["seed"] = content["training"]["hyper_parameters"]["seed"] = 53
-    (other / results.NAME).write_text(json.dumps(content))
-    said = shell("results.sh", f"{run.name}-719", "logs-53", cwd=tmp_path)
+    for seed in (1, 53):
+        other = tmp_path / f"logs-{seed}"
+        shutil.copytree(f"{run}-719", other)
+        content = json.loads((other / results.NAME).read_text())
+        content["training"]["seed"] = content["training"]["hyper_parameters"]["seed"] = seed
+        (other / results.NAME).write_text(json.dumps(content))
+    said = shell("results.sh", f"{run.name}-719", "logs-1", "logs-53", cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     assert "| 53 |" in said.stdout
-    assert "| mean of 2 seeds | best" in said.stdout
-    alone = shell("results.sh", f"{run.name}-719", "logs-53", "--means", "true", cwd=tmp_path).stdout
-    assert "| mean of 2 seeds | best" in alone
+    assert "| mean of 3 seeds | best" in said.stdout
+    alone = shell("results.sh", f"{run.name}-719", "logs-1", "logs-53", "--means", "true", cwd=tmp_path).stdout
+    assert "| mean of 3 seeds | best" in alone
     assert "| 53 |" not in alone
     (other / results.NAME).unlink()
     said = shell("results.sh", f"{run.name}-719", "logs-53", cwd=tmp_path)
