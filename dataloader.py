@@ -29,9 +29,12 @@ from torch.utils.data import DataLoader, Dataset
 from episode import Episode
 from utils import SPLITS, UserError, is_junk
 
-CROP_AREA = (0.08, 1.0)  # share of the image's area
 CROP_RATIO = (3 / 4, 4 / 3)
-JITTER = (0.4, 0.4, 0.4, 0.2)  # brightness, contrast, saturation, hue
+CROPS = {  # by --augment: share of the image's area in a crop; brightness, contrast, saturation and hue jitter
+    "port": ((0.08, 1.0), (0.4, 0.4, 0.4, 0.2)),
+    "zoom": ((0.22, 1.0), (0.2, 0.2, 0.4, 0.2)),
+    "mild": ((0.6, 1.0), (0.2, 0.2, 0.2, 0.05)),
+}
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of pixels in [0, 1]
 STD = (0.229, 0.224, 0.225)
 PIXELS = {"imagenet": (MEAN, STD), "unit": ((0.0,) * 3, (1.0,) * 3)}  # mean and deviation by --pixels
@@ -231,17 +234,19 @@ class Augmentation(NamedTuple):
     order: np.ndarray | None  # [B, 4] int64: the order in which those four are applied
 
 
-def draw_augmentation(seed: int, split: str, index: int, sizes: np.ndarray) -> Augmentation:
+def draw_augmentation(seed: int, split: str, index: int, sizes: np.ndarray, augment: str = "port") -> Augmentation:
     """The training augmentation's parameters, distributed as torchvision draws them.
 
     Args:
+        augment: a key of ``CROPS``.
         sizes: [B, 2] int64, height and width of each source image in pixels.
     """
     rng = _generator(seed, split, index, _AUGMENT)
     n = len(sizes)
     height, width = sizes[:, :1], sizes[:, 1:]
     # RandomResizedCrop: the first of ten boxes that fits, else the largest centred one of an allowed shape
-    area = height * width * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * rng.random((n, 10)))
+    (least, most), spread = CROPS[augment]
+    area = height * width * (least + (most - least) * rng.random((n, 10)))
     low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
     ratio = np.exp(low + (high - low) * rng.random((n, 10)))
     w, h = np.rint(np.sqrt(area * ratio)).astype(np.int64), np.rint(np.sqrt(area / ratio)).astype(np.int64)
@@ -260,8 +265,7 @@ def draw_augmentation(seed: int, split: str, index: int, sizes: np.ndarray) -> A
             w[k] = round(H * CROP_RATIO[1])
         top[k], left[k] = (H - h[k]) // 2, (W - w[k]) // 2
     flip = rng.random(n) < 0.5
-    centre, spread = np.array([1.0, 1.0, 1.0, 0.0]), np.array(JITTER)
-    jitter = centre + spread * (2 * rng.random((n, 4)) - 1)
+    jitter = np.array([1.0, 1.0, 1.0, 0.0]) + np.array(spread) * (2 * rng.random((n, 4)) - 1)
     order = np.argsort(rng.random((n, 4)), axis=1, kind="stable")
     return Augmentation(np.stack((top, left, h, w), axis=1), flip, jitter, order)
 
@@ -300,8 +304,8 @@ def eval_image(image: Image.Image, image_size: int, augment: str) -> Image.Image
     """Resize without chance.
 
     Args:
-        augment: "port" for the shorter side to image_size * 8 // 7, then the centre; "none" and "mirror" for the whole image
-            squashed to a square, as the authors do in training, too.
+        augment: "port" for the shorter side to image_size * 8 // 7, then the centre; all others for the whole image squashed to a
+            square, as the authors do in training, too.
     """
     TF = _torchvision()
     if augment != "port":
@@ -333,7 +337,8 @@ class EpisodeDataset(Dataset):
         n_pass: passes over the support set in the inner loop (``--epoch``).
         image_size: height and width of the result in pixels.
         augment: "port" for the older port's transforms (random ones for the train split), "none" to squash each image,
-            "mirror" to squash each and mirror those of the train split at random.
+            "mirror" to squash each and mirror those of the train split at random; "zoom" and "mild" for crops, mirroring and
+            colours of the train split, see ``CROPS``, and the whole image in the others.
         length: number of episodes.
         pixels: "imagenet" or "unit", see ``to_input``.
         shuffle: "pass" or "episode", see ``draw_order``.
@@ -412,7 +417,7 @@ class EpisodeDataset(Dataset):
             return None
         if self.augment == "mirror":
             return draw_mirrored(self.seed, self.split.name, index, len(sizes))
-        return draw_augmentation(self.seed, self.split.name, index, sizes)
+        return draw_augmentation(self.seed, self.split.name, index, sizes, self.augment)
 
     def episode(self, x: Tensor, order: Tensor) -> Episode:
         """An episode of the images ``x``, support set first."""

@@ -95,8 +95,9 @@ def build_parser() -> tuple[Parser, dict[str, object]]:
         "--augment",
         "port",
         "port: random crops, flips and colours for train, centre crops for val and test, as the older port; "
-        "none: every image squashed to a square, as the authors; mirror: that, and train mirrored at random",
-        choices=("port", "none", "mirror"),
+        "none: every image squashed to a square, as the authors; mirror: that, and train mirrored at random; zoom, mild: "
+        "larger crops and weaker colours for train, the whole image squashed for val and test",
+        choices=("port", "none", "mirror", "zoom", "mild"),
     )
     words = "imagenet: ImageNet's mean subtracted, divided by its deviation, as the port; unit: 0 to 1, as the authors"
     add("--pixels", "imagenet", words, choices=("imagenet", "unit"))
