@@ -1,11 +1,11 @@
 """Image files on disk -> episodes.
 
-An episode is a pure function of (seed, split, index): its classes, its images, each augmentation parameter and the order of its
-minibatches come from generators made from these three. Workers, prefetching and resuming need no state.
+An episode is a pure function of (seed, split, index): its classes, its images, each augmentation
+parameter and the order of its minibatches come from generators made from these three. Workers,
+prefetching and resuming need no state.
 
-Only ``Generator.random`` is drawn from: its stream is fixed by the Philox algorithm, while the higher samplers may change
-between NumPy releases.
-"""
+Only ``Generator.random`` is drawn from: its stream is fixed by the Philox algorithm, while the
+higher samplers may change between NumPy releases."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ CROPS = {  # by --augment: share of the image's area in a crop; brightness, cont
 }
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of pixels in [0, 1]
 STD = (0.229, 0.224, 0.225)
-PIXELS = {"imagenet": (MEAN, STD), "unit": ((0.0,) * 3, (1.0,) * 3)}  # mean and deviation by --pixels
+PIXELS = {
+    "imagenet": (MEAN, STD),
+    "unit": ((0.0,) * 3, (1.0,) * 3),
+}  # mean and deviation by --pixels
 _PICK, _AUGMENT, _ORDER = range(3)  # one stream each, so that changing one leaves the others alone
 
 
@@ -54,7 +57,8 @@ class Split(NamedTuple):
 
 
 def scan_split(root: Path, split: str) -> Split:
-    """List ``root/<split>/<class>/<image>``; hidden files and litter of operating systems are ignored.
+    """List ``root/<split>/<class>/<image>``; hidden files and litter of operating systems are
+    ignored.
 
     Raises:
         UserError: the folder is missing or empty, or it holds something unexpected.
@@ -78,7 +82,9 @@ def scan_classes(folder: Path, what: str) -> tuple[list[str], list[list[Path]]]:
     """
     if not folder.is_dir():
         raise UserError(f"{what} {folder}: no such folder")
-    known = {ext.lower() for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    known = {
+        ext.lower() for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN
+    }
     classes, files = [], []
     for entry in _visible(folder):
         if not _is_folder(entry):
@@ -86,9 +92,13 @@ def scan_classes(folder: Path, what: str) -> tuple[list[str], list[list[Path]]]:
         images = _visible(Path(entry.path))
         for image in images:
             if _is_folder(image):
-                raise UserError(f"{image.path}: a folder where an image should be; expected {folder}/<class>/<image>")
+                raise UserError(
+                    f"{image.path}: a folder where an image should be; expected {folder}/<class>/<image>"
+                )
             if os.path.splitext(image.name)[1].lower() not in known:
-                raise UserError(f"{image.path}: not an image by its name; remove it or give it its format's ending")
+                raise UserError(
+                    f"{image.path}: not an image by its name; remove it or give it its format's ending"
+                )
         classes.append(entry.name)
         files.append([Path(image.path) for image in images])
     if not classes:
@@ -113,7 +123,9 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def relative_names(files: list[Path], root: Path) -> list[str]:
-    """The files' paths within ``root``; ``Path.relative_to`` would take seconds for tens of thousands of files."""
+    """The files' paths within ``root``; ``Path.relative_to`` would take seconds for tens of
+    thousands of files.
+    """
     folder = "" if root == Path() else os.path.join(str(root), "")
     return [str(path).removeprefix(folder) for path in files]
 
@@ -131,10 +143,12 @@ def stats_of(files: list[Path]) -> list[os.stat_result]:
 
 
 def check_apart(train: Split, val: Split) -> str | None:
-    """Check that no class is both trained and validated on, and look for images that are: same name, size and bytes.
+    """Check that no class is both trained and validated on, and look for images that are: same
+    name, size and bytes.
 
     Returns:
-        A note that names such an image, or None. Of the images with the same name and size 1000 are compared.
+        A note that names such an image, or None. Of the images with the same name and size 1000 are
+        compared.
 
     Raises:
         UserError: a class is in both; it is named.
@@ -144,16 +158,25 @@ def check_apart(train: Split, val: Split) -> str | None:
             f"{train.root}: train/ and val/ both hold a class named {name}, but validation needs classes that training does "
             "not see; keep it in one of them (or rename one, if they are different classes)"
         )
-    ours, theirs = ([path for of_class in split.files for path in of_class] for split in (val, train))
+    ours, theirs = (
+        [path for of_class in split.files for path in of_class] for split in (val, train)
+    )
     common = {path.name for path in ours} & {path.name for path in theirs}
     by_look: dict[tuple[str, int], list[Path]] = {}
     for path in theirs:
         if path.name in common and path.is_file():
             by_look.setdefault((path.name, path.stat().st_size), []).append(path)
-    alike = ((a, b) for a in ours if a.name in common and a.is_file() for b in by_look.get((a.name, a.stat().st_size), []))
+    alike = (
+        (a, b)
+        for a in ours
+        if a.name in common and a.is_file()
+        for b in by_look.get((a.name, a.stat().st_size), [])
+    )
     for a, b in islice(alike, 1000):
         if filecmp.cmp(a, b, shallow=False):
-            return f"note: {a} is also {b}: validation on images that training has seen says too much"
+            return (
+                f"note: {a} is also {b}: validation on images that training has seen says too much"
+            )
     return None
 
 
@@ -168,12 +191,19 @@ def load_image(path: Path) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I"):  # 16 bits; older versions of Pillow call it "I" and would clip it at 255
+                if image.mode.startswith(
+                    "I"
+                ):  # 16 bits; older versions of Pillow call it "I" and would clip it at 255
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 return image.convert("RGB")
     except Exception as e:  # Pillow's decoders raise nearly anything on damaged files
-        reason = str(e).replace(repr(str(path)), "").replace(str(path), "").strip(" :") or type(e).__name__
-        raise UserError(f"{path}: not a readable image ({reason.splitlines()[0]}); remove or replace it") from e
+        reason = (
+            str(e).replace(repr(str(path)), "").replace(str(path), "").strip(" :")
+            or type(e).__name__
+        )
+        raise UserError(
+            f"{path}: not a readable image ({reason.splitlines()[0]}); remove or replace it"
+        ) from e
 
 
 # ---- Chance ----
@@ -186,7 +216,9 @@ def check_split(split: Split, n_class: int, n_shot: int, n_eval: int) -> None:
         UserError: there are too few classes, or a class has too few images; it is named.
     """
     if len(split.classes) < n_class:
-        raise UserError(f"--n-class {n_class}: the {split.name} split has only {len(split.classes)} classes")
+        raise UserError(
+            f"--n-class {n_class}: the {split.name} split has only {len(split.classes)} classes"
+        )
     for name, images in zip(split.classes, split.files, strict=True):
         if len(images) < n_shot + n_eval:
             raise UserError(
@@ -200,7 +232,9 @@ def _generator(seed: int, split: str, index: int, purpose: int) -> np.random.Gen
     return np.random.Generator(np.random.Philox(key))
 
 
-def draw_images(seed: int, split: Split, index: int, n_class: int, n_image: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_images(
+    seed: int, split: Split, index: int, n_class: int, n_image: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Classes without replacement, then different images of each.
 
     Returns:
@@ -212,29 +246,40 @@ def draw_images(seed: int, split: Split, index: int, n_class: int, n_image: int)
     return classes, np.stack(images)
 
 
-def draw_order(seed: int, split: str, index: int, n_pass: int, n_support: int, shuffle: str = "pass") -> np.ndarray:
+def draw_order(
+    seed: int, split: str, index: int, n_pass: int, n_support: int, shuffle: str = "pass"
+) -> np.ndarray:
     """Order of the support images in each pass over them, [n_pass, n_support] int64.
 
     Args:
         shuffle: "pass" for a new order in each pass, "episode" for one in all of them.
     """
-    order = np.argsort(_generator(seed, split, index, _ORDER).random((n_pass, n_support)), axis=1, kind="stable")
+    order = np.argsort(
+        _generator(seed, split, index, _ORDER).random((n_pass, n_support)), axis=1, kind="stable"
+    )
     return order if shuffle == "pass" else np.broadcast_to(order[:1], order.shape).copy()
 
 
 class Augmentation(NamedTuple):
-    """One row per image: what RandomResizedCrop, RandomHorizontalFlip and ColorJitter draw, in the order of application.
+    """One row per image: what RandomResizedCrop, RandomHorizontalFlip and ColorJitter draw, in the
+    order of application.
 
     Where images are only mirrored, all but ``flip`` is None.
     """
 
-    box: np.ndarray | None  # [B, 4] int64: top, left, height, width of the crop in pixels of the source
+    box: (
+        np.ndarray | None
+    )  # [B, 4] int64: top, left, height, width of the crop in pixels of the source
     flip: np.ndarray  # [B] bool
-    jitter: np.ndarray | None  # [B, 4] float64: brightness, contrast, saturation factors, hue shift in turns
+    jitter: (
+        np.ndarray | None
+    )  # [B, 4] float64: brightness, contrast, saturation factors, hue shift in turns
     order: np.ndarray | None  # [B, 4] int64: the order in which those four are applied
 
 
-def draw_augmentation(seed: int, split: str, index: int, sizes: np.ndarray, augment: str = "port") -> Augmentation:
+def draw_augmentation(
+    seed: int, split: str, index: int, sizes: np.ndarray, augment: str = "port"
+) -> Augmentation:
     """The training augmentation's parameters, distributed as torchvision draws them.
 
     Args:
@@ -244,12 +289,16 @@ def draw_augmentation(seed: int, split: str, index: int, sizes: np.ndarray, augm
     rng = _generator(seed, split, index, _AUGMENT)
     n = len(sizes)
     height, width = sizes[:, :1], sizes[:, 1:]
-    # RandomResizedCrop: the first of ten boxes that fits, else the largest centred one of an allowed shape
+    # RandomResizedCrop: the first of ten boxes that fits, else the largest centred one of an
+    # allowed shape
     (least, most), spread = CROPS[augment]
     area = height * width * (least + (most - least) * rng.random((n, 10)))
     low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
     ratio = np.exp(low + (high - low) * rng.random((n, 10)))
-    w, h = np.rint(np.sqrt(area * ratio)).astype(np.int64), np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    w, h = (
+        np.rint(np.sqrt(area * ratio)).astype(np.int64),
+        np.rint(np.sqrt(area / ratio)).astype(np.int64),
+    )
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = np.argmax(fits, axis=1)[:, None]
     w, h = np.take_along_axis(w, first, 1)[:, 0], np.take_along_axis(h, first, 1)[:, 0]
@@ -279,19 +328,25 @@ def draw_mirrored(seed: int, split: str, index: int, n: int) -> Augmentation:
 
 
 def _torchvision():
-    from torchvision.transforms import functional  # takes a second to load, which fast/ need not wait for
+    from torchvision.transforms import (
+        functional,  # takes a second to load, which fast/ need not wait for
+    )
 
     return functional
 
 
 def train_image(image: Image.Image, drawn: Augmentation, k: int, image_size: int) -> Image.Image:
-    """Apply row ``k`` of the training augmentation: crop and resize, flip, then the four colours in their drawn order."""
+    """Apply row ``k`` of the training augmentation: crop and resize, flip, then the four colours in
+    their drawn order.
+    """
     TF = _torchvision()
     if drawn.box is None:
         image = eval_image(image, image_size, "mirror")
         return TF.hflip(image) if drawn.flip[k] else image
     top, left, height, width = (int(v) for v in drawn.box[k])
-    image = TF.resized_crop(image, top, left, height, width, [image_size, image_size], TF.InterpolationMode.BILINEAR)
+    image = TF.resized_crop(
+        image, top, left, height, width, [image_size, image_size], TF.InterpolationMode.BILINEAR
+    )
     if drawn.flip[k]:
         image = TF.hflip(image)
     adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
@@ -304,8 +359,8 @@ def eval_image(image: Image.Image, image_size: int, augment: str) -> Image.Image
     """Resize without chance.
 
     Args:
-        augment: "port" for the shorter side to image_size * 8 // 7, then the centre; all others for the whole image squashed to a
-            square, as the authors do in training, too.
+        augment: "port" for the shorter side to image_size * 8 // 7, then the centre; all others for
+            the whole image squashed to a square, as the authors do in training, too.
     """
     TF = _torchvision()
     if augment != "port":
@@ -318,7 +373,8 @@ def to_input(images: list[Image.Image], pixels: str) -> Tensor:
     """What the learner reads: [B, 3, H, W] float32.
 
     Args:
-        pixels: "imagenet" for [0, 1] less ImageNet's mean, divided by its deviation; "unit" for [0, 1].
+        pixels: "imagenet" for [0, 1] less ImageNet's mean, divided by its deviation; "unit" for [0,
+            1].
     """
     TF, (mean, std) = _torchvision(), PIXELS[pixels]
     return torch.stack([TF.normalize(TF.to_tensor(image), mean, std) for image in images])
@@ -336,14 +392,15 @@ class EpisodeDataset(Dataset):
         n_class, n_shot, n_eval: shape of the episode.
         n_pass: passes over the support set in the inner loop (``--epoch``).
         image_size: height and width of the result in pixels.
-        augment: "port" for the older port's transforms (random ones for the train split), "none" to squash each image,
-            "mirror" to squash each and mirror those of the train split at random; "zoom" and "mild" for crops, mirroring and
-            colours of the train split, see ``CROPS``, and the whole image in the others.
+        augment: "port" for the older port's transforms (random ones for the train split), "none" to
+            squash each image, "mirror" to squash each and mirror those of the train split at
+            random; "zoom" and "mild" for crops, mirroring and colours of the train split, see
+            ``CROPS``, and the whole image in the others.
         length: number of episodes.
         pixels: "imagenet" or "unit", see ``to_input``.
         shuffle: "pass" or "episode", see ``draw_order``.
-        in_order: whether an episode's classes come in the order of their names instead of the order in which they are drawn;
-            then episodes of all classes give each class the same label.
+        in_order: whether an episode's classes come in the order of their names instead of the order
+            in which they are drawn; then episodes of all classes give each class the same label.
 
     Raises:
         UserError: the split cannot serve such episodes.
@@ -367,7 +424,12 @@ class EpisodeDataset(Dataset):
         check_split(split, n_class, n_shot, n_eval)
         self.split, self.seed, self.length = split, seed, length
         self.n_class, self.n_shot, self.n_eval, self.n_pass = n_class, n_shot, n_eval, n_pass
-        self.image_size, self.augment, self.pixels, self.shuffle = image_size, augment, pixels, shuffle
+        self.image_size, self.augment, self.pixels, self.shuffle = (
+            image_size,
+            augment,
+            pixels,
+            shuffle,
+        )
         self.in_order = in_order
         self.files = [path for of_class in split.files for path in of_class]
         self._first = np.cumsum([0] + [len(of_class) for of_class in split.files])
@@ -383,7 +445,9 @@ class EpisodeDataset(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over the files' names, classes and sizes: two data sets that share it are the same."""
+        """16 hex digits over the files' names, classes and sizes: two data sets that share it are
+        the same.
+        """
         digest = hashlib.sha256()
         for name, size in zip(self.names, self.file_sizes(), strict=True):
             digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
@@ -399,20 +463,30 @@ class EpisodeDataset(Dataset):
         return some
 
     def numbers(self, index: int) -> np.ndarray:
-        """The places in ``files`` of an episode's images, support set first: [n_class * (n_shot + n_eval)] int64."""
-        classes, picks = draw_images(self.seed, self.split, index, self.n_class, self.n_shot + self.n_eval)
+        """The places in ``files`` of an episode's images, support set first: [n_class * (n_shot +
+        n_eval)] int64.
+        """
+        classes, picks = draw_images(
+            self.seed, self.split, index, self.n_class, self.n_shot + self.n_eval
+        )
         numbers = self._first[classes][:, None] + picks
         if self.in_order:
             numbers = numbers[np.argsort(classes)]
-        return np.concatenate((numbers[:, : self.n_shot].reshape(-1), numbers[:, self.n_shot :].reshape(-1)))
+        return np.concatenate(
+            (numbers[:, : self.n_shot].reshape(-1), numbers[:, self.n_shot :].reshape(-1))
+        )
 
     def order(self, index: int) -> Tensor:
         """See ``Episode.order``."""
         n_support = self.n_class * self.n_shot
-        return torch.from_numpy(draw_order(self.seed, self.split.name, index, self.n_pass, n_support, self.shuffle))
+        return torch.from_numpy(
+            draw_order(self.seed, self.split.name, index, self.n_pass, n_support, self.shuffle)
+        )
 
     def augmentation(self, index: int, sizes: np.ndarray) -> Augmentation | None:
-        """The episode's random transforms, if its split and ``augment`` ask for them; ``sizes`` as in ``draw_augmentation``."""
+        """The episode's random transforms, if its split and ``augment`` ask for them; ``sizes`` as
+        in ``draw_augmentation``.
+        """
         if self.augment == "none" or self.split.name != "train":
             return None
         if self.augment == "mirror":
@@ -428,11 +502,15 @@ class EpisodeDataset(Dataset):
 
     def __getitem__(self, index: int) -> Episode:
         images = [load_image(self.files[number]) for number in self.numbers(index)]
-        drawn = self.augmentation(index, np.array([(image.height, image.width) for image in images]))
+        drawn = self.augmentation(
+            index, np.array([(image.height, image.width) for image in images])
+        )
         if drawn is None:
             images = [eval_image(image, self.image_size, self.augment) for image in images]
         else:
-            images = [train_image(image, drawn, k, self.image_size) for k, image in enumerate(images)]
+            images = [
+                train_image(image, drawn, k, self.image_size) for k, image in enumerate(images)
+            ]
         return self.episode(to_input(images, self.pixels), self.order(index))
 
     def deliver(self, item: Episode, device: torch.device) -> Episode:
@@ -449,7 +527,8 @@ def episodes(
     worker_init: Callable[[int], None] | None = None,
     step: int = 1,
 ) -> Iterator[Episode]:
-    """Yield episodes ``start``, ``start + step``, ... of a data set in order, on ``device``; worker processes run ahead.
+    """Yield episodes ``start``, ``start + step``, ... of a data set in order, on ``device``; worker
+    processes run ahead.
 
     Raises:
         UserError: an image cannot be read.
@@ -471,7 +550,9 @@ def episodes(
 
 
 class _Told(Dataset):
-    """A data set that returns its errors; raised in a worker, they would come with a traceback, which keeps workers alive."""
+    """A data set that returns its errors; raised in a worker, they would come with a traceback,
+    which keeps workers alive.
+    """
 
     def __init__(self, dataset: EpisodeDataset):
         self.dataset = dataset

@@ -1,9 +1,9 @@
-"""Algorithm 1 of the paper: in each episode the meta-learner trains the learner on the support set, and the query set's loss
-trains the meta-learner.
+"""Algorithm 1 of the paper: in each episode the meta-learner trains the learner on the support set,
+and the query set's loss trains the meta-learner.
 
-``updates`` is the inner loop, which training and evaluation share (lines 4 to 10), ``meta_gradient`` goes on to the query set
-(lines 11 and 12), ``update_metalearner`` is line 13, and ``train_episode`` all of it. ``evaluate_episode`` only reports.
-"""
+``updates`` is the inner loop, which training and evaluation share (lines 4 to 10),
+``meta_gradient`` goes on to the query set (lines 11 and 12), ``update_metalearner`` is line 13, and
+``train_episode`` all of it. ``evaluate_episode`` only reports."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Episode(NamedTuple):
 def minibatches(episode: Episode, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The images and labels of all support minibatches of all passes.
 
-    A minibatch that holds the whole support set keeps the set's own order; smaller ones follow ``episode.order``.
-    """
+    A minibatch that holds the whole support set keeps the set's own order; smaller ones follow
+    ``episode.order``."""
     for order in episode.order:
         if batch_size >= len(episode.support):
             yield episode.support, episode.support_y
@@ -49,15 +49,16 @@ def updates(
 
     Args:
         episode: see ``Episode``; ``order`` has one row per pass.
-        learner_w_grad: takes each cell state's values and yields loss and gradient; its running statistics end as those of the
-            support images.
+        learner_w_grad: takes each cell state's values and yields loss and gradient; its running
+            statistics end as those of the support images.
         metalearner: makes each cell state from the last one.
         batch_size: images of a minibatch; the last one of a pass may be smaller.
 
     Yields:
-        After each update the loss [] that led to it and the meta-learner's new state, whose ``c`` [P, 1] is the learner's new
-        parameters, with their graph unless under ``torch.no_grad()``. Of a learner that adapts its classifier only, it is the
-        classifier's, see ``MetaLearner.complete``.
+        After each update the loss [] that led to it and the meta-learner's new state, whose ``c``
+        [P, 1] is the learner's new parameters, with their graph unless under ``torch.no_grad()``.
+        Of a learner that adapts its classifier only, it is the classifier's, see
+        ``MetaLearner.complete``.
     """
     learner_w_grad.train()
     learner_w_grad.reset_batch_stats()
@@ -111,21 +112,29 @@ def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 
 
 def meta_gradient(
-    episode: Episode, learner_w_grad: FlatModule, learner_wo_grad: FlatModule, metalearner: MetaLearner, batch_size: int
+    episode: Episode,
+    learner_w_grad: FlatModule,
+    learner_wo_grad: FlatModule,
+    metalearner: MetaLearner,
+    batch_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of an episode's query loss with respect to the meta-learner's parameters.
 
     Both learners are overwritten; the meta-learner is left alone.
 
     Returns:
-        The gradient [G], of one learned parameter after the other; query loss [] and query accuracy [] in percent. They are
-        detached and still on the device.
+        The gradient [G], of one learned parameter after the other; query loss [] and query accuracy
+        [] in percent. They are detached and still on the device.
     """
     learner_wo_grad.train()
     cI, _ = adapt(episode, learner_w_grad, metalearner, batch_size)
     loss, logits = query_loss(episode, learner_w_grad, learner_wo_grad, cI)
     grads = torch.autograd.grad(loss, learned(metalearner))
-    return torch.cat([g.reshape(-1) for g in grads]), loss.detach(), accuracy(logits.detach(), episode.query_y)
+    return (
+        torch.cat([g.reshape(-1) for g in grads]),
+        loss.detach(),
+        accuracy(logits.detach(), episode.query_y),
+    )
 
 
 def learned(metalearner: MetaLearner) -> list[Tensor]:
@@ -141,7 +150,8 @@ def update_metalearner(
     grad_clip: float,
     step: Callable[[torch.optim.Optimizer, Tensor], None] = step_if_finite,
 ) -> Tensor:
-    """One update of the meta-learner, by the mean over M episodes of the gradient; the paper's M is 1.
+    """One update of the meta-learner, by the mean over M episodes of the gradient; the paper's M is
+    1.
 
     Args:
         gradients: [M, G], summed in this order; losses: [M].
@@ -150,7 +160,8 @@ def update_metalearner(
         step: takes the optimiser's step if its second argument [], bool, is true.
 
     Returns:
-        Whether the update was skipped [], bool, because a loss or the gradient was not finite; still on the device.
+        Whether the update was skipped [], bool, because a loss or the gradient was not finite;
+        still on the device.
     """
     parameters = learned(metalearner)
     mean = reduce(torch.add, gradients) / len(gradients)
@@ -172,13 +183,19 @@ def train_episode(
     grad_clip: float,
     step: Callable[[torch.optim.Optimizer, Tensor], None] = step_if_finite,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One update of the meta-learner by one episode; arguments as for ``meta_gradient`` and ``update_metalearner``.
+    """One update of the meta-learner by one episode; arguments as for ``meta_gradient`` and
+    ``update_metalearner``.
 
     Returns:
-        Query loss [], query accuracy [] in percent, and whether the update was skipped [], bool; still on the device.
+        Query loss [], query accuracy [] in percent, and whether the update was skipped [], bool;
+        still on the device.
     """
-    gradient, loss, percent = meta_gradient(episode, learner_w_grad, learner_wo_grad, metalearner, batch_size)
-    skipped = update_metalearner(gradient.unsqueeze(0), loss.unsqueeze(0), metalearner, optimizer, grad_clip, step)
+    gradient, loss, percent = meta_gradient(
+        episode, learner_w_grad, learner_wo_grad, metalearner, batch_size
+    )
+    skipped = update_metalearner(
+        gradient.unsqueeze(0), loss.unsqueeze(0), metalearner, optimizer, grad_clip, step
+    )
     return loss, percent, skipped
 
 
@@ -191,13 +208,14 @@ def evaluate_episode(
     batch_size: int,
     transductive: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The same inner loop without the meta-learner's graph; the support set's running statistics normalise the query images.
+    """The same inner loop without the meta-learner's graph; the support set's running statistics
+    normalise the query images.
 
     Both learners are overwritten: give evaluation a pair of its own.
 
     Args:
-        transductive: normalise the query images by their own statistics instead, as meta-training does; the answer to one then
-            depends on the others.
+        transductive: normalise the query images by their own statistics instead, as meta-training
+            does; the answer to one then depends on the others.
 
     Returns:
         Query loss [] and query accuracy [] in percent, still on the device.

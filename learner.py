@@ -1,13 +1,15 @@
-"""The learner: the network that the meta-learner trains (paper, section 4: four convolutional blocks of 32 filters).
+"""The learner: the network that the meta-learner trains (paper, section 4: four convolutional
+blocks of 32 filters).
 
 Two instances of one network play two parts:
 
 ``learner_w_grad``
-    An ordinary model with leaf parameters. It yields the support loss and its gradient, which are *inputs* of the
-    meta-learner and constants to its graph.
+    An ordinary model with leaf parameters. It yields the support loss and its gradient, which are
+    *inputs* of the meta-learner and constants to its graph.
 ``learner_wo_grad``
-    Its weights *are* slices of the meta-learner's last cell state cI, so the gradient of the query loss flows through
-    them into the meta-learner. It has no leaf parameters of its own while it does so.
+    Its weights *are* slices of the meta-learner's last cell state cI, so the gradient of the query
+    loss flows through them into the meta-learner. It has no leaf parameters of its own while it
+    does so.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ MIN_IMAGE_SIZE = 2**N_BLOCKS
 
 
 class FlatModule(nn.Module):
-    """A network that the meta-learner can train: its parameters are read and written as one flat vector.
+    """A network that the meta-learner can train: its parameters are read and written as one flat
+    vector.
 
-    Derive your own network from this class instead of ``nn.Module``, and write ``__init__`` and ``forward(x) -> logits`` as
-    usual. Any layers will do, as long as all parameters are floats of one dtype and none is shared between two layers. The flat
-    vector follows the order of ``parameters()``; P is its length.
-    """
+    Derive your own network from this class instead of ``nn.Module``, and write ``__init__`` and
+    ``forward(x) -> logits`` as usual. Any layers will do, as long as all parameters are floats of
+    one dtype and none is shared between two layers. The flat vector follows the order of
+    ``parameters()``; P is its length."""
 
     _slots: list[tuple[nn.Module, str, torch.Size]] | None = None
 
@@ -39,9 +42,15 @@ class FlatModule(nn.Module):
             ValueError: two layers share a parameter.
         """
         if self._slots is None:  # kept, because transfer_params takes the parameters away
-            named = [(m, name, p.shape) for m in self.modules() for name, p in m.named_parameters(recurse=False)]
+            named = [
+                (m, name, p.shape)
+                for m in self.modules()
+                for name, p in m.named_parameters(recurse=False)
+            ]
             if len(named) != len(list(self.parameters())):
-                raise ValueError("two layers share a parameter, but each needs a place of its own in the flat vector")
+                raise ValueError(
+                    "two layers share a parameter, but each needs a place of its own in the flat vector"
+                )
             self._slots = named
         return self._slots
 
@@ -54,8 +63,13 @@ class FlatModule(nn.Module):
         shapes = [shape for _, _, shape in self.slots()]
         sizes = [shape.numel() for shape in shapes]
         if flat.numel() != sum(sizes):
-            raise ValueError(f"the flat vector has {flat.numel()} numbers, but this learner has {sum(sizes)}")
-        return [part.view(shape) for part, shape in zip(flat.reshape(-1).split(sizes), shapes, strict=True)]
+            raise ValueError(
+                f"the flat vector has {flat.numel()} numbers, but this learner has {sum(sizes)}"
+            )
+        return [
+            part.view(shape)
+            for part, shape in zip(flat.reshape(-1).split(sizes), shapes, strict=True)
+        ]
 
     def size(self) -> int:
         """P."""
@@ -78,11 +92,12 @@ class FlatModule(nn.Module):
     def transfer_params(self, learner_w_grad: FlatModule, cI: Tensor) -> None:
         """Make slices of a cell state this learner's weights (for learner_wo_grad).
 
-        From the first call on this learner owns no parameters: each weight is a view of ``cI`` and carries its ``grad_fn``, so
-        a loss computed here back-propagates into whatever made ``cI``.
+        From the first call on this learner owns no parameters: each weight is a view of ``cI`` and
+        carries its ``grad_fn``, so a loss computed here back-propagates into whatever made ``cI``.
 
         Args:
-            learner_w_grad: the twin whose buffers (batch normalisation's running statistics) are copied.
+            learner_w_grad: the twin whose buffers (batch normalisation's running statistics) are
+                copied.
             cI: [P] or [P, 1], the meta-learner's last cell state.
         """
         self.copy_buffers(learner_w_grad)
@@ -91,7 +106,9 @@ class FlatModule(nn.Module):
             setattr(m, name, value)
 
     def __deepcopy__(self, memo: dict) -> FlatModule:
-        """A copy of its own, also of a learner_wo_grad: PyTorch refuses to copy weights that carry a ``grad_fn``."""
+        """A copy of its own, also of a learner_wo_grad: PyTorch refuses to copy weights that carry
+        a ``grad_fn``.
+        """
         for m, name, _ in self._slots or []:
             weight = getattr(m, name)
             if not weight.is_leaf:
@@ -107,13 +124,16 @@ class FlatModule(nn.Module):
             mine.copy_(theirs)
 
     def reset_batch_stats(self) -> None:
-        """Reset batch normalisation's running statistics to mean 0 and variance 1: before each episode, both learners."""
+        """Reset batch normalisation's running statistics to mean 0 and variance 1: before each
+        episode, both learners.
+        """
         for m in self.modules():
             if hasattr(m, "reset_running_stats"):
                 m.reset_running_stats()
 
     def to_adapt(self, x: Tensor) -> tuple[FlatModule, Tensor]:
-        """What an episode trains: this network or a part of it whose parameters are the last ones of the flat vector.
+        """What an episode trains: this network or a part of it whose parameters are the last ones
+        of the flat vector.
 
         Args:
             x: the support images [N, ...].
@@ -130,11 +150,14 @@ class FlatModule(nn.Module):
             x: inputs [B, ...]; y: labels [B], int64.
 
         Returns:
-            The loss [] and its gradient with respect to the flat parameters [P, 1], zero where the loss does not depend on one.
+            The loss [] and its gradient with respect to the flat parameters [P, 1], zero where the
+            loss does not depend on one.
         """
         with torch.enable_grad():
             loss = F.cross_entropy(self(x), y)
-            grads = torch.autograd.grad(loss, list(self.parameters()), allow_unused=True, materialize_grads=True)
+            grads = torch.autograd.grad(
+                loss, list(self.parameters()), allow_unused=True, materialize_grads=True
+            )
         return loss.detach(), torch.cat([g.reshape(-1) for g in grads]).unsqueeze(1)
 
 
@@ -142,20 +165,22 @@ class Classifier(FlatModule, nn.Linear):
     """The learner's last layer, which can be trained alone."""
 
 
-class Learner(FlatModule):
-    """Four blocks of convolution, batch normalisation, ReLU and 2x2 max-pooling, then a linear classifier.
+class Conv4(FlatModule):
+    """Four blocks of convolution, batch normalisation, ReLU and 2x2 max-pooling, then a linear
+    classifier.
 
     Args:
         image_size: height and width of the images in pixels, at least 16.
         bn_eps: epsilon of batch normalisation.
         bn_momentum: share of the newest batch in the running statistics.
         n_classes: number of classes of an episode (n-way).
-        bn_scale: where batch normalisation's scale starts: "uniform" for U(0, 1), as in the authors' Torch and the port's
-            PyTorch 1.0; "one" as in PyTorch since 1.2.
+        bn_scale: where batch normalisation's scale starts: "uniform" for U(0, 1), as in the
+            authors' Torch and the port's PyTorch 1.0; "one" as in PyTorch since 1.2.
         n_filters: filters of each convolution.
-        adapt: what an episode trains: "all", or "classifier", the last layer only. Then nothing before it depends on the
-            episode: batch normalisation does not look at the batch, but has mean 0 and variance 1 for its statistics, and it is
-            for the filters to make them so (``around.pretrain.fold_statistics``).
+        adapt: what an episode trains: "all", or "classifier", the last layer only. Then nothing
+            before it depends on the episode: batch normalisation does not look at the batch, but
+            has mean 0 and variance 1 for its statistics, and it is for the filters to make them so
+            (``baselines.pretrain.fold_statistics``).
 
     Raises:
         ValueError: ``image_size`` is smaller than 16, so that nothing is left after four poolings.
@@ -173,7 +198,9 @@ class Learner(FlatModule):
     ):
         super().__init__()
         if image_size < MIN_IMAGE_SIZE:
-            raise ValueError(f"image_size is {image_size}, but four poolings need at least {MIN_IMAGE_SIZE} pixels")
+            raise ValueError(
+                f"image_size is {image_size}, but four poolings need at least {MIN_IMAGE_SIZE} pixels"
+            )
         for b in range(1, N_BLOCKS + 1):
             conv = nn.Conv2d(3 if b == 1 else n_filters, n_filters, 3, padding=1)
             norm = nn.BatchNorm2d(n_filters, eps=bn_eps, momentum=bn_momentum)
@@ -185,15 +212,19 @@ class Learner(FlatModule):
         self.adapt = adapt
         self.train()
 
-    def train(self, mode: bool = True) -> Learner:
-        """See ``nn.Module.train``. Only where all of the learner adapts does batch normalisation have two modes."""
+    def train(self, mode: bool = True) -> Conv4:
+        """See ``nn.Module.train``. Only where all of the learner adapts does batch normalisation
+        have two modes.
+        """
         super().train(mode)
         for b in range(1, N_BLOCKS + 1):
             getattr(self, f"norm{b}").train(mode and self.adapt == "all")
         return self
 
     def to_adapt(self, x: Tensor) -> tuple[FlatModule, Tensor]:
-        """See ``FlatModule.to_adapt``: all of it, or the classifier, which reads the images' features."""
+        """See ``FlatModule.to_adapt``: all of it, or the classifier, which reads the images'
+        features.
+        """
         if self.adapt == "all":
             return self, x
         with torch.no_grad():
@@ -206,8 +237,9 @@ class Learner(FlatModule):
             x: images [B, 3, image_size, image_size], float.
 
         Returns:
-            [B, n_filters * (image_size // 16)^2]. In train mode, if all of it adapts, the batch's own statistics normalise (and
-            update the running ones); otherwise the running statistics do.
+            [B, n_filters * (image_size // 16)^2]. In train mode, if all of it adapts, the batch's
+            own statistics normalise (and update the running ones); otherwise the running statistics
+            do.
         """
         for b in range(1, N_BLOCKS + 1):
             conv, norm = getattr(self, f"conv{b}"), getattr(self, f"norm{b}")

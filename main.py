@@ -3,9 +3,8 @@
     python main.py --mode train --data-root data/miniImagenet
     python main.py --mode test
 
-``python main.py --help`` lists the flags. ``train`` below is the paper's algorithm 1: its inner loop is in episode.py, and the
-two networks are in learner.py and metalearner.py.
-"""
+``python main.py --help`` lists the flags. ``train`` below is the paper's algorithm 1: its inner
+loop is in episode.py, and the two networks are in learner.py and metalearner.py."""
 
 from __future__ import annotations
 
@@ -17,44 +16,59 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from utils import Terminal, UserError, complain, exit_code, missing, step_aside
+from utils import Terminal, UserError, missing_package, print_error, run_main, step_aside
 
 # Deterministic cuBLAS needs a workspace of fixed size before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# Threads that wait for each other spin for long by default: then two trainings side by side take four times as long, not twice.
+# Threads that wait for each other spin for long by default: then two trainings side by side take
+# four times as long, not twice.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if __name__ == "__main__":
     step_aside()  # before PyTorch starts threads
-if name := missing("torch", "tqdm"):
-    sys.exit(complain(f"{name} is missing; run scripts/quickstart.sh, which installs what is needed"))
+if name := missing_package("torch", "tqdm"):
+    sys.exit(
+        print_error(f"{name} is missing; run scripts/quickstart.sh, which installs what is needed")
+    )
 
-from around import checkpoints
-from around.evaluation import Evaluator, judge
-from around.flags import parse, run_folder, settle
-from around.lanes import MetaBatch
-from around.predict import predict
-from around.pretrain import all_classes, fold_statistics, pretrain_batch
-from around.ranks import Ranks, end
-from around.recording import RECORDED, record, write_trace
-from around.results import contradictions, export, provenance, tables, write_results
-from around.run import Run, Stopped, begin_worker, checkpoint_of, trained
-from around.way import Way, adam, choose, dataset, make_reproducible
+from baselines.pretrain import all_classes, fold_statistics, pretrain_batch
 from dataloader import check_apart, episodes, scan_split
+from engine import checkpoint as checkpoints
+from engine.backend import Way, adam, choose, dataset, make_reproducible
+from engine.distributed import Ranks, end
+from engine.evaluation import Evaluator, judge
+from engine.flags import parse, run_folder, settle
+from engine.parallel import MetaBatch
+from engine.run import Run, Stopped, begin_worker, checkpoint_of, trained
 from episode import learned, train_episode
 from learner import FlatModule
 from metalearner import MetaLearner
+from tools.predict import predict
+from tools.results import contradictions, export, provenance, tables, write_results
+from tools.trace import RECORDED, record, write_trace
 
 
 def build(args: argparse.Namespace, way: Way) -> tuple[tuple[FlatModule, FlatModule], MetaLearner]:
-    """The pair (learner_w_grad, learner_wo_grad), and the meta-learner, whose cI starts as the learner's parameters."""
+    """The pair (learner_w_grad, learner_wo_grad), and the meta-learner, whose cI starts as the
+    learner's parameters.
+    """
     make_reproducible(args.seed)
-    shape = (args.image_size, args.bn_eps, args.bn_momentum, args.n_class, args.bn_scale, args.filters, args.adapt)
+    shape = (
+        args.image_size,
+        args.bn_eps,
+        args.bn_momentum,
+        args.n_class,
+        args.bn_scale,
+        args.filters,
+        args.adapt,
+    )
     learner_w_grad = way.learner(*shape).to(way.device)
     learner_wo_grad = copy.deepcopy(learner_w_grad)
     theta = learner_w_grad.get_flat_params()
     how = (tuple(args.bi_init), tuple(args.bf_init), args.lstm_init, args.grad_divisor)
-    metalearner = way.metalearner(args.input_size, args.hidden_size, theta.numel(), *how).to(way.device)
+    metalearner = way.metalearner(args.input_size, args.hidden_size, theta.numel(), *how).to(
+        way.device
+    )
     metalearner.metalstm.init_cI(theta)
     return (learner_w_grad, learner_wo_grad), metalearner
 
@@ -67,8 +81,8 @@ def learning_rate(args: argparse.Namespace, seen: int) -> float:
 def train(run: Run) -> None:
     """Train the meta-learner for ``--episode`` episodes; validate and save every ``--val-freq``.
 
-    With ``--mode pretrain`` an episode is a batch of all classes, which trains cI alone; nothing is validated.
-    """
+    With ``--mode pretrain`` an episode is a batch of all classes, which trains cI alone; nothing is
+    validated."""
     args, ranks, way = run.args, run.ranks, choose(run.args, run.ranks.local)
     print(f"{way.description}\ntraining on {args.data_root}, into {run.folder}")
     ranks.compare({"device": way.description})
@@ -84,8 +98,12 @@ def train(run: Run) -> None:
 
     def one(episode):
         if pretraining:
-            return pretrain_batch(episode, learners[0], metalearner, optimizer, args.grad_clip, way.step)
-        return train_episode(episode, *learners, metalearner, optimizer, args.batch_size, args.grad_clip, way.step)
+            return pretrain_batch(
+                episode, learners[0], metalearner, optimizer, args.grad_clip, way.step
+            )
+        return train_episode(
+            episode, *learners, metalearner, optimizer, args.batch_size, args.grad_clip, way.step
+        )
 
     def update(share):
         return step(*share)
@@ -100,12 +118,18 @@ def train(run: Run) -> None:
 
     def validate(n: int) -> None:
         if run.due(n):
-            run.keep(n, *(evaluate(val_set, run.stop_if_asked) if val_set and args.val_freq else ([], [])))
+            run.keep(
+                n,
+                *(evaluate(val_set, run.stop_if_asked) if val_set and args.val_freq else ([], [])),
+            )
 
     validate(done)  # if the last process ended while it validated
-    # closing the stream ends its worker processes; a traceback that held it would keep this process from ending
+    # closing the stream ends its worker processes; a traceback that held it would keep this process
+    # from ending
     how = (args.n_workers, way.device, args.pin_mem, begin_worker)
-    with contextlib.closing(episodes(train_set, done + ranks.rank, *how, step=ranks.size)) as stream:
+    with contextlib.closing(
+        episodes(train_set, done + ranks.rank, *how, step=ranks.size)
+    ) as stream:
         for n in range(done + args.meta_batch, args.episode + 1, args.meta_batch):
             if args.lr_decay:
                 optimizer.param_groups[0]["lr"].fill_(learning_rate(args, n - args.meta_batch))
@@ -119,7 +143,9 @@ def train(run: Run) -> None:
 
 
 def test(args: argparse.Namespace, checkpoint: dict, ranks: Ranks) -> None:
-    """Report a checkpoint's accuracy on episodes of the test classes, and keep it in the run folder."""
+    """Report a checkpoint's accuracy on episodes of the test classes, and keep it in the run
+    folder.
+    """
     way, path = choose(args, ranks.local), Path(args.resume)
     print(way.description)
     learners, metalearner = build(args, way)
@@ -127,7 +153,9 @@ def test(args: argparse.Namespace, checkpoint: dict, ranks: Ranks) -> None:
     print(f"testing {path} after {checkpoint['episode']} episodes, on {args.data_root}")
     stored = checkpoint.get("hyper_parameters", {})
     for name, value in contradictions(args, stored).items():
-        print(f"note: tested with --{name.replace('_', '-')} {value}, but trained with {stored[name]}")
+        print(
+            f"note: tested with --{name.replace('_', '-')} {value}, but trained with {stored[name]}"
+        )
     trained_on = stored.get("n_shot", args.n_shot)
     tests = judge(args, way, learners, metalearner, trained_on, ranks)
     if ranks.rank == 0 and path.resolve().parent.name == "ckpts":
@@ -140,7 +168,9 @@ def test(args: argparse.Namespace, checkpoint: dict, ranks: Ranks) -> None:
 
 def show_plots(folder: Path, wanted: str | None = None) -> None:
     """Draw a run's pictures, or the one that is wanted, and print where they are."""
-    from around.plots import plot  # matplotlib takes a second to load, which other modes need not wait for
+    from tools.plots import (
+        plot,  # matplotlib takes a second to load, which other modes need not wait for
+    )
 
     print("drawn: " + " ".join(str(path) for path in plot(folder, wanted)))
 
@@ -171,8 +201,14 @@ def work(argv: list[str], ranks: Ranks) -> int:
             if run.args.plots and ranks.rank == 0:
                 show_plots(run.folder)
     elif args.mode == "plot":
-        folder = run_folder(args) if args.resume in (None, "auto") else Path(checkpoint_of(args.resume, args.seed))
-        show_plots(folder.resolve().parent.parent if folder.is_file() else folder)  # a checkpoint lies in its run's ckpts/
+        folder = (
+            run_folder(args)
+            if args.resume in (None, "auto")
+            else Path(checkpoint_of(args.resume, args.seed))
+        )
+        show_plots(
+            folder.resolve().parent.parent if folder.is_file() else folder
+        )  # a checkpoint lies in its run's ckpts/
     elif args.mode == "export":
         print(f"written to {export(run_folder(args))}")
     elif args.mode == "results":
@@ -191,7 +227,7 @@ def work(argv: list[str], ranks: Ranks) -> int:
 
 def run(argv: list[str]) -> int:
     """``main`` with its exit code: 2, and one line on stderr, for whatever the user can mend."""
-    return exit_code(main, argv)
+    return run_main(main, argv)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The meta-learner: an LSTM whose cell state is the learner's parameter vector (paper, section 3).
 
 Gradient descent, theta_t = theta_{t-1} - alpha_t * grad_t, has the form of an LSTM's cell update,
-c_t = f_t * c_{t-1} + i_t * c~_t, with f_t = 1, i_t = alpha_t and c~_t = -grad_t (equation 2). The meta-learner learns f, i
-and the initial state c_0 = cI, with the same few weights for all coordinates.
-"""
+c_t = f_t * c_{t-1} + i_t * c~_t, with f_t = 1, i_t = alpha_t and c~_t = -grad_t (equation 2). The
+meta-learner learns f, i and the initial state c_0 = cI, with the same few weights for all
+coordinates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ INPUT_SIZE = 4  # prep(loss) and prep(grad), two numbers each
 
 
 def prep(x: Tensor) -> Tensor:
-    """Split magnitude from sign, so that one network can read numbers of any scale (paper, appendix A).
+    """Split magnitude from sign, so that one network can read numbers of any scale (paper, appendix
+    A).
 
     (log(|x| + 1e-8) / p, sign(x)) where |x| >= e^-p, else (-1, e^p * x), with p = 10.
 
@@ -36,7 +37,9 @@ def prep(x: Tensor) -> Tensor:
 
 
 class MetaState(NamedTuple):
-    """What the meta-learner remembers between updates. The gates f and i are kept *before* the sigmoid."""
+    """What the meta-learner remembers between updates. The gates f and i are kept *before* the
+    sigmoid.
+    """
 
     lstm_h: Tensor  # [P, hidden_size]; a subclass may arrange the two in its own way
     lstm_c: Tensor  # [P, hidden_size]
@@ -46,15 +49,16 @@ class MetaState(NamedTuple):
 
 
 class MetaLSTMCell(nn.Module):
-    """One scalar LSTM cell per coordinate of the learner, all with the same gate weights (paper, equations 3 and 4).
+    """One scalar LSTM cell per coordinate of the learner, all with the same gate weights (paper,
+    equations 3 and 4).
 
     f_t = [h_t, c_{t-1}, f_{t-1}] WF + bF
     i_t = [h_t, c_{t-1}, i_{t-1}] WI + bI
     c_t = sigmoid(f_t) * c_{t-1} - sigmoid(i_t) * grad_t
 
-    WF, WI ~ U(-0.01, 0.01); bF ~ U(*bf_range), bI ~ U(*bi_range). With the default ranges it starts as gradient descent with a
-    small step. cI, the initial cell state, is the learner's initialisation, itself learned (see ``init_cI``).
-    """
+    WF, WI ~ U(-0.01, 0.01); bF ~ U(*bf_range), bI ~ U(*bi_range). With the default ranges it starts
+    as gradient descent with a small step. cI, the initial cell state, is the learner's
+    initialisation, itself learned (see ``init_cI``)."""
 
     def __init__(
         self,
@@ -75,11 +79,13 @@ class MetaLSTMCell(nn.Module):
         """Start from the learner's own initialisation.
 
         Args:
-            flat_params: [P], as ``Learner.get_flat_params`` returns it.
+            flat_params: [P], as ``Conv4.get_flat_params`` returns it.
         """
         self.cI.copy_(flat_params.reshape(-1, 1))
 
-    def forward(self, h: Tensor, grad: Tensor, f: Tensor, i: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, h: Tensor, grad: Tensor, f: Tensor, i: Tensor, c: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One update.
 
         Args:
@@ -96,17 +102,20 @@ class MetaLSTMCell(nn.Module):
 
 
 class MetaLearner(nn.Module):
-    """The whole meta-learner: an LSTM that reads loss and gradient, and the cell that updates the learner.
+    """The whole meta-learner: an LSTM that reads loss and gradient, and the cell that updates the
+    learner.
 
     Args:
         input_size: numbers that the LSTM reads per coordinate; always 4.
         hidden_size: width of the LSTM, its weights shared by all coordinates.
         n_learner_params: P, the length of the learner's flat parameter vector.
         bi_range, bf_range: ranges of the uniform distributions from which bI and bF start.
-        lstm_init: "pytorch" for PyTorch's default, U(-1/sqrt(hidden_size), 1/sqrt(hidden_size)) and two biases, as the port;
-            "authors" for U(-0.01, 0.01) and a single bias (``bias_hh`` stays zero), as the authors' Lua code.
-        grad_divisor: by what a minibatch's gradient is divided before ``forward`` takes it; 0: by its number of images, as the
-            authors' Lua code, so that a step is at most 1/25 of the gradient in 5-shot episodes, but 1/5 in 1-shot ones.
+        lstm_init: "pytorch" for PyTorch's default, U(-1/sqrt(hidden_size), 1/sqrt(hidden_size)) and
+            two biases, as the port; "authors" for U(-0.01, 0.01) and a single bias (``bias_hh``
+            stays zero), as the authors' Lua code.
+        grad_divisor: by what a minibatch's gradient is divided before ``forward`` takes it; 0: by
+            its number of images, as the authors' Lua code, so that a step is at most 1/25 of the
+            gradient in 5-shot episodes, but 1/5 in 1-shot ones.
 
     Raises:
         ValueError: ``input_size`` is not 4.
@@ -124,7 +133,9 @@ class MetaLearner(nn.Module):
     ):
         super().__init__()
         if input_size != INPUT_SIZE:
-            raise ValueError(f"input_size is {input_size}, but prep(loss) and prep(grad) make {INPUT_SIZE} numbers")
+            raise ValueError(
+                f"input_size is {input_size}, but prep(loss) and prep(grad) make {INPUT_SIZE} numbers"
+            )
         self.grad_divisor = grad_divisor
         self.lstm = nn.LSTMCell(input_size, hidden_size)
         if lstm_init == "authors":
@@ -137,14 +148,17 @@ class MetaLearner(nn.Module):
         """The state before the first update: c_0 = cI, all else zero.
 
         Args:
-            n: the last n coordinates only, which then are all that ``forward`` updates; P by default.
+            n: the last n coordinates only, which then are all that ``forward`` updates; P by
+                default.
         """
         cI = self.metalstm.cI if n in (None, len(self.metalstm.cI)) else self.metalstm.cI[-n:]
         h, zero = cI.new_zeros(cI.shape[0], self.lstm.hidden_size), torch.zeros_like(cI)
         return MetaState(h, h, zero, zero, cI)
 
     def complete(self, c: Tensor) -> Tensor:
-        """The parameters [P, 1] of a learner whose last ones are a cell state c [n, 1]; the others are constants, cI's."""
+        """The parameters [P, 1] of a learner whose last ones are a cell state c [n, 1]; the others
+        are constants, cI's.
+        """
         cI = self.metalstm.cI
         return c if len(c) == len(cI) else torch.cat((cI[: len(cI) - len(c)].detach(), c))
 

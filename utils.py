@@ -1,4 +1,6 @@
-"""What every part needs: errors, exit codes, flags, junk files, whole files, locks and statistics. Imports no PyTorch."""
+"""What every part needs: errors, exit codes, flags, junk files, whole files, locks and statistics.
+Imports no PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
 
-def whole(low: int, high: int = 10**9) -> Callable[[str], int]:
+def int_range(low: int, high: int = 10**9) -> Callable[[str], int]:
     """A parser of whole numbers from ``low`` to ``high``."""
 
     def parse(text: str) -> int:
@@ -54,13 +56,15 @@ def whole(low: int, high: int = 10**9) -> Callable[[str], int]:
         except ValueError:
             value = None
         if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"is {text!r}, but must be a whole number from {low} to {high}")
+            raise argparse.ArgumentTypeError(
+                f"is {text!r}, but must be a whole number from {low} to {high}"
+            )
         return value
 
     return parse
 
 
-def real(low: float, high: float, low_open: bool = False) -> Callable[[str], float]:
+def float_range(low: float, high: float, low_open: bool = False) -> Callable[[str], float]:
     """A parser of finite numbers from ``low`` (itself excluded if ``low_open``) to ``high``."""
 
     def parse(text: str) -> float:
@@ -70,36 +74,42 @@ def real(low: float, high: float, low_open: bool = False) -> Callable[[str], flo
             value = math.nan
         if not low <= value <= high or (low_open and value == low):
             bound = "above" if low_open else "from"
-            raise argparse.ArgumentTypeError(f"is {text!r}, but must be a number {bound} {low:g} up to {high:g}")
+            raise argparse.ArgumentTypeError(
+                f"is {text!r}, but must be a number {bound} {low:g} up to {high:g}"
+            )
         return value
 
     return parse
 
 
-def exit_code(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     """Run a command: 0 or what it returns; 2 and one line on stderr for whatever the user can mend."""
     try:
         return main(argv) or 0
     except UserError as error:
-        return complain(error)
+        return print_error(error)
     except BrokenPipeError:  # the reader of the output has gone, as `| head` does after ten lines
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails once more
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or the flush at exit fails once more
         return 128 + signal.SIGPIPE
     except OSError as error:  # such as a name that is too long, or a folder without permission
         if error.filename is None:
             raise
-        return complain(f"{error.filename}: {error.strerror}")
+        return print_error(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
 
-def complain(error: object) -> int:
+def print_error(error: object) -> int:
     """One line on stderr; returns the exit code 2."""
-    print("error: " + str(error).replace("\n", "\\n"), file=sys.stderr)  # file names may hold newlines
+    print(
+        "error: " + str(error).replace("\n", "\\n"), file=sys.stderr
+    )  # file names may hold newlines
     return 2
 
 
-def missing(*packages: str) -> str | None:
+def missing_package(*packages: str) -> str | None:
     """The first package, of these and of those that they import, that is not installed."""
     try:
         for package in packages:
@@ -110,7 +120,9 @@ def missing(*packages: str) -> str | None:
 
 
 class Terminal(io.FileIO):
-    """Standard output or error that survives its terminal: only what is written after the terminal has gone is lost."""
+    """Standard output or error that survives its terminal: only what is written after the terminal
+    has gone is lost.
+    """
 
     def write(self, data) -> int:
         try:
@@ -127,19 +139,22 @@ class Terminal(io.FileIO):
             raw = io.BufferedWriter(cls(number, "w", closefd=False))
             encoding = getattr(sys, name).encoding
             # file names may hold bytes of any kind
-            setattr(sys, name, io.TextIOWrapper(raw, encoding, errors="backslashreplace", line_buffering=True))
+            setattr(
+                sys,
+                name,
+                io.TextIOWrapper(raw, encoding, errors="backslashreplace", line_buffering=True),
+            )
 
 
 # ---- The machine ----
 
 
 def step_aside() -> None:
-    """Under ``nice -n 10`` or more, run when nothing else wants the processor (Linux's SCHED_IDLE), and so do all threads and
-    processes that start from now on.
+    """Under ``nice -n 10`` or more, run when nothing else wants the processor (Linux's SCHED_IDLE),
+    and so do all threads and processes that start from now on.
 
-    A program whose threads often wait for each other loses a third of its speed to a niced one, which Linux lets finish its
-    slice each time; an idle one it takes off at once.
-    """
+    A program whose threads often wait for each other loses a third of its speed to a niced one,
+    which Linux lets finish its slice each time; an idle one it takes off at once."""
     if hasattr(os, "SCHED_IDLE") and os.getpriority(os.PRIO_PROCESS, 0) >= 10:
         with contextlib.suppress(OSError):  # a sandbox may forbid it
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
@@ -154,8 +169,9 @@ def is_junk(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside ``path`` for binary writing; it takes the name only when it is complete and on disk.
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside ``path`` for binary writing; it takes the name only when it is
+    complete and on disk.
 
     Raises:
         UserError: it cannot be written; whatever was at ``path`` is still there.
@@ -169,7 +185,9 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror}); free some space or choose another folder") from e
+        raise UserError(
+            f"{path}: cannot be written ({e.strerror}); free some space or choose another folder"
+        ) from e
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -179,8 +197,9 @@ _locks: list[IO[bytes]] = []  # held by this process
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold a lock file, made if missing, for this process alone. The system releases it however the process ends.
+def file_lock(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file, made if missing, for this process alone. The system releases it however the
+    process ends.
 
     A file system without locks (or Windows) gives none: then nothing keeps two processes apart.
 
@@ -198,10 +217,14 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         except BlockingIOError as e:
             file.seek(0)
             holder = file.read().decode(errors="replace").strip() or "another process"
-            raise UserError(f"{path.parent}: in use by {holder}; wait for it, or choose another folder") from e
+            raise UserError(
+                f"{path.parent}: in use by {holder}; wait for it, or choose another folder"
+            ) from e
         except OSError:
             pass
-        with contextlib.suppress(OSError):  # a full disk shows when something that matters is written
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk shows when something that matters is written
             file.truncate(0)
             who = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
             file.write(who.encode())
@@ -213,7 +236,9 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 
 def release_locks() -> None:
-    """Close the lock files that a worker process has inherited: it may outlive a killed parent, which can then start again."""
+    """Close the lock files that a worker process has inherited: it may outlive a killed parent,
+    which can then start again.
+    """
     for file in _locks:
         file.close()
 
@@ -222,7 +247,8 @@ def release_locks() -> None:
 
 
 def summary(values: Iterable[float]) -> dict[str, float]:
-    """Mean, population standard deviation and half-width of the 95 % interval, 1.96 * std / sqrt(n).
+    """Mean, population standard deviation and half-width of the 95 % interval, 1.96 * std /
+    sqrt(n).
 
     Args:
         values: one number an episode, in whatever unit.

@@ -1,7 +1,7 @@
 """Time and memory of training and testing: fast/ against --plain, turn by turn in one process.
 
-Every figure is the median of several rounds; a round runs each way once, so that a machine's moods hit both.
-"""
+Every figure is the median of several rounds; a round runs each way once, so that a machine's moods
+hit both."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from around.evaluation import Evaluator
-from around.flags import parse, settle
-from around.run import begin_worker
-from around.way import choose, dataset
 from dataloader import draw_augmentation, episodes, load_image, scan_split
+from engine.backend import choose, dataset
+from engine.evaluation import Evaluator
+from engine.flags import parse, settle
+from engine.run import begin_worker
 from episode import Episode, train_episode
 from fast import native
 from fast.graphs import CHECKED, WARM_UP
@@ -42,10 +42,14 @@ TURN = 4  # episodes
 
 
 class Model:
-    """What main.py trains and tests with these flags; the others are those of the 5-way 5-shot recipe."""
+    """What main.py trains and tests with these flags; the others are those of the 5-way 5-shot
+    recipe.
+    """
 
     def __init__(self, device: torch.device, plain: bool, **flags):
-        self.args = args = settle({"cpu": device.type == "cpu", "plain": plain, **flags}, parse([])[1])
+        self.args = args = settle(
+            {"cpu": device.type == "cpu", "plain": plain, **flags}, parse([])[1]
+        )
         self.way = choose(args)
         learners, self.meta = build(args, self.way)
         self.learner = learners[0].train()
@@ -74,14 +78,15 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def turns(functions: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+def turns(
+    functions: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, float]:
     """Median seconds of each function, all of them once a round.
 
     One round is not counted; on a GPU those are not, in which graphs are recorded and checked.
 
-    What is called plain runs with the C library's own setting of the allocator, as with ``--plain``; what is said to have no
-    compiler runs without the kernels.
-    """
+    What is called plain runs with the C library's own setting of the allocator, as with
+    ``--plain``; what is said to have no compiler runs without the kernels."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     uncounted = WARM_UP + CHECKED if device.type == "cuda" else 1
     for round_ in range(uncounted + rounds):
@@ -102,7 +107,13 @@ def ways(device: torch.device, bf16: bool = False) -> list[str]:
 
 def row(*cells: object) -> str:
     def text(cell: object) -> str:
-        return str(cell) if not isinstance(cell, float) else f"{cell:.0f}" if cell >= 1000 else f"{cell:.3g}"
+        return (
+            str(cell)
+            if not isinstance(cell, float)
+            else f"{cell:.0f}"
+            if cell >= 1000
+            else f"{cell:.3g}"
+        )
 
     return "| " + " | ".join(map(text, cells)) + " |"
 
@@ -112,21 +123,38 @@ def table(*head: str) -> list[str]:
 
 
 def end_to_end(root: Path, rounds: int, workers: int, device: torch.device) -> list[str]:
-    """Episodes from images on disk through to the update, each way with its own data pipeline running ahead."""
+    """Episodes from images on disk through to the update, each way with its own data pipeline
+    running ahead.
+    """
     names, spent = ways(device, bf16=True), {}
     for what in ("train", "test"):
 
         def stepper(name: str, what: str = what) -> Callable[[], object]:
-            model = Model(device, name == "plain", precision="bf16" if "bf16" in name else "fp32", data_root=root)
-            data = dataset(model.args, model.way, scan_split(root, what), TURN * (rounds + WARM_UP + CHECKED))
+            model = Model(
+                device,
+                name == "plain",
+                precision="bf16" if "bf16" in name else "fp32",
+                data_root=root,
+            )
+            data = dataset(
+                model.args, model.way, scan_split(root, what), TURN * (rounds + WARM_UP + CHECKED)
+            )
             stream = episodes(data, 0, workers, device, True, begin_worker)
             step, together = (model.train, map) if what == "train" else (model.test, model.way.map)
             return lambda: list(together(step, islice(stream, TURN)))
 
         spent[what] = turns({name: stepper(name) for name in names}, rounds, device)
-    lines = table("end to end", "training, ms an episode", "times plain's speed", "testing, ms", "times plain's speed")
+    lines = table(
+        "end to end",
+        "training, ms an episode",
+        "times plain's speed",
+        "testing, ms",
+        "times plain's speed",
+    )
     for name in names:
-        cells = [x for of in spent.values() for x in (of[name] * 1e3 / TURN, of["plain"] / of[name])]
+        cells = [
+            x for of in spent.values() for x in (of[name] * 1e3 / TURN, of["plain"] / of[name])
+        ]
         lines.append(row(name, *cells))
     return lines
 
@@ -142,7 +170,9 @@ def synthetic(device: torch.device, args: argparse.Namespace) -> Episode:
         for k in (args.n_shot, args.n_eval)
     )
     order = torch.arange(args.n_class * args.n_shot, device=device).repeat(args.epoch, 1)
-    return Episode(support, y.repeat_interleave(args.n_shot), query, y.repeat_interleave(args.n_eval), order)
+    return Episode(
+        support, y.repeat_interleave(args.n_shot), query, y.repeat_interleave(args.n_eval), order
+    )
 
 
 def parts(root: Path, rounds: int, device: torch.device) -> list[str]:
@@ -152,7 +182,10 @@ def parts(root: Path, rounds: int, device: torch.device) -> list[str]:
         model = Model(device, plain, data_root=root)
         data = dataset(model.args, model.way, scan_split(root, "train"), 10**6)
         index, episode = iter(range(10**6)), synthetic(device, model.args)
-        grad, loss = torch.randn_like(model.meta.metalstm.cI) * 1e-3, torch.tensor(1.5, device=device)
+        grad, loss = (
+            torch.randn_like(model.meta.metalstm.cI) * 1e-3,
+            torch.tensor(1.5, device=device),
+        )
 
         def unroll() -> None:
             state = model.meta.initial_state()
@@ -161,9 +194,13 @@ def parts(root: Path, rounds: int, device: torch.device) -> list[str]:
             state.c.sum().backward()
 
         return {
-            "one inner update of the learner": lambda: model.learner.loss_and_grad(episode.support, episode.support_y),
+            "one inner update of the learner": lambda: model.learner.loss_and_grad(
+                episode.support, episode.support_y
+            ),
             "meta-learner, 8 updates forward and back": unroll,
-            "data of a training episode, one thread": lambda: data.deliver(data[next(index)], device),
+            "data of a training episode, one thread": lambda: data.deliver(
+                data[next(index)], device
+            ),
             "training, data aside": lambda: model.train(episode),
             "testing, data aside": lambda: model.test(episode),
         }
@@ -173,7 +210,9 @@ def parts(root: Path, rounds: int, device: torch.device) -> list[str]:
     for part in plain:
         n_threads = torch.get_num_threads()
         torch.set_num_threads(1 if "one thread" in part else n_threads)
-        spent = turns({name: (plain if name == "plain" else fast)[part] for name in names}, rounds, device)
+        spent = turns(
+            {name: (plain if name == "plain" else fast)[part] for name in names}, rounds, device
+        )
         torch.set_num_threads(n_threads)
         lines.append(row(part, *(v * 1e3 for v in spent.values()), spent["plain"] / spent["fast"]))
     return lines
@@ -206,49 +245,121 @@ print((torch.cuda.max_memory_reserved() if device.type == "cuda" else peak - bas
 
 
 def memory(device: torch.device) -> list[str]:
-    """Peak memory above what a process starts with, one process each, and its growth with the number of updates."""
+    """Peak memory above what a process starts with, one process each, and its growth with the
+    number of updates.
+    """
     lines = table("peak memory, MiB", "8 updates", "24 updates", "each update more")
     for name in ("plain", "fast"):
         for what in ("train", "test"):
             peaks = []
             for epoch in (8, 24):
-                code = MEMORY.format(root=str(ROOT), device=str(device), plain=name == "plain", what=what, epoch=epoch)
-                found = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+                code = MEMORY.format(
+                    root=str(ROOT),
+                    device=str(device),
+                    plain=name == "plain",
+                    what=what,
+                    epoch=epoch,
+                )
+                found = subprocess.run(
+                    [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
+                )
                 peaks.append(float(found.stdout.split()[-1]))
-            lines.append(row(f"{name}, {what}", *(f"{p:.0f}" for p in peaks), f"{(peaks[1] - peaks[0]) / 16:.1f}"))
+            lines.append(
+                row(
+                    f"{name}, {what}",
+                    *(f"{p:.0f}" for p in peaks),
+                    f"{(peaks[1] - peaks[0]) / 16:.1f}",
+                )
+            )
     return lines
 
 
-VARIANTS = [{}, {"n_class": 10}, {"n_class": 20}, {"n_shot": 1}, {"n_shot": 10}, {"epoch": 4}, {"epoch": 16}]
+VARIANTS = [
+    {},
+    {"n_class": 10},
+    {"n_class": 20},
+    {"n_shot": 1},
+    {"n_shot": 10},
+    {"epoch": 4},
+    {"epoch": 16},
+]
 VARIANTS += [{"image_size": 42}, {"image_size": 112}, {"filters": 16}, {"filters": 64}]
 
 
 def scaling(rounds: int, device: torch.device) -> list[str]:
-    """Cost of a training episode as each size changes, the others being the recipe's; a minibatch is the whole support set."""
-    lines = table("training episode, data aside", "learner parameters", "plain, ms", "fast, ms", "plain : fast")
+    """Cost of a training episode as each size changes, the others being the recipe's; a minibatch
+    is the whole support set.
+    """
+    lines = table(
+        "training episode, data aside",
+        "learner parameters",
+        "plain, ms",
+        "fast, ms",
+        "plain : fast",
+    )
     for variant in VARIANTS:
-        models = {k: Model(device, k == "plain", **{"batch_size": 10**6, **variant}) for k in ("plain", "fast")}
-        spent = turns({k: partial(m.train, synthetic(device, m.args)) for k, m in models.items()}, rounds, device)
+        models = {
+            k: Model(device, k == "plain", **{"batch_size": 10**6, **variant})
+            for k in ("plain", "fast")
+        }
+        spent = turns(
+            {k: partial(m.train, synthetic(device, m.args)) for k, m in models.items()},
+            rounds,
+            device,
+        )
         name = ", ".join(f"{k} {v}" for k, v in variant.items()) or "the recipe"
         if "filters" in variant and device.type == "cpu":
             name += " (PyTorch's blocks: the kernels are for 32)"
         n_params = models["fast"].meta.metalstm.cI.numel()
-        lines.append(row(name, n_params, spent["plain"] * 1e3, spent["fast"] * 1e3, spent["plain"] / spent["fast"]))
+        lines.append(
+            row(
+                name,
+                n_params,
+                spent["plain"] * 1e3,
+                spent["fast"] * 1e3,
+                spent["plain"] / spent["fast"],
+            )
+        )
     return lines
 
 
 def start(root: Path, rounds: int, device: torch.device) -> list[str]:
-    """From the command to the end of its first episode; for the fast way the images are decoded already."""
+    """From the command to the end of its first episode; for the fast way the images are decoded
+    already.
+    """
     n_images = sum(map(len, scan_split(root, "train").files))
     times: dict[str, list[float]] = {"plain": [], "fast": []}
     for _ in range(rounds):
         for name, spent in times.items():
             with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, str(ROOT / "main.py"), "--data-root", str(root), "--save", f"{folder}/logs"]
-                command += ["--mode", "train", "--episode", "2", "--log-freq", "1", "--val-freq", "0", "--plots", "false"]
-                command += [*(["--cpu"] if device.type == "cpu" else []), *(["--plain"] if name == "plain" else [])]
+                command = [
+                    sys.executable,
+                    str(ROOT / "main.py"),
+                    "--data-root",
+                    str(root),
+                    "--save",
+                    f"{folder}/logs",
+                ]
+                command += [
+                    "--mode",
+                    "train",
+                    "--episode",
+                    "2",
+                    "--log-freq",
+                    "1",
+                    "--val-freq",
+                    "0",
+                    "--plots",
+                    "false",
+                ]
+                command += [
+                    *(["--cpu"] if device.type == "cpu" else []),
+                    *(["--plain"] if name == "plain" else []),
+                ]
                 begun = time.perf_counter()
-                with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+                with subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                ) as process:
                     next(line for line in process.stdout if line.startswith("["))
                     spent.append(time.perf_counter() - begun)
     lines = table("a run's start, to the end of its first episode, s", *times)
@@ -263,12 +374,21 @@ def reduction() -> list[str]:
 
     photograph = load_image(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg")
     small = photograph.resize(reduced_size(*photograph.size, 84), Image.Resampling.LANCZOS)
-    drawn = draw_augmentation(0, "train", 0, np.tile((photograph.height, photograph.width), (500, 1)))
+    drawn = draw_augmentation(
+        0, "train", 0, np.tile((photograph.height, photograph.width), (500, 1))
+    )
     scale = small.height / photograph.height
     differences, areas = [], []
     for top, left, height, width in drawn.box.tolist():
-        large = photograph.resize((84, 84), Image.Resampling.BILINEAR, (left, top, left + width, top + height))
-        box = (left * scale, top * scale, min((left + width) * scale, small.width), min((top + height) * scale, small.height))
+        large = photograph.resize(
+            (84, 84), Image.Resampling.BILINEAR, (left, top, left + width, top + height)
+        )
+        box = (
+            left * scale,
+            top * scale,
+            min((left + width) * scale, small.width),
+            min((top + height) * scale, small.height),
+        )
         reduced = small.resize((84, 84), Image.Resampling.BILINEAR, box)
         differences.append(np.abs(np.asarray(large, float) - np.asarray(reduced, float)).mean())
         areas.append(height * width / (photograph.height * photograph.width))
@@ -277,14 +397,22 @@ def reduction() -> list[str]:
     for low, high in ((0.08, 0.25), (0.25, 0.5), (0.5, 1.01)):
         inside = (areas >= low) & (areas < high)
         lines.append(row(f"{low:.0%} to {min(high, 1):.0%}", f"{differences[inside].mean():.2f}"))
-    return [*lines, row(f"all (a photograph of {photograph.width}x{photograph.height} px)", f"{differences.mean():.2f}")]
+    return [
+        *lines,
+        row(
+            f"all (a photograph of {photograph.width}x{photograph.height} px)",
+            f"{differences.mean():.2f}",
+        ),
+    ]
 
 
 LARGEST = 20  # kernels of a table
 
 
 def kernels(device: torch.device) -> list[str]:
-    """A GPU's time for one training episode by kernel, as the profiler sees it where the episode is not recorded."""
+    """A GPU's time for one training episode by kernel, as the profiler sees it where the episode is
+    not recorded.
+    """
     model = Model(device, plain=False)
     episode = synthetic(device, model.args)
     for _ in range(2):
@@ -297,14 +425,19 @@ def kernels(device: torch.device) -> list[str]:
     found = [event for event in found if event.self_device_time_total > 0]
     lines = table("kernel", "launches", "ms")
     for event in found[:LARGEST]:
-        lines.append(row(event.key[:90].replace("|", " "), event.count, event.self_device_time_total / 1e3))
+        lines.append(
+            row(event.key[:90].replace("|", " "), event.count, event.self_device_time_total / 1e3)
+        )
     total = sum(event.self_device_time_total for event in found)
     return [*lines, row("all", sum(event.count for event in found), total / 1e3)]
 
 
 def machine(device: torch.device) -> str:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = next((x.split(":")[1].strip() for x in info.splitlines() if x.startswith("model name")), platform.processor())
+    cpu = next(
+        (x.split(":")[1].strip() for x in info.splitlines() if x.startswith("model name")),
+        platform.processor(),
+    )
     name = f"{cpu}, {torch.get_num_threads()} threads, {library().state}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
@@ -313,7 +446,9 @@ def machine(device: torch.device) -> str:
 
 
 SECTIONS = {
-    "end-to-end": lambda args, device: end_to_end(args.data_root, args.rounds, args.n_workers, device),
+    "end-to-end": lambda args, device: end_to_end(
+        args.data_root, args.rounds, args.n_workers, device
+    ),
     "parts": lambda args, device: parts(args.data_root, args.rounds, device),
     "kernels": lambda args, device: kernels(device) if device.type == "cuda" else [],
     "memory": lambda args, device: memory(device),
@@ -324,14 +459,35 @@ SECTIONS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Benchmarks of the 5-way 5-shot recipe, fast/ against --plain.")
+    parser = argparse.ArgumentParser(
+        description="Benchmarks of the 5-way 5-shot recipe, fast/ against --plain."
+    )
     glyphs = ROOT / "data" / "glyphs"
-    parser.add_argument("--data-root", type=Path, default=glyphs, help="images to time with (default: data/glyphs)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of which the median is reported (default: 7)")
-    parser.add_argument("--n-workers", type=int, default=2, help="worker processes of each data pipeline (default: 2)")
+    parser.add_argument(
+        "--data-root", type=Path, default=glyphs, help="images to time with (default: data/glyphs)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="rounds of which the median is reported (default: 7)"
+    )
+    parser.add_argument(
+        "--n-workers",
+        type=int,
+        default=2,
+        help="worker processes of each data pipeline (default: 2)",
+    )
     parser.add_argument("--cpu", action="store_true", help="the CPU even where there is a GPU")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="which of them (default: all)")
-    parser.add_argument("--name", default=None, help="name of the table in benchmarks/results (default: cpu or cuda)")
+    parser.add_argument(
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        default=SECTIONS,
+        help="which of them (default: all)",
+    )
+    parser.add_argument(
+        "--name",
+        default=None,
+        help="name of the table in benchmarks/results (default: cpu or cuda)",
+    )
     args = parser.parse_args()
     device = torch.device("cpu" if args.cpu or not torch.cuda.is_available() else "cuda")
     command = f"bash benchmarks/run.sh --rounds {args.rounds} --n-workers {args.n_workers}"

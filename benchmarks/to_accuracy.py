@@ -1,10 +1,10 @@
-"""Time to accuracy: after how many episodes and minutes does validation first reach a level? Run folders in, Markdown out.
+"""Time to accuracy: after how many episodes and minutes does validation first reach a level? Run
+folders in, Markdown out.
 
-Minutes are episodes times the time of one where the run was undisturbed, its fastest tenth: validations, pauses and other work
-on the machine do not count.
-A run that continues a checkpoint of another one, as the best recipes' do, begins with that one's validations if its folder is
-given, too. If its folder holds that of its pre-training, as ``pretraining/``, the minutes contain it.
-"""
+Minutes are episodes times the time of one where the run was undisturbed, its fastest tenth:
+validations, pauses and other work on the machine do not count. A run that continues a checkpoint of
+another one, as the best recipes' do, begins with that one's validations if its folder is given,
+too. If its folder holds that of its pre-training, as ``pretraining/``, the minutes contain it."""
 
 from __future__ import annotations
 
@@ -16,22 +16,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from around import checkpoints
-from around.results import LAST, NAME, recipe
-from utils import UserError, complain
+from engine import checkpoint as checkpoints
+from tools.results import LAST, NAME, recipe
+from utils import UserError, print_error
 
 LEVELS = {5: (50, 55, 57.8), 1: (40, 43.44, 46)}  # percent, by the number of shots
 
 
 def training(folder: Path) -> dict:
-    """What ``results.json`` says about a run's training; of an untested run, what its newest checkpoint says."""
+    """What ``results.json`` says about a run's training; of an untested run, what its newest
+    checkpoint says.
+    """
     path = folder / NAME
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))["training"]
     for place in ("ckpts", "unfinished"):
         if (folder / place / LAST).is_file():
             checkpoint = checkpoints.load(folder / place / LAST)
-            return {**checkpoint.get("about", {}), "hyper_parameters": checkpoint["hyper_parameters"]}
+            return {
+                **checkpoint.get("about", {}),
+                "hyper_parameters": checkpoint["hyper_parameters"],
+            }
     raise UserError(f"{folder}: neither {NAME} nor ckpts/{LAST} there; name a run folder")
 
 
@@ -62,8 +67,12 @@ def validations(folder: Path, folders: list[Path]) -> dict[int, dict]:
     if origin:
         parents = [other for other in folders if other.name == Path(origin["checkpoint"]).parts[0]]
         for parent in parents:
-            found |= {n: v for n, v in validations(parent, folders).items() if n <= origin["episode"]}
-    return found | {event["episode"]: event["accuracy"] for event in logged(folder) if event["event"] == "val"}
+            found |= {
+                n: v for n, v in validations(parent, folders).items() if n <= origin["episode"]
+            }
+    return found | {
+        event["episode"]: event["accuracy"] for event in logged(folder) if event["event"] == "val"
+    }
 
 
 def table(folders: list[Path]) -> str:
@@ -92,19 +101,34 @@ def table(folders: list[Path]) -> str:
         rows.setdefault(shots, []).append("| " + " | ".join(cells) + " |")
     blocks = []
     for shots in sorted(rows, reverse=True):
-        heads = ["run", "recipe", "episodes", "ms an episode", "best validation, %", *(f"{x} %" for x in LEVELS.get(shots, ()))]
-        lines = [f"{shots}-shot:", "", "| " + " | ".join(heads) + " |", "|" + "-|" * len(heads), *rows[shots]]
+        heads = [
+            "run",
+            "recipe",
+            "episodes",
+            "ms an episode",
+            "best validation, %",
+            *(f"{x} %" for x in LEVELS.get(shots, ())),
+        ]
+        lines = [
+            f"{shots}-shot:",
+            "",
+            "| " + " | ".join(heads) + " |",
+            "|" + "-|" * len(heads),
+            *rows[shots],
+        ]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 
 def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, such as logs-719")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run folder, such as logs-719"
+    )
     try:
         print(table(parser.parse_args(argv).runs))
     except UserError as e:
-        return complain(e)
+        return print_error(e)
     return 0
 
 

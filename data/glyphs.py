@@ -2,19 +2,22 @@
 
     python data/glyphs.py            # 100 classes x 60 JPEG images of 32 x 32 px in data/glyphs
 
-The quickstart trains on it: a model learns to tell new characters apart after five examples of each. A class is one
-character of six scripts. An image shows it in one of 20 typefaces, at a random size, place and slant, in random colours,
-on random paper and with random noise. The typefaces come with the matplotlib package, so each machine draws the same.
+The quickstart trains on it: a model learns to tell new characters apart after five examples of
+each. A class is one character of six scripts. An image shows it in one of 20 typefaces, at a random
+size, place and slant, in random colours, on random paper and with random noise. The typefaces come
+with the matplotlib package, so each machine draws the same.
 
-    dest/{train,val,test}/<class>/<nnn>.jpg     64/16/20 classes, for example train/greek-capital-delta/007.jpg
-    dest/glyphs.json                            the settings that made it
+    dest/{train,val,test}/<class>/<nnn>.jpg     64/16/20 classes, for example
+    train/greek-capital-delta/007.jpg dest/glyphs.json                            the settings that
+    made it
 
-An image is a pure function of (seed, character, index). One machine writes the same bytes each time. Another version of
-Pillow brings another FreeType or JPEG encoder: its pixels may differ by a few grey levels.
+An image is a pure function of (seed, character, index). One machine writes the same bytes each
+time. Another version of Pillow brings another FreeType or JPEG encoder: its pixels may differ by a
+few grey levels.
 
-The folder appears when it is complete: it is made beside dest as .<name>.tmp and renamed. Exit codes: 0 made or there
-already, 2 bad flags or files (one line on stderr says which), 130 interrupted.
-"""
+The folder appears when it is complete: it is made beside dest as .<name>.tmp and renamed. Exit
+codes: 0 made or there already, 2 bad flags or files (one line on stderr says which), 130
+interrupted."""
 
 from __future__ import annotations
 
@@ -39,14 +42,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for utils
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for forms
 
-from forms import DATA, refuse_code_folder
+from formats import DATA, refuse_code_folder
 
-from utils import Parser, UserError, exit_code, locked, whole
+from utils import Parser, UserError, file_lock, int_range, run_main
 
 MARKER = "glyphs.json"
 RECIPE = 1  # raise it when the same settings come to give other images
 
-# ---- Classes: script by script, without characters that look like one already in the table (O/0, A/Α/А, З/3, n/ո) ----
+# ---- Classes: script by script, without characters that look like one already in the table (O/0,
+# A/Α/А, З/3, n/ո) ----
 
 CHARACTERS = "".join(
     [
@@ -67,7 +71,8 @@ UNICODE_FACES = (
     *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
     *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
 )
-# Outside ASCII their character maps are not Unicode. cmti10 is left out: older versions of matplotlib lack it.
+# Outside ASCII their character maps are not Unicode. cmti10 is left out: older versions of
+# matplotlib lack it.
 ASCII_FACES = ("cmr10", "cmb10", "cmss10", "cmtt10")
 
 # ---- Variation: (low, high) of uniform draws; lengths are fractions of the image's side ----
@@ -93,19 +98,22 @@ def class_name(character: str) -> str:
 def class_splits() -> dict[str, list[str]]:
     """{'train': 64 characters, 'val': 16, 'test': 20}, disjoint.
 
-    Every fifth of CHARACTERS goes to test and four of every 25 to val, so that each split has all six scripts. The split
-    does not depend on the seed.
-    """
+    Every fifth of CHARACTERS goes to test and four of every 25 to val, so that each split has all
+    six scripts. The split does not depend on the seed."""
     splits = {"train": [], "val": [], "test": []}
     for position, character in enumerate(CHARACTERS):
-        split = "test" if position % 5 == 4 else "val" if position % 25 in (1, 8, 12, 20) else "train"
+        split = (
+            "test" if position % 5 == 4 else "val" if position % 25 in (1, 8, 12, 20) else "train"
+        )
         splits[split].append(character)
     return splits
 
 
 @cache
 def character_map(face: str) -> frozenset[int]:
-    """The code points for which a typeface has a shape. Raises FileNotFoundError if matplotlib lacks the file."""
+    """The code points for which a typeface has a shape. Raises FileNotFoundError if matplotlib
+    lacks the file.
+    """
     return frozenset(FT2Font(face_file(face)).get_charmap())
 
 
@@ -113,13 +121,17 @@ def face_file(face: str) -> str:
     """Path of a typeface inside matplotlib. Raises FileNotFoundError."""
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{face}.ttf")
     if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, "a typeface of matplotlib is missing, reinstall matplotlib", str(path))
+        raise FileNotFoundError(
+            errno.ENOENT, "a typeface of matplotlib is missing, reinstall matplotlib", str(path)
+        )
     return str(path)
 
 
 @cache
 def faces(character: str) -> tuple[str, ...]:
-    """The typefaces that can draw a character, in a fixed order; at least twelve for each of CHARACTERS."""
+    """The typefaces that can draw a character, in a fixed order; at least twelve for each of
+    CHARACTERS.
+    """
     candidates = UNICODE_FACES + (ASCII_FACES if character.isascii() else ())
     return tuple(face for face in candidates if ord(character) in character_map(face))
 
@@ -136,7 +148,9 @@ def letter(character: str, face: str, font_size: int) -> Image.Image:
 
 
 def place(shape: Image.Image, rng: np.random.Generator, image_size: int) -> np.ndarray:
-    """Turn, slant, scale and move a whole shape into the image; returns ink coverage, float [image_size, image_size]."""
+    """Turn, slant, scale and move a whole shape into the image; returns ink coverage, float
+    [image_size, image_size].
+    """
     angle = np.deg2rad(rng.uniform(*ROTATION))
     shear, stretch, size = rng.uniform(*SHEAR), rng.uniform(*STRETCH), rng.uniform(*SIZE)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -146,10 +160,14 @@ def place(shape: Image.Image, rng: np.random.Generator, image_size: int) -> np.n
     scale = size * side / extent.max()
     centre = side / 2 + rng.uniform(*PLACE, size=2) * (side - scale * extent) / 2
 
-    backward = np.linalg.inv(scale * forward)  # Pillow wants where each pixel of the result comes from
+    backward = np.linalg.inv(
+        scale * forward
+    )  # Pillow wants where each pixel of the result comes from
     offset = np.array(shape.size) / 2 - backward @ centre
     affine = (*backward[0], offset[0], *backward[1], offset[1])
-    placed = shape.transform((side, side), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+    placed = shape.transform(
+        (side, side), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR
+    )
     blurred = placed.filter(ImageFilter.GaussianBlur(rng.uniform(*BLUR) * side))
     return np.asarray(blurred.reduce(OVERSAMPLING), dtype=np.float64) / 255
 
@@ -163,16 +181,23 @@ def colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(seed: int, character: str, index: int, image_size: int) -> Image.Image:
-    """Image number `index` of a class: RGB, image_size x image_size pixels; a pure function of its arguments.
+    """Image number `index` of a class: RGB, image_size x image_size pixels; a pure function of its
+    arguments.
 
     The choices do not depend on image_size: another size gives the same picture, except for noise.
     """
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(ord(character), index))))
+    rng = np.random.Generator(
+        np.random.Philox(np.random.SeedSequence(seed, spawn_key=(ord(character), index)))
+    )
     face = faces(character)[rng.integers(len(faces(character)))]
     coverage = place(letter(character, face, OVERSAMPLING * image_size), rng, image_size)[..., None]
     paper, ink = colours(rng)
-    clouds = Image.fromarray((rng.uniform(*TEXTURE) * rng.standard_normal((5, 5))).astype(np.float32))
-    clouds = np.asarray(clouds.resize((image_size, image_size), Image.Resampling.BICUBIC))[..., None]
+    clouds = Image.fromarray(
+        (rng.uniform(*TEXTURE) * rng.standard_normal((5, 5))).astype(np.float32)
+    )
+    clouds = np.asarray(clouds.resize((image_size, image_size), Image.Resampling.BICUBIC))[
+        ..., None
+    ]
     picture = (paper + clouds) * (1 - coverage) + ink * coverage
     picture += rng.uniform(*NOISE) * rng.standard_normal(picture.shape)
     return Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
@@ -185,21 +210,35 @@ def make(folder: Path, settings: dict[str, int]) -> None:
     """Write the whole data set and its marker into an empty folder. Raises OSError."""
     seed, image_size, per_class = settings["seed"], settings["image_size"], settings["per_class"]
     digits = max(3, len(str(per_class - 1)))
-    classes = [(split, character) for split, members in class_splits().items() for character in members]
-    with tqdm(total=len(classes) * per_class, desc="drawing", unit=" images", disable=None, leave=False) as bar:
+    classes = [
+        (split, character) for split, members in class_splits().items() for character in members
+    ]
+    with tqdm(
+        total=len(classes) * per_class, desc="drawing", unit=" images", disable=None, leave=False
+    ) as bar:
         for split, character in classes:
             class_folder = folder / split / class_name(character)
             class_folder.mkdir(parents=True)
             for index in range(per_class):
                 image = draw(seed, character, index, image_size)
-                image.save(class_folder / f"{index:0{digits}d}.jpg", "JPEG", quality=92, subsampling=0)
+                image.save(
+                    class_folder / f"{index:0{digits}d}.jpg", "JPEG", quality=92, subsampling=0
+                )
                 bar.update()
-    made_with = {"matplotlib": matplotlib.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
-    (folder / MARKER).write_text(json.dumps({**settings, "made_with": made_with}, indent=2) + "\n", encoding="utf-8")
+    made_with = {
+        "matplotlib": matplotlib.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+    }
+    (folder / MARKER).write_text(
+        json.dumps({**settings, "made_with": made_with}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def check(dest: Path, settings: dict[str, int]) -> bool:
-    """True if dest holds this very data set, False if it is missing or empty. Raises UserError if it is anything else."""
+    """True if dest holds this very data set, False if it is missing or empty. Raises UserError if
+    it is anything else.
+    """
     if not dest.exists():
         return False
     if not dest.is_dir():
@@ -214,10 +253,17 @@ def check(dest: Path, settings: dict[str, int]) -> bool:
         raise UserError(f"{dest} holds something else (it has no {MARKER}): {advice}") from None
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{dest / MARKER} is damaged: {advice}") from None
-    differing = [f"{key} {found[key]!r} (asked: {settings[key]})" for key in settings if found[key] != settings[key]]
+    differing = [
+        f"{key} {found[key]!r} (asked: {settings[key]})"
+        for key in settings
+        if found[key] != settings[key]
+    ]
     if differing:
         raise UserError(f"{dest} was made with {', '.join(differing)}: {advice}")
-    images, expected = sum(1 for _ in dest.glob("*/*/*.jpg")), len(CHARACTERS) * settings["per_class"]
+    images, expected = (
+        sum(1 for _ in dest.glob("*/*/*.jpg")),
+        len(CHARACTERS) * settings["per_class"],
+    )
     if images != expected:
         raise UserError(f"{dest} holds {images} images, {expected} were made: {advice}")
     return True
@@ -234,7 +280,7 @@ def ensure(dest: Path, settings: dict[str, int]) -> bool:
         return False
     dest.parent.mkdir(parents=True, exist_ok=True)
     lock, unfinished = dest.parent / f".{dest.name}.lock", dest.parent / f".{dest.name}.tmp"
-    with locked(lock, wait=True):
+    with file_lock(lock, wait=True):
         try:
             if check(dest, settings):  # another run made it while this one waited
                 return False
@@ -261,17 +307,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
     words = "folder to make, which must not exist yet (default: %(default)s)"
     parser.add_argument("--dest", type=Path, default=DATA / "glyphs", metavar="FOLDER", help=words)
     words = "width and height of an image, 16 to 512 pixels (default: %(default)s)"
-    parser.add_argument("--image-size", type=whole(16, 512), default=32, metavar="PIXELS", help=words)
+    parser.add_argument(
+        "--image-size", type=int_range(16, 512), default=32, metavar="PIXELS", help=words
+    )
     words = "images of each class, 1 to 10000 (default: %(default)s)"
-    parser.add_argument("--per-class", type=whole(1, 10_000), default=60, metavar="IMAGES", help=words)
+    parser.add_argument(
+        "--per-class", type=int_range(1, 10_000), default=60, metavar="IMAGES", help=words
+    )
     words = "seed of every random choice, 0 or more (default: %(default)s)"
-    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=719, metavar="NUMBER", help=words)
+    parser.add_argument(
+        "--seed", type=int_range(0, 2**63 - 1), default=719, metavar="NUMBER", help=words
+    )
     return parser.parse_args(argv)
 
 
 def _run(argv: list[str]) -> int:
     args = parse(argv)
-    settings = {"recipe": RECIPE, "seed": args.seed, "image_size": args.image_size, "per_class": args.per_class}
+    settings = {
+        "recipe": RECIPE,
+        "seed": args.seed,
+        "image_size": args.image_size,
+        "per_class": args.per_class,
+    }
     started = time.perf_counter()
     try:
         refuse_code_folder(args.dest)
@@ -296,7 +353,7 @@ def _run(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return exit_code(_run, sys.argv[1:] if argv is None else argv)
+    return run_main(_run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Turns mini-ImageNet, in whichever form you have it, into data/miniImagenet/{train,val,test}/<class>/<image>.
+"""Turns mini-ImageNet, in whichever form you have it, into
+data/miniImagenet/{train,val,test}/<class>/<image>.
 
 python data/prepare.py SOURCE [--dest DIR]     make the data set, and show what it is
 python data/prepare.py --check DIR             show what a data set is, and what is wrong with it
@@ -18,19 +19,19 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for utils
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for forms
 
-from utils import SPLITS, Parser, UserError, complain, exit_code, whole
+from utils import SPLITS, Parser, UserError, int_range, print_error, run_main
 
 try:
-    from forms import DATA, omniglot, refuse_code_folder
-    from forms.build import build, read_record, work_folder
-    from forms.check import Report, examine, next_command, notes, table, verdict
-    from forms.plans import Options, Plan, is_numbers, validate
-    from forms.recognise import recognise
-    from forms.sources import Folder, Source, open_source
+    from formats import DATA, omniglot, refuse_code_folder
+    from formats.build import build, read_record, work_folder
+    from formats.check import Report, examine, next_command, notes, table, verdict
+    from formats.detect import detect
+    from formats.manifest import Options, Plan, is_numbers, validate
+    from formats.sources import Folder, Source, open_source
 except ModuleNotFoundError as missing:
     if missing.name not in ("numpy", "PIL", "tqdm"):
         raise
-    sys.exit(complain(f"{missing.name} is missing: pip install -r requirements.txt"))
+    sys.exit(print_error(f"{missing.name} is missing: pip install -r requirements.txt"))
 
 _EXAMPLES = """\
 SOURCE, and what prepare.py makes of it:
@@ -76,7 +77,9 @@ def _parser() -> Parser:
     where = parser.add_argument_group("where to")
     words = f"folder to make (default: {DATA}/miniImagenet, or tiny64 or omniglot there for these; none with --split)"
     where.add_argument("--dest", metavar="DIR", type=Path, help=words)
-    words = "how the files of a SOURCE folder come to DIR; they are never re-encoded (default: copy)"
+    words = (
+        "how the files of a SOURCE folder come to DIR; they are never re-encoded (default: copy)"
+    )
     where.add_argument("--link", choices=("copy", "hard", "symlink"), default="copy", help=words)
     split = parser.add_argument_group("which images, which split")
     words = "folder of train.csv, val.csv and test.csv (default: in SOURCE, or beside it)"
@@ -87,7 +90,7 @@ def _parser() -> Parser:
     )
     split.add_argument("--split", metavar="FILE|A/B/C", help=words)
     words = "draws the classes for --split A/B/C (default: 719)"
-    split.add_argument("--seed", metavar="N", type=whole(0, 2**63 - 1), default=719, help=words)
+    split.add_argument("--seed", metavar="N", type=int_range(0, 2**63 - 1), default=719, help=words)
     words = "the names of labels 0, 1, ..., one a line, for Parquet shards that lack them (default: from the shards)"
     split.add_argument("--class-names", metavar="FILE", type=Path, help=words)
     words = "omniglot: where torchvision puts omniglot-py/ (default: %(default)s)"
@@ -101,7 +104,9 @@ def _file_stamp(path: Path) -> list[int]:
 
 
 def _settings(args: argparse.Namespace, path: Path, source: Source | None) -> dict[str, Any]:
-    """The source and the flags: two runs that share them make the same data set, and one can resume the other."""
+    """The source and the flags: two runs that share them make the same data set, and one can resume
+    the other.
+    """
     stamp = source.stamp() if isinstance(source, Folder) else path.is_file() and _file_stamp(path)
     settings = {"source": os.path.abspath(path), "link": args.link, "stamp": stamp}
     if is_numbers(args.split):
@@ -130,11 +135,15 @@ def _is_there(dest: Path, settings: dict[str, Any]) -> bool:
     if record.get("settings") != settings:
         made = record.get("settings", {}).get("source")
         how = f"was made from {made} or with other flags" if made else "holds something else"
-        raise UserError(f"{dest}: exists and {how}: remove it or choose another --dest (--check {dest} says what it is)")
+        raise UserError(
+            f"{dest}: exists and {how}: remove it or choose another --dest (--check {dest} says what it is)"
+        )
     images = sum(len(files) for folder, _, files in os.walk(dest) if Path(folder) != dest)
     if images != record.get("images"):
         written = record.get("images")
-        raise UserError(f"{dest}: holds {images} files where {written} were written: remove it and run again")
+        raise UserError(
+            f"{dest}: holds {images} files where {written} were written: remove it and run again"
+        )
     return True
 
 
@@ -142,8 +151,17 @@ def _tell(folder: Path, report: Report) -> int:
     """Print a report and the next step; returns the exit code of --check."""
     record = read_record(folder)
     line, findings = verdict(report, record)
-    lines = [*table(report), line, *(f"- {finding}" for finding in findings), *(f"note: {n}" for n in notes(report))]
-    step = f"correct what is listed above, then: --check {folder}" if findings else next_command(folder, report, record)
+    lines = [
+        *table(report),
+        line,
+        *(f"- {finding}" for finding in findings),
+        *(f"note: {n}" for n in notes(report)),
+    ]
+    step = (
+        f"correct what is listed above, then: --check {folder}"
+        if findings
+        else next_command(folder, report, record)
+    )
     print(*lines, f"next: {step}", sep="\n")
     return 1 if findings else 0
 
@@ -158,20 +176,26 @@ def _prepare(args: argparse.Namespace) -> int:
         return _omniglot(args)
     path = Path(args.source)
     if args.split and not args.dest:
-        raise UserError("--split: name the folder to make with --dest, as it will not be mini-ImageNet")
+        raise UserError(
+            "--split: name the folder to make with --dest, as it will not be mini-ImageNet"
+        )
     places = (args.dest,) if args.dest else (DATA / "miniImagenet", DATA / "tiny64")
     if os.path.realpath(path) in map(os.path.realpath, places):
-        raise UserError(f"{path}: is the place of the data set itself; to check that it is right: --check {path}")
+        raise UserError(
+            f"{path}: is the place of the data set itself; to check that it is right: --check {path}"
+        )
     without = {os.path.realpath(p) for dest in places for p in (dest, work_folder(dest))}
     # listing an archive takes long: only when there is something to do
     source = None if path.is_file() else open_source(path, without)
     settings = _settings(args, path, source)
     for dest in places:
-        if (args.dest or read_record(dest).get("settings") == settings) and _is_there(dest, settings):
+        if (args.dest or read_record(dest).get("settings") == settings) and _is_there(
+            dest, settings
+        ):
             print(f"{dest}: is there already, made from {path}: nothing to do")
             return 0
     source = source or open_source(path)
-    plan = recognise(source, _options(args))
+    plan = detect(source, _options(args))
     dest = args.dest or DATA / plan.dest
     _is_there(dest, settings)
     return _build(args, plan, source, dest, settings)
@@ -193,13 +217,20 @@ def _options(args: argparse.Namespace) -> Options:
     return Options(args.csv, args.split, args.seed, args.class_names)
 
 
-def _build(args: argparse.Namespace, plan: Plan, source: Source, dest: Path, settings: dict[str, Any]) -> int:
+def _build(
+    args: argparse.Namespace, plan: Plan, source: Source, dest: Path, settings: dict[str, Any]
+) -> int:
     validate(plan, source.path)
     if args.link != "copy" and not isinstance(plan.reader, Folder):
         which = f"only files of a folder can be linked; {source.path} is {source.kind}"
         raise UserError(f"--link {args.link}: {which}: leave it out")
-    counts = "/".join(str(len({item.cls for item in plan.items if item.split == split})) for split in SPLITS)
-    print(f"found: {source.path}: {plan.found}: {counts} classes, {len(plan.items)} images -> {dest}", flush=True)
+    counts = "/".join(
+        str(len({item.cls for item in plan.items if item.split == split})) for split in SPLITS
+    )
+    print(
+        f"found: {source.path}: {plan.found}: {counts} classes, {len(plan.items)} images -> {dest}",
+        flush=True,
+    )
     for note in plan.notes:
         print(f"note: {note}", flush=True)
     args.dest = dest  # for an error's advice
@@ -227,7 +258,9 @@ def _run(argv: list[str]) -> int:
     if (args.source is None) == (args.check is None):
         raise UserError("give either SOURCE or --check DIR (see --help)")
     try:
-        return _tell(args.check, examine(args.check, progress=True)) if args.check else _prepare(args)
+        return (
+            _tell(args.check, examine(args.check, progress=True)) if args.check else _prepare(args)
+        )
     except MemoryError:
         raise UserError(f"{args.source or args.check}: does not fit into memory") from None
     except RecursionError:
@@ -243,7 +276,7 @@ def _run(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return exit_code(_run, sys.argv[1:] if argv is None else argv)
+    return run_main(_run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

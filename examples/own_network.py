@@ -1,6 +1,7 @@
-"""Your own network on your own data, trained by the LSTM meta-learner: here an MLP that learns to tell random blobs apart.
+"""Your own network on your own data, trained by the LSTM meta-learner: here an MLP that learns to
+tell random blobs apart.
 
-    python examples/own_network.py
+python examples/own_network.py
 """
 
 import copy
@@ -31,7 +32,13 @@ def draw_episode(k_shot=5, n_query=15, n_updates=5):
     support, query = (centres + 0.7 * torch.randn(3, k, 8) for k in (k_shot, n_query))
     y = torch.arange(3)
     order = torch.arange(3 * k_shot).repeat(n_updates, 1)  # the whole support set in each update
-    return Episode(support.flatten(0, 1), y.repeat_interleave(k_shot), query.flatten(0, 1), y.repeat_interleave(n_query), order)
+    return Episode(
+        support.flatten(0, 1),
+        y.repeat_interleave(k_shot),
+        query.flatten(0, 1),
+        y.repeat_interleave(n_query),
+        order,
+    )
 
 
 torch.manual_seed(0)
@@ -42,10 +49,14 @@ metalearner.metalstm.init_cI(theta)
 optimizer = torch.optim.Adam(metalearner.parameters(), lr=1e-2)
 
 for n in range(1, 501):
-    loss, accuracy, _ = train_episode(draw_episode(), *learners, metalearner, optimizer, batch_size=15, grad_clip=0.25)
+    loss, accuracy, _ = train_episode(
+        draw_episode(), *learners, metalearner, optimizer, batch_size=15, grad_clip=0.25
+    )
     if n % 100 == 0:
         print(f"episode {n}: query loss {loss:.3f}, accuracy {accuracy:.1f} %")
 
 pair = copy.deepcopy(learners)
-tested = [evaluate_episode(draw_episode(), *pair, metalearner, batch_size=15)[1] for _ in range(100)]
+tested = [
+    evaluate_episode(draw_episode(), *pair, metalearner, batch_size=15)[1] for _ in range(100)
+]
 print(f"100 new episodes: accuracy {torch.stack(tested).mean():.1f} % (chance: 33.3 %)")

@@ -1,9 +1,10 @@
-"""Whole batches of images cropped, resized, flipped and coloured at once, each image with its own parameters.
+"""Whole batches of images cropped, resized, flipped and coloured at once, each image with its own
+parameters.
 
-This does on the device that trains what dataloader.py does with torchvision to one Pillow image after another. An antialiased
-crop-and-resize is two small matrix products, rows and columns apart as in Pillow; the colours are elementwise. Pillow rounds to
-whole grey levels after each step and this does not: there is no other difference.
-"""
+This does on the device that trains what dataloader.py does with torchvision to one Pillow image
+after another. An antialiased crop-and-resize is two small matrix products, rows and columns apart
+as in Pillow; the colours are elementwise. Pillow rounds to whole grey levels after each step and
+this does not: there is no other difference."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 class Windows(NamedTuple):
-    """Which part of each image is resized to which size, and which part of the result is kept: int64 [B, 2] (y, x) each."""
+    """Which part of each image is resized to which size, and which part of the result is kept:
+    int64 [B, 2] (y, x) each.
+    """
 
     start: np.ndarray  # first pixel of the source's part
     extent: np.ndarray  # its size
@@ -52,12 +55,17 @@ class Windows(NamedTuple):
 
 
 def table(windows: Windows, drawn: Augmentation | None) -> np.ndarray:
-    """All that ``transform`` needs to know of each image, as numbers that float32 holds exactly, but for the factors.
+    """All that ``transform`` needs to know of each image, as numbers that float32 holds exactly,
+    but for the factors.
 
     Returns:
-        [B, 9] or, if colours change, [B, 17] float32: windows (8), flip, factors (4), their order (4).
+        [B, 9] or, if colours change, [B, 17] float32: windows (8), flip, factors (4), their order
+        (4).
     """
-    columns = [*windows, np.zeros((len(windows.start), 1)) if drawn is None else drawn.flip[:, None]]
+    columns = [
+        *windows,
+        np.zeros((len(windows.start), 1)) if drawn is None else drawn.flip[:, None],
+    ]
     if drawn is not None and drawn.jitter is not None:
         columns += [drawn.jitter, drawn.order]
     return np.concatenate(columns, axis=1, dtype=np.float32)
@@ -69,8 +77,11 @@ def _constant(device: torch.device, *values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def _weights(start: Tensor, extent: Tensor, out: Tensor, skip: Tensor, length: int, image_size: int) -> Tensor:
-    """Antialiased bilinear filter along one axis (Pillow's: a triangle as wide as the step when it reduces).
+def _weights(
+    start: Tensor, extent: Tensor, out: Tensor, skip: Tensor, length: int, image_size: int
+) -> Tensor:
+    """Antialiased bilinear filter along one axis (Pillow's: a triangle as wide as the step when it
+    reduces).
 
     Args:
         start, extent, out, skip: [B], float32, of one axis, see ``Windows``.
@@ -89,8 +100,12 @@ def _weights(start: Tensor, extent: Tensor, out: Tensor, skip: Tensor, length: i
     return w.div_(w.sum(2, keepdim=True))
 
 
-def _filters(windows: Tensor, flip: Tensor, size: tuple[int, int], image_size: int) -> tuple[Tensor, Tensor]:
-    """Weights of all images' rows [B, image_size, H] and columns [B, image_size, W], mirrored where ``flip`` [B] is not 0."""
+def _filters(
+    windows: Tensor, flip: Tensor, size: tuple[int, int], image_size: int
+) -> tuple[Tensor, Tensor]:
+    """Weights of all images' rows [B, image_size, H] and columns [B, image_size, W], mirrored where
+    ``flip`` [B] is not 0.
+    """
     rows, columns = (_weights(*windows[:, :, axis], size[axis], image_size) for axis in (0, 1))
     return rows, torch.where((flip != 0).view(-1, 1, 1), columns.flip(1), columns)
 
@@ -114,7 +129,11 @@ def _turn_hue(x: Tensor, turns: Tensor) -> Tensor:
     chroma = top - bottom
     unit = (255 / 6) / chroma.clamp_min(1e-6)
     red, green = r == top, g == top
-    hue = torch.where(red, (g - b) * unit, torch.where(green, ((b - r) * unit).add_(85), ((r - g) * unit).add_(170)))
+    hue = torch.where(
+        red,
+        (g - b) * unit,
+        torch.where(green, ((b - r) * unit).add_(85), ((r - g) * unit).add_(170)),
+    )
     hue = hue.floor_().add_((turns * 255).trunc().view(-1, 1, 1)).remainder_(255).mul_(6 / 255)
     out = torch.empty_like(x)
     torch.addcmul(bottom, chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1), out=out[:, 0])
@@ -124,7 +143,9 @@ def _turn_hue(x: Tensor, turns: Tensor) -> Tensor:
 
 
 def _adjust(x: Tensor, step: int, factor: Tensor) -> Tensor:
-    """One step of ColorJitter with a factor for each image [B, 1, 1, 1]; x holds grey levels 0 to 255."""
+    """One step of ColorJitter with a factor for each image [B, 1, 1, 1]; x holds grey levels 0 to
+    255.
+    """
     if step == HUE:
         return _turn_hue(x, factor)
     if step == BRIGHTNESS:
@@ -158,15 +179,18 @@ def _colour(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 
 def _colour_together(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """The same for a GPU, where the number of launches counts: the same operations for all images at each of the four places.
+    """The same for a GPU, where the number of launches counts: the same operations for all images
+    at each of the four places.
 
-    Brightness, contrast and saturation are one interpolation, from black, the mean grey or the grey picture.
-    """
+    Brightness, contrast and saturation are one interpolation, from black, the mean grey or the grey
+    picture."""
     for step, factor in zip(order.t(), factors.gather(1, order).t(), strict=True):
         step, factor = step.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
         grey = _grey(x)
         target = torch.where(step == CONTRAST, _whole_mean(grey), grey).mul_(step != BRIGHTNESS)
-        x = torch.where(step == HUE, _turn_hue(x, factor), torch.lerp(target, x, factor).clamp_(0, 255))
+        x = torch.where(
+            step == HUE, _turn_hue(x, factor), torch.lerp(target, x, factor).clamp_(0, 255)
+        )
     return x
 
 
@@ -174,9 +198,11 @@ def transform(pixels: Tensor, table: Tensor, image_size: int, scale: str = "imag
     """Turn decoded images into the learner's input.
 
     Args:
-        pixels: [B, 3, H, W] uint8, smaller images padded on the right and below; their device does the work.
-        table: what to do with each image, from the function ``table``, on the same device. Factors are those of brightness,
-            contrast and saturation, and the shift of the hue in turns; without them colours stay.
+        pixels: [B, 3, H, W] uint8, smaller images padded on the right and below; their device does
+            the work.
+        table: what to do with each image, from the function ``table``, on the same device. Factors
+            are those of brightness, contrast and saturation, and the shift of the hue in turns;
+            without them colours stay.
         image_size: pixels of the result.
         scale: "imagenet" for ImageNet's mean and deviation, "unit" for numbers from 0 to 1.
 
@@ -184,7 +210,9 @@ def transform(pixels: Tensor, table: Tensor, image_size: int, scale: str = "imag
         [B, 3, image_size, image_size] float32 in channels_last format.
     """
     device = pixels.device
-    out = torch.empty(len(pixels), 3, image_size, image_size, device=device, memory_format=torch.channels_last)
+    out = torch.empty(
+        len(pixels), 3, image_size, image_size, device=device, memory_format=torch.channels_last
+    )
     windows, flip = table[:, :8].view(-1, 4, 2).transpose(0, 1), table[:, 8]
     factors, order = (None, None) if table.shape[1] == 9 else (table[:, 9:13], table[:, 13:].long())
     mean, std = (_constant(device, *values) for values in PIXELS[scale])

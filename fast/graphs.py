@@ -1,4 +1,6 @@
-"""Whole episodes as CUDA graphs: recorded once, then replayed by a single launch instead of thousands."""
+"""Whole episodes as CUDA graphs: recorded once, then replayed by a single launch instead of
+thousands.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +15,30 @@ from tqdm import tqdm
 
 from episode import Episode
 
-WARM_UP = 3  # ordinary episodes before the recording: libraries make their workspaces, Adam its moments
+WARM_UP = (
+    3  # ordinary episodes before the recording: libraries make their workspaces, Adam its moments
+)
 CHECKED = 2  # replays that are compared with the ordinary way: a number that was baked in shows in the second
 
 
-def step_on_device(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+def step_without_sync(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     """``episode.step_if_finite`` without waiting for the device: a fused Adam reads the flag there."""
     optimizer.found_inf = (~finite).float()
     optimizer.step()
 
 
-class Captured:
-    """A function of an episode, recorded as a CUDA graph after ``WARM_UP`` calls and replayed from then on.
+class CUDAGraphFunction:
+    """A function of an episode, recorded as a CUDA graph after ``WARM_UP`` calls and replayed from
+    then on.
 
-    The same code runs either way, and the warm-up counts: training learns from its first episodes, too. All calls read the
-    episode from the same memory, so that libraries choose the same algorithms before, during and after the recording.
+    The same code runs either way, and the warm-up counts: training learns from its first episodes,
+    too. All calls read the episode from the same memory, so that libraries choose the same
+    algorithms before, during and after the recording.
 
-    The graph checks itself. Its first ``CHECKED`` replays start from the same state as the ordinary way and must reach the same
-    bits, results and state; later ones only run while everything in ``modules`` and ``optimizer`` lies where it lay at the
-    recording. Otherwise the graph is dropped, a line says why, and episodes run in the ordinary way.
+    The graph checks itself. Its first ``CHECKED`` replays start from the same state as the ordinary
+    way and must reach the same bits, results and state; later ones only run while everything in
+    ``modules`` and ``optimizer`` lies where it lay at the recording. Otherwise the graph is
+    dropped, a line says why, and episodes run in the ordinary way.
 
     Args:
         function: (Episode) -> tuple of tensors; it must not wait for the GPU.
@@ -46,7 +53,9 @@ class Captured:
         optimizer: torch.optim.Optimizer | None = None,
     ):
         self.function, self.modules, self.optimizer = function, tuple(modules), optimizer
-        self.stream = torch.cuda.Stream()  # for warm-up and recording: workspaces made by the first serve the second
+        self.stream = (
+            torch.cuda.Stream()
+        )  # for warm-up and recording: workspaces made by the first serve the second
         self.calls = 0
         self.inputs: Episode | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -79,7 +88,9 @@ class Captured:
             return
         for place, tensor in zip(self.inputs, episode, strict=True):
             if place.shape != tensor.shape:
-                raise ValueError(f"an episode with {list(tensor.shape)}, but the first one had {list(place.shape)}")
+                raise ValueError(
+                    f"an episode with {list(tensor.shape)}, but the first one had {list(place.shape)}"
+                )
             place.copy_(tensor, non_blocking=True)
 
     def _ordinarily(self) -> tuple[Tensor, ...]:
@@ -92,22 +103,33 @@ class Captured:
 
     def _record(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        # The thread that pins memory for the data pipeline keeps running, so only this thread's calls are watched.
+        # The thread that pins memory for the data pipeline keeps running, so only this thread's
+        # calls are watched.
         how = {"stream": self.stream, "capture_error_mode": "thread_local"}
         try:
-            # A capture whose end fails leaves its stream the current one; the outer context does not.
-            with _uncollected(), _capturable(self.optimizer), torch.cuda.stream(self.stream), torch.cuda.graph(graph, **how):
+            # A capture whose end fails leaves its stream the current one; the outer context does
+            # not.
+            with (
+                _uncollected(),
+                _capturable(self.optimizer),
+                torch.cuda.stream(self.stream),
+                torch.cuda.graph(graph, **how),
+            ):
                 self.outputs = self.function(self.inputs)
         except RuntimeError as e:
             cause: BaseException = e
-            while cause.__context__ is not None:  # what went wrong first, not what it led to at the end of the capture
+            while (
+                cause.__context__ is not None
+            ):  # what went wrong first, not what it led to at the end of the capture
                 cause = cause.__context__
             self._give_up(next(iter(str(cause).splitlines()), type(cause).__name__))
         else:
             self.graph, self.addresses = graph, self._addresses()
 
     def _checked(self) -> tuple[Tensor, ...]:
-        """The ordinary way's results and state, with which a replay from the same state and inputs is compared."""
+        """The ordinary way's results and state, with which a replay from the same state and inputs
+        is compared.
+        """
         before = self._copies()
         results = self._ordinarily()
         after = self._copies()
@@ -125,7 +147,11 @@ class Captured:
     def _state(self) -> list[Tensor]:
         """What lasts from one call to the next: parameters, buffers, moments."""
         kept = [t for m in self.modules for t in (*m.parameters(), *m.buffers())]
-        return kept + [t for of_one in (self.optimizer.state.values() if self.optimizer else ()) for t in of_one.values()]
+        return kept + [
+            t
+            for of_one in (self.optimizer.state.values() if self.optimizer else ())
+            for t in of_one.values()
+        ]
 
     def _addresses(self) -> list[int]:
         return [t.data_ptr() for t in self._state()]
@@ -148,7 +174,9 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Collect garbage now, and none until the end: an old graph that is destroyed during a capture invalidates the new one."""
+    """Collect garbage now, and none until the end: an old graph that is destroyed during a capture
+    invalidates the new one.
+    """
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -186,4 +214,6 @@ def _waits_reported() -> Iterator[None]:
     waits = [w for w in caught if "called a synchronizing CUDA operation" in str(w.message)]
     if waits:
         where = f"{waits[0].filename}:{waits[0].lineno}"
-        tqdm.write(f"an episode waits for the GPU {len(waits)} times, which costs speed; first at {where}")
+        tqdm.write(
+            f"an episode waits for the GPU {len(waits)} times, which costs speed; first at {where}"
+        )

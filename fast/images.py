@@ -1,15 +1,15 @@
 """Episodes from images that are decoded once and augmented in batches.
 
-At first use a split becomes one array of bytes on disk, which later runs map into memory. Such a cache is a folder
-``<split>-<largest side>-<key>`` with ``pixels.bin`` (each image as [3, height, width] uint8, one after another) and
-``index.npz`` (sizes, checksum). The key is a hash of all that the pixels depend on: names, sizes and modification times of the
-files, and the settings below. The folder is filled under another name and then renamed, so it is either complete or absent;
-if two processes want it at once, one builds it and the other waits.
+At first use a split becomes one array of bytes on disk, which later runs map into memory. Such a
+cache is a folder ``<split>-<largest side>-<key>`` with ``pixels.bin`` (each image as [3, height,
+width] uint8, one after another) and ``index.npz`` (sizes, checksum). The key is a hash of all that
+the pixels depend on: names, sizes and modification times of the files, and the settings below. The
+folder is filled under another name and then renamed, so it is either complete or absent; if two
+processes want it at once, one builds it and the other waits.
 
-Images whose shorter side is at most twice ``image_size`` keep every pixel; mini-ImageNet's usual 84 px are among them. Larger
-ones are reduced to that once. A random crop covers half of an image on average, so it still has at least ``image_size`` pixels
-a side.
-"""
+Images whose shorter side is at most twice ``image_size`` keep every pixel; mini-ImageNet's usual 84
+px are among them. Larger ones are reduced to that once. A random crop covers half of an image on
+average, so it still has at least ``image_size`` pixels a side."""
 
 from __future__ import annotations
 
@@ -33,16 +33,22 @@ from tqdm import tqdm
 from dataloader import EpisodeDataset, Split, load_image, relative_names, stats_of
 from episode import Episode
 from fast.augment import Windows, table, transform
-from utils import UserError, locked
+from utils import UserError, file_lock
 
 FOLDER = ".decoded"
 FORMAT = 2  # raise it whenever the same files would give other bytes
 
 
 def reduced_size(width: int, height: int, image_size: int) -> tuple[int, int]:
-    """Size (width, height) at which an image is kept: its shorter side at most 2 * image_size pixels."""
+    """Size (width, height) at which an image is kept: its shorter side at most 2 * image_size
+    pixels.
+    """
     scale = 2 * image_size / min(width, height)
-    return (width, height) if scale >= 1 else (max(1, round(width * scale)), max(1, round(height * scale)))
+    return (
+        (width, height)
+        if scale >= 1
+        else (max(1, round(width * scale)), max(1, round(height * scale)))
+    )
 
 
 def _decode(path: Path, image_size: int) -> np.ndarray:
@@ -91,7 +97,9 @@ def _checksum(pixels: np.ndarray) -> int:
 def _key(files: list[Path], stats: list[os.stat_result], root: Path, image_size: int) -> str:
     digest = hashlib.sha256(f"{FORMAT} {image_size}".encode())
     for name, stat in zip(relative_names(files, root), stats, strict=True):
-        digest.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode("utf-8", "surrogateescape"))
+        digest.update(
+            f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode("utf-8", "surrogateescape")
+        )
     return digest.hexdigest()[:16]
 
 
@@ -110,7 +118,8 @@ def decoded(
         files: its images, in the order of their numbers.
         root: the data set's folder; the cache lies in it unless ``cache_dir`` says otherwise.
         image_size: size in pixels that episodes will have, see ``reduced_size``.
-        cache_dir: where the caches lie instead; those of each data set have a folder of their own there.
+        cache_dir: where the caches lie instead; those of each data set have a folder of their own
+            there.
         stats: of the files, from ``stats_of``, if they are known already.
 
     Raises:
@@ -127,7 +136,7 @@ def decoded(
         return found
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with locked(place / "lock", wait=True):
+        with file_lock(place / "lock", wait=True):
             found = _finished(folder)  # by the process that held the lock until now
             if found is not None:
                 return found
@@ -178,15 +187,20 @@ def _build(folder: Path, name: str, files: list[Path], image_size: int) -> None:
 
 
 class Drawn(NamedTuple):
-    """An episode's source images and all that the augmentation needs, in one piece: one copy brings it to a GPU."""
+    """An episode's source images and all that the augmentation needs, in one piece: one copy brings
+    it to a GPU.
+    """
 
     buffer: Tensor  # uint8: the bytes of ``augment.table`` and of the episode's order, all float32, then the pixels
     table: tuple[int, int]  # its shape
-    pixels: tuple[int, int, int, int]  # [n_class * (n_shot + n_eval), 3, H, W]: support, then query; padded right and below
+    pixels: tuple[
+        int, int, int, int
+    ]  # [n_class * (n_shot + n_eval), 3, H, W]: support, then query; padded right and below
 
 
 class FastEpisodeDataset(EpisodeDataset):
-    """``dataloader.EpisodeDataset`` from decoded images; its pixels differ by Pillow's rounding to whole grey levels.
+    """``dataloader.EpisodeDataset`` from decoded images; its pixels differ by Pillow's rounding to
+    whole grey levels.
 
     Args:
         split: and all others: as for ``EpisodeDataset``.
@@ -197,13 +211,19 @@ class FastEpisodeDataset(EpisodeDataset):
         UserError: the split cannot serve such episodes, or a file cannot be used.
     """
 
-    def __init__(self, split: Split, *args, device: torch.device, cache_dir: Path | None = None, **kwargs):
+    def __init__(
+        self, split: Split, *args, device: torch.device, cache_dir: Path | None = None, **kwargs
+    ):
         super().__init__(split, *args, **kwargs)
         self.device = device
-        self.stream: torch.cuda.Stream | None = None  # on which a GPU augments; the worker processes have none
+        self.stream: torch.cuda.Stream | None = (
+            None  # on which a GPU augments; the worker processes have none
+        )
         stats = stats_of(self.files)
         self._file_sizes = [stat.st_size for stat in stats]
-        self._decoded = decoded(split.name, self.files, split.root, self.image_size, cache_dir, stats)
+        self._decoded = decoded(
+            split.name, self.files, split.root, self.image_size, cache_dir, stats
+        )
 
     def file_sizes(self) -> list[int]:
         """See ``EpisodeDataset.file_sizes``."""
@@ -217,9 +237,13 @@ class FastEpisodeDataset(EpisodeDataset):
         if augmentation is not None and augmentation.box is not None:
             windows = Windows.crops(augmentation.box, self.image_size)
         else:
-            windows = (Windows.centres if self.augment == "port" else Windows.squashed)(sizes, self.image_size)
+            windows = (Windows.centres if self.augment == "port" else Windows.squashed)(
+                sizes, self.image_size
+            )
         rows = table(windows, augmentation)
-        floats = np.concatenate((rows, self.order(index)), axis=None, dtype=np.float32).view(np.uint8)
+        floats = np.concatenate((rows, self.order(index)), axis=None, dtype=np.float32).view(
+            np.uint8
+        )
         shape = (len(numbers), 3, *sizes.max(axis=0).tolist())
         buffer = np.zeros(len(floats) + math.prod(shape), dtype=np.uint8)
         buffer[: len(floats)] = floats
@@ -233,7 +257,12 @@ class FastEpisodeDataset(EpisodeDataset):
         buffer = drawn.buffer.to(device, non_blocking=True)
         start = len(buffer) - math.prod(drawn.pixels)
         floats, n = buffer[:start].view(torch.float32), math.prod(drawn.table)
-        x = transform(buffer[start:].view(drawn.pixels), floats[:n].view(drawn.table), self.image_size, self.pixels)
+        x = transform(
+            buffer[start:].view(drawn.pixels),
+            floats[:n].view(drawn.table),
+            self.image_size,
+            self.pixels,
+        )
         return self.episode(x, floats[n:].view(self.n_pass, -1).long())
 
     def __getitem__(self, index: int) -> Episode | Drawn:
@@ -248,7 +277,9 @@ class FastEpisodeDataset(EpisodeDataset):
             torch.set_num_threads(n_threads)
 
     def deliver(self, item: Episode | Drawn, device: torch.device) -> Episode:
-        """See ``EpisodeDataset.deliver``. A GPU augments beside the training, while it still works on the episode before."""
+        """See ``EpisodeDataset.deliver``. A GPU augments beside the training, while it still works
+        on the episode before.
+        """
         if not isinstance(item, Drawn):
             return item
         if device.type != "cuda":

@@ -1,4 +1,6 @@
-"""The meta-learner, faster: one kernel per update on a CPU and on a GPU with Triton, fewer operations elsewhere."""
+"""The meta-learner, faster: one kernel per update on a CPU and on a GPU with Triton, fewer
+operations elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -29,17 +31,23 @@ class FastMetaLearner(MetaLearner):
             return self._by(native.MetaStep, loss, grad, state)
         kernel, code = FastMetaLearner._in_triton, FastMetaLearner._in_pytorch
         fits = self.lstm.hidden_size <= meta.LARGEST_HIDDEN
-        if fits and gpu.works(kernel, code, 1e-3, grad, lambda way: self._two_updates(way, loss, grad, state)):
+        if fits and gpu.works(
+            kernel, code, 1e-3, grad, lambda way: self._two_updates(way, loss, grad, state)
+        ):
             return self._in_triton(loss, grad, state)
         return self._in_pytorch(loss, grad, state)
 
     def _in_triton(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
         return self._by(meta.MetaStep, loss, grad, state)
 
-    def _by(self, step: type[torch.autograd.Function], loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
+    def _by(
+        self, step: type[torch.autograd.Function], loss: Tensor, grad: Tensor, state: MetaState
+    ) -> MetaState:
         lstm, cell = self.lstm, self.metalstm
         of_lstm = lstm.weight_ih, lstm.weight_hh, lstm.bias_ih, lstm.bias_hh
-        return MetaState(*step.apply(loss, *of_lstm, cell.WF, cell.bF, cell.WI, cell.bI, grad, *state))
+        return MetaState(
+            *step.apply(loss, *of_lstm, cell.WF, cell.bF, cell.WI, cell.bI, grad, *state)
+        )
 
     def _in_pytorch(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
         x = prep(torch.cat((loss.view(1), grad.squeeze(1))))  # both at once
@@ -47,7 +55,9 @@ class FastMetaLearner(MetaLearner):
         h, c = self.lstm(x, (state.lstm_h, state.lstm_c))
         return MetaState(h, c, *self.metalstm(h, grad, state.f, state.i, state.c))
 
-    def _two_updates(self, way: Callable[..., MetaState], *args: Tensor | MetaState) -> list[Tensor]:
+    def _two_updates(
+        self, way: Callable[..., MetaState], *args: Tensor | MetaState
+    ) -> list[Tensor]:
         """What two updates in one of these ways make, and its gradient: for a comparison."""
         loss, grad, state = args
         with torch.enable_grad():

@@ -1,8 +1,8 @@
 """Compiled CPU kernels for the hot loops of an episode, as functions that autograd knows.
 
-They replace the PyTorch code of learner.py, metalearner.py and augment.py in this folder. That code still runs where there is
-no C++ compiler, and for tensors that ``handles`` or ``handles_block`` turns down.
-"""
+They replace the PyTorch code of learner.py, metalearner.py and augment.py in this folder. That code
+still runs where there is no C++ compiler, and for tensors that ``handles`` or ``handles_block``
+turns down."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from torch.autograd.function import once_differentiable
 from fast.library import ONE_TYPE, SUFFIX, library
 from learner import N_BLOCKS
 
-N_FILTERS, TILE = 32, 128  # as C in kernels/blocks.h and TILE in kernels/meta.h; N_BLOCKS is BLOCKS in learner.h
+N_FILTERS, TILE = (
+    32,
+    128,
+)  # as C in kernels/blocks.h and TILE in kernels/meta.h; N_BLOCKS is BLOCKS in learner.h
 
 
 # ---- Which tensors the kernels know ----
@@ -27,10 +30,9 @@ N_FILTERS, TILE = 32, 128  # as C in kernels/blocks.h and TILE in kernels/meta.h
 def handles(x: Tensor, *dtypes: torch.dtype) -> bool:
     """Whether the kernels are compiled and can work on ``x``.
 
-    They can if it is on the CPU, has one of ``dtypes`` (float32 if none is given) and is not empty. If it is 4-dimensional, a
-    batch [B, C, H, W], it must also have 3 or 32 channels and at least 2x2 pixels. Under autocast PyTorch picks the types, so
-    the answer is no.
-    """
+    They can if it is on the CPU, has one of ``dtypes`` (float32 if none is given) and is not empty.
+    If it is 4-dimensional, a batch [B, C, H, W], it must also have 3 or 32 channels and at least
+    2x2 pixels. Under autocast PyTorch picks the types, so the answer is no."""
     known = x.device.type == "cpu" and x.dtype in (dtypes or (torch.float32,)) and x.numel() > 0
     if x.dim() == 4:
         known = known and x.shape[1] in (3, N_FILTERS) and min(x.shape[2:]) >= 2
@@ -44,7 +46,9 @@ def handles_block(x: Tensor, weight: Tensor) -> bool:
 
 
 def _checked(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """``x``, contiguous, as kernels read it. Raises ValueError if it has another shape or type or is not on the CPU."""
+    """``x``, contiguous, as kernels read it. Raises ValueError if it has another shape or type or
+    is not on the CPU.
+    """
     if x.shape != shape or x.dtype != dtype or not x.is_cpu:
         found = f"{x.dtype} {list(x.shape)} on {x.device}"
         raise ValueError(f"the kernel needs {dtype} {list(shape)} on cpu, but was given {found}")
@@ -52,7 +56,9 @@ def _checked(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float
 
 
 def _call(name: str, first: Tensor, *others: Tensor | float | ctypes.Array | None) -> None:
-    """Call a kernel, the one for ``first``'s type if there are two. It trusts all sizes and memory layouts."""
+    """Call a kernel, the one for ``first``'s type if there are two. It trusts all sizes and memory
+    layouts.
+    """
     numbers = [a.data_ptr() if isinstance(a, Tensor) else a for a in (first, *others)]
     suffix = "" if name in ONE_TYPE else SUFFIX[first.dtype]
     library().functions[name + suffix](*numbers, torch.get_num_threads())
@@ -72,26 +78,48 @@ def augment(
 ) -> Tensor:
     """See ``augment.transform``.
 
-    Takes pixels uint8 [B, 3, H, W]; windows int64 [4, B, 2], which lie inside the images; flip bool [B]; jitter float32 [B, 4]
-    with order int64 [B, 4], or None; the mean and the deviation, float32 [3] each; out float32 [B, 3, size, size], channels
-    last, which takes the result. Raises ValueError for anything else.
-    """
+    Takes pixels uint8 [B, 3, H, W]; windows int64 [4, B, 2], which lie inside the images; flip bool
+    [B]; jitter float32 [B, 4] with order int64 [B, 4], or None; the mean and the deviation, float32
+    [3] each; out float32 [B, 3, size, size], channels last, which takes the result. Raises
+    ValueError for anything else."""
     n, _, height, width = pixels.shape
     size = out.shape[2]
     _checked(out, (n, 3, size, size))
     if not out.is_contiguous(memory_format=torch.channels_last):
         raise ValueError("out must be contiguous in channels_last format")
-    pixels, flip = _checked(pixels, (n, 3, height, width), torch.uint8), _checked(flip, (n,), torch.bool)
+    pixels, flip = (
+        _checked(pixels, (n, 3, height, width), torch.uint8),
+        _checked(flip, (n,), torch.bool),
+    )
     windows = _checked(windows, (4, n, 2), torch.int64)
     start, extent, target, _ = windows
-    if not ((start >= 0) & (extent >= 1) & (extent <= torch.tensor((height, width)) - start) & (target >= 1)).all():
+    if not (
+        (start >= 0)
+        & (extent >= 1)
+        & (extent <= torch.tensor((height, width)) - start)
+        & (target >= 1)
+    ).all():
         raise ValueError("a window is empty or reaches beyond its image")
     if jitter is not None:
         jitter, order = _checked(jitter, (n, 4)), _checked(order, (n, 4), torch.int64)
         if not ((order >= 0) & (order < 4)).all():
             raise ValueError("order must hold numbers from 0 to 3")
     mean, deviation = (_checked(t, (3,)) for t in scale)
-    _call("augment", pixels, windows, flip, jitter, order, mean, deviation, out, size, n, height, width)
+    _call(
+        "augment",
+        pixels,
+        windows,
+        flip,
+        jitter,
+        order,
+        mean,
+        deviation,
+        out,
+        size,
+        n,
+        height,
+        width,
+    )
     return out
 
 
@@ -103,12 +131,16 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _is_ours(x: Tensor) -> bool:
-    """Whether a block's convolution has kernels; in bfloat16 PyTorch's is faster, where that type pays at all."""
+    """Whether a block's convolution has kernels; in bfloat16 PyTorch's is faster, where that type
+    pays at all.
+    """
     return x.shape[1] == N_FILTERS and x.dtype == torch.float32
 
 
 def _convolved(x: Tensor, weight: Tensor) -> Tensor:
-    """The convolution of a block, with a border of zeros; ``x`` and what is returned are channels last."""
+    """The convolution of a block, with a border of zeros; ``x`` and what is returned are channels
+    last.
+    """
     if not _is_ours(x):
         return _channels_last(F.conv2d(x, weight, padding=1))
     y = torch.empty_like(x)
@@ -116,11 +148,17 @@ def _convolved(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def _convolved_back(grad: Tensor, x: Tensor, weight: Tensor, wanted: bool) -> tuple[Tensor | None, Tensor]:
-    """The gradients at a convolution's input, if wanted, and at its filters; ``grad`` and ``x`` are channels last."""
+def _convolved_back(
+    grad: Tensor, x: Tensor, weight: Tensor, wanted: bool
+) -> tuple[Tensor | None, Tensor]:
+    """The gradients at a convolution's input, if wanted, and at its filters; ``grad`` and ``x`` are
+    channels last.
+    """
     if not _is_ours(x):
         fixed = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
-        return torch.ops.aten.convolution_backward(grad, x, weight, *fixed, [wanted, True, False])[:2]
+        return torch.ops.aten.convolution_backward(grad, x, weight, *fixed, [wanted, True, False])[
+            :2
+        ]
     weight = weight.contiguous()
     grad_x, grad_w = torch.empty_like(x) if wanted else None, torch.empty_like(weight)
     if grad_x is not None:
@@ -141,7 +179,9 @@ def _size(x: Tensor) -> tuple[int, int, int]:
 
 
 class PatchMoments(NamedTuple):
-    """Sums over the 3x3 patches of a batch of images, one patch around each pixel, with zeros beyond the border."""
+    """Sums over the 3x3 patches of a batch of images, one patch around each pixel, with zeros
+    beyond the border.
+    """
 
     total: Tensor  # [27], float64: sum of the patches
     product: Tensor  # [27, 27], float64: sum of their outer products with themselves
@@ -149,10 +189,15 @@ class PatchMoments(NamedTuple):
 
     @staticmethod
     def of(x: Tensor) -> PatchMoments | None:
-        """The moments of images [B, 3, H, W]; None if the kernels, the only users of moments, do not handle ``x``."""
+        """The moments of images [B, 3, H, W]; None if the kernels, the only users of moments, do
+        not handle ``x``.
+        """
         if x.dim() != 4 or x.shape[1] != 3 or not handles(x, *SUFFIX):
             return None
-        total, product = x.new_empty(27, dtype=torch.float64), x.new_empty(27, 27, dtype=torch.float64)
+        total, product = (
+            x.new_empty(27, dtype=torch.float64),
+            x.new_empty(27, 27, dtype=torch.float64),
+        )
         _call("patch_moments", _channels_last(x), total, product, *_size(x))
         return PatchMoments(total, product, math.prod(_size(x)))
 
@@ -160,8 +205,8 @@ class PatchMoments(NamedTuple):
 class FirstBlock(torch.autograd.Function):
     """A block whose input is 3-channel images that need no gradient.
 
-    (images, weight, gamma, beta, eps, the images' moments) -> output, batch mean [C], biased batch variance [C].
-    """
+    (images, weight, gamma, beta, eps, the images' moments) -> output, batch mean [C], biased batch
+    variance [C]."""
 
     @staticmethod
     def forward(ctx, x, weight, gamma, beta, eps, moments):
@@ -170,7 +215,21 @@ class FirstBlock(torch.autograd.Function):
         out, where = _pooled(x), _pooled(x, torch.uint8)
         mean, var = torch.empty_like(gamma), torch.empty_like(gamma)
         total, product, _ = moments
-        _call("first_forward", x, w, gamma, beta, eps, total, product, where, out, mean, var, *_size(x))
+        _call(
+            "first_forward",
+            x,
+            w,
+            gamma,
+            beta,
+            eps,
+            total,
+            product,
+            where,
+            out,
+            mean,
+            var,
+            *_size(x),
+        )
         ctx.save_for_backward(x, w, out, where, gamma, beta, mean, var, total, product)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
@@ -214,18 +273,21 @@ class Block(torch.autograd.Function):
         return grad_x, grad_w.to(gamma.dtype), grad_gamma, grad_beta, None
 
 
-def train_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, moments: PatchMoments | None) -> Tensor:
+def train_block(
+    x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, moments: PatchMoments | None
+) -> Tensor:
     """See ``block.train_block``; only for what ``handles_block`` accepts.
 
-    The order here is convolution, pooling, normalisation, ReLU. The function is the same: normalisation is an affine map of
-    each channel, and an increasing one commutes with the maximum. Where the scale is negative, the opposite of the
-    convolution's output is pooled. Normalisation and ReLU then work on a quarter of the numbers.
+    The order here is convolution, pooling, normalisation, ReLU. The function is the same:
+    normalisation is an affine map of each channel, and an increasing one commutes with the maximum.
+    Where the scale is negative, the opposite of the convolution's output is pooled. Normalisation
+    and ReLU then work on a quarter of the numbers.
 
-    The first block uses two more facts: its input needs no gradient, and its convolution is linear in the 27 numbers under a
-    filter. The batch statistics of the convolution's output, and the part of the weight gradient that passes through them,
-    therefore follow from the moments of the images, which are the same in all updates of an episode. So the convolution's
-    output, the largest tensor of the network, is never stored.
-    """
+    The first block uses two more facts: its input needs no gradient, and its convolution is linear
+    in the 27 numbers under a filter. The batch statistics of the convolution's output, and the part
+    of the weight gradient that passes through them, therefore follow from the moments of the
+    images, which are the same in all updates of an episode. So the convolution's output, the
+    largest tensor of the network, is never stored."""
     count = math.prod(_size(x))
     if x.shape[1] == 3 and not x.requires_grad:
         if moments is None or moments.count != count:
@@ -256,20 +318,46 @@ def eval_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
 
 
 def loss_and_grad(
-    x: Tensor, y: Tensor, moments: PatchMoments, parameters: list[Tensor], running: list[Tensor], eps: float, momentum: float
+    x: Tensor,
+    y: Tensor,
+    moments: PatchMoments,
+    parameters: list[Tensor],
+    running: list[Tensor],
+    eps: float,
+    momentum: float,
 ) -> tuple[Tensor, Tensor]:
     """``FlatModule.loss_and_grad`` of the learner in train mode, in one call.
 
-    Takes float32 images that ``handles_block`` accepts, their labels int64 [B] and moments; the learner's parameters; and the
-    running means and then the running variances of its blocks, which it updates. A label that is no class makes the loss NaN:
-    an error would have to wait for the labels. Raises ValueError for images of another size than the classifier's.
-    """
+    Takes float32 images that ``handles_block`` accepts, their labels int64 [B] and moments; the
+    learner's parameters; and the running means and then the running variances of its blocks, which
+    it updates. A label that is no class makes the loss NaN: an error would have to wait for the
+    labels. Raises ValueError for images of another size than the classifier's."""
     n_images, n_classes = len(x), len(parameters[-1])
-    _checked(parameters[-2], (n_classes, N_FILTERS * math.prod(n // 2**N_BLOCKS for n in x.shape[2:])))
-    x, y, parameters = _channels_last(x), _checked(y, (n_images,), torch.int64), [_checked(p, p.shape) for p in parameters]
+    _checked(
+        parameters[-2], (n_classes, N_FILTERS * math.prod(n // 2**N_BLOCKS for n in x.shape[2:]))
+    )
+    x, y, parameters = (
+        _channels_last(x),
+        _checked(y, (n_images,), torch.int64),
+        [_checked(p, p.shape) for p in parameters],
+    )
     loss, grad = x.new_empty(()), x.new_empty(sum(p.numel() for p in parameters), 1)
-    addresses = [(ctypes.c_void_p * len(of))(*(t.data_ptr() for t in of)) for of in (parameters, running)]
-    _call("learner_gradient", x, y, *moments[:2], *addresses, eps, momentum, loss, grad, *_size(x), n_classes)
+    addresses = [
+        (ctypes.c_void_p * len(of))(*(t.data_ptr() for t in of)) for of in (parameters, running)
+    ]
+    _call(
+        "learner_gradient",
+        x,
+        y,
+        *moments[:2],
+        *addresses,
+        eps,
+        momentum,
+        loss,
+        grad,
+        *_size(x),
+        n_classes,
+    )
     return loss, grad
 
 
@@ -277,22 +365,26 @@ def loss_and_grad(
 
 
 def lstm_state(cI: Tensor, hidden_size: int) -> Tensor:
-    """Zeros for the h or c that ``MetaStep`` takes: [tiles, hidden_size, TILE], with TILE coordinates side by side."""
+    """Zeros for the h or c that ``MetaStep`` takes: [tiles, hidden_size, TILE], with TILE
+    coordinates side by side.
+    """
     return cI.new_zeros(-(-cI.numel() // TILE), hidden_size, TILE)
 
 
 class MetaStep(torch.autograd.Function):
     """One update by ``metalearner.MetaLearner``.
 
-    (loss [], the LSTM's weight_ih, weight_hh, bias_ih and bias_hh, WF [H+2, 1], bF [1, 1], WI, bI, grad [P, 1], h and c as
-    ``lstm_state`` makes them, f [P, 1], i [P, 1], theta [P, 1]) -> the new h, c, f, i, theta. loss and grad are constants. The
-    backward pass computes the gates a second time, which is cheaper than storing them.
-    """
+    (loss [], the LSTM's weight_ih, weight_hh, bias_ih and bias_hh, WF [H+2, 1], bF [1, 1], WI, bI,
+    grad [P, 1], h and c as ``lstm_state`` makes them, f [P, 1], i [P, 1], theta [P, 1]) -> the new
+    h, c, f, i, theta. loss and grad are constants. The backward pass computes the gates a second
+    time, which is cheaper than storing them."""
 
     @staticmethod
     def forward(ctx, *inputs):
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[9]:
-            raise ValueError("loss and gradient must be detached: the meta-learner takes them as constants")
+            raise ValueError(
+                "loss and gradient must be detached: the meta-learner takes them as constants"
+            )
         H, P = inputs[10].shape[1], len(inputs[9])
         of_lstm, of_gate = ((4 * H, 4), (4 * H, H), (4 * H,), (4 * H,)), ((H + 2, 1), (1, 1))
         tiled, flat = (-(-P // TILE), H, TILE), (P, 1)

@@ -11,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 
-def side_by_side(function: Callable, items: Iterable, n_threads: int) -> Iterator:
-    """``map(function, items)`` on threads to which PyTorch gives one core each; items are taken only as they are needed."""
+def parallel_map(function: Callable, items: Iterable, n_threads: int) -> Iterator:
+    """``map(function, items)`` on threads to which PyTorch gives one core each; items are taken
+    only as they are needed.
+    """
     with ThreadPoolExecutor(n_threads, initializer=_one_core) as pool:
         waiting: deque = deque()
         try:
@@ -28,13 +30,15 @@ def side_by_side(function: Callable, items: Iterable, n_threads: int) -> Iterato
 
 
 def _one_core() -> None:
-    # At its first operation a thread takes the number that any thread set last, unless it has asked before: ask, then set.
+    # At its first operation a thread takes the number that any thread set last, unless it has asked
+    # before: ask, then set.
     torch.get_num_threads()
     torch.set_num_threads(1)
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Ask glibc to keep large freed blocks for the next episode instead of returning them to the system page by page.
+    """Ask glibc to keep large freed blocks for the next episode instead of returning them to the
+    system page by page.
 
     It does nothing where there is no glibc.
 

@@ -17,34 +17,49 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from around.way import make_reproducible
 from dataloader import EpisodeDataset, episodes, scan_split
+from engine.backend import make_reproducible
 from episode import evaluate_episode, step_if_finite, train_episode
-from learner import Learner
+from learner import Conv4
 from metalearner import MetaLearner
 
-for number in (signal.SIGINT, signal.SIGHUP):  # nohup and a shell's & ignore them, and what tests start would, too
+for number in (
+    signal.SIGINT,
+    signal.SIGHUP,
+):  # nohup and a shell's & ignore them, and what tests start would, too
     if signal.getsignal(number) == signal.SIG_IGN:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        )
 
 CPU = torch.device("cpu")
-LEARNERS, METALEARNERS, DATASETS = {"plain": Learner}, {"plain": MetaLearner}, {"plain": EpisodeDataset}
+LEARNERS, METALEARNERS, DATASETS = (
+    {"plain": Conv4},
+    {"plain": MetaLearner},
+    {"plain": EpisodeDataset},
+)
 if importlib.util.find_spec("fast") is not None:
-    from fast.graphs import Captured, step_on_device
+    from fast.graphs import CUDAGraphFunction, step_without_sync
     from fast.images import FastEpisodeDataset
-    from fast.learner import FastLearner
+    from fast.learner import FastConv4
     from fast.metalearner import FastMetaLearner
 
-    LEARNERS["fast"], METALEARNERS["fast"] = FastLearner, FastMetaLearner
+    LEARNERS["fast"], METALEARNERS["fast"] = FastConv4, FastMetaLearner
     DATASETS["fast"] = partial(FastEpisodeDataset, device=CPU)
 else:  # the folder is gone: what tests it goes with it
     tests = Path(__file__).parent.glob("test_*.py")
-    collect_ignore = [path.name for path in tests if re.search(r"^(from|import) fast", path.read_text(), re.MULTILINE)]
+    collect_ignore = [
+        path.name
+        for path in tests
+        if re.search(r"^(from|import) fast", path.read_text(), re.MULTILINE)
+    ]
 WAYS = tuple(LEARNERS)
 
 
 def pytest_configure(config):
-    """The GPU is for ``pytest -m gpu``: all other tests are of the CPU, and would crowd it with hundreds of small programs."""
+    """The GPU is for ``pytest -m gpu``: all other tests are of the CPU, and would crowd it with
+    hundreds of small programs.
+    """
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -57,27 +72,45 @@ def pytest_collection_modifyitems(items):
 
 
 class Model:
-    """Learners, meta-learner and Adam as in training, in one of the two ways, always from the same initialisation."""
+    """Learners, meta-learner and Adam as in training, in one of the two ways, always from the same
+    initialisation.
+    """
 
-    def __init__(self, way, image_size, dtype=torch.float32, conv_dtype=None, device="cpu", batch_size=25, adapt="all"):
+    def __init__(
+        self,
+        way,
+        image_size,
+        dtype=torch.float32,
+        conv_dtype=None,
+        device="cpu",
+        batch_size=25,
+        adapt="all",
+    ):
         torch.manual_seed(1)
-        extra = {} if conv_dtype is None else {"conv_dtype": conv_dtype}  # which only the fast learner has
+        extra = (
+            {} if conv_dtype is None else {"conv_dtype": conv_dtype}
+        )  # which only the fast learner has
         w_grad = LEARNERS[way](image_size, 1e-3, 0.95, 5, adapt=adapt, **extra).to(device, dtype)
-        self.learners, self.scratch = ((w_grad, copy.deepcopy(w_grad)), (copy.deepcopy(w_grad), copy.deepcopy(w_grad)))
+        self.learners, self.scratch = (
+            (w_grad, copy.deepcopy(w_grad)),
+            (copy.deepcopy(w_grad), copy.deepcopy(w_grad)),
+        )
         self.meta = METALEARNERS[way](4, 20, w_grad.get_flat_params().numel()).to(device, dtype)
         self.meta.metalstm.init_cI(w_grad.get_flat_params())
         self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=1e-3, fused=way == "fast")
-        self.step = step_on_device if way == "fast" else step_if_finite
+        self.step = step_without_sync if way == "fast" else step_if_finite
         self.batch_size = batch_size
 
     def captured(self, mode):
         """``train`` or ``test``, to be recorded as a CUDA graph."""
         if mode == "train":
-            return Captured(self.train, (*self.learners, self.meta), self.optimizer)
-        return Captured(self.test, (*self.scratch, self.meta))
+            return CUDAGraphFunction(self.train, (*self.learners, self.meta), self.optimizer)
+        return CUDAGraphFunction(self.test, (*self.scratch, self.meta))
 
     def train(self, episode):
-        return train_episode(episode, *self.learners, self.meta, self.optimizer, self.batch_size, 0.25, self.step)
+        return train_episode(
+            episode, *self.learners, self.meta, self.optimizer, self.batch_size, 0.25, self.step
+        )
 
     def test(self, episode):
         return evaluate_episode(episode, *self.scratch, self.meta, self.batch_size)
@@ -114,14 +147,18 @@ def master(tmp_path_factory):
             folder = root / split / (f"class {c}" if split == "train" else f"{split} class {c}")
             folder.mkdir(parents=True)
             for k in range(8):
-                photograph(rng, int(rng.integers(18, 40)), int(rng.integers(18, 40))).save(folder / f"{k}.jpg", quality=95)
+                photograph(rng, int(rng.integers(18, 40)), int(rng.integers(18, 40))).save(
+                    folder / f"{k}.jpg", quality=95
+                )
     return root
 
 
 @pytest.fixture
 def data(master, tmp_path):
     """A copy of the small data set that a test may damage."""
-    return Path(shutil.copytree(master, tmp_path / "data", ignore=shutil.ignore_patterns(".decoded")))
+    return Path(
+        shutil.copytree(master, tmp_path / "data", ignore=shutil.ignore_patterns(".decoded"))
+    )
 
 
 def benchmark(script, *argv):
@@ -131,7 +168,9 @@ def benchmark(script, *argv):
 
 
 def rows_printed(done, alone=True):
-    """The rows of the table that a script has printed, alone or among other lines, each as a dict by heading."""
+    """The rows of the table that a script has printed, alone or among other lines, each as a dict
+    by heading.
+    """
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     table = [line for line in lines if line.startswith("|")]
@@ -148,6 +187,8 @@ def refused(done):
 
 def drawn(root, image_size, length, dtype=torch.float32, device=CPU):
     """Augmented 5-way 5-shot episodes of real JPEGs."""
-    dataset = FastEpisodeDataset(scan_split(root, "train"), 719, 5, 5, 3, 2, image_size, "port", length, device=device)
+    dataset = FastEpisodeDataset(
+        scan_split(root, "train"), 719, 5, 5, 3, 2, image_size, "port", length, device=device
+    )
     for episode in episodes(dataset, 0, 0, device, False):
         yield episode._replace(support=episode.support.to(dtype), query=episode.query.to(dtype))

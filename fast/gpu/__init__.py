@@ -1,9 +1,9 @@
 """Kernels for a GPU in Triton, which comes with PyTorch's CUDA builds.
 
-Each replaces PyTorch code of ``fast/``, and ``replaced`` chooses: the kernel where Triton is there and, at its first use,
-compiles and agrees with that code; otherwise the code. Without Triton the modules of this folder can be imported, too: ``jit``
-then leaves a kernel as it is, and nothing calls it.
-"""
+Each replaces PyTorch code of ``fast/``, and ``replaced`` chooses: the kernel where Triton is there
+and, at its first use, compiles and agrees with that code; otherwise the code. Without Triton the
+modules of this folder can be imported, too: ``jit`` then leaves a kernel as it is, and nothing
+calls it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,24 @@ TINY = 1e-20
 _works: dict[Callable, bool] = {}  # by kernel
 
 
-def replaced(kernel: Callable[..., Tensor], code: Callable[..., Tensor], tolerance: float, *args: Tensor) -> Tensor:
+def replaced(
+    kernel: Callable[..., Tensor], code: Callable[..., Tensor], tolerance: float, *args: Tensor
+) -> Tensor:
     """``kernel(*args)`` if it works here, else ``code(*args)``; ``tolerance`` as in ``works``."""
-    chosen = kernel if works(kernel, code, tolerance, args[0], lambda function: [function(*args)]) else code
+    chosen = (
+        kernel
+        if works(kernel, code, tolerance, args[0], lambda function: [function(*args)])
+        else code
+    )
     return chosen(*args)
 
 
 def works(
-    kernel: Callable, code: Callable, tolerance: float, x: Tensor, results: Callable[[Callable], Iterable[Tensor]]
+    kernel: Callable,
+    code: Callable,
+    tolerance: float,
+    x: Tensor,
+    results: Callable[[Callable], Iterable[Tensor]],
 ) -> bool:
     """Whether a kernel can stand in for PyTorch's code, decided at its first use.
 
@@ -53,7 +63,12 @@ def works(
     return _works[kernel]
 
 
-def _agrees(kernel: Callable, code: Callable, tolerance: float, results: Callable[[Callable], Iterable[Tensor]]) -> bool:
+def _agrees(
+    kernel: Callable,
+    code: Callable,
+    tolerance: float,
+    results: Callable[[Callable], Iterable[Tensor]],
+) -> bool:
     try:
         pairs = zip(results(kernel), results(code), strict=True)
         difference = max(((a - b).abs().mean() / (b.abs().mean() + TINY)).item() for a, b in pairs)
@@ -68,6 +83,8 @@ def _agrees(kernel: Callable, code: Callable, tolerance: float, results: Callabl
 
 
 def shares(n: int, rows: int, parts: int) -> tuple[int, tuple[int]]:
-    """How many of n pixels, windows or coordinates a program works on, ``rows`` at once, and the ``parts`` programs at most."""
+    """How many of n pixels, windows or coordinates a program works on, ``rows`` at once, and the
+    ``parts`` programs at most.
+    """
     per = -(-n // (rows * parts)) * rows
     return per, (-(-n // per),)

@@ -35,7 +35,9 @@ def _adjusted(r, g, b, step, factor, mean):
     top, bottom = tl.maximum(tl.maximum(r, g), b), tl.minimum(tl.minimum(r, g), b)
     chroma = top - bottom
     unit = tl.div_rn(tl.full(r.shape, 255 / 6, tl.float32), tl.maximum(chroma, 1e-6))
-    hue = tl.where(r == top, (g - b) * unit, tl.where(g == top, (b - r) * unit + 85, (r - g) * unit + 170))
+    hue = tl.where(
+        r == top, (g - b) * unit, tl.where(g == top, (b - r) * unit + 85, (r - g) * unit + 170)
+    )
     turn = factor * 255
     hue = tl.floor(hue) + tl.where(turn < 0, tl.ceil(turn), tl.floor(turn))
     hue = tl.where(hue < 0, hue + 255, hue)
@@ -50,7 +52,11 @@ def _adjusted(r, g, b, step, factor, mean):
 @jit
 def _pixels(x, at, inside, n_pixels):
     """Red, green and blue."""
-    return tl.load(x + at, inside, 0.0), tl.load(x + n_pixels + at, inside, 0.0), tl.load(x + 2 * n_pixels + at, inside, 0.0)
+    return (
+        tl.load(x + at, inside, 0.0),
+        tl.load(x + n_pixels + at, inside, 0.0),
+        tl.load(x + 2 * n_pixels + at, inside, 0.0),
+    )
 
 
 @jit
@@ -68,8 +74,14 @@ def _colour(x, factors, order, out, n_pixels, BLOCK: tl.constexpr):
         for place in range(4):
             step = tl.load(order + image * 4 + place)
             ahead = ahead & (step != 1)
-            new_r, new_g, new_b = _adjusted(r, g, b, step, tl.load(factors + image * 4 + place), 0.0)
-            r, g, b = tl.where(ahead, new_r, r), tl.where(ahead, new_g, g), tl.where(ahead, new_b, b)
+            new_r, new_g, new_b = _adjusted(
+                r, g, b, step, tl.load(factors + image * 4 + place), 0.0
+            )
+            r, g, b = (
+                tl.where(ahead, new_r, r),
+                tl.where(ahead, new_g, g),
+                tl.where(ahead, new_b, b),
+            )
         total += tl.where(inside, _grey(r, g, b), 0.0)
     mean = tl.floor(tl.sum(total, 0) / n_pixels + 0.5)
     for start in range(0, n_pixels, BLOCK):
@@ -88,5 +100,13 @@ def colour(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """``augment._colour_together`` in one launch."""
     x, order = x.contiguous(), order.contiguous()
     out = torch.empty_like(x)
-    _colour[(len(x),)](x, factors.gather(1, order), order, out, x.shape[2] * x.shape[3], BLOCK=BLOCK, num_warps=WARPS)
+    _colour[(len(x),)](
+        x,
+        factors.gather(1, order),
+        order,
+        out,
+        x.shape[2] * x.shape[3],
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
     return out

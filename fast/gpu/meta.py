@@ -25,7 +25,9 @@ def _sigmoid(x):
 def _tanh(x):
     """By its series where the quotient would cancel."""
     square = x * x
-    series = x * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315 - square * (62 / 2835)))))
+    series = x * (
+        1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315 - square * (62 / 2835))))
+    )
     power = tl.exp(-2 * tl.abs(x))
     quotient = (1 - power) / (1 + power)
     return tl.where(square < 0.04, series, tl.where(x < 0, -quotient, quotient))
@@ -37,7 +39,9 @@ def _prepared(x):
     size = tl.abs(x)
     large = size >= 4.5399929762484854e-05  # exp(-10)
     sign = tl.where(x < 0, -1.0, 1.0)
-    return tl.where(large, tl.log(size + 1e-8) / 10, -1.0), tl.where(large, sign, 22026.465794806718 * x)
+    return tl.where(large, tl.log(size + 1e-8) / 10, -1.0), tl.where(
+        large, sign, 22026.465794806718 * x
+    )
 
 
 @jit
@@ -49,7 +53,9 @@ def _of_gate(loss, w_ih, w_hh, b_ih, b_hh, k, H: tl.constexpr, W: tl.constexpr):
     found += tl.load(w_ih + row * 4 + 2 + into - H, known & (into >= H) & (into < H + 2), 0.0)
     size, sign = _prepared(tl.load(loss))
     bias = tl.load(b_ih + row, known, 0.0) + tl.load(b_hh + row, known, 0.0)
-    bias += size * tl.load(w_ih + row * 4, known, 0.0) + sign * tl.load(w_ih + row * 4 + 1, known, 0.0)
+    bias += size * tl.load(w_ih + row * 4, known, 0.0) + sign * tl.load(
+        w_ih + row * 4 + 1, known, 0.0
+    )
     return found + tl.where(into == H + 2, bias, 0.0)
 
 
@@ -73,8 +79,8 @@ def _gates(x, of_entry, of_forget, of_candidate, of_leave):
 
 @jit
 def _read(h, grad, at, P, H: tl.constexpr, W: tl.constexpr):
-    """What the gates weigh, [TILE, W]: h, the two numbers of the gradient, and 1 for the rest, which is the same for all
-    coordinates; and the gradient."""
+    """What the gates weigh, [TILE, W]: h, the two numbers of the gradient, and 1 for the rest,
+    which is the same for all coordinates; and the gradient."""
     unit = tl.arange(0, W)[None, :]
     g = tl.load(grad + at, at < P, 0.0)
     first, second = _prepared(g)
@@ -101,9 +107,23 @@ def _meta_forward(
         h_tile = leave * _tanh(c_tile)
         tl.store(new_c + places, c_tile, square)
         tl.store(new_h + places, h_tile, square)
-        t, old_f, old_i = tl.load(theta + at, inside, 0.0), tl.load(f + at, inside, 0.0), tl.load(i + at, inside, 0.0)
-        f_now = tl.load(bf) + tl.sum(h_tile * of_f[None, :], 1) + t * tl.load(wf + H) + old_f * tl.load(wf + H + 1)
-        i_now = tl.load(bi) + tl.sum(h_tile * of_i[None, :], 1) + t * tl.load(wi + H) + old_i * tl.load(wi + H + 1)
+        t, old_f, old_i = (
+            tl.load(theta + at, inside, 0.0),
+            tl.load(f + at, inside, 0.0),
+            tl.load(i + at, inside, 0.0),
+        )
+        f_now = (
+            tl.load(bf)
+            + tl.sum(h_tile * of_f[None, :], 1)
+            + t * tl.load(wf + H)
+            + old_f * tl.load(wf + H + 1)
+        )
+        i_now = (
+            tl.load(bi)
+            + tl.sum(h_tile * of_i[None, :], 1)
+            + t * tl.load(wi + H)
+            + old_i * tl.load(wi + H + 1)
+        )
         tl.store(new_f + at, f_now, inside)
         tl.store(new_i + at, i_now, inside)
         tl.store(new_theta + at, _sigmoid(f_now) * t - _sigmoid(i_now) * g, inside)
@@ -129,7 +149,9 @@ def _meta_backward(
     old_d_h, old_d_c, old_d_f, old_d_i, old_d_theta, sums,
     P, PER, N, H: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """``sums`` takes N numbers per program: the gradients of both weights, of either bias, of WF, bF, WI and bI."""
+    """``sums`` takes N numbers per program: the gradients of both weights, of either bias, of WF,
+    bF, WI and bI.
+    """
     unit, two = tl.arange(0, W), tl.arange(0, 16)
     sums += tl.program_id(0) * N
     of_entry, of_forget, of_candidate, of_leave = _of_gates(loss, w_ih, w_hh, b_ih, b_hh, H, W)
@@ -144,11 +166,18 @@ def _meta_backward(
         x, g = _read(h, grad, at, P, H, W)
         # the cell
         t = tl.load(theta + at, inside, 0.0)
-        decay, rate = _sigmoid(tl.load(new_f + at, inside, 0.0)), _sigmoid(tl.load(new_i + at, inside, 0.0))
+        decay, rate = (
+            _sigmoid(tl.load(new_f + at, inside, 0.0)),
+            _sigmoid(tl.load(new_i + at, inside, 0.0)),
+        )
         d = tl.load(d_theta + at, inside, 0.0)
         d_of_f = tl.load(d_f + at, inside, 0.0) + d * t * decay * (1 - decay)
         d_of_i = tl.load(d_i + at, inside, 0.0) - d * g * rate * (1 - rate)
-        tl.store(old_d_theta + at, d * decay + d_of_f * tl.load(wf + H) + d_of_i * tl.load(wi + H), inside)
+        tl.store(
+            old_d_theta + at,
+            d * decay + d_of_f * tl.load(wf + H) + d_of_i * tl.load(wi + H),
+            inside,
+        )
         tl.store(old_d_f + at, d_of_f * tl.load(wf + H + 1), inside)
         tl.store(old_d_i + at, d_of_i * tl.load(wi + H + 1), inside)
         # the LSTM's gates, a second time
@@ -156,14 +185,22 @@ def _meta_backward(
         c_tile = tl.load(c + places, square, 0.0)
         squashed = _tanh(forget * c_tile + entry * candidate)
         # what the cell read: the new h, theta, 1, the old f and i
-        read = tl.where(unit[None, :] < H, leave * squashed, tl.where(unit[None, :] == H, t[:, None], 0.0))
+        read = tl.where(
+            unit[None, :] < H, leave * squashed, tl.where(unit[None, :] == H, t[:, None], 0.0)
+        )
         read = tl.where(unit[None, :] == H + 1, 1.0, read)
         read = tl.where(unit[None, :] == H + 2, tl.load(f + at, inside, 0.0)[:, None], read)
         read = tl.where(unit[None, :] == H + 3, tl.load(i + at, inside, 0.0)[:, None], read)
-        both = tl.where(two[None, :] == 0, d_of_f[:, None], tl.where(two[None, :] == 1, d_of_i[:, None], 0.0))
+        both = tl.where(
+            two[None, :] == 0, d_of_f[:, None], tl.where(two[None, :] == 1, d_of_i[:, None], 0.0)
+        )
         to_cell = tl.dot(tl.trans(read), both, to_cell, input_precision="ieee")
         # its backward pass
-        d = tl.load(d_h + places, square, 0.0) + d_of_f[:, None] * of_f[None, :] + d_of_i[:, None] * of_i[None, :]
+        d = (
+            tl.load(d_h + places, square, 0.0)
+            + d_of_f[:, None] * of_f[None, :]
+            + d_of_i[:, None] * of_i[None, :]
+        )
         d_leave = d * squashed * leave * (1 - leave)
         d = tl.load(d_c + places, square, 0.0) + d * leave * (1 - squashed * squashed)
         tl.store(old_d_c + places, d * forget, square)
@@ -189,7 +226,9 @@ def _meta_backward(
 
 
 class MetaStep(torch.autograd.Function):
-    """One update of the meta-learner: (loss, the LSTM's four parameters, WF, bF, WI, bI, grad, *MetaState) -> MetaState."""
+    """One update of the meta-learner: (loss, the LSTM's four parameters, WF, bF, WI, bI, grad,
+    *MetaState) -> MetaState.
+    """
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -215,7 +254,9 @@ class MetaStep(torch.autograd.Function):
         args = (*saved, *(g.contiguous() for g in grads), *made, sums, len(grad), per, n)
         _meta_backward[programs](*args, **_sizes(state[0].shape[1]), **BACKWARD)
         parts = sums.sum(0).split([shape.numel() for shape in shapes])
-        w_ih, w_hh, bias, *cell = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+        w_ih, w_hh, bias, *cell = (
+            part.view(shape) for part, shape in zip(parts, shapes, strict=True)
+        )
         return None, w_ih, w_hh, bias, bias, *cell, None, *made
 
 

@@ -1,1 +1,0 @@
-"""What surrounds the algorithm: flags, run folders, checkpoints, evaluation, tables, plots, recording and prediction."""

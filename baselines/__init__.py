@@ -1,0 +1,1 @@
+"""Methods that are not the paper's, on the root as any user would have it."""

@@ -1,0 +1,159 @@
+"""Reads pickles of NumPy arrays and plain containers, and refuses all others.
+
+A pickle is a program. This reader replaces every global in it by a stand-in: `numpy.ndarray` and
+`numpy.dtype` become records that `as_array` turns into arrays. So neither a foreign function nor
+NumPy's own unpickling code is ever called."""
+
+from __future__ import annotations
+
+import collections
+import pickle
+import re
+from typing import IO, Any
+
+import numpy as np
+
+from utils import UserError
+
+
+class _DType:
+    """Stand-in for numpy.dtype: the type's code and byte order."""
+
+    def __init__(self, code: str | bytes, *_: Any):
+        self.code = code.decode("ascii") if isinstance(code, bytes) else code
+        self.order = "|"
+
+    def __setstate__(self, state: tuple) -> None:
+        order = state[1]
+        self.order = order.decode("ascii") if isinstance(order, bytes) else order
+
+    def numpy(self) -> np.dtype:
+        if not (isinstance(self.code, str) and re.fullmatch(r"[|<>=]?[biufSU]\d+", self.code)):
+            raise pickle.UnpicklingError(f"an array of type {str(self.code)[:40]!r}")
+        code = self.code.lstrip("|<>=")
+        return np.dtype(code if self.order not in ("<", ">") else self.order + code)
+
+
+class _Array:
+    """Stand-in for numpy.ndarray: shape, type, memory order and the bytes."""
+
+    shape, dtype, fortran, raw = (0,), None, False, b""
+
+    def __setstate__(self, state: tuple) -> None:
+        self.shape, self.dtype, self.fortran, self.raw = state[-4:]
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()
+
+
+def _frombuffer(raw: bytes, dtype: _DType, shape: tuple, order: str | bytes) -> _Array:
+    array = _Array()
+    array.__setstate__((shape, dtype, order in ("F", b"F"), raw))
+    return array
+
+
+def _scalar(dtype: _DType, raw: bytes) -> _Array:
+    return _frombuffer(raw, dtype, (), "C")
+
+
+def _encode(text: str, encoding: str | bytes) -> bytes:
+    """Stand-in for codecs.encode, with which Python 3 writes bytes in protocol 2 or less."""
+    if encoding not in ("latin1", b"latin1"):
+        raise pickle.UnpicklingError(f"text encoded as {str(encoding)[:40]!r}")
+    return text.encode("latin1")
+
+
+_ADMITTED = {
+    **{
+        (module, t.__name__): t
+        for module in ("builtins", "__builtin__")
+        for t in (list, dict, set, tuple, bytearray)
+    },
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("_codecs", "encode"): _encode,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _DType,
+}
+for _core in ("numpy.core", "numpy._core"):  # NumPy 2 moved its core
+    _ADMITTED[_core + ".multiarray", "_reconstruct"] = _reconstruct
+    _ADMITTED[_core + ".multiarray", "scalar"] = _scalar
+    _ADMITTED[_core + ".numeric", "_frombuffer"] = _frombuffer
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ADMITTED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}") from None
+
+
+def load(file: IO[bytes], shown: str) -> Any:
+    """Read one pickle, written by Python 2 or 3.
+
+    Args:
+        file: a binary file, at the pickle's first byte.
+        shown: what to call it in an error.
+
+    Returns:
+        Plain containers. Arrays in them are stand-ins for `as_array`; text from Python 2 is bytes.
+
+    Raises:
+        UserError: the file is not a pickle, is truncated, or holds anything but arrays and plain
+            containers.
+    """
+    try:
+        # encoding="bytes": as latin1 text, Python 2's array would be in memory twice
+        return _Unpickler(file, encoding="bytes").load()
+    except MemoryError:
+        raise UserError(f"{shown}: does not fit into memory") from None
+    except Exception as error:  # a hostile pickle can raise nearly anything
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        what = str(error)[:200] or type(error).__name__
+        raise UserError(
+            f"{shown}: refused, not a pickle of NumPy arrays and plain containers ({what}): get another copy"
+        ) from None
+
+
+def as_dict(value: Any, shown: str) -> dict:
+    """A pickled dict with its keys as text. Raises UserError if ``value`` is not a dict."""
+    if not isinstance(value, dict):
+        raise UserError(f"{shown}: holds a {_kind(value)} where a dict was expected")
+    return {_as_text(key): item for key, item in value.items()}
+
+
+def as_array(value: Any, shown: str) -> np.ndarray:
+    """A pickled array, list or tuple of numbers or names as an ndarray, without a copy where
+    possible.
+
+    Raises:
+        UserError: it is none of these, or its bytes do not fill its shape.
+    """
+    try:
+        if isinstance(value, _Array) and not isinstance(value.raw, list):
+            order = "F" if value.fortran else "C"
+            return np.frombuffer(value.raw, value.dtype.numpy()).reshape(value.shape, order=order)
+        if isinstance(value, _Array | list | tuple | set):
+            items = (
+                value.raw if isinstance(value, _Array) else value
+            )  # an array of Python objects holds a list
+            return np.array(
+                [
+                    as_array(v, "an item").item() if isinstance(v, _Array) else _as_text(v)
+                    for v in items
+                ]
+            )
+    except Exception as error:  # a forged shape, type or byte count
+        raise UserError(f"{shown}: its array is damaged ({str(error)[:100]})") from None
+    raise UserError(f"{shown}: holds a {_kind(value)} where an array was expected")
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__.strip("_").lower()
+
+
+def _as_text(value: Any) -> Any:
+    """Python 2's str, which is bytes here, as str; other values unchanged."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value

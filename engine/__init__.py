@@ -1,0 +1,3 @@
+"""What surrounds the algorithm: flags, run folders, checkpoints, evaluation, tables, plots,
+recording and prediction.
+"""

@@ -1,0 +1,307 @@
+"""One training or test on many processes, which PyTorch's ``torchrun`` starts: what they exchange,
+and how they end together.
+
+Each process is a rank. Rank r of N takes episodes r, r + N, r + 2 N, ..., and rank 0 alone writes
+and speaks. Before the work begins, all go on or all refuse; in it, the decision to stop is taken by
+all at the same update."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from engine.flags import ROOT
+from utils import UserError, print_error
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+TIMEOUT = timedelta(
+    minutes=30
+)  # the longest that a rank waits for another one that lives but does not answer
+OWN = ("data_root", "cache_dir", "n_workers")  # flags that may be each machine's own
+
+
+class Agreed(UserError):
+    """An error that all ranks raise together."""
+
+
+class Lost(Exception):
+    """Another rank has ended, or cannot be reached."""
+
+
+class Ranks:
+    """This process's place among all: rank 0 of 1 unless torchrun has started it. One process needs
+    no network and no waiting.
+
+    Used as a context manager: an exception that leaves it ends all ranks, and one of them says why.
+
+    Attributes:
+        rank, size: this process's number, and that of all processes.
+        local: the same two on this machine.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local: tuple[int, int] = (0, 1)):
+        self.rank, self.size, self.local = rank, size, local
+        self._begun = False
+
+    @classmethod
+    def started(cls) -> Ranks:
+        """As torchrun's environment variables say; connected with the others, of which each waits
+        for all.
+
+        Raises:
+            UserError: the variables are incomplete, or the others cannot be reached.
+        """
+        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        rank, size, *local = (int(os.environ.get(name, alone)) for name, alone in names.items())
+        if size == 1:
+            return ALONE
+        ranks = cls(rank, size, tuple(local))
+        ranks._connect()
+        return ranks
+
+    def _connect(self) -> None:
+        import torch.distributed as dist
+
+        self._dist = dist
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, torch.get_num_threads() // self.local[1]))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            self._store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            self._store = dist.PrefixStore(self._meet(self._store), self._store)
+            dist.init_process_group(
+                backend, store=self._store, rank=self.rank, world_size=self.size, timeout=TIMEOUT
+            )
+        except (
+            ValueError,
+            RuntimeError,
+        ) as e:  # variables are missing; the port is in use, or nobody answers
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            why = str(e).splitlines()[0]
+            raise UserError(
+                f"rank {self.rank} of {self.size}: cannot meet the others at {place} ({why}); start all by torchrun, "
+                "or choose another --master-port"
+            ) from e
+        if self.rank:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
+
+    def _meet(self, store: Store) -> str:
+        """A name that the ranks of this start share, and none of an earlier one knows.
+
+        torchrun's restarts share one store, which still holds what the ranks that have ended wrote,
+        their addresses among it, and its agents on several machines may count the starts
+        differently. So each rank signs in under a name made anew. Rank 0 announces its name
+        together with those that it has read, again and again until each of the others has found
+        itself in the announcement, and said so.
+
+        Raises:
+            RuntimeError: one of the others does not come within TIMEOUT.
+        """
+        mine, others, deadline = (
+            uuid.uuid4().hex,
+            range(1, self.size),
+            time.monotonic() + TIMEOUT.total_seconds(),
+        )
+        store.set(f"signed in {self.rank}", mine)
+        announced: list[str] = []
+        while True:
+            if self.rank == 0:
+                names = [mine, *(store.get(f"signed in {rank}").decode() for rank in others)]
+                if names != announced:
+                    announced = names
+                    store.set("announced", " ".join(names))
+                if store.check([f"{mine} found by {rank}" for rank in others]):
+                    return mine
+            else:
+                announced = store.get("announced").decode().split()
+                if mine in announced:
+                    store.set(f"{announced[0]} found by {self.rank}", "")
+                    return announced[0]
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"they do not come within {TIMEOUT.total_seconds():g} seconds")
+            time.sleep(0.05)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, _kind: type | None, error: BaseException | None, _trace: object) -> None:
+        if self.size == 1:
+            return
+        if error is None or isinstance(error, SystemExit):
+            self._dist.destroy_process_group()
+            return
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # torchrun's, for the first rank that ends: each has its own exit code
+        if isinstance(error, UserError) and not isinstance(error, Agreed):
+            error = self._told(error)
+        if isinstance(error, Agreed):
+            if self.rank == 0:
+                raise error from None
+            raise SystemExit(2)
+        code = 2 if isinstance(error, UserError) else getattr(error, "exit_code", 1)
+        first, its_code = self._first(code)
+        if first != self.rank:
+            raise SystemExit(its_code if isinstance(error, Lost) else code) from None
+        if isinstance(error, Lost):
+            print_error(f"rank {self.rank}: {error}")
+            raise SystemExit(code) from None
+        if isinstance(error, UserError):
+            raise error from None
+
+    def _told(self, error: UserError) -> UserError | Lost:
+        """What becomes of an error of this rank: before the work begins the others are waiting to
+        hear of it.
+        """
+        if self._begun:
+            return UserError(f"rank {self.rank}: {error}")
+        try:
+            self.exchange(None, str(error))
+        except (Agreed, Lost) as e:
+            return e
+
+    def _first(self, code: int) -> tuple[int, int]:
+        """The rank that has ended first, and its exit code: it alone speaks."""
+        mine = f"{self.rank} {code}"
+        try:
+            first = self._store.compare_set("end", "", mine).decode()
+        except RuntimeError:  # with the process that held the store
+            first = mine
+        return tuple(map(int, first.split()))
+
+    def _call(self, function: Callable, *args: object, **kwargs: object) -> None:
+        try:
+            function(*args, **kwargs)
+        except RuntimeError as e:
+            why = str(e).splitlines()[0]
+            raise Lost(
+                f"another rank has ended or does not answer ({why}); continue from the last snapshot"
+            ) from e
+
+    # ---- Before the work begins ----
+
+    def exchange(self, mine: object, problem: str | None = None) -> list:
+        """What each rank hands in, in their order.
+
+        Raises:
+            Agreed: on all ranks, if one has a problem.
+        """
+        if self.size == 1:
+            return [mine]
+        found: list = [None] * self.size
+        self._call(self._dist.all_gather_object, found, (mine, problem))
+        problems = {r: problem for r, (_, problem) in enumerate(found) if problem is not None}
+        if problems:
+            alike = len(problems) == self.size and len(set(problems.values())) == 1
+            rank, problem = min(problems.items())
+            raise Agreed(problem if alike else f"rank {rank}: {problem}")
+        return [value for value, _ in found]
+
+    def compare(self, facts: dict[str, object]) -> None:
+        """Check that all ranks know the same facts, by name.
+
+        Raises:
+            Agreed: two do not; the first difference is named.
+        """
+        of_all = self.exchange(facts)
+        for name in {name: None for facts in of_all for name in facts}:
+            values = [facts.get(name, "the default") for facts in of_all]
+            for rank, value in enumerate(values):
+                if value != values[0]:
+                    raise Agreed(
+                        f"{name}: {values[0]} on rank 0, but {value} on rank {rank}; give all ranks the same"
+                    )
+
+    def compare_start(self, given: dict[str, object]) -> None:
+        """Check that all ranks run the same code with the same flags."""
+        if self.size > 1:
+            flags = {
+                f"--{name.replace('_', '-')}": value
+                for name, value in given.items()
+                if name not in OWN
+            }
+            processor = torch.backends.cpu.get_cpu_capability()
+            versions = {
+                "version of PyTorch": torch.__version__,
+                "version of this repository": _code(),
+            }
+            self.compare({**flags, **versions, "kind of processor": processor})
+
+    def begin(self, facts: dict[str, object]) -> None:
+        """``compare``, and from now on the ranks work: none waits to hear of another one's errors."""
+        self.compare(facts)
+        self._begun = True
+
+    # ---- At work ----
+
+    def gather(self, mine: Tensor) -> Tensor:
+        """The rows of all ranks' episodes in the order of the episodes.
+
+        Args:
+            mine: [m, ...], one row for each of this rank's, the same number on all ranks.
+
+        Returns:
+            [m * size, ...].
+
+        Raises:
+            Lost: another rank has ended.
+        """
+        if self.size == 1:
+            return mine
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        self._call(self._dist.all_gather, found, mine)
+        return torch.stack(found, dim=1).flatten(0, 1)
+
+    def largest(self, *numbers: int) -> list[int]:
+        """For each of the numbers the largest that a rank has, on all of them.
+
+        Raises:
+            Lost: another rank has ended.
+        """
+        if self.size == 1:
+            return list(numbers)
+        found = torch.tensor(numbers)  # not on a GPU, for which nobody has to wait then
+        self._call(self._dist.all_reduce, found, self._dist.ReduceOp.MAX)
+        return found.tolist()
+
+
+ALONE = Ranks()
+
+
+def end(run: Callable[[], int]) -> None:
+    """End this process with the exit code that ``run`` returns or raises.
+
+    A rank leaves out Python's own shutdown: the threads of PyTorch's network abort it now and then.
+    """
+    try:
+        code = run()
+    except SystemExit as e:
+        code = e.code
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and isinstance(code, int):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _code() -> str:
+    """16 hex digits over this repository's code."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        path for part in ("*.py", "around/*.py", "fast/**/*.*") for path in ROOT.glob(part)
+    ):
+        if "__pycache__" not in path.parts:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

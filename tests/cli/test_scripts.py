@@ -1,0 +1,386 @@
+"""The shell scripts: which Python they use, what they install, and what they pass on. Nothing here
+uses the network.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from engine.flags import HYPER_PARAMETERS, parse, settle
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
+RECIPES = ("5s_5c", "1s_5c", "5s_5c_authors", "1s_5c_authors")
+USE = 'set -euo pipefail; source "$0"; use_python requirements.txt; echo "python: $PYTHON"'
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A clone with the real scripts and nothing else, in a folder whose name needs quotes."""
+    root = tmp_path / "a clone"
+    shutil.copytree(ROOT / "scripts", root / "scripts")
+    shutil.copytree(ROOT / ".ci", root / ".ci")
+    (root / "data").mkdir()
+    (root / "requirements.txt").write_text("numpy>=1.0\npillow>=2  # a comment\n")
+    (root / "requirements-dev.txt").write_text("-r requirements.txt\npytest>=1\n")
+    return root
+
+
+def bash(*command, cwd="/", path=None, **env):
+    """Run a command without an active environment unless ``env`` names one."""
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH")
+    }
+    clean.update(
+        env,
+        PIP_NO_INDEX="1",
+        PATH=os.pathsep.join([str(path)] * (path is not None) + [os.environ["PATH"]]),
+    )
+    command = ["bash", *map(str, command)]
+    return subprocess.run(
+        command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def use_python(repository, **kwargs):
+    return bash("-c", USE, repository / "scripts" / "env.sh", **kwargs)
+
+
+def executable(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return path
+
+
+def environment(prefix, before=""):
+    """An environment whose Python is the running one, logs its calls, and first does what
+    ``before`` says.
+    """
+    log = prefix / "calls"
+    executable(
+        prefix / "bin" / "python",
+        f'echo "$*" | head -1 >>"{log}"\n{before}\nexec "{sys.executable}" "$@"\n',
+    )
+    log.touch()
+    return log
+
+
+def pip_calls(log):
+    return [line for line in log.read_text().splitlines() if line.startswith("-m pip")]
+
+
+def one_line(run, words):
+    assert run.returncode == 2, run.stderr
+    assert re.fullmatch(r"error: .*\n", run.stderr)
+    assert words in run.stderr
+
+
+# ---- Which Python ----
+
+
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_a_complete_active_environment_is_used_without_pip(repository, tmp_path, variable):
+    """Modules in the working directory that shadow real ones do no harm."""
+    log = environment(tmp_path / "active")
+    here = tmp_path / "here"
+    (here / "pip").mkdir(parents=True)
+    for name in ("zipfile", "csv", "email", "numpy", "pip/__init__"):
+        (here / f"{name}.py").write_text("raise SystemExit('the wrong module')")
+    before = sorted(tmp_path.rglob("*"))
+    run = use_python(repository, cwd=here, **{variable: str(tmp_path / "active")})
+    assert (run.returncode, run.stdout) == (0, f"python: {tmp_path}/active/bin/python\n"), (
+        run.stderr
+    )
+    assert not pip_calls(log)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("line", ["nosuchpackage>=1", "numpy>=999", "-r more.txt"])
+@pytest.mark.parametrize("status", [0, 1])
+def test_an_active_environment_that_lacks_something(repository, tmp_path, line, status):
+    (repository / "requirements.txt").write_text(f"pillow>=2\n{line}\n")
+    (repository / "more.txt").write_text("nosuchpackage>=1\n")
+    log = environment(tmp_path / "active", f'case "$*" in "-m pip install"*) exit {status} ;; esac')
+    run = use_python(repository, VIRTUAL_ENV=str(tmp_path / "active"))
+    assert run.stdout.startswith(f"installing requirements.txt into {tmp_path}/active (")
+    assert pip_calls(log) == ["-m pip install -r requirements.txt"]
+    assert not (repository / ".venv").exists()
+    if status == 0:
+        assert run.returncode == 0, run.stderr
+    else:
+        one_line(run, "pip could not install requirements.txt")
+
+
+def test_environments_that_cannot_serve(repository, tmp_path):
+    one_line(
+        use_python(repository, VIRTUAL_ENV=str(tmp_path / "gone")),
+        "gone/bin/python is missing or older than 3.10",
+    )
+    environment(tmp_path / "old", 'case "$*" in *version_info*) exit 1 ;; esac')
+    one_line(
+        use_python(repository, CONDA_PREFIX=str(tmp_path / "old")),
+        "old/bin/python is missing or older than 3.10",
+    )
+
+
+def test_no_python_to_make_an_environment_with(repository, tmp_path):
+    old = executable(tmp_path / "old" / "python3", "exit 1").parent
+    one_line(use_python(repository, path=old), "python3 is missing or older than 3.10")
+    script = (
+        'case "$*" in "-m venv"*) echo "The virtual environment was not created"; exit 1 ;; esac\n'
+    )
+    without_venv = executable(
+        tmp_path / "without" / "python3", f'{script}exec "{sys.executable}" "$@"'
+    ).parent
+    one_line(
+        use_python(repository, path=without_venv),
+        "python3 -m venv failed; on Debian: apt-get install python3-venv",
+    )
+
+
+def wheel(folder, version):
+    """A package that pip can install without a network."""
+    folder.mkdir(exist_ok=True)
+    info = f"tiny-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"tiny-{version}-py3-none-any.whl", "w") as file:
+        file.writestr("tiny/__init__.py", "")
+        file.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tiny\nVersion: {version}\n"
+        )
+        file.writestr(
+            f"{info}/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
+        file.writestr(
+            f"{info}/RECORD",
+            f"tiny/__init__.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n",
+        )
+
+
+def test_the_life_of_an_own_environment(repository, tmp_path):
+    """Made once, used again, brought up to date, and mended after an interruption at any moment."""
+    base = executable(tmp_path / "bin" / "python3", f'exec "{sys._base_executable}" "$@"\n').parent
+    wheels, venv, wanted = (
+        tmp_path / "wheels",
+        repository / ".venv",
+        repository / "requirements.txt",
+    )
+    wheel(wheels, "1.0")
+    wanted.write_text("tiny>=1\n")
+    venv.mkdir()  # interrupted when nothing else was there
+    (venv / "pyvenv.cfg").touch()
+
+    def installs():
+        run = use_python(repository, path=base, PIP_FIND_LINKS=str(wheels))
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.endswith(f"python: {venv}/bin/python\n")
+        assert (
+            subprocess.run(
+                [venv / "bin" / "python", "-c", "import tiny"], cwd="/", check=False
+            ).returncode
+            == 0
+        )
+        return run.stdout.startswith("installing")
+
+    assert installs()
+    assert not installs()
+    site = next(venv.glob("lib/python*/site-packages"))
+    for metadata in site.glob("tiny-*.dist-info"):  # pip was interrupted: it writes this last
+        shutil.rmtree(metadata)
+    assert installs()
+    wheel(wheels, "2.0")
+    assert not installs()
+    wanted.write_text("tiny>=2\n")
+    for package in [
+        site / "pip" / "_internal",
+        *site.glob("pip-*.dist-info"),
+    ]:  # interrupted while pip was installed
+        shutil.rmtree(package)
+    assert installs()
+    assert not installs()
+    (venv / "bin" / "python").unlink()  # or a link to a Python that is gone
+    assert installs()
+
+
+# ---- What is passed on ----
+
+
+def stub(repository, name="main.py", then=""):
+    """A program in the clone's place of ``name`` that logs where and how it was called."""
+    log = repository / "called"
+    text = f"import os, sys\nprint(os.getcwd(), *sys.argv[1:], sep='\\t', file=open({str(log)!r}, 'a'))\n"
+    (repository / name).write_text(text + then)
+    return log
+
+
+@pytest.mark.parametrize("what", ["train", "eval"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_pass_everything_on_from_any_directory(repository, tmp_path, recipe, what):
+    """Flags come last, with their spaces; relative paths stay the caller's. CDPATH, which makes cd
+    print, changes nothing.
+    """
+    log = stub(repository)
+    environment(tmp_path / "active")
+    script = Path("a clone", "scripts", f"{what}_{recipe}.sh")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "a clone").symlink_to(repository)
+    flags = ["--data-root", "my images", "--seed", "53"]
+    env = {"VIRTUAL_ENV": str(tmp_path / "active"), "CDPATH": str(tmp_path / "here")}
+    run = bash(script, *flags, cwd=tmp_path / "here", **env)
+    assert run.returncode == 0, run.stderr
+    where, *argv = log.read_text().rstrip("\n").split("\t")
+    assert where == str(tmp_path / "here")
+    assert argv[-4:] == flags
+    assert settle(*parse(argv)).seed == 53
+    (repository / "main.py").write_text("raise SystemExit(7)")
+    assert bash(script, cwd=tmp_path / "here", **env).returncode == 7
+
+
+def flags_of(script):
+    """A script's flags for main.py, read from their lines: one flag a line, each once."""
+    _, _, command = (ROOT / "scripts" / f"{script}.sh").read_text().partition('main.py" ')
+    lines = re.findall(r"^  (--\S+) (.*) \\$", command, re.MULTILINE)
+    assert ["--mode", *(name for name, _ in lines)] == re.findall(
+        r"(?<= )--[a-z-]+|^--[a-z-]+", command
+    )
+    assert len(dict(lines)) == len(lines)
+    return dict(lines)
+
+
+@pytest.mark.parametrize(
+    "script", [path.stem for path in SCRIPTS if path.stem.startswith("train_")]
+)
+def test_training_shows_every_hyper_parameter(script):
+    assert {f"--{name.replace('_', '-')}" for name in HYPER_PARAMETERS} <= set(flags_of(script))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_testing_leaves_the_hyper_parameters_to_the_checkpoint(recipe):
+    train, test = flags_of(f"train_{recipe}"), flags_of(f"eval_{recipe}")
+    same_run = {name: train[name] for name in ("--save", "--seed")}
+    assert test == {**same_run, "--episode-test": "100 250 600"}
+
+
+def test_no_two_recipes_share_a_run_folder():
+    scripts = ["pretrain", *(path.stem for path in SCRIPTS if path.stem.startswith("train_"))]
+    assert len({flags_of(script)["--save"] for script in scripts}) == len(scripts)
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+def test_a_pretrained_learner_is_found_and_fits(shots):
+    before, after = flags_of("pretrain"), flags_of(f"train_{shots}s_5c_best")
+    assert (after["--start"], after["--seed"]) == (before["--save"], before["--seed"])
+    shape = ("--image-size", "--filters", "--pixels", "--data")
+    assert {name: before[name] for name in shape} == {name: after[name] for name in shape}
+
+
+def test_quickstart_twice(repository, tmp_path):
+    """Data, training, test; all of it inside the clone. The second call says that it continues."""
+    log = stub(
+        repository,
+        then="os.makedirs(sys.argv[sys.argv.index('--save') + 1] + '-719/ckpts', exist_ok=True)\n",
+    )
+    stub(repository, "data/glyphs.py")
+    environment(tmp_path / "active")
+    (tmp_path / "here").mkdir()
+    said = []
+    for _ in range(2):
+        run = bash(
+            repository / "scripts" / "quickstart.sh",
+            cwd=tmp_path / "here",
+            VIRTUAL_ENV=str(tmp_path / "active"),
+        )
+        assert run.returncode == 0, run.stderr
+        said.append(run.stdout)
+    assert said[0] == ""
+    assert said[1].startswith(f"{repository}/logs-quickstart-719 exists: ")
+    argv = [line.split("\t")[1:] for line in log.read_text().splitlines()]
+    assert argv[:3] == argv[3:]
+    assert argv[0] == ["--dest", f"{repository}/data/glyphs"]
+    train, test = (settle(*parse(a)) for a in argv[1:3])
+    assert (train.mode, test.mode) == ("train", "test")
+    assert train.resume == "auto"
+    assert train.data_root == test.data_root == repository / "data" / "glyphs"
+    assert train.save == test.save
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_quickstart_stops_where_something_fails(repository, tmp_path):
+    log = stub(repository)
+    stub(repository, "data/glyphs.py", "sys.exit(2)")
+    environment(tmp_path / "active")
+    assert (
+        bash(
+            repository / "scripts" / "quickstart.sh", VIRTUAL_ENV=str(tmp_path / "active")
+        ).returncode
+        == 2
+    )
+    assert len(log.read_text().splitlines()) == 1
+
+
+LINT_AND_TESTS = 'case "$2" in ruff) exit {} ;; pytest) exit {} ;; esac'
+
+
+def test_the_test_script(repository, tmp_path):
+    log = environment(tmp_path / "active", LINT_AND_TESTS.format(0, 3))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "test_x.py").touch()
+    arguments = [
+        "-k",
+        "golden",
+        "test_x.py",
+        "test_x.py::test_y",
+        "tests/test_cli.py",
+        "/abs/test_z.py",
+    ]
+    run = bash(
+        repository / "scripts" / "test.sh",
+        *arguments,
+        cwd=tmp_path / "here",
+        VIRTUAL_ENV=str(tmp_path / "active"),
+    )
+    assert run.returncode == 3
+    here = tmp_path / "here"
+    expected = f"-m pytest -k golden {here}/test_x.py {here}/test_x.py::test_y tests/test_cli.py /abs/test_z.py"
+    assert log.read_text().splitlines()[-2:] == ["-m ruff check .", expected]
+    assert (
+        bash(repository / "scripts" / "test.sh", VIRTUAL_ENV=str(tmp_path / "active")).returncode
+        == 3
+    )
+    assert log.read_text().splitlines()[-1] == "-m pytest -n 2 --dist loadfile"
+
+
+def test_lint_that_fails_stops_the_test_script(repository, tmp_path):
+    """Continuous integration runs the same script."""
+    log = environment(tmp_path / "active", LINT_AND_TESTS.format(1, 0))
+    assert bash(repository / ".ci" / "run", VIRTUAL_ENV=str(tmp_path / "active")).returncode == 1
+    assert log.read_text().splitlines()[-1] == "-m ruff check ."
+
+
+# ---- What they look like ----
+
+
+def test_scripts_fail_at_the_first_error():
+    assert len(SCRIPTS) >= 8
+    for path in [*SCRIPTS, ROOT / ".ci" / "run"]:
+        assert bash("-n", path).returncode == 0
+        if path.name != "env.sh":
+            assert re.search(r"^set -euo pipefail$", path.read_text(), re.MULTILINE), path
+            assert os.access(path, os.X_OK), path
+
+
+def test_requirements_are_lines_that_the_scripts_can_read():
+    for path in ROOT.glob("requirements*.txt"):
+        for line in path.read_text().splitlines():
+            assert re.fullmatch(r"(-r \S+|[A-Za-z0-9_.-]+>=[0-9.]+)\s*(#.*)?", line), (
+                f"{path.name}: {line}"
+            )

@@ -1,0 +1,418 @@
+"""Several seeds by one command, and jobs of Slurm, whose programs are stand-ins here."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_cli import ROOT, SMALL, tensors
+from test_scripts import bash, environment, executable, one_line, repository  # noqa: F401
+
+from engine.flags import parse, settle
+
+QUIET = [
+    *SMALL,
+    "--n-workers",
+    "1",
+    "--val-freq",
+    "0",
+    "--episode-test",
+    "2",
+    "--save-minutes",
+    "60",
+]
+LAST = "meta-learner-last.pth.tar"
+# a main.py that leaves the files of a training or a test, and says how it was called
+STUB = """import os, signal, sys, time
+argv = sys.argv[1:]
+given = dict(zip(argv, argv[1:]))
+folder = given.get("--save", "") + "-" + given.get("--seed", "")
+print("\\t".join([os.environ.get("CUDA_VISIBLE_DEVICES", ""), os.environ.get("RANK", ""), *argv]), file=open(LOG, "a"))
+if argv[1] == "train":
+    os.makedirs(folder + "/ckpts", exist_ok=True)
+    open(folder + "/ckpts/meta-learner-last.pth.tar", "a")
+    if given.get("--episode") == "100000":  # as long as nothing stops it
+        signal.signal(signal.SIGTERM, lambda *_: (print("snapshot", file=sys.stderr), sys.exit(143)))
+        open(folder + "/metrics.jsonl", "w").write("{}")
+        time.sleep(300)
+elif argv[1] == "test":
+    time.sleep(0.05)
+    os.makedirs(folder, exist_ok=True)
+    open(folder + "/results.json", "w")
+else:
+    print("the table")
+sys.exit(7 if given.get("--seed") == "13" and argv[1] == "train" else 0)
+"""
+
+
+@pytest.fixture
+def clone(repository, tmp_path):  # noqa: F811
+    """The scripts in a clone, with the stand-in for main.py: (the clone, its calls as lists of
+    words).
+    """
+    (repository / "main.py").write_text(STUB.replace("LOG", repr(str(tmp_path / "called"))))
+
+    def calls():
+        return [line.split("\t") for line in (tmp_path / "called").read_text().splitlines()]
+
+    return repository, calls
+
+
+def seeds(clone, *argv, gpus=0, **env):
+    environment(
+        clone[0].parent / "active", f'case "$*" in *device_count*) echo {gpus}; exit ;; esac'
+    )
+    where = {"cwd": clone[0].parent, "VIRTUAL_ENV": str(clone[0].parent / "active"), **env}
+    return bash(clone[0] / "scripts" / "seeds.sh", *argv, **where)
+
+
+def modes(calls):
+    return [(call[3], settle(*parse(call[2:])).seed) for call in calls if call[3] != "results"]
+
+
+def test_seeds_one_after_the_other(clone):
+    run = seeds(clone, "719", "53", "--data-root", "my images", "--save", "a b")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout == "the table\n"
+    *calls, table = clone[1]()
+    assert modes(calls) == [("train", 719), ("test", 719), ("train", 53), ("test", 53)]
+    for call in calls:
+        args = settle(*parse(call[2:]))
+        assert (args.save, args.data_root) == ("a b", Path("my images"))
+    assert table[2:] == ["--mode", "results", "--runs", "a b-719", "a b-53"]
+
+
+def test_finished_seeds_are_not_tested_again(clone):
+    assert seeds(clone, "719").returncode == 0
+    before = len(clone[1]())
+    run = seeds(clone, "719", "53")
+    assert "logs-719: tested already" in run.stdout
+    assert modes(clone[1]()[before:]) == [("train", 719), ("train", 53), ("test", 53)]
+    time.sleep(0.05)
+    (clone[0].parent / "logs-719" / "ckpts" / LAST).touch()  # trained further
+    before = len(clone[1]())
+    assert seeds(clone, "719").returncode == 0
+    assert modes(clone[1]()[before:]) == [("train", 719), ("test", 719)]
+
+
+@pytest.mark.parametrize(
+    "given", [("--recipe", "train_1s_5c_authors"), ("--recipe=train_1s_5c_authors",)]
+)
+def test_another_recipe_with_its_own_folders(clone, given):
+    assert seeds(clone, "53", *given, "--n-eval", "9").returncode == 0
+    train, test, table = (call[2:] for call in clone[1]())
+    args = settle(*parse(train))
+    assert (args.n_shot, args.augment, args.save, args.n_eval) == (
+        1,
+        "none",
+        "logs-1shot-authors",
+        9,
+    )
+    assert settle(*parse(test)).save == "logs-1shot-authors"
+    assert table == ["--mode", "results", "--runs", "logs-1shot-authors-53"]
+
+
+def test_pre_training_of_seeds_is_not_tested(clone):
+    run = seeds(clone, "719", "53", "--recipe", "pretrain")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert modes(clone[1]()) == [("pretrain", 719), ("pretrain", 53)]
+    assert len(clone[1]()) == 2  # and no table
+    assert settle(*parse(clone[1]()[0][2:])).save == "logs-pretrain"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "env", "flags", "expected"),
+    [
+        (2, {}, (), {"719": "0", "53": "1", "2": "0"}),
+        (2, {"CUDA_VISIBLE_DEVICES": "5,3"}, (), {"719": "5", "53": "3", "2": "5"}),
+        (
+            8,
+            {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b,GPU-c"},
+            (),
+            {"719": "GPU-a", "53": "GPU-b", "2": "GPU-c"},
+        ),
+        (1, {}, (), {"719": "", "53": "", "2": ""}),
+        (8, {}, ("--cpu",), {"719": "", "53": "", "2": ""}),
+        (8, {}, ("--gpu", "1"), {"719": "", "53": "", "2": ""}),
+    ],
+)
+def test_one_seed_on_each_gpu(clone, gpus, env, flags, expected):
+    run = seeds(clone, "719", "53", "2", *flags, gpus=gpus, **env)
+    assert run.returncode == 0, run.stderr
+    *calls, _ = clone[1]()
+    found = sorted(
+        (seed, mode, call[0]) for call, (mode, seed) in zip(calls, modes(calls), strict=True)
+    )
+    assert found == sorted(
+        (int(seed), mode, gpu) for seed, gpu in expected.items() for mode in ("train", "test")
+    )
+    notes = [line for line in run.stderr.splitlines() if line.startswith("seed ")]
+    assert len(notes) == (3 if len(set(expected.values())) > 1 else 0)
+
+
+@pytest.mark.parametrize("gpus", [0, 3])
+def test_a_seed_that_fails_leaves_the_others_alone(clone, gpus):
+    run = seeds(clone, "13", "719", "53", gpus=gpus)
+    assert run.returncode == 7
+    assert sorted(modes(clone[1]())) == [
+        ("test", 53),
+        ("test", 719),
+        ("train", 13),
+        ("train", 53),
+        ("train", 719),
+    ]
+    assert run.stdout.endswith("the table\n")
+
+
+def test_what_seeds_refuses(clone):
+    one_line(seeds(clone), "no seeds given")
+    one_line(seeds(clone, "--cpu"), "no seeds given")
+    one_line(seeds(clone, "7", "--recipe", "none"), "--recipe none: there is no")
+    one_line(seeds(clone, "7", "--recipe"), "--recipe : there is no")
+    one_line(seeds(clone, "7", "--recipe", "train_omniglot"), "eval_omniglot.sh")
+    for flag in ("--seed", "--resume=auto", "--mode"):
+        one_line(seeds(clone, "7", flag, "x"), f"{flag.split('=')[0]}: seeds.sh sets this flag")
+
+
+def children(pid):
+    """Process numbers of all below one."""
+    below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return below + [n for child in below for n in children(child)]
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def _all_gpus(monkeypatch):
+    """The other tests see none, by this variable."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+real = pytest.mark.skipif(
+    not Path(sys.prefix, "bin", "python").exists(),
+    reason="no environment that the scripts could use",
+)
+
+
+def begin(script, *flags, cwd, **env):
+    env = {
+        **os.environ,
+        "VIRTUAL_ENV": sys.prefix,
+        "PIP_NO_INDEX": "1",
+        "OMP_NUM_THREADS": "1",
+        **env,
+    }
+    how = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "start_new_session": True,
+    }
+    return subprocess.Popen(["bash", str(script), *flags], cwd=cwd, env=env, **how)
+
+
+def interrupted(process, folders, number):
+    """Send a signal when all are at work: what was said, once nothing of it runs any more."""
+    metrics = [folder / "metrics.jsonl" for folder in folders]
+    wait_for(lambda: all(path.exists() and path.stat().st_size for path in metrics), process)
+    below = [
+        n for n in children(process.pid) if "main.py" in Path(f"/proc/{n}/cmdline").read_text()
+    ]
+    assert len(below) >= len(folders)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 128 + number, err
+    assert not [n for n in below if Path(f"/proc/{n}").exists()]
+    return err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_a_signal_reaches_all_trainings(clone, gpus, number):
+    place = clone[0].parent
+    environment(place / "active", f'case "$*" in *device_count*) echo {gpus}; exit ;; esac')
+    flags = ["719", "53", "--episode", "100000"]
+    process = begin(
+        clone[0] / "scripts" / "seeds.sh", *flags, cwd=place, VIRTUAL_ENV=str(place / "active")
+    )
+    err = interrupted(
+        process, [place / f"logs-{seed}" for seed in ((719, 53) if gpus else (719,))], number
+    )
+    assert err.count("snapshot") == max(1, gpus)
+    assert sorted(modes(clone[1]())) == (
+        [("train", 53), ("train", 719)] if gpus else [("train", 719)]
+    )
+
+
+@real
+def test_a_stopped_training_goes_on_where_it_was(master, tmp_path):
+    flags = ["719", "--data-root", str(master), *QUIET, "--episode"]
+    script = ROOT / "scripts" / "seeds.sh"
+    err = interrupted(
+        begin(script, *flags, "100000", cwd=tmp_path), [tmp_path / "logs-719"], signal.SIGINT
+    )
+    assert "stopped by SIGTERM after episode" in err
+    done = tensors(tmp_path / "logs")["episode"]
+    process = begin(script, *flags, str(done + 1), cwd=tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert f"resuming after episode {done} of {done + 1}" in out
+    assert f"last, {done + 1:,} of {done + 1:,} episodes" in out
+
+
+# ---- Slurm ----
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A folder with srun, scancel and scontrol; they do what ours needs of them, and log their
+    calls.
+    """
+    place = tmp_path / "slurm"
+    log = f'echo "$(basename "$0") $*" >>"{place}/calls"\n'
+    # takes its flags away, runs the rest on each node, and as the real one kills it when a SIGTERM
+    # comes
+    srun = f"""nodes=${{SLURM_JOB_NUM_NODES:-1}}
+while case $1 in --nodes=*) nodes=${{1#*=}} ;; --*) ;; *) false ;; esac; do shift; done
+"$@" & echo $! >"{place}/step"
+trap 'kill -KILL $(cat "{place}/step")' TERM
+wait $!"""
+    executable(place / "srun", log + srun)
+    executable(place / "scancel", log + f'kill -TERM $(cat "{place}/step")')
+    executable(
+        place / "scontrol",
+        log + 'case "$*" in "show hostnames"*) echo node7; sleep 0.2; echo node8 ;; esac',
+    )
+    (place / "calls").touch()
+    return place
+
+
+def job(root, slurm, **env):
+    shutil.copy(ROOT / "scripts" / "slurm_5s_5c.sh", slurm / "slurm_script")  # as Slurm does
+    return {"SLURM_SUBMIT_DIR": str(root), "SLURM_JOB_ID": "31", "SLURM_ARRAY_TASK_ID": "53"} | env
+
+
+def calls_of(slurm):
+    return (slurm / "calls").read_text().splitlines()
+
+
+def test_a_job_trains_and_tests_its_seed(clone, slurm):
+    root, calls = clone
+    environment(root.parent / "active")
+    env = job(root, slurm, VIRTUAL_ENV=str(root.parent / "active"), SLURM_GPUS_ON_NODE="1")
+    run = bash(slurm / "slurm_script", "--data-root", "my images", path=slurm, **env)
+    assert run.returncode == 0, run.stderr
+    assert modes(calls()) == [("train", 53), ("test", 53)]
+    assert all(settle(*parse(call[2:])).data_root == Path("my images") for call in calls())
+    assert (root / "logs-53" / "results.json").exists()
+    assert [line.split()[0] for line in calls_of(slurm)] == ["srun", "srun"]
+    # a training that fails is neither tested nor queued again
+    run = bash(slurm / "slurm_script", path=slurm, **env | {"SLURM_ARRAY_TASK_ID": "13"})
+    assert run.returncode == 7
+    assert modes(calls())[2:] == [("train", 13)]
+    assert not any("requeue" in line for line in calls_of(slurm))
+
+
+@pytest.mark.parametrize(("nodes", "gpus"), [(1, 4), (2, 4), (2, 1)])
+def test_several_gpus_share_the_episodes_of_an_update(clone, slurm, nodes, gpus):
+    root, _ = clone
+    environment(root.parent / "active", 'case "$*" in *distributed*) exit 0 ;; esac')
+    env = job(root, slurm, VIRTUAL_ENV=str(root.parent / "active"), SLURM_JOB_NODELIST="node[7-8]")
+    env |= {"SLURM_JOB_NUM_NODES": str(nodes), "SLURM_GPUS_ON_NODE": str(gpus)}
+    run = bash(slurm / "slurm_script", "--n-eval", "9", path=slurm, **env)
+    assert run.returncode == 0, run.stderr
+    train = next(line for line in calls_of(slurm) if line.startswith("srun"))
+    assert f"--nnodes {nodes} --nproc-per-node {gpus} --no-python" in train
+    assert "--rdzv-endpoint node7:20031" in train
+    assert train.endswith(
+        f"scripts/train_5s_5c.sh --seed 53 --meta-batch {nodes * gpus} --n-eval 9"
+    )
+    assert "--ntasks-per-node=1" in train
+    assert "--nodes=1 --ntasks=1" in calls_of(slurm)[-1]  # one process tests
+
+
+def test_torchrun_starts_the_recipe_as_so_many_ranks(clone, slurm):
+    root, calls = clone
+    environment(root.parent / "active")
+    executable(slurm / "scontrol", "echo localhost")
+    env = job(root, slurm, VIRTUAL_ENV=str(root.parent / "active"), SLURM_JOB_NODELIST="localhost")
+    run = bash(slurm / "slurm_script", path=slurm, SLURM_GPUS_ON_NODE="2", **env)
+    assert run.returncode == 0, run.stderr
+    assert sorted((call[3], call[1]) for call in calls()) == [
+        ("test", ""),
+        ("train", "0"),
+        ("train", "1"),
+    ]
+
+
+@real
+def test_a_job_whose_time_is_nearly_over_writes_a_snapshot_and_queues_up_again(
+    master, tmp_path, slurm
+):
+    flags = ["--data-root", str(master), *QUIET, "--save", str(tmp_path / "logs")]
+    path = os.pathsep.join((str(slurm), os.environ["PATH"]))
+    env = job(ROOT, slurm, SLURM_ARRAY_TASK_ID="719", PATH=path)
+    metrics = tmp_path / "logs-719" / "metrics.jsonl"
+    for number, code in ((signal.SIGUSR1, 0), (signal.SIGTERM, 143)):
+        begun = metrics.stat().st_size if metrics.exists() else 0
+        process = begin(slurm / "slurm_script", *flags, "--episode", "100000", cwd=tmp_path, **env)
+        wait_for(lambda begun=begun: metrics.exists() and metrics.stat().st_size > begun, process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == code, err
+        assert "stopped by SIGTERM after episode" in err
+        done = tensors(tmp_path / "logs")["episode"]
+    assert (
+        calls_of(slurm).count("scontrol requeue 31") == 1
+    )  # after preemption Slurm itself does it
+    process = begin(slurm / "slurm_script", *flags, "--episode", str(done + 1), cwd=tmp_path, **env)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert f"resuming after episode {done} of {done + 1}" in out
+    assert (tmp_path / "logs-719" / "results.json").exists()
+
+
+def test_what_a_job_refuses(tmp_path, slurm):
+    run = bash(ROOT / "scripts" / "slurm_5s_5c.sh")
+    assert run.returncode != 0
+    assert "only sbatch runs this script" in run.stderr
+    one_line(
+        bash(ROOT / "scripts" / "slurm_5s_5c.sh", SLURM_SUBMIT_DIR=str(tmp_path)),
+        "submit from there",
+    )
+
+
+def test_slurm_reads_its_flags():
+    """They stand before the first command, and no line of them is wrapped."""
+    text = (ROOT / "scripts" / "slurm_5s_5c.sh").read_text()
+    head = re.match(r"#!.*\n((?:#SBATCH --[a-z-]+(?:=\S+)?\n)+)", text)
+    flags = dict(re.findall(r"#SBATCH --([a-z-]+)=?(\S*)", head[1]))
+    assert flags["signal"] == "B:USR1@120"
+    assert flags["array"] == "719,53"
+    assert "requeue" in flags
+    assert flags["ntasks-per-node"] == "1"
+    assert text.count("#SBATCH") == len(flags)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing():
+    scripts = sorted(map(str, (ROOT / "scripts").glob("*.sh")))
+    run = subprocess.run(
+        ["shellcheck", "-x", *scripts],
+        capture_output=True,
+        text=True,
+        cwd=ROOT / "scripts",
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout

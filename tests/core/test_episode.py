@@ -1,0 +1,387 @@
+import copy
+import random
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import LEARNERS, METALEARNERS
+from torch import nn
+
+from dataloader import scan_split
+from engine.backend import choose, dataset
+from engine.evaluation import Evaluator
+from engine.flags import parse, settle
+from episode import (
+    Episode,
+    adapt,
+    evaluate_episode,
+    minibatches,
+    query_loss,
+    train_episode,
+    updates,
+)
+from fast.graphs import step_without_sync
+from fast.threads import parallel_map
+from learner import Classifier, FlatModule
+
+
+def make(way, n_class=3, n_shot=2, n_eval=2, n_pass=2, size=16, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    w_grad = LEARNERS[way](size, 1e-3, 0.95, n_class).to(dtype)
+    wo_grad = copy.deepcopy(w_grad)
+    meta = METALEARNERS[way](4, 5, w_grad.get_flat_params().numel(), (-2.0, -1.0)).to(dtype)
+    meta.metalstm.init_cI(w_grad.get_flat_params())
+    return new_episode(n_class, n_shot, n_eval, n_pass, size, dtype), w_grad, wo_grad, meta
+
+
+def new_episode(n_class=3, n_shot=2, n_eval=2, n_pass=2, size=16, dtype=torch.float32):
+    y = torch.arange(n_class)
+    return Episode(
+        torch.randn(n_class * n_shot, 3, size, size, dtype=dtype),
+        y.repeat_interleave(n_shot),
+        torch.randn(n_class * n_eval, 3, size, size, dtype=dtype),
+        y.repeat_interleave(n_eval),
+        torch.stack([torch.randperm(n_class * n_shot) for _ in range(n_pass)]),
+    )
+
+
+def test_no_gradient_reaches_learner_w_grad_or_the_inputs(way):
+    episode, w_grad, wo_grad, meta = make(way)
+    seen = []
+    original = meta.forward
+
+    def spy(loss, grad, state):
+        seen.extend((loss, grad))
+        return original(loss, grad, state)
+
+    meta.forward = spy
+    cI, _ = adapt(episode, w_grad, meta, 100)
+    query_loss(episode, w_grad, wo_grad, cI)[0].backward()
+    assert len(seen) == 4
+    assert all(not t.requires_grad and t.grad_fn is None for t in seen)
+    assert all(p.grad is None for p in w_grad.parameters())
+    assert list(wo_grad.parameters()) == []
+    assert all(p.grad.abs().sum() > 0 for p in meta.parameters())
+
+
+@pytest.mark.parametrize(("divisor", "divided_by"), [(0, [4, 2, 4, 2]), (3, [3] * 4)])
+def test_the_gradient_is_divided_by_the_minibatch_or_by_a_given_number(way, divisor, divided_by):
+    episode, w_grad, _, meta = make(way, dtype=torch.float64)
+    meta.grad_divisor, seen, original = divisor, [], w_grad.loss_and_grad
+    w_grad.loss_and_grad = lambda x, y: seen.append(original(x, y)) or seen[-1]
+    step, taken = meta.forward, []
+    meta.forward = lambda loss, grad, state: taken.append(grad) or step(loss, grad, state)
+    adapt(episode, w_grad, meta, 4)
+    for (_, grad), given, number in zip(seen, taken, divided_by, strict=True):
+        assert torch.equal(given, grad / number)
+
+
+def test_gradient_agrees_with_finite_differences(way):
+    """The paper's first-order assumption: losses and gradients of the support set are constants, so
+    they are recorded once.
+    """
+    episode, w_grad, wo_grad, meta = make(way, dtype=torch.float64, n_pass=3)
+    wo_grad.train()
+    recorded, original = [], meta.forward
+    meta.forward = lambda loss, grad, state: (
+        recorded.append((loss, grad)) or original(loss, grad, state)
+    )
+    cI, _ = adapt(episode, w_grad, meta, 100)
+    meta.forward = original
+    query_loss(episode, w_grad, wo_grad, cI)[0].backward()
+
+    @torch.no_grad()
+    def value():
+        state = meta.initial_state()
+        for loss, grad in recorded:
+            state = meta(loss, grad, state)
+        return query_loss(episode, w_grad, wo_grad, state.c)[0].item()
+
+    step = 1e-6
+    cell = meta.metalstm
+    # a bias under batch normalisation has no influence, so cI is sampled outside conv1.bias
+    # (numbers 864 to 895)
+    samples = [(cell.WF, range(7)), (cell.WI, range(7)), (cell.bF, [0]), (cell.bI, [0])]
+    samples += [(cell.cI, [0, 431, 900, 950, 5000, 20000, cell.cI.numel() - 1])]
+    for parameter, indices in samples:
+        flat = parameter.data.view(-1)
+        for k in indices:
+            kept = flat[k].item()
+            flat[k] = kept + step
+            above = value()
+            flat[k] = kept - step
+            below = value()
+            flat[k] = kept
+            assert parameter.grad.view(-1)[k].item() == pytest.approx(
+                (above - below) / (2 * step), rel=1e-4, abs=1e-8
+            )
+
+
+def classifier_only(way, dtype=torch.float64):
+    episode, w_grad, wo_grad, meta = make(way, dtype=dtype)
+    for learner in (w_grad, wo_grad):
+        learner.adapt = "classifier"
+        learner.train()
+    return episode, w_grad, wo_grad, meta
+
+
+def test_a_classifier_can_adapt_alone(way):
+    """As an episode of a linear learner whose inputs are the features, and whose meta-learner has
+    the end of cI.
+    """
+    episode, w_grad, wo_grad, meta = classifier_only(way)
+    n, cI = 3 * (32 + 1), meta.metalstm.cI.detach()
+    alone = METALEARNERS[way](4, 5, n).double()
+    alone.load_state_dict(meta.state_dict() | {"metalstm.cI": cI[-n:]})
+    with torch.no_grad():
+        images = wo_grad.eval().features(torch.cat((episode.support, episode.query)))
+    linear = episode._replace(
+        support=images[: len(episode.support)], query=images[len(episode.support) :]
+    )
+    pair = [Classifier(32, 3).double() for _ in range(2)]
+    for batch_size in (100, 4):
+        found, losses = adapt(episode, w_grad, meta, batch_size)
+        expected, theirs = adapt(linear, pair[0], alone, batch_size)
+        assert torch.allclose(torch.stack(losses), torch.stack(theirs), rtol=1e-9)
+        assert torch.equal(found[:-n], cI[:-n])
+        assert torch.allclose(found[-n:], expected, rtol=1e-9)
+        loss, _ = query_loss(episode, w_grad, wo_grad.train(), found)
+        gradient = torch.autograd.grad(loss, list(meta.parameters()))
+        gradients = torch.autograd.grad(
+            query_loss(linear, *pair, expected)[0], list(alone.parameters())
+        )
+        for (name, _), a, b in zip(meta.named_parameters(), gradient, gradients, strict=True):
+            assert torch.allclose(a[-len(b) :], b, rtol=1e-6, atol=1e-15), name
+            assert not a[: -len(b)].any(), name
+
+
+def test_then_an_image_is_judged_alone(way):
+    """Nothing before the classifier depends on the other images of a batch, in train mode as in
+    eval mode.
+    """
+    episode, w_grad, wo_grad, meta = classifier_only(way)
+    cI, _ = adapt(episode, w_grad, meta, 100)
+    for learner in (wo_grad.train(), wo_grad.eval()):
+        _, logits = query_loss(episode, w_grad, learner, cI)
+        one = episode._replace(query=episode.query[:1].clone(), query_y=episode.query_y[:1])
+        assert torch.allclose(query_loss(one, w_grad, learner, cI)[1], logits[:1], rtol=1e-9)
+    assert all(
+        (norm.running_mean == 0).all() and (norm.running_var == 1).all() for norm in norms(wo_grad)
+    )
+
+
+def norms(learner):
+    return [m for m in learner.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def test_evaluation_leaves_training_alone_and_builds_no_graph(way):
+    episode, w_grad, wo_grad, meta = make(way)
+    optimizer = torch.optim.Adam(meta.parameters(), fused=way == "fast")
+    train_episode(episode, w_grad, wo_grad, meta, optimizer, 100, 0.25)
+    scratch = [LEARNERS[way](16, 1e-3, 0.95, 3) for _ in range(2)]
+    before = [t.clone() for m in (w_grad, wo_grad, meta) for t in (*m.parameters(), *m.buffers())]
+    modes = [m.training for m in (w_grad, wo_grad, meta)]
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    loss, accuracy = evaluate_episode(episode, *scratch, meta, 100)
+    assert not loss.requires_grad
+    assert not accuracy.requires_grad
+    assert not any(getattr(m, name).requires_grad for m, name, _ in scratch[1].slots())
+    after = [t for m in (w_grad, wo_grad, meta) for t in (*m.parameters(), *m.buffers())]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert modes == [m.training for m in (w_grad, wo_grad, meta)]
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert (states[1] == np.random.get_state()[1]).all()  # noqa: NPY002
+    assert states[2] == random.getstate()
+
+
+def test_the_momentum_of_batch_normalisation_reaches_the_test_alone(way):
+    """Training normalises by each batch's own statistics: with another momentum a run is the same,
+    but for its validations.
+    """
+    trained, tested = [], []
+    for momentum in (0.9, 0.95):
+        episode, w_grad, wo_grad, meta = make(way)
+        for norm in norms(w_grad) + norms(wo_grad):
+            norm.momentum = momentum
+        optimizer = torch.optim.Adam(meta.parameters(), fused=way == "fast")
+        for _ in range(2):
+            train_episode(episode, w_grad, wo_grad, meta, optimizer, 100, 0.25)
+        trained.append(torch.cat([p.detach().reshape(-1) for p in meta.parameters()]))
+        tested.append(evaluate_episode(episode, w_grad, wo_grad, meta, 100)[0])
+    assert torch.equal(*trained)
+    assert not torch.equal(*tested)
+
+
+def test_a_validation_leaves_training_as_it_was(way, master):
+    """The whole of it, worker processes and threads included: parameters, buffers, gradients, Adam,
+    modes, random states.
+    """
+    given = {
+        "n_class": 3,
+        "n_shot": 2,
+        "n_eval": 2,
+        "image_size": 16,
+        "epoch": 2,
+        "n_workers": 1,
+        "data_root": str(master),
+    }
+    args = settle({**given, "cpu": True, "plain": way == "plain"}, parse([])[1])
+    chosen = choose(args)
+    val_set = dataset(args, chosen, scan_split(args.data_root, "val"), 3)
+    episode, w_grad, wo_grad, meta = make(way)
+    optimizer = torch.optim.Adam(meta.parameters(), fused=way == "fast")
+    evaluate = Evaluator(args, chosen, (w_grad, wo_grad), meta)
+    train_episode(episode, w_grad, wo_grad, meta, optimizer, 100, 0.25)
+    states, original = [], meta.forward
+    meta.forward = lambda *inputs: states.append(original(*inputs)) or states[-1]
+
+    def everything():
+        models = [t for m in (w_grad, wo_grad, meta) for t in (*m.parameters(), *m.buffers())]
+        adam = [t for state in optimizer.state.values() for t in state.values()]
+        return [t.detach().clone() for t in (*models, *adam, *(p.grad for p in meta.parameters()))]
+
+    def the_rest():
+        modes = [module.training for m in (w_grad, wo_grad, meta) for module in m.modules()]
+        numbers = np.random.get_state()  # noqa: NPY002
+        of_torch = torch.get_rng_state().tolist(), torch.get_num_threads(), torch.is_grad_enabled()
+        return modes, random.getstate(), numbers[1].tolist(), numbers[2:], of_torch
+
+    before, rest = everything(), the_rest()
+    evaluate(val_set)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+    assert rest == the_rest()
+    assert len(states) == 3 * 2  # episodes x passes
+    assert not any(
+        t.requires_grad
+        for state in states
+        for t in (state.lstm_h, state.lstm_c, state.f, state.i, state.c)
+        if t is not meta.metalstm.cI
+    )
+
+
+def test_side_by_side_means_one_core_each():
+    """Also while the main thread, which assembles episodes meanwhile, turns its own number of
+    threads down and up again.
+    """
+    kept = torch.get_num_threads()
+    started, proceed = threading.Semaphore(0), threading.Event()
+
+    def count(_):
+        started.release()
+        assert proceed.wait(30)
+        return torch.get_num_threads()
+
+    def items():
+        yield 1
+        yield 2
+        for _ in range(2):
+            assert started.acquire(timeout=30)
+        torch.set_num_threads(1)
+        torch.set_num_threads(2)
+        proceed.set()
+        yield 3
+
+    try:
+        assert list(parallel_map(count, items(), 2)) == [1, 1, 1]
+    finally:
+        torch.set_num_threads(kept)
+
+
+def test_minibatches_are_shuffled_and_complete_and_the_divisor_is_their_size(way):
+    episode, w_grad, _, meta = make(way, n_pass=2)
+    batches = list(minibatches(episode, 4))
+    assert [len(x) for x, _ in batches] == [4, 2, 4, 2]
+    for order, of_pass in zip(episode.order, (batches[:2], batches[2:]), strict=True):
+        assert torch.equal(torch.cat([x for x, _ in of_pass]), episode.support[order])
+        assert torch.equal(torch.cat([y for _, y in of_pass]), episode.support_y[order])
+    seen, original = [], meta.forward
+    meta.forward = lambda loss, grad, state: seen.append(grad) or original(loss, grad, state)
+    adapt(episode, w_grad, meta, 4)
+    again = make(way, n_pass=2)[1:]
+    again[0].train()
+    state = again[2].initial_state()
+    for k in range(2):
+        again[0].copy_flat_params(state.c)
+        loss, grad = again[0].loss_and_grad(*batches[k])
+        assert torch.equal(seen[k], grad / len(batches[k][0]))
+        state = again[2](loss, seen[k], state)
+
+
+@pytest.mark.parametrize("batch_size", [6, 7])
+def test_a_minibatch_of_the_whole_support_set_keeps_its_order(batch_size):
+    episode = new_episode(n_pass=2)
+    batches = list(minibatches(episode, batch_size))
+    assert len(batches) == 2
+    assert all(x is episode.support and y is episode.support_y for x, y in batches)
+
+
+def test_updates_can_be_watched_one_by_one(way):
+    """Each has the learner's loss before it, and the parameters after it, which the learner takes
+    at the next one.
+    """
+    episode, w_grad, _, meta = make(way, n_pass=3)
+    seen = []
+    with torch.no_grad():
+        for loss, state in updates(episode, w_grad, meta, 100):
+            if seen:
+                assert torch.equal(w_grad.get_flat_params(), seen[-1][1].squeeze(1))
+            seen.append((loss, state.c))
+    cI, losses = adapt(episode, w_grad, meta, 100)
+    assert torch.equal(cI, seen[-1][1])
+    assert [loss.item() for loss in losses] == [loss.item() for loss, _ in seen]
+
+
+@pytest.mark.parametrize("broken", ["support", "query"])
+def test_an_update_that_is_not_finite_is_skipped(way, broken):
+    episode, w_grad, wo_grad, meta = make(way)
+    optimizer = torch.optim.Adam(meta.parameters(), fused=way == "fast")
+    step = {"step": step_without_sync} if way == "fast" else {}
+    assert not train_episode(episode, w_grad, wo_grad, meta, optimizer, 100, 0.25, **step)[2]
+    before = [
+        t.clone()
+        for t in (*meta.parameters(), *(t for s in optimizer.state.values() for t in s.values()))
+    ]
+    bad = episode._replace(**{broken: getattr(episode, broken) * float("nan")})
+    assert train_episode(bad, w_grad, wo_grad, meta, optimizer, 100, 0.25, **step)[2]
+    after = [*meta.parameters(), *(t for s in optimizer.state.values() for t in s.values())]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not train_episode(episode, w_grad, wo_grad, meta, optimizer, 100, 0.25, **step)[2]
+    assert not torch.equal(before[0], next(meta.parameters()))
+
+
+# ---- Someone else's learner ----
+
+
+class Perceptron(FlatModule):
+    def __init__(self, n_in, n_hidden, n_class):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(n_in, n_hidden), nn.BatchNorm1d(n_hidden), nn.Tanh())
+        self.head = nn.Linear(n_hidden, n_class)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def test_any_network_can_be_the_learner(way):
+    """Tensors instead of images, and another kind of batch normalisation."""
+    w_grad = Perceptron(7, 6, 3)
+    wo_grad, scratch = copy.deepcopy(w_grad), (copy.deepcopy(w_grad), copy.deepcopy(w_grad))
+    meta = METALEARNERS[way](4, 5, w_grad.get_flat_params().numel(), (-2.0, -1.0))
+    meta.metalstm.init_cI(w_grad.get_flat_params())
+    before = {name: p.detach().clone() for name, p in meta.named_parameters()}
+    optimizer = torch.optim.Adam(meta.parameters(), lr=1e-3)
+    y = torch.arange(3)
+    support, query = torch.randn(6, 7), torch.randn(9, 7)
+    episode = Episode(
+        support, y.repeat_interleave(2), query, y.repeat_interleave(3), torch.arange(6).repeat(2, 1)
+    )
+    for _ in range(2):
+        loss, _, skipped = train_episode(episode, w_grad, wo_grad, meta, optimizer, 4, 0.25)
+        assert torch.isfinite(loss)
+        assert not skipped
+    assert all(not torch.equal(p, before[name]) for name, p in meta.named_parameters())
+    first, again = (evaluate_episode(episode, *scratch, meta, 4) for _ in range(2))
+    assert first == again  # an episode leaves nothing behind for the next one
+    norm = scratch[1].body[1]
+    assert norm.num_batches_tracked == 4  # two passes over the support set, two minibatches each

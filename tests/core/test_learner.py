@@ -1,0 +1,186 @@
+import copy
+
+import pytest
+import torch
+from conftest import LEARNERS
+
+from fast.learner import FastConv4
+from learner import Conv4, FlatModule
+
+SHAPE = dict(image_size=21, bn_eps=1e-3, bn_momentum=0.9, n_classes=3)
+
+
+@pytest.fixture
+def pair():
+    """Both ways with the same float64 weights, two scales of batch normalisation negative and one
+    zero.
+    """
+    plain, fast = Conv4(**SHAPE).double(), FastConv4(**SHAPE).double()
+    with torch.no_grad():
+        plain.norm1.weight[3], plain.norm3.weight[5], plain.norm2.weight[1] = -0.7, -1.3, 0.0
+    fast.load_state_dict(plain.state_dict())
+    return plain.train(), fast.train()
+
+
+def test_size_of_the_published_learner(way):
+    assert LEARNERS[way](84, 1e-3, 0.95, 5).get_flat_params().numel() == 32901
+
+
+@pytest.mark.parametrize("n_filters", [5, 64])
+def test_other_numbers_of_filters(way, n_filters):
+    learner = LEARNERS[way](84, 1e-3, 0.95, 5, n_filters=n_filters)
+    block = 9 * n_filters**2 + 3 * n_filters
+    assert (
+        learner.get_flat_params().numel()
+        == (28 * n_filters + 2 * n_filters) + 3 * block + (25 * n_filters + 1) * 5
+    )
+    grad = learner.loss_and_grad(torch.randn(4, 3, 84, 84), torch.arange(4))[1]
+    assert grad.abs().sum() > 0
+    assert learner.eval()(torch.randn(2, 3, 84, 84)).shape == (2, 5)
+
+
+def test_order_of_the_flat_vector(way):
+    learner = LEARNERS[way](**SHAPE)
+    names = [name for name, _ in learner.named_parameters()]
+    assert names[:4] == ["conv1.weight", "conv1.bias", "norm1.weight", "norm1.bias"]
+    assert names[-2:] == ["cls.weight", "cls.bias"]
+    expected = torch.cat([p.detach().reshape(-1) for p in learner.parameters()])
+    assert torch.equal(learner.get_flat_params(), expected)
+
+
+def test_scale_of_batch_normalisation_starts_as_in_the_earlier_codes(way):
+    uniform, one = LEARNERS[way](**SHAPE), LEARNERS[way](**SHAPE, bn_scale="one")
+    scales = torch.cat([getattr(uniform, f"norm{b}").weight.detach() for b in (1, 2, 3, 4)])
+    assert 0 <= scales.min() < 0.1 < 0.9 < scales.max() <= 1
+    assert abs(scales.mean() - 0.5) < 0.1
+    assert all((getattr(one, f"norm{b}").weight == 1).all() for b in (1, 2, 3, 4))
+
+
+def test_too_small_images_are_refused(way):
+    with pytest.raises(ValueError, match="at least 16"):
+        LEARNERS[way](15, 1e-3, 0.95, 5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_fast_blocks_are_the_plain_ones(pair, memory_format, dtype):
+    """In float32 by the kernels, held against float64."""
+    plain, fast = pair[0], pair[1].to(dtype)
+    close, tiny = (1e-10, 1e-14) if dtype == torch.float64 else (1e-4, 1e-6)
+    x = torch.randn(6, 3, 21, 21, dtype=torch.float64).contiguous(memory_format=memory_format)
+    y = torch.tensor([0, 0, 1, 1, 2, 2])
+    loss, grad = fast.loss_and_grad(x.to(dtype), y)
+    expected, expected_grad = plain.loss_and_grad(x, y)
+    assert loss.item() == pytest.approx(expected.item(), rel=close / 100)
+    assert grad.shape == expected_grad.shape == (plain.get_flat_params().numel(), 1)
+    assert (grad - expected_grad).abs().max() < close / 100 * expected_grad.abs().max() + tiny
+    for (name, mine), theirs in zip(fast.named_buffers(), plain.buffers(), strict=True):
+        if "running" in name:
+            assert torch.allclose(mine.double(), theirs, rtol=close, atol=tiny), name
+    x = torch.randn(4, 3, 21, 21, dtype=torch.float64)
+    assert torch.allclose(fast.eval()(x.to(dtype)).double(), plain.eval()(x), rtol=close, atol=tiny)
+    with torch.no_grad():
+        assert torch.allclose(fast(x.to(dtype)).double(), plain(x), rtol=close, atol=tiny)
+
+
+def test_gradient_is_that_of_pytorchs_backward(way):
+    """And a parameter that the loss does not depend on has the gradient zero."""
+    learner = LEARNERS[way](**SHAPE).double().train()
+    x, y = torch.randn(6, 3, 21, 21, dtype=torch.float64), torch.arange(6) % 3
+    _, grad = learner.loss_and_grad(x, y)
+    assert not grad.requires_grad
+    assert all(p.grad is None for p in learner.parameters())
+    torch.nn.functional.cross_entropy(learner(x), y).backward()
+    expected = torch.cat(
+        [
+            torch.zeros(p.numel()) if p.grad is None else p.grad.reshape(-1)
+            for p in learner.parameters()
+        ]
+    )
+    assert torch.equal(grad.squeeze(1), expected)
+
+
+def test_gradient_of_the_bias_under_normalisation_is_exactly_zero_in_the_fast_way(pair):
+    _, fast = pair
+    _, grad = fast.loss_and_grad(
+        torch.randn(6, 3, 21, 21, dtype=torch.float64), torch.arange(6) % 3
+    )
+    bias = fast.slices(grad)[1]
+    assert bias.shape == (32,)
+    assert (bias == 0).all()
+
+
+def test_copied_values_leave_the_graph_behind(way):
+    learner = LEARNERS[way](**SHAPE)
+    cI = torch.randn(learner.get_flat_params().numel(), 1, requires_grad=True)
+    learner.copy_flat_params(cI * 2)
+    assert torch.equal(learner.get_flat_params(), cI.detach().squeeze(1) * 2)
+    assert all(p.is_leaf and p.requires_grad for p in learner.parameters())
+
+
+def test_copied_values_are_the_learners_own(way):
+    """Whatever writes into the learner leaves the cell state alone, which at first is the
+    meta-learner's parameter cI.
+    """
+    learner = LEARNERS[way](**SHAPE)
+    cI = torch.randn(learner.get_flat_params().numel(), 1)
+    kept = cI.clone()
+    learner.copy_flat_params(cI)
+    with torch.no_grad():
+        for p in learner.parameters():
+            p.zero_()
+    assert torch.equal(cI, kept)
+
+
+def test_transferred_parameters_are_slices_of_the_cell_state(way):
+    w_grad, wo_grad = LEARNERS[way](**SHAPE), LEARNERS[way](**SHAPE)
+    w_grad.train()(torch.randn(4, 3, 21, 21))
+    cI = torch.randn(w_grad.get_flat_params().numel(), 1, requires_grad=True)
+    for _ in range(2):
+        wo_grad.transfer_params(w_grad, cI * 1.0)
+        assert list(wo_grad.parameters()) == []
+        assert wo_grad.conv1.weight.grad_fn is not None
+    assert torch.equal(wo_grad.norm1.running_mean, w_grad.norm1.running_mean)
+    assert torch.equal(wo_grad.get_flat_params(), cI.detach().squeeze(1))
+    wo_grad.train()(torch.randn(4, 3, 21, 21)).sum().backward()
+    assert cI.grad.abs().sum() > 0
+
+
+def test_flat_vector_of_another_length_is_refused(way):
+    with pytest.raises(ValueError, match="the flat vector has 7 numbers"):
+        LEARNERS[way](**SHAPE).copy_flat_params(torch.zeros(7))
+
+
+def test_reset_batch_stats(way):
+    learner = LEARNERS[way](**SHAPE).train()
+    learner(torch.randn(4, 3, 21, 21))
+    assert learner.norm4.running_mean.abs().sum() > 0
+    learner.reset_batch_stats()
+    for b in (1, 2, 3, 4):
+        norm = getattr(learner, f"norm{b}")
+        assert (norm.running_mean == 0).all()
+        assert (norm.running_var == 1).all()
+
+
+def test_a_parameter_in_two_places_is_refused():
+    class Tied(FlatModule):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+            self.other.weight = self.one.weight
+
+    with pytest.raises(ValueError, match="two layers share a parameter"):
+        Tied().get_flat_params()
+
+
+def test_a_learner_can_be_copied_after_training(way):
+    w_grad, wo_grad = LEARNERS[way](**SHAPE), LEARNERS[way](**SHAPE)
+    cI = torch.randn(w_grad.get_flat_params().numel(), 1, requires_grad=True)
+    wo_grad.transfer_params(w_grad, cI * 1.0)
+    twin, x = copy.deepcopy(wo_grad).eval(), torch.randn(4, 3, 21, 21)
+    with torch.no_grad():
+        assert torch.equal(twin(x), wo_grad.eval()(x))
+    twin.transfer_params(w_grad, cI * 2.0)
+    assert torch.equal(
+        wo_grad.conv1.weight.detach().reshape(-1), cI.detach()[: wo_grad.conv1.weight.numel(), 0]
+    )

@@ -1,0 +1,202 @@
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, DATASETS
+from PIL import Image
+
+from dataloader import MEAN, STD, episodes, load_image, scan_split
+from fast import images
+from fast.images import FOLDER, DecodedSplit, decoded, reduced_size
+from utils import UserError
+
+
+def files(root):
+    return [path for of_class in scan_split(root, "train").files for path in of_class]
+
+
+def build(root, image_size=16, cache_dir=None):
+    return decoded("train", files(root), root, image_size, cache_dir)
+
+
+def folders(root):
+    return sorted(p.name for p in (root / FOLDER).iterdir() if p.name != "lock")
+
+
+def test_small_images_are_kept_to_the_pixel(data):
+    split = build(data, image_size=84)
+    paths = files(data)
+    assert len(split.sizes) == 48
+    for k in (0, 7, 47):
+        assert (split.image(k).transpose(1, 2, 0) == np.asarray(load_image(paths[k]))).all()
+
+
+def test_large_images_are_reduced_once(tmp_path):
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    shutil.copy(
+        Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg", folder / "1.jpg"
+    )
+    split = build(tmp_path, image_size=84)
+    width, height = Image.open(folder / "1.jpg").size
+    assert min(width, height) > 168
+    assert tuple(split.sizes[0][::-1]) == reduced_size(width, height, 84)
+    assert split.sizes[0].min() == 168
+
+
+def test_built_once(data, monkeypatch):
+    build(data)
+    monkeypatch.setattr(images, "_build", lambda *_: pytest.fail("built again"))
+    build(data)
+
+
+@pytest.mark.parametrize("change", ["touched", "new", "removed", "setting"])
+def test_rebuilt_when_what_it_depends_on_changes(data, change):
+    build(data)
+    before, path, size = folders(data), data / "train" / "class 0" / "0.jpg", 16
+    if change == "touched":
+        os.utime(path, ns=(1, 1))
+    elif change == "new":
+        shutil.copy(path, path.with_name("new.jpg"))
+    elif change == "removed":
+        path.unlink()
+    else:
+        size = 20
+    split = build(data, size)
+    assert len(split.sizes) == {"new": 49, "removed": 47}.get(change, 48)
+    assert folders(data) != before
+    assert len(folders(data)) == (2 if change == "setting" else 1)
+
+
+@pytest.mark.parametrize("name", ["pixels.bin", "index.npz"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
+def test_damage_is_noticed_and_mended(data, name, damage):
+    good = build(data).image(3).copy()
+    path = data / FOLDER / folders(data)[0] / name
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 0xFF
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(
+            {"flip": content, "cut": content[: len(content) // 2], "empty": b""}[damage]
+        )
+    assert (build(data).image(3) == good).all()
+    assert (DecodedSplit(data / FOLDER / folders(data)[0]).image(3) == good).all()
+
+
+def test_two_processes_at_once(data):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=build, args=(data,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(folders(data)) == 1
+    assert len(build(data).sizes) == 48
+
+
+def test_another_place(data, tmp_path):
+    build(data, cache_dir=tmp_path / "elsewhere")
+    assert not (data / FOLDER).exists()
+    assert len(list((tmp_path / "elsewhere").rglob("train-*"))) == 1
+
+
+@pytest.mark.parametrize("other", ["data2", "elsewhere/data", "é" * 120])
+def test_data_sets_that_share_a_place(data, tmp_path, monkeypatch, other):
+    """Neither removes what the other has decoded; each still removes what is stale of its own."""
+    place, second = tmp_path / "caches", tmp_path / other
+    shutil.copytree(data, second)
+    for root in (data, second):
+        os.utime(root / "train" / "class 0" / "0.jpg", ns=(len(str(root)), 1))
+        build(root, cache_dir=place)
+    assert len(list(place.rglob("train-*"))) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "_build", lambda *_: pytest.fail("built again"))
+        patch.chdir(data)
+        for root in (data, second, Path("../data")):  # however it is written
+            build(root, cache_dir=place)
+    for n in range(3):
+        os.utime(second / "train" / "class 1" / "0.jpg", ns=(n, n))
+        build(second, cache_dir=place)
+    assert len(list(place.rglob("train-*"))) == 2
+
+
+def test_a_place_that_cannot_be_written(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be kept there .*--cache-dir"):
+        build(data, cache_dir=tmp_path / "file" / "inside")
+
+
+def test_a_read_only_data_root(data, tmp_path):
+    data.chmod(0o555)
+    try:
+        if os.access(data, os.W_OK):
+            pytest.skip("root may write anywhere")
+        with pytest.raises(
+            UserError, match=r"\.decoded: the decoded images cannot be kept there .*--cache-dir"
+        ) as caught:
+            build(data)
+        assert "\n" not in str(caught.value)
+        assert len(build(data, cache_dir=tmp_path / "elsewhere").sizes) == 48
+    finally:
+        data.chmod(0o755)
+
+
+def test_a_broken_image_leaves_nothing_behind(data):
+    (data / "train" / "class 2" / "4.jpg").write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"class 2/4\.jpg: not a readable image"):
+        build(data)
+    assert folders(data) == []
+
+
+# ---- Episodes from decoded images ----
+
+
+def grey_levels(x, pixels):
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1)
+        for v in ((MEAN, STD) if pixels == "imagenet" else ((0.0,) * 3, (1.0,) * 3))
+    )
+    return (x * std + mean) * 255
+
+
+# (what is drawn at random, the mean difference in grey levels that Pillow's rounding makes of it)
+@pytest.mark.parametrize(
+    ("split", "augment", "close"),
+    [("train", "port", 1.5), ("train", "none", 0.5), ("val", "port", 0.5), ("test", "none", 0.5)],
+)
+@pytest.mark.parametrize("pixels", ["imagenet", "unit"])
+def test_episodes_are_the_plain_ones_but_for_pillows_rounding(
+    master, split, augment, pixels, close
+):
+    plain, fast = (
+        DATASETS[way](scan_split(master, split), 719, 5, 2, 3, 4, 32, augment, 6, pixels, "pass")
+        for way in ("plain", "fast")
+    )
+    assert plain.fingerprint == fast.fingerprint
+    assert len(plain) == len(fast) == len(fast.first(6)) == 6
+    differences = []
+    for theirs, ours in zip(
+        *(list(episodes(data, 0, 0, CPU, False)) for data in (plain, fast)), strict=True
+    ):
+        for name in ("support", "query"):
+            x, y = getattr(theirs, name), getattr(ours, name)
+            assert x.shape == y.shape
+            assert x.dtype == y.dtype == torch.float32
+            differences.append(
+                (grey_levels(x, pixels) - grey_levels(y, pixels)).abs().mean((1, 2, 3))
+            )
+        for name in ("support_y", "query_y", "order"):
+            x, y = getattr(theirs, name), getattr(ours, name)
+            assert torch.equal(x, y)
+            assert x.dtype == y.dtype == torch.int64
+    differences = torch.cat(differences)
+    assert differences.mean() < close
+    assert differences.max() < (4 if augment == "port" and split == "train" else 1)

@@ -1,0 +1,1 @@
+"""What looks at a trained model: tables, pictures, traces, export and prediction."""
