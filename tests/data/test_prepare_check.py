@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import prepare_formats as formats
 import pytest
 from PIL import Image
 from prepare_formats import CLASSES, SPLITS, plans, prepare
