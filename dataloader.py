@@ -5,7 +5,8 @@ parameter and the order of its minibatches come from generators made from these 
 prefetching and resuming need no state.
 
 Only ``Generator.random`` is drawn from: its stream is fixed by the Philox algorithm, while the
-higher samplers may change between NumPy releases."""
+higher samplers may change between NumPy releases.
+"""
 
 from __future__ import annotations
 

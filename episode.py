@@ -1,9 +1,10 @@
-"""Algorithm 1 of the paper: in each episode the meta-learner trains the learner on the support set,
-and the query set's loss trains the meta-learner.
+"""Algorithm 1 of the paper, one episode at a time.
 
-``updates`` is the inner loop, which training and evaluation share (lines 4 to 10),
-``meta_gradient`` goes on to the query set (lines 11 and 12), ``update_metalearner`` is line 13, and
-``train_episode`` all of it. ``evaluate_episode`` only reports."""
+The meta-learner trains the learner on the support set (``updates``, lines 4 to 10), the query loss
+is differentiated through that training (``meta_gradient``, lines 11 and 12), and the gradient
+trains the meta-learner (``update_metalearner``, line 13). ``train_episode`` is all of it;
+``evaluate_episode`` is the same inner loop without a graph.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +21,21 @@ from metalearner import MetaLearner, MetaState
 
 
 class Episode(NamedTuple):
-    """An n-way k-shot task, class-major: label = position of the class in the episode."""
+    """An n-way k-shot task, class-major: a label is the position of the class in the episode."""
 
     support: Tensor  # [n_class * n_shot, 3, H, W], float32
     support_y: Tensor  # [n_class * n_shot], int64
     query: Tensor  # [n_class * n_eval, 3, H, W], float32
     query_y: Tensor  # [n_class * n_eval], int64
-    order: Tensor  # [epoch, n_class * n_shot], int64: the order of the support images in each pass over them
+    order: Tensor  # [epoch, n_class * n_shot], int64: the order of the support set in each pass
 
 
 def minibatches(episode: Episode, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images and labels of all support minibatches of all passes.
+    """Yield the images and labels of every support minibatch of every pass.
 
-    A minibatch that holds the whole support set keeps the set's own order; smaller ones follow
-    ``episode.order``."""
+    A minibatch of the whole support set keeps the set's own order; smaller ones follow
+    ``episode.order``.
+    """
     for order in episode.order:
         if batch_size >= len(episode.support):
             yield episode.support, episode.support_y
@@ -45,29 +47,25 @@ def minibatches(episode: Episode, batch_size: int) -> Iterator[tuple[Tensor, Ten
 def updates(
     episode: Episode, learner_w_grad: FlatModule, metalearner: MetaLearner, batch_size: int
 ) -> Iterator[tuple[Tensor, MetaState]]:
-    """Train the learner on the support set, one step of the meta-learner per minibatch.
+    """Train the learner on the support set, one update of the meta-learner per minibatch.
 
     Args:
-        episode: see ``Episode``; ``order`` has one row per pass.
-        learner_w_grad: takes each cell state's values and yields loss and gradient; its running
-            statistics end as those of the support images.
+        episode: ``order`` has one row per pass.
+        learner_w_grad: holds the values of each cell state in turn and yields loss and gradient;
+            its running statistics end as those of the support images.
         metalearner: makes each cell state from the last one.
-        batch_size: images of a minibatch; the last one of a pass may be smaller.
+        batch_size: images in a minibatch; the last one of a pass may be smaller.
 
     Yields:
-        After each update the loss [] that led to it and the meta-learner's new state, whose ``c``
-        [P, 1] is the learner's new parameters, with their graph unless under ``torch.no_grad()``.
-        Of a learner that adapts its classifier only, it is the classifier's, see
-        ``MetaLearner.complete``.
+        After each update the support loss [] that led to it and the new state, whose ``c`` [P, 1]
+        is the learner's new parameters, with their graph unless under ``torch.no_grad()``.
     """
     learner_w_grad.train()
     learner_w_grad.reset_batch_stats()
-    learner_w_grad.copy_flat_params(metalearner.metalstm.cI)
-    adapted, inputs = learner_w_grad.to_adapt(episode.support)
-    state = metalearner.initial_state(adapted.size())
-    for x, y in minibatches(episode._replace(support=inputs), batch_size):
-        adapted.copy_flat_params(state.c)
-        loss, grad = adapted.loss_and_grad(x, y)
+    state = metalearner.initial_state()
+    for x, y in minibatches(episode, batch_size):
+        learner_w_grad.copy_flat_params(state.c)
+        loss, grad = learner_w_grad.loss_and_grad(x, y)
         state = metalearner(loss, grad / (metalearner.grad_divisor or len(x)), state)
         yield loss, state
 
@@ -75,7 +73,7 @@ def updates(
 def adapt(
     episode: Episode, learner_w_grad: FlatModule, metalearner: MetaLearner, batch_size: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """All updates of an episode, see ``updates``.
+    """Run all updates of an episode.
 
     Returns:
         The last cell state [P, 1] and the support losses, [] each.
@@ -84,31 +82,30 @@ def adapt(
     for loss, state in updates(episode, learner_w_grad, metalearner, batch_size):
         losses.append(loss)
         c = state.c
-    return metalearner.complete(c), losses
+    return c, losses
 
 
 def query_loss(
-    episode: Episode, learner_w_grad: FlatModule, learner_wo_grad: FlatModule, cI: Tensor
+    episode: Episode, learner_w_grad: FlatModule, learner_wo_grad: FlatModule, c: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Judge a cell state on the query set, in the mode (train or eval) of learner_wo_grad.
+    """Evaluate a cell state c [P, 1] on the query set, in learner_wo_grad's mode (train or eval).
 
     Returns:
         The mean cross entropy [] and the logits [n_class * n_eval, n_class].
     """
-    learner_wo_grad.transfer_params(learner_w_grad, cI)
+    learner_wo_grad.transfer_params(learner_w_grad, c)
     logits = learner_wo_grad(episode.query)
     return F.cross_entropy(logits, episode.query_y), logits
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """Share of correct answers in percent, []."""
+    """Share of correct predictions in percent, []."""
     return (logits.argmax(dim=1) == y).float().mean() * 100.0
 
 
-def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """Take the optimiser's step, unless the loss or the gradient is not finite."""
-    if finite:
-        optimizer.step()
+def learned(metalearner: MetaLearner) -> list[Tensor]:
+    """The meta-learner's trainable parameters, in the order of its gradient."""
+    return [p for p in metalearner.parameters() if p.requires_grad]
 
 
 def meta_gradient(
@@ -118,28 +115,26 @@ def meta_gradient(
     metalearner: MetaLearner,
     batch_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of an episode's query loss with respect to the meta-learner's parameters.
+    """Differentiate an episode's query loss with respect to the meta-learner's parameters.
 
-    Both learners are overwritten; the meta-learner is left alone.
+    Overwrites both learners; leaves the meta-learner as it is.
 
     Returns:
-        The gradient [G], of one learned parameter after the other; query loss [] and query accuracy
-        [] in percent. They are detached and still on the device.
+        The gradient [G], all of ``learned(metalearner)`` one after the other; the query loss [];
+        the query accuracy [] in percent. They are detached and still on the device.
     """
     learner_wo_grad.train()
-    cI, _ = adapt(episode, learner_w_grad, metalearner, batch_size)
-    loss, logits = query_loss(episode, learner_w_grad, learner_wo_grad, cI)
+    c, _ = adapt(episode, learner_w_grad, metalearner, batch_size)
+    loss, logits = query_loss(episode, learner_w_grad, learner_wo_grad, c)
     grads = torch.autograd.grad(loss, learned(metalearner))
-    return (
-        torch.cat([g.reshape(-1) for g in grads]),
-        loss.detach(),
-        accuracy(logits.detach(), episode.query_y),
-    )
+    gradient = torch.cat([g.reshape(-1) for g in grads])
+    return gradient, loss.detach(), accuracy(logits.detach(), episode.query_y)
 
 
-def learned(metalearner: MetaLearner) -> list[Tensor]:
-    """The meta-learner's parameters that training changes, in the order of its gradient."""
-    return [p for p in metalearner.parameters() if p.requires_grad]
+def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """Take the optimiser's step if ``finite`` [], bool, is true."""
+    if finite:
+        optimizer.step()
 
 
 def update_metalearner(
@@ -150,14 +145,14 @@ def update_metalearner(
     grad_clip: float,
     step: Callable[[torch.optim.Optimizer, Tensor], None] = step_if_finite,
 ) -> Tensor:
-    """One update of the meta-learner, by the mean over M episodes of the gradient; the paper's M is
-    1.
+    """Update the meta-learner once, by the mean gradient of M episodes; the paper's M is 1.
 
     Args:
-        gradients: [M, G], summed in this order; losses: [M].
+        gradients: [M, G], summed in this order.
+        losses: [M].
         optimizer: of the meta-learner's parameters, cI among them.
-        grad_clip: largest norm of the mean.
-        step: takes the optimiser's step if its second argument [], bool, is true.
+        grad_clip: largest norm of the mean gradient.
+        step: ``step_if_finite`` or its equal.
 
     Returns:
         Whether the update was skipped [], bool, because a loss or the gradient was not finite;
@@ -183,8 +178,7 @@ def train_episode(
     grad_clip: float,
     step: Callable[[torch.optim.Optimizer, Tensor], None] = step_if_finite,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One update of the meta-learner by one episode; arguments as for ``meta_gradient`` and
-    ``update_metalearner``.
+    """Update the meta-learner by one episode: ``meta_gradient``, then ``update_metalearner``.
 
     Returns:
         Query loss [], query accuracy [] in percent, and whether the update was skipped [], bool;
@@ -208,19 +202,18 @@ def evaluate_episode(
     batch_size: int,
     transductive: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The same inner loop without the meta-learner's graph; the support set's running statistics
-    normalise the query images.
+    """Run the same inner loop without the meta-learner's graph, and evaluate on the query set.
 
-    Both learners are overwritten: give evaluation a pair of its own.
+    Overwrites both learners: give evaluation a pair of its own.
 
     Args:
-        transductive: normalise the query images by their own statistics instead, as meta-training
-            does; the answer to one then depends on the others.
+        transductive: transductive batch norm: the query batch's own statistics normalise it, as in
+            meta-training. Otherwise the support set's running statistics do.
 
     Returns:
         Query loss [] and query accuracy [] in percent, still on the device.
     """
     learner_wo_grad.train(transductive)
-    cI, _ = adapt(episode, learner_w_grad, metalearner, batch_size)
-    loss, logits = query_loss(episode, learner_w_grad, learner_wo_grad, cI)
+    c, _ = adapt(episode, learner_w_grad, metalearner, batch_size)
+    loss, logits = query_loss(episode, learner_w_grad, learner_wo_grad, c)
     return loss, accuracy(logits, episode.query_y)

@@ -25,18 +25,17 @@ MIN_IMAGE_SIZE = 2**N_BLOCKS
 
 
 class FlatModule(nn.Module):
-    """A network that the meta-learner can train: its parameters are read and written as one flat
-    vector.
+    """A network whose parameters are read and written as one flat vector [P].
 
     Derive your own network from this class instead of ``nn.Module``, and write ``__init__`` and
-    ``forward(x) -> logits`` as usual. Any layers will do, as long as all parameters are floats of
-    one dtype and none is shared between two layers. The flat vector follows the order of
-    ``parameters()``; P is its length."""
+    ``forward(x) -> logits`` as usual. Any layers will do, as long as all parameters have one
+    floating dtype and no two layers share one. The vector follows the order of ``parameters()``.
+    """
 
     _slots: list[tuple[nn.Module, str, torch.Size]] | None = None
 
     def slots(self) -> list[tuple[nn.Module, str, torch.Size]]:
-        """Where each stretch of the flat vector belongs: (module, name in it, shape).
+        """List (module, parameter's name in it, shape) in the order of the flat vector.
 
         Raises:
             ValueError: two layers share a parameter.
@@ -48,9 +47,7 @@ class FlatModule(nn.Module):
                 for name, p in m.named_parameters(recurse=False)
             ]
             if len(named) != len(list(self.parameters())):
-                raise ValueError(
-                    "two layers share a parameter, but each needs a place of its own in the flat vector"
-                )
+                raise ValueError("two layers share a parameter; give each one of its own")
             self._slots = named
         return self._slots
 
@@ -72,11 +69,11 @@ class FlatModule(nn.Module):
         ]
 
     def size(self) -> int:
-        """P."""
+        """P, the number of parameters."""
         return sum(shape.numel() for _, _, shape in self.slots())
 
     def get_flat_params(self) -> Tensor:
-        """A detached copy of the parameters as one vector [P]."""
+        """Copy the parameters into one vector [P], detached."""
         return torch.cat([getattr(m, name).detach().reshape(-1) for m, name, _ in self.slots()])
 
     @torch.no_grad()
@@ -92,12 +89,11 @@ class FlatModule(nn.Module):
     def transfer_params(self, learner_w_grad: FlatModule, cI: Tensor) -> None:
         """Make slices of a cell state this learner's weights (for learner_wo_grad).
 
-        From the first call on this learner owns no parameters: each weight is a view of ``cI`` and
-        carries its ``grad_fn``, so a loss computed here back-propagates into whatever made ``cI``.
+        From the first call on, this learner owns no parameters: each weight is a view of ``cI``
+        with its ``grad_fn``, so the loss back-propagates into whatever made ``cI``.
 
         Args:
-            learner_w_grad: the twin whose buffers (batch normalisation's running statistics) are
-                copied.
+            learner_w_grad: whose buffers (batch norm's running statistics) are copied.
             cI: [P] or [P, 1], the meta-learner's last cell state.
         """
         self.copy_buffers(learner_w_grad)
@@ -106,9 +102,7 @@ class FlatModule(nn.Module):
             setattr(m, name, value)
 
     def __deepcopy__(self, memo: dict) -> FlatModule:
-        """A copy of its own, also of a learner_wo_grad: PyTorch refuses to copy weights that carry
-        a ``grad_fn``.
-        """
+        """Copy a learner_wo_grad too, whose weights have a ``grad_fn`` that PyTorch refuses."""
         for m, name, _ in self._slots or []:
             weight = getattr(m, name)
             if not weight.is_leaf:
@@ -124,34 +118,21 @@ class FlatModule(nn.Module):
             mine.copy_(theirs)
 
     def reset_batch_stats(self) -> None:
-        """Reset batch normalisation's running statistics to mean 0 and variance 1: before each
-        episode, both learners.
-        """
+        """Reset batch norm's running statistics to mean 0 and variance 1, before an episode."""
         for m in self.modules():
             if hasattr(m, "reset_running_stats"):
                 m.reset_running_stats()
 
-    def to_adapt(self, x: Tensor) -> tuple[FlatModule, Tensor]:
-        """What an episode trains: this network or a part of it whose parameters are the last ones
-        of the flat vector.
-
-        Args:
-            x: the support images [N, ...].
-
-        Returns:
-            The part, and what it reads of them, [N, ...]. Here: all of it.
-        """
-        return self, x
-
     def loss_and_grad(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross entropy of a minibatch and its gradient, both detached.
+        """Compute the mean cross entropy of a minibatch and its gradient.
 
         Args:
-            x: inputs [B, ...]; y: labels [B], int64.
+            x: inputs [B, ...].
+            y: labels [B], int64.
 
         Returns:
-            The loss [] and its gradient with respect to the flat parameters [P, 1], zero where the
-            loss does not depend on one.
+            The loss [] and its gradient [P, 1], both detached; 0 for a parameter without a part in
+            the loss.
         """
         with torch.enable_grad():
             loss = F.cross_entropy(self(x), y)
@@ -161,26 +142,17 @@ class FlatModule(nn.Module):
         return loss.detach(), torch.cat([g.reshape(-1) for g in grads]).unsqueeze(1)
 
 
-class Classifier(FlatModule, nn.Linear):
-    """The learner's last layer, which can be trained alone."""
-
-
 class Conv4(FlatModule):
-    """Four blocks of convolution, batch normalisation, ReLU and 2x2 max-pooling, then a linear
-    classifier.
+    """Four blocks of 3x3 convolution, batch norm, ReLU and 2x2 max-pooling; a linear classifier.
 
     Args:
         image_size: height and width of the images in pixels, at least 16.
         bn_eps: epsilon of batch normalisation.
         bn_momentum: share of the newest batch in the running statistics.
         n_classes: number of classes of an episode (n-way).
-        bn_scale: where batch normalisation's scale starts: "uniform" for U(0, 1), as in the
-            authors' Torch and the port's PyTorch 1.0; "one" as in PyTorch since 1.2.
+        bn_scale: initial scale of batch norm: "uniform" for U(0, 1), as in the authors' Torch and
+            the port's PyTorch 1.0; "one" as in PyTorch since 1.2.
         n_filters: filters of each convolution.
-        adapt: what an episode trains: "all", or "classifier", the last layer only. Then nothing
-            before it depends on the episode: batch normalisation does not look at the batch, but
-            has mean 0 and variance 1 for its statistics, and it is for the filters to make them so
-            (``baselines.pretrain.fold_statistics``).
 
     Raises:
         ValueError: ``image_size`` is smaller than 16, so that nothing is left after four poolings.
@@ -194,13 +166,10 @@ class Conv4(FlatModule):
         n_classes: int,
         bn_scale: str = "uniform",
         n_filters: int = 32,
-        adapt: str = "all",
     ):
         super().__init__()
         if image_size < MIN_IMAGE_SIZE:
-            raise ValueError(
-                f"image_size is {image_size}, but four poolings need at least {MIN_IMAGE_SIZE} pixels"
-            )
+            raise ValueError(f"image_size is {image_size}; four poolings need {MIN_IMAGE_SIZE} px")
         for b in range(1, N_BLOCKS + 1):
             conv = nn.Conv2d(3 if b == 1 else n_filters, n_filters, 3, padding=1)
             norm = nn.BatchNorm2d(n_filters, eps=bn_eps, momentum=bn_momentum)
@@ -208,38 +177,19 @@ class Conv4(FlatModule):
                 nn.init.uniform_(norm.weight)
             self.add_module(f"conv{b}", conv)
             self.add_module(f"norm{b}", norm)
-        self.cls = Classifier(n_filters * (image_size // MIN_IMAGE_SIZE) ** 2, n_classes)
-        self.adapt = adapt
-        self.train()
-
-    def train(self, mode: bool = True) -> Conv4:
-        """See ``nn.Module.train``. Only where all of the learner adapts does batch normalisation
-        have two modes.
-        """
-        super().train(mode)
-        for b in range(1, N_BLOCKS + 1):
-            getattr(self, f"norm{b}").train(mode and self.adapt == "all")
-        return self
-
-    def to_adapt(self, x: Tensor) -> tuple[FlatModule, Tensor]:
-        """See ``FlatModule.to_adapt``: all of it, or the classifier, which reads the images'
-        features.
-        """
-        if self.adapt == "all":
-            return self, x
-        with torch.no_grad():
-            return self.cls, self.features(x)
+        self.cls = nn.Linear(n_filters * (image_size // MIN_IMAGE_SIZE) ** 2, n_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the classifier reads.
+        """Compute the classifier's input.
+
+        In train mode the batch's own statistics normalise, and update the running ones; in eval
+        mode the running statistics do.
 
         Args:
             x: images [B, 3, image_size, image_size], float.
 
         Returns:
-            [B, n_filters * (image_size // 16)^2]. In train mode, if all of it adapts, the batch's
-            own statistics normalise (and update the running ones); otherwise the running statistics
-            do.
+            [B, n_filters * (image_size // 16)^2].
         """
         for b in range(1, N_BLOCKS + 1):
             conv, norm = getattr(self, f"conv{b}"), getattr(self, f"norm{b}")
@@ -247,12 +197,5 @@ class Conv4(FlatModule):
         return x.flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class scores.
-
-        Args:
-            x: as for ``features``.
-
-        Returns:
-            Logits [B, n_classes].
-        """
+        """Compute the logits [B, n_classes] of images [B, 3, image_size, image_size]."""
         return self.cls(self.features(x))

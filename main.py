@@ -4,7 +4,8 @@
     python main.py --mode test
 
 ``python main.py --help`` lists the flags. ``train`` below is the paper's algorithm 1: its inner
-loop is in episode.py, and the two networks are in learner.py and metalearner.py."""
+loop is in episode.py, and the two networks are in learner.py and metalearner.py.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +83,8 @@ def train(run: Run) -> None:
     """Train the meta-learner for ``--episode`` episodes; validate and save every ``--val-freq``.
 
     With ``--mode pretrain`` an episode is a batch of all classes, which trains cI alone; nothing is
-    validated."""
+    validated.
+    """
     args, ranks, way = run.args, run.ranks, choose(run.args, run.ranks.local)
     print(f"{way.description}\ntraining on {args.data_root}, into {run.folder}")
     ranks.compare({"device": way.description})

@@ -3,7 +3,8 @@
 Gradient descent, theta_t = theta_{t-1} - alpha_t * grad_t, has the form of an LSTM's cell update,
 c_t = f_t * c_{t-1} + i_t * c~_t, with f_t = 1, i_t = alpha_t and c~_t = -grad_t (equation 2). The
 meta-learner learns f, i and the initial state c_0 = cI, with the same few weights for all
-coordinates."""
+coordinates.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +19,7 @@ INPUT_SIZE = 4  # prep(loss) and prep(grad), two numbers each
 
 
 def prep(x: Tensor) -> Tensor:
-    """Split magnitude from sign, so that one network can read numbers of any scale (paper, appendix
-    A).
+    """Separate magnitude and sign, so that one network reads numbers of any scale (appendix A).
 
     (log(|x| + 1e-8) / p, sign(x)) where |x| >= e^-p, else (-1, e^p * x), with p = 10.
 
@@ -37,9 +37,7 @@ def prep(x: Tensor) -> Tensor:
 
 
 class MetaState(NamedTuple):
-    """What the meta-learner remembers between updates. The gates f and i are kept *before* the
-    sigmoid.
-    """
+    """The state between two updates. The gates f and i are kept *before* the sigmoid."""
 
     lstm_h: Tensor  # [P, hidden_size]; a subclass may arrange the two in its own way
     lstm_c: Tensor  # [P, hidden_size]
@@ -49,8 +47,7 @@ class MetaState(NamedTuple):
 
 
 class MetaLSTMCell(nn.Module):
-    """One scalar LSTM cell per coordinate of the learner, all with the same gate weights (paper,
-    equations 3 and 4).
+    """One scalar LSTM cell per coordinate, all with the same gate weights (equations 3 and 4).
 
     f_t = [h_t, c_{t-1}, f_{t-1}] WF + bF
     i_t = [h_t, c_{t-1}, i_{t-1}] WI + bI
@@ -58,7 +55,8 @@ class MetaLSTMCell(nn.Module):
 
     WF, WI ~ U(-0.01, 0.01); bF ~ U(*bf_range), bI ~ U(*bi_range). With the default ranges it starts
     as gradient descent with a small step. cI, the initial cell state, is the learner's
-    initialisation, itself learned (see ``init_cI``)."""
+    initialisation, itself learned (see ``init_cI``).
+    """
 
     def __init__(
         self,
@@ -144,23 +142,11 @@ class MetaLearner(nn.Module):
             nn.init.zeros_(self.lstm.bias_hh).requires_grad_(False)
         self.metalstm = MetaLSTMCell(hidden_size, n_learner_params, bi_range, bf_range)
 
-    def initial_state(self, n: int | None = None) -> MetaState:
-        """The state before the first update: c_0 = cI, all else zero.
-
-        Args:
-            n: the last n coordinates only, which then are all that ``forward`` updates; P by
-                default.
-        """
-        cI = self.metalstm.cI if n in (None, len(self.metalstm.cI)) else self.metalstm.cI[-n:]
+    def initial_state(self) -> MetaState:
+        """The state before the first update: c_0 = cI, all else zero."""
+        cI = self.metalstm.cI
         h, zero = cI.new_zeros(cI.shape[0], self.lstm.hidden_size), torch.zeros_like(cI)
         return MetaState(h, h, zero, zero, cI)
-
-    def complete(self, c: Tensor) -> Tensor:
-        """The parameters [P, 1] of a learner whose last ones are a cell state c [n, 1]; the others
-        are constants, cI's.
-        """
-        cI = self.metalstm.cI
-        return c if len(c) == len(cI) else torch.cat((cI[: len(cI) - len(c)].detach(), c))
 
     def forward(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
         """One update of the learner.

@@ -154,7 +154,8 @@ def step_aside() -> None:
     and so do all threads and processes that start from now on.
 
     A program whose threads often wait for each other loses a third of its speed to a niced one,
-    which Linux lets finish its slice each time; an idle one it takes off at once."""
+    which Linux lets finish its slice each time; an idle one it takes off at once.
+    """
     if hasattr(os, "SCHED_IDLE") and os.getpriority(os.PRIO_PROCESS, 0) >= 10:
         with contextlib.suppress(OSError):  # a sandbox may forbid it
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

@@ -13,7 +13,8 @@ their mean, to which a step of gradient descent moves an empty classifier.
 
 The paper compares with such a network as a baseline (section 5.1). To begin meta-learning with it
 is from Rusu et al., "Meta-Learning with Latent Embedding Optimization", and Sun et al.,
-"Meta-Transfer Learning for Few-Shot Learning" (both 2019)."""
+"Meta-Transfer Learning for Few-Shot Learning" (both 2019).
+"""
 
 from __future__ import annotations
 

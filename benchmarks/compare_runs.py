@@ -3,7 +3,8 @@ from the first run's.
 
 The difference is taken episode by episode, from runs that validate on the same episodes: of one
 seed, ways and shots, on one data set. Minutes are counted as for time to accuracy, without the
-training that a run begins with (--start)."""
+training that a run begins with (--start).
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ cuBLAS need more launches for some operations, and the LSTM cell fewer than here
 compares and predicts no times. Triton kernels are counted by the tensors that they take, because
 they run nowhere but on a GPU. An operation of PyTorch is counted as if it read a tensor once, which
 batch normalisation does not; a block in Triton is counted as it is, twice forward and twice
-backward. The table goes to benchmarks/results/cuda-counts.md."""
+backward. The table goes to benchmarks/results/cuda-counts.md.
+"""
 
 from __future__ import annotations
 

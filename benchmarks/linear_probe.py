@@ -8,7 +8,8 @@ episodes take a minute. The table has, for each run and ``--shifts`` (``--bn-shi
 features that are not zero, the accuracy in % of the nearest class mean by cosine, and of a
 classifier that starts empty and takes 8 steps of gradient descent, as long as the features allow:
 1.3 times the number of shots, divided by their mean squared length. In brackets, the descent's
-paired difference from the first row of the same number of shots."""
+paired difference from the first row of the same number of shots.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Each is a process of main.py's default recipe with its worker processes. GOMP_SPINCOUNT in the
 environment is passed on; 300000 is OpenMP's own. The fair share is what the scheduler's weights
-say: a half, and beside nice 10 1024 / (1024 + 110)."""
+say: a half, and beside nice 10 1024 / (1024 + 110).
+"""
 
 from __future__ import annotations
 

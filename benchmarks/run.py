@@ -1,7 +1,8 @@
 """Time and memory of training and testing: fast/ against --plain, turn by turn in one process.
 
 Every figure is the median of several rounds; a round runs each way once, so that a machine's moods
-hit both."""
+hit both.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +87,8 @@ def turns(
     One round is not counted; on a GPU those are not, in which graphs are recorded and checked.
 
     What is called plain runs with the C library's own setting of the allocator, as with
-    ``--plain``; what is said to have no compiler runs without the kernels."""
+    ``--plain``; what is said to have no compiler runs without the kernels.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     uncounted = WARM_UP + CHECKED if device.type == "cuda" else 1
     for round_ in range(uncounted + rounds):

@@ -4,7 +4,8 @@ folders in, Markdown out.
 Minutes are episodes times the time of one where the run was undisturbed, its fastest tenth:
 validations, pauses and other work on the machine do not count. A run that continues a checkpoint of
 another one, as the best recipes' do, begins with that one's validations if its folder is given,
-too. If its folder holds that of its pre-training, as ``pretraining/``, the minutes contain it."""
+too. If its folder holds that of its pre-training, as ``pretraining/``, the minutes contain it.
+"""
 
 from __future__ import annotations
 

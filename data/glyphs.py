@@ -17,7 +17,8 @@ few grey levels.
 
 The folder appears when it is complete: it is made beside dest as .<name>.tmp and renamed. Exit
 codes: 0 made or there already, 2 bad flags or files (one line on stderr says which), 130
-interrupted."""
+interrupted.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +100,8 @@ def class_splits() -> dict[str, list[str]]:
     """{'train': 64 characters, 'val': 16, 'test': 20}, disjoint.
 
     Every fifth of CHARACTERS goes to test and four of every 25 to val, so that each split has all
-    six scripts. The split does not depend on the seed."""
+    six scripts. The split does not depend on the seed.
+    """
     splits = {"train": [], "val": [], "test": []}
     for position, character in enumerate(CHARACTERS):
         split = (

@@ -3,7 +3,8 @@ and how they end together.
 
 Each process is a rank. Rank r of N takes episodes r, r + N, r + 2 N, ..., and rank 0 alone writes
 and speaks. Before the work begins, all go on or all refuse; in it, the decision to stop is taken by
-all at the same update."""
+all at the same update.
+"""
 
 from __future__ import annotations
 

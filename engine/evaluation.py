@@ -33,7 +33,8 @@ class Evaluator:
     own, see ``Lanes``.
 
     Answers are averaged if ``--orders`` or ``--mirror`` asks for it. The episodes are divided over
-    the ranks."""
+    the ranks.
+    """
 
     def __init__(
         self,

@@ -3,7 +3,8 @@
 ``logs-<seed>/`` holds ``console.log``, ``metrics.jsonl``, ``lock`` and ``ckpts/``.
 ``meta-learner-last.pth.tar`` is the snapshot: everything that the next episode depends on, and the
 length of the two logs, so that a resumed run cuts off what a killed one wrote after its last
-snapshot."""
+snapshot.
+"""
 
 from __future__ import annotations
 
@@ -552,7 +553,8 @@ class Signals:
     SIGTERM, SIGINT (Ctrl-C) and SIGHUP (the terminal is gone) ask for a snapshot and the end;
     SIGUSR1 (Slurm sends it before it preempts) asks for a snapshot. A second SIGINT ends the
     process at once. A signal that was ignored from the start, such as SIGHUP under nohup or SIGINT
-    in a script's background, stays ignored."""
+    in a script's background, stays ignored.
+    """
 
     def __init__(self):
         self.stop: signal.Signals | None = None
@@ -589,7 +591,8 @@ def begin_worker(_worker: int = 0) -> None:
     too, and release the locks.
 
     Workers end with the training. If it is killed they survive it by some seconds, in which it can
-    be started again."""
+    be started again.
+    """
     for s in HEEDED:
         signal.signal(s, signal.SIG_IGN)
     release_locks()

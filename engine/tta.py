@@ -5,7 +5,8 @@ class gets which output: two random orders of the classes disagree about a fifth
 (5-way 5-shot mini-ImageNet). So the learner adapts several times, each time with the classes in
 another order, and the probabilities are averaged (``--orders``). Each class having each output
 once, n orders, leaves 2 to 4 % of disagreement; all n! orders leave none. ``--mirror`` does the
-same with images that are mirrored left to right."""
+same with images that are mirrored left to right.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ parameters.
 This does on the device that trains what dataloader.py does with torchvision to one Pillow image
 after another. An antialiased crop-and-resize is two small matrix products, rows and columns apart
 as in Pillow; the colours are elementwise. Pillow rounds to whole grey levels after each step and
-this does not: there is no other difference."""
+this does not: there is no other difference.
+"""
 
 from __future__ import annotations
 
@@ -183,7 +184,8 @@ def _colour_together(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     at each of the four places.
 
     Brightness, contrast and saturation are one interpolation, from black, the mean grey or the grey
-    picture."""
+    picture.
+    """
     for step, factor in zip(order.t(), factors.gather(1, order).t(), strict=True):
         step, factor = step.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
         grey = _grey(x)

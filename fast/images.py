@@ -9,7 +9,8 @@ processes want it at once, one builds it and the other waits.
 
 Images whose shorter side is at most twice ``image_size`` keep every pixel; mini-ImageNet's usual 84
 px are among them. Larger ones are reduced to that once. A random crop covers half of an image on
-average, so it still has at least ``image_size`` pixels a side."""
+average, so it still has at least ``image_size`` pixels a side.
+"""
 
 from __future__ import annotations
 

@@ -35,10 +35,9 @@ class FastConv4(Conv4):
         n_classes: int,
         bn_scale: str = "uniform",
         n_filters: int = 32,
-        adapt: str = "all",
         conv_dtype: torch.dtype | None = None,
     ):
-        super().__init__(image_size, bn_eps, bn_momentum, n_classes, bn_scale, n_filters, adapt)
+        super().__init__(image_size, bn_eps, bn_momentum, n_classes, bn_scale, n_filters)
         self.conv_dtype = conv_dtype
         self._last: tuple[Tensor, int, Tensor, native.PatchMoments | None] | None = None
 

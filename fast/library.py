@@ -94,7 +94,8 @@ def _openmp() -> list[str]:
     """Path of the OpenMP runtime that PyTorch has loaded, in a list; empty if unknown.
 
     The kernels link against the same one: a second runtime would start a second pool of threads on
-    the same cores."""
+    the same cores.
+    """
     maps = Path("/proc/self/maps")
     loaded = (
         {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()
@@ -109,7 +110,8 @@ def _load(compiler: str) -> ctypes.CDLL:
 
     The cache is ``lstm-meta-learner`` under $XDG_CACHE_HOME or ~/.cache. A file's name holds a hash
     of everything that the compiled code depends on: source, flags, compiler, system, processor and
-    OpenMP runtime."""
+    OpenMP runtime.
+    """
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
     ).stdout

@@ -17,9 +17,9 @@ from metalearner import MetaLearner, MetaState, prep
 class FastMetaLearner(MetaLearner):
     """``metalearner.MetaLearner`` with the same parameters and arguments, equal to rounding."""
 
-    def initial_state(self, n: int | None = None) -> MetaState:
+    def initial_state(self) -> MetaState:
         """See ``MetaLearner.initial_state``."""
-        state = super().initial_state(n)
+        state = super().initial_state()
         if native.handles(state.c):
             h = native.lstm_state(state.c, self.lstm.hidden_size)
             return state._replace(lstm_h=h, lstm_c=h)

@@ -2,7 +2,8 @@
 
 They replace the PyTorch code of learner.py, metalearner.py and augment.py in this folder. That code
 still runs where there is no C++ compiler, and for tensors that ``handles`` or ``handles_block``
-turns down."""
+turns down.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def handles(x: Tensor, *dtypes: torch.dtype) -> bool:
 
     They can if it is on the CPU, has one of ``dtypes`` (float32 if none is given) and is not empty.
     If it is 4-dimensional, a batch [B, C, H, W], it must also have 3 or 32 channels and at least
-    2x2 pixels. Under autocast PyTorch picks the types, so the answer is no."""
+    2x2 pixels. Under autocast PyTorch picks the types, so the answer is no.
+    """
     known = x.device.type == "cpu" and x.dtype in (dtypes or (torch.float32,)) and x.numel() > 0
     if x.dim() == 4:
         known = known and x.shape[1] in (3, N_FILTERS) and min(x.shape[2:]) >= 2
@@ -81,7 +83,8 @@ def augment(
     Takes pixels uint8 [B, 3, H, W]; windows int64 [4, B, 2], which lie inside the images; flip bool
     [B]; jitter float32 [B, 4] with order int64 [B, 4], or None; the mean and the deviation, float32
     [3] each; out float32 [B, 3, size, size], channels last, which takes the result. Raises
-    ValueError for anything else."""
+    ValueError for anything else.
+    """
     n, _, height, width = pixels.shape
     size = out.shape[2]
     _checked(out, (n, 3, size, size))
@@ -206,7 +209,8 @@ class FirstBlock(torch.autograd.Function):
     """A block whose input is 3-channel images that need no gradient.
 
     (images, weight, gamma, beta, eps, the images' moments) -> output, batch mean [C], biased batch
-    variance [C]."""
+    variance [C].
+    """
 
     @staticmethod
     def forward(ctx, x, weight, gamma, beta, eps, moments):
@@ -287,7 +291,8 @@ def train_block(
     in the 27 numbers under a filter. The batch statistics of the convolution's output, and the part
     of the weight gradient that passes through them, therefore follow from the moments of the
     images, which are the same in all updates of an episode. So the convolution's output, the
-    largest tensor of the network, is never stored."""
+    largest tensor of the network, is never stored.
+    """
     count = math.prod(_size(x))
     if x.shape[1] == 3 and not x.requires_grad:
         if moments is None or moments.count != count:
@@ -331,7 +336,8 @@ def loss_and_grad(
     Takes float32 images that ``handles_block`` accepts, their labels int64 [B] and moments; the
     learner's parameters; and the running means and then the running variances of its blocks, which
     it updates. A label that is no class makes the loss NaN: an error would have to wait for the
-    labels. Raises ValueError for images of another size than the classifier's."""
+    labels. Raises ValueError for images of another size than the classifier's.
+    """
     n_images, n_classes = len(x), len(parameters[-1])
     _checked(
         parameters[-2], (n_classes, N_FILTERS * math.prod(n // 2**N_BLOCKS for n in x.shape[2:]))
@@ -377,7 +383,8 @@ class MetaStep(torch.autograd.Function):
     (loss [], the LSTM's weight_ih, weight_hh, bias_ih and bias_hh, WF [H+2, 1], bF [1, 1], WI, bI,
     grad [P, 1], h and c as ``lstm_state`` makes them, f [P, 1], i [P, 1], theta [P, 1]) -> the new
     h, c, f, i, theta. loss and grad are constants. The backward pass computes the gates a second
-    time, which is cheaper than storing them."""
+    time, which is cheaper than storing them.
+    """
 
     @staticmethod
     def forward(ctx, *inputs):

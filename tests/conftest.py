@@ -90,7 +90,7 @@ class Model:
         extra = (
             {} if conv_dtype is None else {"conv_dtype": conv_dtype}
         )  # which only the fast learner has
-        w_grad = LEARNERS[way](image_size, 1e-3, 0.95, 5, adapt=adapt, **extra).to(device, dtype)
+        w_grad = LEARNERS[way](image_size, 1e-3, 0.95, 5, **extra).to(device, dtype)
         self.learners, self.scratch = (
             (w_grad, copy.deepcopy(w_grad)),
             (copy.deepcopy(w_grad), copy.deepcopy(w_grad)),

@@ -1,7 +1,8 @@
 """Pictures of a run, from its folder alone: ``plots/*.png`` and ``*.svg``.
 
 Colours are Okabe & Ito's, which colour-blind readers can tell apart; line styles differ as well,
-for print."""
+for print.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ def fonts_for(texts: Iterable[str]) -> list[str]:
     that it lacks.
 
     A character that no installed font has is drawn as a box (Matplotlib's "Last Resort" has one for
-    each), and a note says so."""
+    each), and a note says so.
+    """
     families = ["DejaVu Sans"]
     missing = {ord(c) for text in texts for c in text} - _characters(
         font_manager.findfont(families[0])

@@ -1,7 +1,8 @@
 """Few-shot learning in use: adapt to the user's own photographs, then classify others.
 
 Answers are averaged over several orders of the classes, see averaging.py. The first order follows
-the examples' pixels, so the names of folders and files have no part in the answer."""
+the examples' pixels, so the names of folders and files have no part in the answer.
+"""
 
 from __future__ import annotations
 

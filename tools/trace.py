@@ -24,7 +24,8 @@ def layers(learner: FlatModule, n: int) -> dict[str, slice]:
     its order.
 
     A layer is a module with a matrix or filters of its own, and the modules with vectors only
-    (biases, normalisation) that follow it."""
+    (biases, normalisation) that follow it.
+    """
     names = {module: name for name, module in learner.named_modules()}
     found, start, layer = {}, 0, None
     for module, _, shape in learner.slots():

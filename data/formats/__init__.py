@@ -2,7 +2,8 @@
 {train,val,test}/<class>/<image>.
 
 A source (sources) is detected (detect) as a plan (manifest), which is carried out (build) and
-examined (check)."""
+examined (check).
+"""
 
 import os
 from pathlib import Path

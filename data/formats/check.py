@@ -145,7 +145,8 @@ def _look(path: Path) -> tuple[bytes, bytes, tuple[int, int]] | str:
     """(digest, digest of the pixels, (width, height)) of an image file, or what is wrong with it.
 
     A JPEG's digest is of its bytes, as decoders differ by a bit; a PNG's is of its pixels, as
-    encoders differ."""
+    encoders differ.
+    """
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:

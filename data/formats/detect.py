@@ -268,7 +268,8 @@ def _from_layout(source: Source, groups: Groups, options: Options) -> Plan | Non
     """{train,val,test}/<class>/<image>, perhaps under more folders; None if it is not that.
 
     Two of the three folders are enough if both have the same classes: then the classes are split
-    anew."""
+    anew.
+    """
     layouts: dict[str, dict[str, Classes]] = {}
     for parent, classes in groups.items():
         folder = PurePosixPath(parent)
@@ -474,7 +475,8 @@ def _from_ilsvrc(source: Source, classes: Classes, tables: Tables | None, count:
 
     A name of Ravi & Larochelle's is the class's WordNet id and a number of eight digits: the
     image's rank, from 1, in its class in the order of the numbers in ILSVRC's own names.
-    yaoyao-liu/mini-imagenet-tools reads them so as well."""
+    yaoyao-liu/mini-imagenet-tools reads them so as well.
+    """
     if tables is None:
         what = f"ILSVRC-2012's training images, {count} classes, the first {MINI.per_class} images of mini-ImageNet's 100"
         note = "these are NOT the published images, which need train.csv, val.csv and test.csv: give --csv DIR"

@@ -3,7 +3,8 @@
 A class is one character. Vinyals et al. (2016) train on 1,200 random characters and test on the
 other 423; this split sets 172 of the 1,200 aside for validation: 1028/172/423. Their lists were
 never published, so a seed draws these, from both sets of the original together. There are no
-rotated copies."""
+rotated copies.
+"""
 
 from __future__ import annotations
 

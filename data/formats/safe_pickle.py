@@ -2,7 +2,8 @@
 
 A pickle is a program. This reader replaces every global in it by a stand-in: `numpy.ndarray` and
 `numpy.dtype` become records that `as_array` turns into arrays. So neither a foreign function nor
-NumPy's own unpickling code is ever called."""
+NumPy's own unpickling code is ever called.
+"""
 
 from __future__ import annotations
 

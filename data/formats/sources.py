@@ -2,7 +2,8 @@
 one after another.
 
 No archive is ever extracted under names of its own choice, and names that point outside are refused
-as well."""
+as well.
+"""
 
 from __future__ import annotations
 

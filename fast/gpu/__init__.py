@@ -3,7 +3,8 @@
 Each replaces PyTorch code of ``fast/``, and ``replaced`` chooses: the kernel where Triton is there
 and, at its first use, compiles and agrees with that code; otherwise the code. Without Triton the
 modules of this folder can be imported, too: ``jit`` then leaves a kernel as it is, and nothing
-calls it."""
+calls it.
+"""
 
 from __future__ import annotations
 

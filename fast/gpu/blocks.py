@@ -2,7 +2,8 @@
 
 Images are channels last: a pixel's C numbers lie side by side. Each program works on PER pixels or
 2x2 windows, ROWS at once. Where a size is odd, the windows at the edge are cut, and pooling leaves
-them out."""
+them out.
+"""
 
 from __future__ import annotations
 
@@ -257,7 +258,8 @@ class NormPoolReLU(torch.autograd.Function):
     (convolution's output without its bias, channels last, gamma, beta, that bias, running mean and
     variance, momentum, eps) -> output, channels last. The running statistics are updated. The
     backward pass normalises and picks the maxima a second time: beside the convolution's output it
-    keeps nothing."""
+    keeps nothing.
+    """
 
     @staticmethod
     def forward(ctx, y, gamma, beta, *others):

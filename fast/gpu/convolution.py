@@ -25,7 +25,8 @@ PRECISION = "tf32x3"
 @jit
 def _seen(x, at, row, column, tap, P, H, W, C: tl.constexpr):
     """What 3x3 filters see around pixels ``at`` [ROWS, 1], [ROWS, 32]: of 32 channels what lies at
-    place ``tap`` of the nine; of 3 channels all nine places, channel by channel."""
+    place ``tap`` of the nine; of 3 channels all nine places, channel by channel.
+    """
     number = tl.arange(0, 32)[None, :]
     if C == 3:
         channel, tap = number // 9, number % 9
@@ -115,7 +116,8 @@ def _filters_backward(
 
 class Convolution(torch.autograd.Function):
     """A 3x3 convolution, padded by 1, without bias: (x [B, 3 or 32, H, W], weight [32, 3 or 32, 3,
-    3]) -> [B, 32, H, W] in x's dtype, channels last; the filters' gradient is in theirs."""
+    3]) -> [B, 32, H, W] in x's dtype, channels last; the filters' gradient is in theirs.
+    """
 
     @staticmethod
     def forward(ctx, x, weight):

@@ -80,7 +80,8 @@ def _gates(x, of_entry, of_forget, of_candidate, of_leave):
 @jit
 def _read(h, grad, at, P, H: tl.constexpr, W: tl.constexpr):
     """What the gates weigh, [TILE, W]: h, the two numbers of the gradient, and 1 for the rest,
-    which is the same for all coordinates; and the gradient."""
+    which is the same for all coordinates; and the gradient.
+    """
     unit = tl.arange(0, W)[None, :]
     g = tl.load(grad + at, at < P, 0.0)
     first, second = _prepared(g)

@@ -1,6 +1,7 @@
 """The house's rule: the root is the paper in plain PyTorch, fast/ is the same, faster, and around/
 is everything else. Imports run one way, main -> around -> fast -> the root's four -> utils, and
-without fast/ everything still works."""
+without fast/ everything still works.
+"""
 
 import ast
 import importlib.util
@@ -37,7 +38,8 @@ def modules():
 
 def imported(path, known):
     """Names of the modules that a file imports, inside functions, too: each that is in ``known`` in
-    full, of others the first part."""
+    full, of others the first part.
+    """
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -86,7 +86,8 @@ def test_the_loss_falls_and_the_accuracy_rises(way, colours, tmp_path):
     with classes never seen.
 
     Chance is a third. The bounds leave room: seven runs with other seeds and learning rates ended
-    at losses of 0.01 to 0.17."""
+    at losses of 0.01 to 0.17.
+    """
     loss, accuracy, val = learn(
         colours, tmp_path / "logs", *(["--plain"] if way == "plain" else [])
     )

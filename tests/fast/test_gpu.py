@@ -143,7 +143,8 @@ def assert_close(found, expected, close=1e-5):
 def test_a_learner_is_pytorchs(kernels, monkeypatch, parts, image_size, memory_format):
     """Against float64: loss, gradient, running statistics after two minibatches, and what they
     classify. With few programs each works on several tiles; the scale of some channels is negative
-    or zero."""
+    or zero.
+    """
     monkeypatch.setattr(blocks, "PARTS", parts)
     plain, fast = (way(image_size, 1e-3, 0.9, 3) for way in (Conv4, FastConv4))
     with torch.no_grad():
@@ -245,7 +246,8 @@ def normalisation():
 @pytest.mark.parametrize("size", [(2, 2), (3, 2), (7, 10)])
 def test_ties_are_pytorchs(size):
     """Whole numbers: the first of the largest takes the gradient, but none where ReLU closes. At
-    the edge an odd size leaves pixels that only the statistics see."""
+    the edge an odd size leaves pixels that only the statistics see.
+    """
     y, others = channels_last(4, 32, *size).mul(1.5).round(), normalisation()
     found, expected = (
         after_convolution(f, y, others, d)
@@ -285,7 +287,8 @@ def test_numbers_that_are_not_finite_are_pytorchs(monkeypatch):
 @on_both
 def test_blocks_in_bfloat16_are_pytorchs():
     """Numbers of eight bits, of which no two of a window are near: a rounding moves no maximum. The
-    interpreter rounds towards zero where a GPU rounds to the nearest number."""
+    interpreter rounds towards zero where a GPU rounds to the nearest number.
+    """
     windows = (
         torch.stack([torch.randperm(4) for _ in range(4 * 32 * 3 * 4)])
         .view(4, 32, 3, 4, 2, 2)

@@ -1,6 +1,7 @@
 """Whole episodes as CUDA graphs. Without a GPU a tape stands in for the graph: it keeps each
 operation and the memory that it read and wrote, as a graph does, and plays them again in the same
-memory."""
+memory.
+"""
 
 import contextlib
 import copy

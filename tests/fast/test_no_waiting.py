@@ -23,7 +23,8 @@ def _device(value):
 
 class NoSynchronisation(TorchDispatchMode):
     """Fails on whatever would make the host wait for a GPU, on a CPU too: numbers read, shapes that
-    depend on data, copies from one device to another."""
+    depend on data, copies from one device to another.
+    """
 
     NAMES = (
         "_local_scalar_dense",

@@ -37,7 +37,8 @@ def test_twenty_consecutive_episodes_of_training_are_the_plain_ones(master, batc
 def test_each_episode_in_float32_is_the_plain_one(master, image_size, length):
     """Each from the plain way's parameters, since rounding grows from episode to episode: left
     alone in float32, the two were 2e-3 to 3e-2 apart within 20 episodes with three seeds, and the
-    plain way 3e-3 from itself in float64 with one."""
+    plain way 3e-3 from itself in float64 with one.
+    """
     plain, fast = (Model(way, image_size) for way in ("plain", "fast"))
     for episode in drawn(master, image_size, length):
         fast.meta.load_state_dict(plain.meta.state_dict())
