@@ -342,7 +342,7 @@ def train_image(image: Image.Image, drawn: Augmentation, k: int, image_size: int
     """
     TF = _torchvision()
     if drawn.box is None:
-        image = eval_image(image, image_size, "mirror")
+        image = eval_image(image, image_size, "flip")
         return TF.hflip(image) if drawn.flip[k] else image
     top, left, height, width = (int(v) for v in drawn.box[k])
     image = TF.resized_crop(
@@ -394,7 +394,7 @@ class EpisodeDataset(Dataset):
         n_pass: passes over the support set in the inner loop (``--epoch``).
         image_size: height and width of the result in pixels.
         augment: "port" for the older port's transforms (random ones for the train split), "none" to
-            squash each image, "mirror" to squash each and mirror those of the train split at
+            squash each image, "flip" to squash each and mirror those of the train split at
             random; "zoom" and "mild" for crops, mirroring and colours of the train split, see
             ``CROPS``, and the whole image in the others.
         length: number of episodes.
@@ -490,7 +490,7 @@ class EpisodeDataset(Dataset):
         """
         if self.augment == "none" or self.split.name != "train":
             return None
-        if self.augment == "mirror":
+        if self.augment == "flip":
             return draw_mirrored(self.seed, self.split.name, index, len(sizes))
         return draw_augmentation(self.seed, self.split.name, index, sizes, self.augment)
 

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import errno
 import importlib
-import io
 import math
 import os
 import secrets
@@ -117,48 +116,6 @@ def missing_package(*packages: str) -> str | None:
     except ModuleNotFoundError as error:
         return error.name
     return None
-
-
-class Terminal(io.FileIO):
-    """Standard output or error that survives its terminal: only what is written after the terminal
-    has gone is lost.
-    """
-
-    def write(self, data) -> int:
-        try:
-            return super().write(data)
-        except OSError as e:
-            if e.errno != errno.EIO:
-                raise
-            return len(data)
-
-    @classmethod
-    def take_over(cls) -> None:
-        """Send ``sys.stdout`` and ``sys.stderr`` through it, line by line."""
-        for name, number in (("stdout", 1), ("stderr", 2)):
-            raw = io.BufferedWriter(cls(number, "w", closefd=False))
-            encoding = getattr(sys, name).encoding
-            # file names may hold bytes of any kind
-            setattr(
-                sys,
-                name,
-                io.TextIOWrapper(raw, encoding, errors="backslashreplace", line_buffering=True),
-            )
-
-
-# ---- The machine ----
-
-
-def step_aside() -> None:
-    """Under ``nice -n 10`` or more, run when nothing else wants the processor (Linux's SCHED_IDLE),
-    and so do all threads and processes that start from now on.
-
-    A program whose threads often wait for each other loses a third of its speed to a niced one,
-    which Linux lets finish its slice each time; an idle one it takes off at once.
-    """
-    if hasattr(os, "SCHED_IDLE") and os.getpriority(os.PRIO_PROCESS, 0) >= 10:
-        with contextlib.suppress(OSError):  # a sandbox may forbid it
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 # ---- Files ----

@@ -1,4 +1,4 @@
-"""The command line: flags, their bounds, and their values from a checkpoint."""
+"""The command line: flags, their bounds, and which of them a checkpoint carries."""
 
 from __future__ import annotations
 
@@ -10,356 +10,221 @@ from metalearner import INPUT_SIZE
 from utils import Parser, UserError, float_range, int_range
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# What shapes the meta-learner and its episodes: each checkpoint stores it, and test mode takes it
-# from there.
-HYPER_PARAMETERS = (
-    "n_shot",
-    "n_eval",
-    "n_class",
-    "input_size",
-    "hidden_size",
-    "lr",
-    "lr_decay",
-    "meta_batch",
-    "epoch",
-    "batch_size",
-    "grad_divisor",
-    "image_size",
-    "filters",
-    "adapt",
-    "grad_clip",
-    "bn_momentum",
-    "bn_eps",
-    "augment",
-    "pixels",
-    "shuffle",
-    "bn_scale",
-    "bn_shift",
-    "lstm_init",
-    "bf_init",
-    "bi_init",
-    "precision",
-    "seed",
-)
+MODES = {
+    "train": "train the meta-learner",
+    "test": "test a checkpoint on episodes of the test classes",
+    "predict": "classify your own images",
+    "pretrain": "train the learner alone, on batches of all training classes, for --init-from",
+    "plot": "draw a run",
+    "results": "print a table of tested runs",
+    "export": "copy what is worth publishing of a run into results/",
+}
 
 
 def boolean(text: str) -> bool:
-    """true/false, so that ``--pin-mem False`` means what it says."""
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in words:
+    """Parse true/false, so that ``--pin-mem False`` means what it says."""
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"is {text!r}, but must be true or false")
-    return words[text.lower()]
+    return values[text.lower()]
 
 
-def build_parser() -> tuple[Parser, dict[str, object]]:
-    """The parser, which leaves out flags that are not given, and every flag's default."""
+def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
+    """The parser, which leaves out flags that are not given; all defaults; the hyper-parameters."""
     parser = Parser(
         prog="main.py",
-        description="The LSTM meta-learner of Ravi & Larochelle (ICLR 2017). The defaults are the 5-way 5-shot recipe.",
-        epilog="examples:  python main.py --mode train --data-root data/miniImagenet   |   python main.py --mode test",
+        description="The LSTM meta-learner of Ravi & Larochelle (ICLR 2017). "
+        "The defaults are the 5-way 5-shot recipe of the PyTorch port of 2019.",
+        epilog="examples:  python main.py --mode train --data-root data/miniImagenet   |   "
+        "python main.py --mode test",
         argument_default=argparse.SUPPRESS,
     )
     defaults: dict[str, object] = {}
+    hyper_parameters: list[str] = []
 
     def group(title: str):
-        g = parser.add_argument_group(title)
+        section = parser.add_argument_group(title)
 
-        def add(name: str, default, help: str, **kwargs):
-            defaults[name[2:].replace("-", "_")] = default
-            words = " ".join(map(str, default)) if isinstance(default, list) else default
-            g.add_argument(
-                name,
-                help=help if default in (None, False) else f"{help} (default: {words})",
-                **kwargs,
-            )
+        def add(name: str, default, help: str, metavar=None, hyper: bool = False, **kwargs) -> None:
+            key = name[2:].replace("-", "_")
+            defaults[key] = default
+            if hyper:
+                hyper_parameters.append(key)
+            if isinstance(default, bool) and kwargs.get("action") is None:
+                kwargs["type"], metavar = boolean, "BOOL"
+            if default is not None and kwargs.get("action") is None:
+                shown = " ".join(map(str, default)) if isinstance(default, list) else default
+                help += f" (default: {str(shown).lower() if default in (True, False) else shown})"
+            if metavar:
+                kwargs["metavar"] = metavar
+            section.add_argument(name, help=help, **kwargs)
 
         return add
 
+    count, bias = int_range(1), float_range(-100, 100)
+
     add = group("what to do")
-    modes = ("train", "pretrain", "test", "plot", "results", "export", "predict")
-    words = "train; pretrain: the learner alone, on batches of all training classes, for --start; test a checkpoint; plot a "
-    words += "run; results: table of tested runs; export: copy what is worth publishing of a run into results/; predict: "
-    words += "classify photographs"
-    add("--mode", "train", words, choices=modes)
-    words = "checkpoint, or run folder (PATH, or else PATH-SEED) for its last (train) or best (test, predict); auto: "
-    words += "SAVE-SEED's, if there is one"
-    add("--resume", None, words, metavar="PATH")
-    add(
-        "--seed",
-        719,
-        "seed of initialisation and episodes",
-        type=int_range(0, 2**32 - 1),
-        metavar="N",
-    )
-    add(
-        "--save-minutes",
-        5.0,
-        "minutes between two snapshots",
-        type=float_range(0, 1e6),
-        metavar="X",
-    )
-    add(
-        "--save",
-        "logs",
-        "the run folder is SAVE-SEED, with log, metrics and checkpoints",
-        metavar="PATH",
-    )
-    add("--runs", None, "run folders for --mode results", nargs="+", metavar="DIR")
-    words = "in tables, the mean alone of three or more runs that differ in their seed only"
-    add("--means", False, words, type=boolean, metavar="BOOL")
+    add("--mode", "train", "; ".join(f"{k}: {v}" for k, v in MODES.items()), choices=tuple(MODES))
+    words = "checkpoint or run folder to continue (its last) or test (its best); "
+    add("--resume", None, words + "auto: this run's own, if there is one", "PATH")
+    add("--save", "logs", "the run folder is SAVE-SEED", "PATH")
+    add("--seed", 719, "initialisation and episodes", "N", True, type=int_range(0, 2**32 - 1))
+    words = "minutes between two snapshots"
+    add("--save-minutes", 5.0, words, "X", type=float_range(0, 1e6))
+    add("--runs", None, "results: run folders", "DIR", nargs="+")
+    add("--means", False, "results: one row per recipe, the mean over seeds where there are three")
 
     add = group("data")
-    add("--data", "miniImagenet", "data set's name, a folder in data/", metavar="NAME")
-    add(
-        "--data-root",
-        None,
-        "folder with train/, val/, test/ of class folders (default: data/NAME)",
-        metavar="DIR",
-    )
-    add(
-        "--image-size",
-        84,
-        "height and width of the images, pixels",
-        type=int_range(MIN_IMAGE_SIZE, 1024),
-        metavar="PX",
-    )
-    add(
-        "--augment",
-        "port",
-        "port: random crops, flips and colours for train, centre crops for val and test, as the older port; "
-        "none: every image squashed to a square, as the authors; mirror: that, and train mirrored at random; zoom, mild: "
-        "larger crops and weaker colours for train, the whole image squashed for val and test",
-        choices=("port", "none", "mirror", "zoom", "mild"),
-    )
-    words = "imagenet: ImageNet's mean subtracted, divided by its deviation, as the port; unit: 0 to 1, as the authors"
-    add("--pixels", "imagenet", words, choices=("imagenet", "unit"))
-    add(
-        "--cache-dir",
-        None,
-        "folder for decoded images (default: .decoded in the data root)",
-        metavar="DIR",
-    )
-    add(
-        "--n-workers",
-        2,
-        "processes that prepare episodes; any N gives the same ones",
-        type=int_range(0, 256),
-        metavar="N",
-    )
-    add("--pin-mem", True, "page-locked memory for copies to the GPU", type=boolean, metavar="BOOL")
+    add("--data", "miniImagenet", "data set, a folder in data/", "NAME")
+    words = "folder with train/, val/, test/ of class folders (default: data/NAME)"
+    add("--data-root", None, words, "DIR")
+    px = int_range(MIN_IMAGE_SIZE, 1024)
+    add("--image-size", 84, "height and width of the images, pixels", "PX", True, type=px)
+    words = "port: random crops, flips and colours in training, centre crops in tests; none: squashed "
+    words += "to a square, as the authors; flip: also mirrored at random in training; zoom, mild: also "
+    words += "with larger crops and weaker colours than port"
+    kinds = ("port", "none", "flip", "zoom", "mild")
+    add("--augment", "port", words, hyper=True, choices=kinds)
+    words = "imagenet: normalised by ImageNet's mean and deviation, as the port; unit: 0 to 1"
+    add("--pixels", "imagenet", words, hyper=True, choices=("imagenet", "unit"))
+    add("--cache-dir", None, "folder for decoded images (default: .decoded in the data)", "DIR")
+    add("--n-workers", 2, "processes that prepare episodes", "N", type=int_range(0, 256))
+    add("--pin-mem", True, "page-locked memory for copies to the GPU")
 
     add = group("episodes")
-    add("--n-class", 5, "classes of an episode (n-way)", type=int_range(2, 1000), metavar="N")
-    add("--n-shot", 5, "support images per class (k-shot)", type=int_range(1, 1000), metavar="N")
-    add("--n-eval", 15, "query images per class", type=int_range(1, 1000), metavar="N")
-    add("--episode", 50000, "episodes of training", type=int_range(1), metavar="N")
-    add(
-        "--episode-val",
-        100,
-        "episodes of a validation, the same each time",
-        type=int_range(1),
-        metavar="N",
-    )
-    words = "episodes of a test, or several counts of the same ones"
-    add("--episode-test", [600], words, type=int_range(1), nargs="+", metavar="N")
-    add(
-        "--shots",
-        None,
-        "numbers of shots to test with, such as 1 5",
-        type=int_range(1, 1000),
-        nargs="+",
-        metavar="K",
-    )
+    add("--n-class", 5, "classes of an episode (n-way)", "N", True, type=int_range(2, 1000))
+    add("--n-shot", 5, "support images per class (k-shot)", "N", True, type=int_range(1, 1000))
+    add("--n-eval", 15, "query images per class", "N", True, type=int_range(1, 1000))
+    add("--episode", 50000, "training episodes", "N", type=count)
+    add("--episode-val", 100, "validation episodes, the same each time", "N", type=count)
+    words = "test episodes; of several counts, the smaller ones are the first of the largest"
+    add("--episode-test", [600], words, "N", type=count, nargs="+")
+    words = "test: numbers of support images per class to test with, such as 1 5"
+    add("--shots", None, words, "K", type=int_range(1, 1000), nargs="+")
 
-    add = group("learner and its training on the support set")
-    add("--epoch", 8, "passes over the support set", type=int_range(1, 10000), metavar="N")
-    add("--batch-size", 25, "images of a support minibatch", type=int_range(1), metavar="N")
-    words = "divide a minibatch's gradient by N before the meta-learner reads it; 0: by its number of images, as the authors"
-    add("--grad-divisor", 0, words, type=int_range(0, 10**6), metavar="N")
-    words = "order of the support images in smaller minibatches: new in each pass, or one per episode, as the authors"
-    add("--shuffle", "pass", words, choices=("pass", "episode"))
-    words = "start of batch normalisation's scale: uniform, U(0, 1), as both earlier codes; one, as PyTorch since 1.2"
-    add("--bn-scale", "uniform", words, choices=("uniform", "one"))
-    words = "what adapts to an episode: all of the learner, as in the paper; classifier: its last layer, while all before it "
-    words += "stays as it starts, normalised by statistics of training images"
-    add("--adapt", "all", words, choices=("all", "classifier"))
-    words = "with --adapt classifier: raise the shift of the last batch normalisation, when training begins, by X standard "
-    words += "deviations; the higher, the fewer features are zero"
-    add("--bn-shift", 0.0, words, type=float_range(-10, 10), metavar="X")
-    words = "filters of each convolution; on a CPU, kernels are for 32"
-    add("--filters", 32, words, type=int_range(1, 1024), metavar="N")
-    add(
-        "--bn-momentum",
-        0.95,
-        "share of the newest batch in the running statistics",
-        type=float_range(0, 1),
-        metavar="X",
-    )
-    add(
-        "--bn-eps",
-        1e-3,
-        "epsilon of batch normalisation",
-        type=float_range(0, 1, low_open=True),
-        metavar="X",
-    )
+    add = group("learner")
+    add("--epoch", 8, "passes over the support set", "N", True, type=int_range(1, 10000))
+    add("--batch-size", 25, "images of a support minibatch", "N", True, type=count)
+    words = "divide the minibatch's mean gradient by N; 0: by its number of images, as the authors"
+    add("--grad-divisor", 0, words, "N", True, type=int_range(0, 10**6))
+    words = "order of the support images in minibatches: new in each pass, or one per episode"
+    add("--shuffle", "pass", words, hyper=True, choices=("pass", "episode"))
+    words = "initial scale of batch norm: uniform, U(0, 1), as both earlier codes; one, as PyTorch"
+    add("--bn-scale", "uniform", words, hyper=True, choices=("uniform", "one"))
+    words = "share of the newest batch in batch norm's running statistics"
+    add("--bn-momentum", 0.95, words, "X", True, type=float_range(0, 1))
+    eps = float_range(0, 1, low_open=True)
+    add("--bn-eps", 1e-3, "epsilon of batch norm", "X", True, type=eps)
+    words = "filters of each convolution; the CPU kernels are for 32"
+    add("--filters", 32, words, "N", True, type=int_range(1, 1024))
 
-    add = group("meta-learner and its training")
+    add = group("meta-learner")
     size = int_range(INPUT_SIZE, INPUT_SIZE)
-    add(
-        "--input-size",
-        INPUT_SIZE,
-        "numbers that its LSTM reads per coordinate",
-        type=size,
-        metavar="N",
-    )
-    add("--hidden-size", 20, "width of its LSTM", type=int_range(1, 4096), metavar="N")
-    words = "checkpoint or run folder (PATH, or else PATH-SEED) of another training, whose meta-learner a new one begins with "
-    words += "(default: a random one); a classifier of another number of classes starts at zero"
-    add("--start", None, words, metavar="PATH")
-    add("--lr", 1e-3, "learning rate of Adam", type=float_range(0, 1, low_open=True), metavar="X")
-    words = "share of the training, at its end, in which the learning rate falls evenly to 0; 0: never, as both earlier codes"
-    add("--lr-decay", 0.0, words, type=float_range(0, 1), metavar="X")
-    words = "episodes of an update, whose gradients are averaged; more run side by side on cores, GPUs and machines"
-    add("--meta-batch", 1, words, type=int_range(1, 10**6), metavar="M")
-    add(
-        "--grad-clip",
-        0.25,
-        "largest norm of its gradient",
-        type=float_range(0, 1e6, low_open=True),
-        metavar="X",
-    )
-    bias = float_range(-100, 100)
-    words = "start of its LSTM: pytorch, as the port; authors: U(-0.01, 0.01) and one bias"
-    add("--lstm-init", "pytorch", words, choices=("pytorch", "authors"))
-    add(
-        "--bf-init",
-        [4.0, 6.0],
-        "range in which bF starts (authors: 4 5)",
-        type=bias,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-    )
-    add(
-        "--bi-init",
-        [-5.0, -4.0],
-        "range in which bI starts",
-        type=bias,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-    )
+    add("--input-size", INPUT_SIZE, "inputs of the LSTM per coordinate", "N", True, type=size)
+    add("--hidden-size", 20, "width of the LSTM", "N", True, type=int_range(1, 4096))
+    words = "start of the LSTM: pytorch, as the port; authors: U(-0.01, 0.01) and one bias"
+    add("--lstm-init", "pytorch", words, hyper=True, choices=("pytorch", "authors"))
+    low_high = {"metavar": ("LOW", "HIGH"), "hyper": True, "type": bias, "nargs": 2}
+    add("--bf-init", [4.0, 6.0], "range in which bF starts (authors: 4 5)", **low_high)
+    add("--bi-init", [-5.0, -4.0], "range in which bI starts", **low_high)
+    rate = float_range(0, 1, low_open=True)
+    add("--lr", 1e-3, "learning rate of Adam", "X", True, type=rate)
+    words = "share of the training, at its end, in which the learning rate falls linearly to 0"
+    add("--lr-decay", 0.0, words, "X", True, type=float_range(0, 1))
+    words = "episodes of an update, whose gradients are averaged"
+    add("--meta-batch", 1, words, "M", True, type=int_range(1, 10**6))
+    clip = float_range(0, 1e6, low_open=True)
+    add("--grad-clip", 0.25, "largest norm of the gradient", "X", True, type=clip)
+
+    add = group("beyond the paper")
+    words = "lstm: the paper's; linear-head: the LSTM trains a linear head on frozen features"
+    add("--method", "lstm", words, hyper=True, choices=("lstm", "linear-head"))
+    words = "checkpoint or run folder (PATH or PATH-SEED) whose weights a new training starts from"
+    add("--init-from", None, words, "PATH")
+    words = "linear-head: raise the shift of the last batch norm by X standard deviations"
+    add("--bn-shift", 0.0, words, "X", True, type=float_range(-10, 10))
 
     add = group("test and prediction")
-    words = "orders of the classes over which answers are averaged, the learner trained anew for each; more: steadier, slower "
-    words += "(default: 1; to predict, as many as classes)"
-    add("--orders", None, words, type=int_range(1, 1000), metavar="N")
-    words = "average over mirror images, too: of the support images, with a learner for each, and of the query images"
-    add("--mirror", False, words, type=boolean, metavar="BOOL")
-    words = "normalise the query images of a test or validation by their own batch statistics, not by the support set's"
-    add("--transductive", False, words, type=boolean, metavar="BOOL")
-    add("--support", None, "examples: a folder with one folder of images per class", metavar="DIR")
-    add("--query", None, "images to classify, or folders of them", nargs="+", metavar="PATH")
-    add("--out", "predictions", "answers are written to OUT.csv and OUT.png", metavar="PATH")
+    words = "test-time augmentation: average over N permutations of the labels, the adaptation "
+    words += "repeated for each (default: 1; predict: as many as classes)"
+    add("--tta-permutations", None, words, "N", type=int_range(1, 1000))
+    words = "test-time augmentation: average over mirrored images, the adaptation repeated"
+    add("--tta-flip", False, words)
+    words = "transductive batch norm in tests: the query batch's own statistics"
+    add("--transductive", False, words)
+    add("--support", None, "predict: a folder with one folder of examples per class", "DIR")
+    add("--query", None, "predict: images to classify, or folders of them", "PATH", nargs="+")
+    add("--out", "predictions", "predict: writes OUT.csv and OUT.png", "PATH")
 
     add = group("machine and log")
-    add("--cpu", False, "use the CPU even where there is a GPU", action="store_true")
-    add(
-        "--gpu",
-        None,
-        "insist on GPU number N (default: the first one, else the CPU)",
-        type=int_range(0, 63),
-        metavar="N",
-    )
-    add(
-        "--plain",
-        False,
-        "without fast/, in plain PyTorch as the root has it: slower, equal to rounding",
-        action="store_true",
-    )
-    add(
-        "--precision",
-        "fp32",
-        "of the learner's convolutions; all else is fp32",
-        choices=("fp32", "bf16"),
-    )
-    add(
-        "--plots",
-        True,
-        "pictures in the run folder at the end of training",
-        type=boolean,
-        metavar="BOOL",
-    )
-    add(
-        "--tensorboard",
-        False,
-        "also write the log's numbers for TensorBoard, into the run folder",
-        action="store_true",
-    )
-    add("--log-freq", 50, "episodes between two lines of the log", type=int_range(1), metavar="N")
-    add(
-        "--val-freq",
-        1000,
-        "episodes between two validations and checkpoints; 0: none",
-        type=int_range(0),
-        metavar="N",
-    )
-    return parser, defaults
+    switch = {"action": "store_true"}
+    add("--cpu", False, "use the CPU even where there is a GPU", **switch)
+    words = "insist on GPU number N (default: the first one, else the CPU)"
+    add("--gpu", None, words, "N", type=int_range(0, 63))
+    add("--plain", False, "plain PyTorch, without fast/: slower, equal to rounding", **switch)
+    words = "precision of the learner's convolutions"
+    add("--precision", "fp32", words, hyper=True, choices=("fp32", "bf16"))
+    add("--plots", True, "draw the run at the end of training")
+    add("--tensorboard", False, "also write TensorBoard's files into the run folder", **switch)
+    add("--log-freq", 50, "episodes between two lines of the log", "N", type=count)
+    words = "episodes between two validations and checkpoints; 0: none"
+    add("--val-freq", 1000, words, "N", type=int_range(0))
+    return parser, defaults, hyper_parameters
 
 
-def parse(argv: list[str]) -> tuple[dict[str, object], dict[str, object]]:
-    """Read the command line.
+_parser, DEFAULTS, HYPER_PARAMETERS = _define_flags()
 
-    Returns:
-        The flags that were given, and the defaults of all flags.
+
+def spelled(name: str) -> str:
+    """A flag as one types it: ``n_class`` -> ``--n-class``."""
+    return "--" + name.replace("_", "-")
+
+
+def parse(argv: list[str]) -> dict[str, object]:
+    """Parse the command line into the flags that are given.
 
     Raises:
-        UserError: a flag is unknown or out of bounds; the message names it.
+        UserError: a flag is unknown or out of bounds; it is named.
     """
-    parser, defaults = build_parser()
-    given = vars(parser.parse_args(argv))
-    if given.get("cpu") and given.get("gpu") is not None:
-        raise UserError(f"--cpu and --gpu {given['gpu']}: give one of the two")
-    return given, defaults
+    cli_args = vars(_parser.parse_args(argv))
+    if cli_args.get("cpu") and cli_args.get("gpu") is not None:
+        raise UserError(f"--cpu and --gpu {cli_args['gpu']}: give one of the two")
+    for name in ("save", "resume", "data_root", "cache_dir", "init_from", "support", "out"):
+        if cli_args.get(name):
+            cli_args[name] = str(Path(cli_args[name]).expanduser())
+    return cli_args
 
 
-def settle(
-    given: dict[str, object], defaults: dict[str, object], stored: dict[str, object] | None = None
+def resolve(
+    cli_args: dict[str, object], checkpoint_args: dict[str, object] | None = None
 ) -> argparse.Namespace:
-    """Settle each flag's value. Precedence: command line, checkpoint, default.
+    """Decide each flag's value: the command line, else the checkpoint, else the default.
 
     Args:
-        given, defaults: from ``parse``.
-        stored: the hyper-parameters that a checkpoint carries, or None.
+        cli_args: from ``parse``.
+        checkpoint_args: the hyper-parameters that a checkpoint carries.
 
     Raises:
         UserError: flags contradict each other.
     """
-    stored = {k: v for k, v in (stored or {}).items() if k in HYPER_PARAMETERS}
-    args = argparse.Namespace(**{**defaults, **stored, **given})
+    stored = {k: v for k, v in (checkpoint_args or {}).items() if k in HYPER_PARAMETERS}
+    args = argparse.Namespace(**{**DEFAULTS, **stored, **cli_args})
     args.data_root = Path(args.data_root) if args.data_root else ROOT / "data" / args.data
     for name in ("bi_init", "bf_init"):
         low, high = getattr(args, name)
         if low > high:
-            raise UserError(
-                f"--{name.replace('_', '-')} {low:g} {high:g}: the first must not be the larger one"
-            )
-    if args.bn_shift and args.adapt != "classifier":
-        raise UserError(
-            f"--bn-shift {args.bn_shift:g}: is for --adapt classifier only; give that, or leave the shift out"
-        )
-    if args.transductive and args.adapt == "classifier":
-        raise UserError(
-            "--transductive true: is for --adapt all only; with --adapt classifier no batch's statistics are used"
-        )
+            raise UserError(f"{spelled(name)} {low:g} {high:g}: LOW must not exceed HIGH")
+    if args.bn_shift and args.method != "linear-head":
+        raise UserError(f"--bn-shift {args.bn_shift:g}: is for --method linear-head only")
+    if args.transductive and args.method == "linear-head":
+        raise UserError("--transductive true: a linear head has no batch norm; leave it out")
     if args.transductive and args.mode == "predict":
-        raise UserError(
-            "--transductive true: is for tests; a prediction must not depend on the other images"
-        )
+        raise UserError("--transductive true: a prediction must not depend on the other images")
     return args
 
 
-def check_stored(path: Path, stored: dict[str, object]) -> None:
-    """Check that the flags admit a checkpoint's hyper-parameters.
+def check_hyper_parameters(path: Path, stored: dict[str, object]) -> None:
+    """Check that a checkpoint's hyper-parameters are values that the flags admit.
 
     Raises:
         UserError: one is not; it is named.
@@ -367,17 +232,12 @@ def check_stored(path: Path, stored: dict[str, object]) -> None:
     for name, value in stored.items():
         words = [str(v) for v in value] if isinstance(value, list) else [str(value)]
         try:
-            parsed = (
-                parse([f"--{str(name).replace('_', '-')}", *words])[0].get(name)
-                if name in HYPER_PARAMETERS
-                else None
-            )
+            known = name in HYPER_PARAMETERS
+            parsed = parse([spelled(str(name)), *words]).get(name) if known else None
         except UserError as e:
             raise UserError(f"{path}: its hyper-parameter {name} {value} cannot be: {e}") from e
         if parsed != value:
-            raise UserError(
-                f"{path}: its hyper-parameter {name} {value} is unknown or no plain number"
-            )
+            raise UserError(f"{path}: its hyper-parameter {name} {value} is unknown")
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -386,5 +246,5 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 
 def hyper_parameters(args: argparse.Namespace) -> dict[str, object]:
-    """The part of the flags that a checkpoint carries."""
+    """The flags that a checkpoint carries."""
     return {k: getattr(args, k) for k in HYPER_PARAMETERS}

@@ -1,4 +1,4 @@
-"""Several episodes at once, each with learners of its own."""
+"""Training steps, and several episodes at once, each with its own pair of learners."""
 
 from __future__ import annotations
 
@@ -10,98 +10,120 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from engine.backend import Way
+from engine.backend import Backend
 from engine.distributed import Ranks
-from episode import Episode, meta_gradient, update_metalearner
+from engine.model import Model
+from episode import Episode, meta_gradient, train_episode, update_metalearner
 from learner import FlatModule
-from metalearner import MetaLearner
+
+TrainStep = Callable[[int, list[Episode]], tuple[Tensor, Tensor, Tensor]]
 
 
-class Lanes:
-    """A function of an episode and a pair of learners, applied to one episode after the other.
+class EpisodePool:
+    """Applies a function of an episode and a pair of learners to many episodes, in order.
 
-    With ``fast/`` on a CPU several episodes run side by side, each on one thread: faster than one
-    after another on all threads, and the same bits whatever the number of cores.
+    With ``fast/`` on a CPU, several episodes run side by side on one thread each: faster than one
+    after another on all threads, and the same bits for any number of cores.
 
     Args:
-        function: (Episode, learner_w_grad, learner_wo_grad) -> tuple of tensors.
-        way: says how many run at once.
-        learners: each lane gets copies of them.
-        metalearner: which ``function`` reads.
+        function: (episode, learner_w_grad, learner_wo_grad) -> tuple of tensors.
+        backend: says how many run at once.
+        model: whose learners are copied for each of them.
     """
 
     def __init__(
-        self,
-        function: Callable[..., tuple[Tensor, ...]],
-        way: Way,
-        learners: tuple[FlatModule, FlatModule],
-        metalearner: MetaLearner,
+        self, function: Callable[..., tuple[Tensor, ...]], backend: Backend, model: Model
     ):
-        self.function, self.map = function, way.map
-        self.pairs = [copy.deepcopy(learners) for _ in range(way.lanes)]
+        self.function, self.map = function, backend.map
+        pairs = [copy.deepcopy(model.learners) for _ in range(backend.n_parallel)]
         self.free: queue.SimpleQueue = queue.SimpleQueue()
-        for pair in self.pairs:
+        for pair in pairs:
             self.free.put(pair)
-        self.one = way.recorded(self._one, (*self.pairs[0], metalearner))
+        self.run_one = backend.capture(self._run_one, (*pairs[0], *model.saved.values()))
 
-    def _one(self, episode: Episode) -> tuple[Tensor, ...]:
-        pair = self.free.get()
+    def _run_one(self, episode: Episode) -> tuple[Tensor, ...]:
+        pair: tuple[FlatModule, FlatModule] = self.free.get()
         try:
             return self.function(episode, *pair)
         finally:
             self.free.put(pair)
 
     def __call__(self, episodes: Iterable[Episode]) -> Iterator[tuple[Tensor, ...]]:
-        """The function's results in the episodes' order."""
-        return self.map(self.one, episodes)
+        """Yield the function's results in the episodes' order."""
+        return self.map(self.run_one, episodes)
 
 
-class MetaBatch:
-    """Updates of the meta-learner by ``--meta-batch`` episodes, which are divided over the ranks
-    and there over the lanes.
+def make_train_step(
+    args: argparse.Namespace,
+    backend: Backend,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
+) -> TrainStep:
+    """Make the function (n, batch) -> losses, accuracies, skipped that trains on one batch.
+
+    ``n`` is the number of episodes seen after the update; ``batch`` is this rank's share of its
+    ``--meta-batch`` episodes. Losses and accuracies are [] or [M], of all ranks' episodes.
+    """
+    if args.meta_batch == 1:
+        update = _single_step(args, backend, model, optimizer)
+    else:
+        update = _meta_batch_step(args, backend, model, optimizer, ranks)
+
+    def train_step(n: int, batch: list[Episode]) -> tuple[Tensor, Tensor, Tensor]:
+        if args.lr_decay:
+            rate = learning_rate(args, n - args.meta_batch)
+            optimizer.param_groups[0]["lr"].fill_(rate)
+        return update(batch)
+
+    return train_step
+
+
+def learning_rate(args: argparse.Namespace, seen: int) -> float:
+    """The rate after ``seen`` episodes: ``--lr``, which falls linearly to 0 at the end."""
+    return args.lr * min(1.0, (args.episode - seen) / (args.lr_decay * args.episode))
+
+
+def _single_step(
+    args: argparse.Namespace, backend: Backend, model: Model, optimizer: torch.optim.Optimizer
+) -> Callable[[list[Episode]], tuple[Tensor, Tensor, Tensor]]:
+    """One episode an update, as in the paper."""
+
+    def step(episode: Episode) -> tuple[Tensor, Tensor, Tensor]:
+        how = (args.batch_size, args.grad_clip, backend.step)
+        networks = (*model.learners, model.metalearner)
+        return train_episode(model.embed(episode), *networks, optimizer, *how)
+
+    modules = (*model.learners, *model.saved.values())
+    captured = backend.capture(step, modules, optimizer)
+    return lambda batch: captured(*batch)
+
+
+def _meta_batch_step(
+    args: argparse.Namespace,
+    backend: Backend,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
+) -> Callable[[list[Episode]], tuple[Tensor, Tensor, Tensor]]:
+    """M episodes an update, divided over the ranks and side by side on each.
 
     The bits are the same for any number of ranks and, with ``fast/`` on a CPU, of cores.
     """
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        way: Way,
-        ranks: Ranks,
-        learners: tuple[FlatModule, FlatModule],
-        metalearner: MetaLearner,
-        optimizer: torch.optim.Optimizer,
-    ):
-        def gradient(episode: Episode, *pair: FlatModule) -> tuple[Tensor, ...]:
-            return meta_gradient(episode, *pair, metalearner, args.batch_size)
+    def gradient(episode: Episode, *pair: FlatModule) -> tuple[Tensor, ...]:
+        return meta_gradient(model.embed(episode), *pair, model.metalearner, args.batch_size)
 
-        def step(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            gradients, losses, accuracies = rows[:, :-2], rows[:, -2], rows[:, -1]
-            skipped = update_metalearner(
-                gradients, losses, metalearner, optimizer, args.grad_clip, way.step
-            )
-            return losses, accuracies, skipped
+    def update(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gradients, losses, accuracies = rows[:, :-2], rows[:, -2], rows[:, -1]
+        how = (model.metalearner, optimizer, args.grad_clip, backend.step)
+        return losses, accuracies, update_metalearner(gradients, losses, *how)
 
-        self.ranks, self.lanes, self.step, self.map = (
-            ranks,
-            Lanes(gradient, way, learners, metalearner),
-            step,
-            way.map,
-        )
+    pool = EpisodePool(gradient, backend, model)
 
-    def __call__(self, share: Iterable[Episode]) -> tuple[Tensor, Tensor, Tensor]:
-        """One update.
+    def step(batch: list[Episode]) -> tuple[Tensor, Tensor, Tensor]:
+        rows = [torch.cat([t.view(-1) for t in results]) for results in pool(batch)]
+        rows = ranks.gather(torch.stack(rows))  # [M, G + 2]
+        return next(backend.map(update, [rows]))  # on one core, for the same bits
 
-        Args:
-            share: this rank's episodes.
-
-        Returns:
-            Query losses [M] and query accuracies [M] in percent of all ranks' episodes, in their
-            order, and whether the update was skipped [], bool.
-
-        Raises:
-            Lost: another rank has ended.
-        """
-        rows = torch.stack([torch.cat([t.view(-1) for t in found]) for found in self.lanes(share)])
-        rows = self.ranks.gather(rows)  # [M, G + 2]
-        return next(self.map(self.step, [rows]))  # on one core, too
+    return step

@@ -1,0 +1,120 @@
+"""This process and its surroundings: terminal, priority, signals, exit."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from utils import release_locks
+
+_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+HANDLED = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+
+
+class Terminal(io.FileIO):
+    """Standard output or error that outlives its terminal: writes after a hang-up are lost."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as e:
+            if e.errno != errno.EIO:
+                raise
+            return len(data)
+
+    @classmethod
+    def take_over(cls) -> None:
+        """Send ``sys.stdout`` and ``sys.stderr`` through it, line by line."""
+        for name, number in (("stdout", 1), ("stderr", 2)):
+            if getattr(sys, name) is None:  # closed by the shell, as by >&-
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the end
+                continue
+            raw = io.BufferedWriter(cls(number, "w", closefd=False))
+            how = {"errors": "backslashreplace", "line_buffering": True}  # file names are any bytes
+            setattr(sys, name, io.TextIOWrapper(raw, getattr(sys, name).encoding, **how))
+
+
+def lower_priority() -> None:
+    """Under ``nice -n 10`` or more, run only when nothing else wants the processor (SCHED_IDLE).
+
+    Threads that often wait for each other lose a third of their speed to a niced process, which
+    Linux lets finish its time slice; an idle one is interrupted at once.
+    """
+    if hasattr(os, "SCHED_IDLE") and os.getpriority(os.PRIO_PROCESS, 0) >= 10:
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+class Signals:
+    """Notes the signals that arrive; the training looks at them between two episodes.
+
+    SIGTERM, SIGINT and SIGHUP ask for a snapshot and the end, SIGUSR1 (Slurm, before it preempts)
+    for a snapshot. A second SIGINT ends the process at once. A signal that is ignored from the
+    start, such as SIGHUP under nohup, stays ignored.
+
+    Attributes:
+        stop: the signal that asks for the end, or None.
+        save: whether a snapshot is asked for.
+    """
+
+    def __init__(self):
+        self.stop: signal.Signals | None = None
+        self.save = False
+        handled = [s for s in HANDLED if signal.getsignal(s) != signal.SIG_IGN]
+        self._before = {s: signal.signal(s, self._note) for s in handled}
+
+    def _note(self, number: int, _frame) -> None:
+        if number == getattr(signal, "SIGUSR1", None):
+            self.save = True
+        elif number == signal.SIGINT and self.stop is not None:
+            raise KeyboardInterrupt
+        else:
+            self.stop = signal.Signals(number)
+
+    def restore(self) -> None:
+        """Give the signals back to their former handlers."""
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+
+class Stopped(Exception):
+    """A signal ended the run after its snapshot was written."""
+
+    def __init__(self, number: signal.Signals, folder: Path, episode: int):
+        super().__init__(
+            f"stopped by {number.name} after episode {episode}; "
+            f"continue with --resume auto ({folder})"
+        )
+        self.exit_code = 128 + number
+
+
+def begin_worker(_worker: int = 0) -> None:
+    """Start a worker process: ignore signals to the whole group, and release the parent's locks.
+
+    Workers end with the training; they survive a killed one by seconds, in which it may restart.
+    """
+    for s in HANDLED:
+        signal.signal(s, signal.SIG_IGN)
+    release_locks()
+
+
+def exit_process(run: Callable[[], int]) -> None:
+    """End this process with the exit code that ``run`` returns or raises.
+
+    A rank of several skips Python's own shutdown, which PyTorch's network threads may abort.
+    """
+    try:
+        code = run()
+    except SystemExit as e:
+        code = e.code
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and isinstance(code, int):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
