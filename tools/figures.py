@@ -48,7 +48,9 @@ STYLE = {
     "svg.hashsalt": "meta-lstm",
     "figure.constrained_layout.use": True,
     "text.parse_math": False,  # a $ in a file's name is a dollar
+    "mathtext.fontset": "dejavuserif",
 }
+CI = r"$\mathit{cI}$"  # for texts with parse_math
 PAUSE = 5  # a stretch of training so many times slower than the median is taken for an interruption
 
 
@@ -89,9 +91,8 @@ def fonts_for(texts: Iterable[str]) -> list[str]:
             families.append(font.name)
             missing -= has
     if missing:
-        print(
-            f"note: no font here has {' '.join(map(chr, sorted(missing)))}; boxes stand for them in pictures"
-        )
+        characters = " ".join(map(chr, sorted(missing)))
+        print(f"note: no font here has {characters}; boxes stand for them in pictures")
     return families
 
 
@@ -126,10 +127,9 @@ def smooth(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """
     reach = [min(width // 2, k, len(values) - 1 - k) for k in range(len(values))]
     windows = [values[k - r : k + r + 1] for k, r in enumerate(reach)]
-    with np.errstate(all="ignore"):
-        return np.array(
-            [np.nanmean(w) if np.isfinite(w).any() else math.nan for w in windows]
-        ), np.array([np.nanstd(w) if np.isfinite(w).any() else math.nan for w in windows])
+    finite = [w[np.isfinite(w)] for w in windows]
+    mean = np.array([w.mean() if len(w) else math.nan for w in finite])
+    return mean, np.array([w.std() if len(w) else math.nan for w in finite])
 
 
 def training_time(train: list[dict]) -> tuple[np.ndarray, str]:
@@ -173,54 +173,59 @@ def settings(folder: Path) -> dict[str, object]:
 # ---- Pictures ----
 
 
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, with an SVG beside it, and close it."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, dpi=150)
+        figure.savefig(path.with_suffix(".svg"), dpi=150, metadata={"Date": None})
+    finally:
+        plt.close(figure)
+
+
 def curves(folder: Path) -> Figure:
     """Loss and accuracy over episodes and over the time of training."""
     events = read_metrics(folder)
     train = [e for e in events if e["event"] == "train"]
     val = [e for e in events if e["event"] == "val"]
     episode = np.array([e["episode"] for e in train])
+    validated = np.array([e["episode"] for e in val])
     time, unit = training_time(train)
+    # outside the log's lines the time of a validation is unknown: NaN, which is not drawn
+    val_time = np.interp(validated, episode, time, left=math.nan, right=math.nan) if val else []
     known = settings(folder)
     n = known.get("n_class")
     figure, axes = plt.subplots(2, 2, figsize=(8, 5.6), sharex="col", sharey="row")
-    for row, (key, name, chance) in enumerate(
-        (("loss", "loss", math.log), ("accuracy", "accuracy, %", lambda n: 100 / n))
-    ):
+    chances = (math.log(n), 100 / n) if n else (None, None)
+    labels = (("loss", "loss"), ("accuracy", "accuracy, %"))
+    for row, ((key, label), chance) in enumerate(zip(labels, chances, strict=True)):
         values = np.array([e[f"mean_{key}"] for e in train], dtype=float)
         mean, std = smooth(values, max(3, len(values) // 20))
-        for axis, x in zip(axes[row], (episode, time), strict=True):
-            if n:
-                axis.axhline(
-                    chance(n),
-                    color=GREY,
-                    linestyle=":",
-                    linewidth=1,
-                    label=f"guessing among {n} classes",
-                )
+        for axis, x, at in zip(axes[row], (episode, time), (validated, val_time), strict=True):
+            if chance:
+                look = {"color": GREY, "linestyle": ":", "linewidth": 1}
+                axis.axhline(chance, **look, label=f"guessing among {n} classes")
             axis.fill_between(x, mean - std, mean + std, color=BLUE, alpha=0.2, linewidth=0)
             words = "training, smoothed, ± std of the log's means"
             axis.plot(x, mean, color=BLUE, marker="o" if len(x) == 1 else None, label=words)
             if val:
-                at = np.interp([e["episode"] for e in val], episode, x)
-                centre, half = ([e[key][k] for e in val] for k in ("mean", "ci95"))
-                look = {
-                    "color": ORANGE,
-                    "fmt": "s--",
-                    "markersize": 3,
-                    "linewidth": 1,
-                    "capsize": 2,
-                }
-                axis.errorbar(at, centre, half, **look, label="validation, ± 95 %")
-        axes[row, 0].set_ylabel(name)
+                pairs = [[e[key][k] for e in val] for k in ("mean", "ci95")]
+                centre, half = np.array(pairs, dtype=float)
+                look = {"color": ORANGE, "fmt": "s--", "markersize": 3, "linewidth": 1}
+                axis.errorbar(at, centre, half, capsize=2, **look, label="validation, ± 95 %")
+        axes[row, 0].set_ylabel(label)
     axes[1, 0].set_xlabel("batches" if known.get("mode") == "pretrain" else "episodes")
     axes[1, 1].set_xlabel(f"{unit} of training, without validations and pauses")
-    figure.suptitle(
-        f"{shorten(folder.resolve().name, 50)}: training{' and validation' if val else ''}"
-    )
-    words = "Two measures: training normalises query images by their own batch's statistics, validation by the support set's."
-    differ = val and known.get("adapt") != "classifier"
-    look = {"ncols": 3, "fontsize": 8, "title": words if differ else None, "title_fontsize": 8}
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", **look)
+    name = shorten(folder.resolve().name, 50)
+    figure.suptitle(f"{name}: training{' and validation' if val else ''}")
+    look = {"ncols": 3, "fontsize": 8, "title_fontsize": 8}
+    if val and known.get("method") != "linear-head":
+        look["title"] = (
+            "Two measures: training normalises query images by their own batch's statistics, "
+            "validation by the support set's."
+        )
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", **look)
     return figure
 
 
@@ -248,7 +253,8 @@ def gates(name: str, trace: dict[str, np.ndarray]) -> Figure:
         axes[row, 0].set_ylabel(f"{key} gate")
     figure.suptitle(f"{shorten(name, 30)}: gates, layer by layer")
     low, high = f"{QUANTILES[0]:.0%}", f"{QUANTILES[-1]:.0%}"
-    words = f"line: mean of a layer's coordinates; bands: their quartiles and {low} to {high}; thin: one episode each"
+    words = "line: mean of a layer's coordinates; bands: their quartiles and "
+    words += f"{low} to {high}; thin: one episode each"
     figure.supxlabel(words, fontsize=8, color=GREY)
     return figure
 
@@ -259,21 +265,12 @@ def movement(name: str, trace: dict[str, np.ndarray]) -> Figure:
     figure, axis = plt.subplots(figsize=(6, 3.6))
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(trace["layers"])))
     for k, (layer, colour) in enumerate(zip(trace["layers"], colours, strict=True)):
-        look = {
-            "color": colour,
-            "linestyle": ("-", "--", "-.", ":")[k % 4],
-            "marker": "os^Dv"[k % 5],
-            "markersize": 4,
-        }
-        axis.plot(
-            np.arange(1, len(moved) + 1), 100 * moved[:, k], **look, label=shorten(str(layer), 24)
-        )
-    axis.set(
-        xlabel="update",
-        ylabel="|c_t − cI| / |cI|, %",
-        title=f"{shorten(name, 40)}: distance from cI",
-        yscale="log",
-    )
+        look = {"color": colour, "linestyle": ("-", "--", "-.", ":")[k % 4]}
+        look |= {"marker": "os^Dv"[k % 5], "markersize": 4, "label": shorten(str(layer), 24)}
+        axis.plot(np.arange(1, len(moved) + 1), 100 * moved[:, k], **look)
+    axis.set(xlabel="update", title=f"{shorten(name, 36)}: movement, layer by layer", yscale="log")
+    ylabel = r"$|\mathit{c_t} - \mathit{cI}|\ /\ |\mathit{cI}|$, %"
+    axis.set_ylabel(ylabel, parse_math=True)
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(
         LogFormatter()
@@ -289,14 +286,13 @@ def adaptation(name: str, trace: dict[str, np.ndarray]) -> Figure:
     axis.axhline(100 / n, color=GREY, linestyle=":", linewidth=1, label=f"guessing among {n}")
     for key, colour, look in (("support", GREEN, "s--"), ("query", BLUE, "o-")):
         values = trace[key]
-        t = (
-            np.arange(values.shape[1]) + trace["forget"].shape[1] + 1 - values.shape[1]
-        )  # an older record has no update 0
+        t = np.arange(values.shape[1])
         half = 1.96 * values.std(0) / math.sqrt(len(values))
         mean = values.mean(0)
         axis.fill_between(t, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
         axis.plot(t, mean, look, color=colour, markersize=3, label=f"{key} set")
-    axis.set(xlabel="update (0: the learner at cI)", ylabel="accuracy, %", ylim=(0, 102))
+    axis.set(ylabel="accuracy, %", ylim=(0, 102))
+    axis.set_xlabel(f"update (0: the learner at {CI})", parse_math=True)
     axis.set_title(
         f"{shorten(name, 30)}: the learner in {len(trace['query'])} validation episodes, ± 95 %"
     )
@@ -315,18 +311,12 @@ def histogram(folder: Path) -> Figure:
         s, values = summary(test["accuracies"]), np.array(test["accuracies"])
         axis.hist(values, bins=_bins(values), color=BLUE, alpha=0.6)
         axis.axvline(s["mean"], color="black", linestyle="--", linewidth=1, label="mean")
-        axis.axvline(
-            100 / test["n_class"],
-            color=GREY,
-            linestyle=":",
-            linewidth=1.5,
-            label=f"guessing among {test['n_class']}",
-        )
-        axis.set_title(
-            f"{test['n_shot']}-shot, {shorten(test['data'], 20)}, after {test['episode']:,} episodes: "
-            f"{s['mean']:.2f} ± {s['ci95']:.2f} %{answered(test).replace(', ', chr(10), 1)}",
-            loc="left",
-        )
+        guessing = {"color": GREY, "linestyle": ":", "linewidth": 1.5}
+        label = f"guessing among {test['n_class']}"
+        axis.axvline(100 / test["n_class"], **guessing, label=label)
+        title = f"{test['n_shot']}-shot, {shorten(test['data'], 20)}, after {test['episode']:,} "
+        title += f"episodes: {s['mean']:.2f} ± {s['ci95']:.2f} %"
+        axis.set_title("\n".join(filter(None, (title, variant(test)))), loc="left")
         axis.set_ylabel("test episodes")
         axis.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes[-1, 0].set(xlabel="accuracy of an episode, %", xlim=(-2, 102))
@@ -368,12 +358,9 @@ def confusion(name: str, trace: dict[str, np.ndarray]) -> Figure:
                 axis.imshow(sheet, interpolation="nearest")
             axis.set(xticks=[], yticks=[], box_aspect=1)
             axis.grid(False)
+            colour, width = (GREEN, 2.5) if right == given else ("#bbbbbb", 0.8)
             for spine in axis.spines.values():
-                spine.set(
-                    visible=True,
-                    color=GREEN if right == given else "#bbbbbb",
-                    linewidth=2.5 if right == given else 0.8,
-                )
+                spine.set(visible=True, color=colour, linewidth=width)
             axis.set_title(str(len(these)), fontsize=8, pad=2)
             if given == 0:
                 axis.set_ylabel(names[right], fontsize=8)
@@ -387,5 +374,3 @@ def confusion(name: str, trace: dict[str, np.ndarray]) -> Figure:
     figure.supylabel("true class", fontsize=9)
     figure.supxlabel("the learner's answer", fontsize=9)
     return figure
-
-

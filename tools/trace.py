@@ -24,7 +24,7 @@ def write_trace(
     folder: Path, dataset: EpisodeDataset, model: Model, batch_size: int, device: torch.device
 ) -> None:
     """Record the first ``N_EPISODES`` of a data set into a run folder, as ``trace.npz``."""
-    some = dataset.first(min(N_EPISODES, len(dataset)))
+    some = dataset.first(N_EPISODES)
     with atomic_write(folder / NAME) as file:
         np.savez_compressed(file, **record(some, model, batch_size, device))
 
@@ -93,7 +93,9 @@ def record(
                 rows["support"].append(accuracy(wo_grad(episode.support), episode.support_y))
             rows["forget"].append(_spread(torch.sigmoid(state.f), places))
             rows["input"].append(_spread(torch.sigmoid(state.i), places))
-            moved = [(state.c[s] - cI[s]).norm() / cI[s].norm() for s in places.values()]
+            moved = [
+                (state.c[s] - cI[s]).norm() / cI[s].norm().clamp_min(1e-12) for s in places.values()
+            ]
             rows["moved"].append(torch.stack(moved))
         for k, values in rows.items():
             found[k].append(torch.stack(values))
