@@ -547,8 +547,9 @@ def test_gpu_runs_repeat_and_resume_to_the_same_bits(master, tmp_path):
     """Through the command line. A resumed run has its warm-up at other episodes."""
     import main
 
-    flags = f"--mode train --data-root {master} --image-size 32 --n-eval 3 --episode-val 6".split()
-    flags += "--log-freq 1 --val-freq 6 --seed 1 --resume auto --plots false --n-workers 2".split()
+    flags = ["--mode", "train", "--data-root", str(master), "--image-size", "32", "--n-eval", "3"]
+    flags += ["--episode-val", "6", "--log-freq", "1", "--val-freq", "6", "--seed", "1"]
+    flags += ["--resume", "auto", "--plots", "false", "--n-workers", "2"]
     runs = []
     for name, lengths in (("a", [12]), ("b", [12]), ("c", [5, 12])):
         for length in lengths:

@@ -574,7 +574,7 @@ def probe(tmp_path, monkeypatch):
     """
     source = tmp_path / "probe.cpp"
     source.write_text(
-        'extern "C" { void* probe_address = nullptr; const char* probe_arguments = "l"; }\n'
+        'extern "C" { void* probe_address = &probe_address; const char* probe_arguments = "l"; }\n'
     )
     for name, value in {"MAIN": source, "ONE_TYPE": ("probe",), "BY_TYPE": ()}.items():
         monkeypatch.setattr(library, name, value)
