@@ -1,15 +1,15 @@
-"""Whole batches of images cropped, resized, flipped and coloured at once, each image with its own
-parameters.
+"""Batched augmentation: crop, resize, flip and colour jitter with parameters of each image's own.
 
-This does on the device that trains what dataloader.py does with torchvision to one Pillow image
-after another. An antialiased crop-and-resize is two small matrix products, rows and columns apart
-as in Pillow; the colours are elementwise. Pillow rounds to whole grey levels after each step and
-this does not: there is no other difference.
+dataloader.py applies torchvision to one Pillow image after another; this works on whole batches, on
+the device that trains. An antialiased crop-and-resize is two small matrix products, rows and
+columns separately as in Pillow; colour jitter is elementwise. The only difference is that Pillow
+rounds to whole grey levels after each step.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,19 +18,19 @@ from torch import Tensor
 
 from dataloader import PIXELS, Augmentation
 from fast import gpu, native
-from fast.gpu.colour import colour
+from fast.gpu import colour
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as Pillow's mode L
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # steps of torchvision's ColorJitter
 
 
 class Windows(NamedTuple):
-    """Which part of each image is resized to which size, and which part of the result is kept:
-    int64 [B, 2] (y, x) each.
+    """The part of each image that is resized, and the part of the result that is kept; each array
+    int64 [B, 2] (y, x).
     """
 
-    start: np.ndarray  # first pixel of the source's part
-    extent: np.ndarray  # its size
+    start: np.ndarray  # first pixel of the source window
+    extent: np.ndarray  # size of the window
     out: np.ndarray  # size to which it is resized
     skip: np.ndarray  # first pixel of the result that is kept
 
@@ -56,17 +56,13 @@ class Windows(NamedTuple):
 
 
 def table(windows: Windows, drawn: Augmentation | None) -> np.ndarray:
-    """All that ``transform`` needs to know of each image, as numbers that float32 holds exactly,
-    but for the factors.
+    """The parameters of ``transform``; float32 holds all but the factors exactly.
 
     Returns:
-        [B, 9] or, if colours change, [B, 17] float32: windows (8), flip, factors (4), their order
-        (4).
+        [B, 9] or, with colour jitter, [B, 17] float32: windows (8), flip, factors (4), order (4).
     """
-    columns = [
-        *windows,
-        np.zeros((len(windows.start), 1)) if drawn is None else drawn.flip[:, None],
-    ]
+    flip = np.zeros((len(windows.start), 1)) if drawn is None else drawn.flip[:, None]
+    columns = [*windows, flip]
     if drawn is not None and drawn.jitter is not None:
         columns += [drawn.jitter, drawn.order]
     return np.concatenate(columns, axis=1, dtype=np.float32)
@@ -74,15 +70,14 @@ def table(windows: Windows, drawn: Augmentation | None) -> np.ndarray:
 
 @functools.cache
 def _constant(device: torch.device, *values: float) -> Tensor:
-    """A vector that stays on the device."""
+    """A vector on the device, made once."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _weights(
     start: Tensor, extent: Tensor, out: Tensor, skip: Tensor, length: int, image_size: int
 ) -> Tensor:
-    """Antialiased bilinear filter along one axis (Pillow's: a triangle as wide as the step when it
-    reduces).
+    """Pillow's antialiased bilinear filter along one axis: a triangle that widens with the step.
 
     Args:
         start, extent, out, skip: [B], float32, of one axis, see ``Windows``.
@@ -104,8 +99,8 @@ def _weights(
 def _filters(
     windows: Tensor, flip: Tensor, size: tuple[int, int], image_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Weights of all images' rows [B, image_size, H] and columns [B, image_size, W], mirrored where
-    ``flip`` [B] is not 0.
+    """Filters of rows [B, image_size, H] and columns [B, image_size, W]; the columns are mirrored
+    where ``flip`` [B] is not 0.
     """
     rows, columns = (_weights(*windows[:, :, axis], size[axis], image_size) for axis in (0, 1))
     return rows, torch.where((flip != 0).view(-1, 1, 1), columns.flip(1), columns)
@@ -122,7 +117,7 @@ def _grey(x: Tensor) -> Tensor:
     return (r * GREY[0]).add_(g, alpha=GREY[1]).add_(b, alpha=GREY[2]).unsqueeze(1)
 
 
-def _turn_hue(x: Tensor, turns: Tensor) -> Tensor:
+def _shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     """Shift the hue of HSV by ``turns`` [B, 1, 1, 1] of the circle, in Pillow's steps of 1/255."""
     r, g, b = x.unbind(1)
     top = torch.maximum(torch.maximum(r, g), b)
@@ -130,11 +125,8 @@ def _turn_hue(x: Tensor, turns: Tensor) -> Tensor:
     chroma = top - bottom
     unit = (255 / 6) / chroma.clamp_min(1e-6)
     red, green = r == top, g == top
-    hue = torch.where(
-        red,
-        (g - b) * unit,
-        torch.where(green, ((b - r) * unit).add_(85), ((r - g) * unit).add_(170)),
-    )
+    hue = torch.where(green, ((b - r) * unit).add_(85), ((r - g) * unit).add_(170))
+    hue = torch.where(red, (g - b) * unit, hue)
     hue = hue.floor_().add_((turns * 255).trunc().view(-1, 1, 1)).remainder_(255).mul_(6 / 255)
     out = torch.empty_like(x)
     torch.addcmul(bottom, chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1), out=out[:, 0])
@@ -143,78 +135,55 @@ def _turn_hue(x: Tensor, turns: Tensor) -> Tensor:
     return out
 
 
-def _adjust(x: Tensor, step: int, factor: Tensor) -> Tensor:
-    """One step of ColorJitter with a factor for each image [B, 1, 1, 1]; x holds grey levels 0 to
-    255.
-    """
-    if step == HUE:
-        return _turn_hue(x, factor)
-    if step == BRIGHTNESS:
-        return (x * factor).clamp_(0, 255)
-    target = _grey(x)
-    if step == CONTRAST:
-        target = _whole_mean(target)
-    return torch.lerp(target, x, factor).clamp_(0, 255)
-
-
-def _whole_mean(grey: Tensor) -> Tensor:
-    """Each image's mean as Pillow's whole number, [B, 1, 1, 1]."""
-    return (grey.mean((1, 2, 3), keepdim=True) + 0.5).floor_()
-
-
-def _colour(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+def adjust_colours(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """Brightness, contrast, saturation and hue of each image, each image in its own order.
 
+    Brightness, contrast and saturation are one interpolation, from black, the mean grey level or
+    the grey image.
+
     Args:
-        x: [B, 3, H, W], grey levels 0 to 255, which may be overwritten.
+        x: [B, 3, H, W] float32, grey levels 0 to 255.
         factors: [B, 4], see ``transform``.
         order: [B, 4] int64.
-    """
-    if x.device.type == "cpu":
-        for place in range(4):
-            for step in range(4):
-                which = (order[:, place] == step).nonzero()[:, 0]
-                x[which] = _adjust(x[which], step, factors[which, step].view(-1, 1, 1, 1))
-        return x
-    return gpu.replaced(colour, _colour_together, 1e-3, x, factors, order)
 
-
-def _colour_together(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """The same for a GPU, where the number of launches counts: the same operations for all images
-    at each of the four places.
-
-    Brightness, contrast and saturation are one interpolation, from black, the mean grey or the grey
-    picture.
+    Returns:
+        [B, 3, H, W].
     """
     for step, factor in zip(order.t(), factors.gather(1, order).t(), strict=True):
         step, factor = step.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
         grey = _grey(x)
-        target = torch.where(step == CONTRAST, _whole_mean(grey), grey).mul_(step != BRIGHTNESS)
-        x = torch.where(
-            step == HUE, _turn_hue(x, factor), torch.lerp(target, x, factor).clamp_(0, 255)
-        )
+        mean = (grey.mean((1, 2, 3), keepdim=True) + 0.5).floor_()  # Pillow's is a whole number
+        target = torch.where(step == CONTRAST, mean, grey).mul_(step != BRIGHTNESS)
+        adjusted = torch.lerp(target, x, factor).clamp_(0, 255)
+        x = torch.where(step == HUE, _shift_hue(x, factor), adjusted)
     return x
 
 
+def _adjust_colours(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """``adjust_colours`` by the Triton kernel where that works."""
+
+    def results(implementation: Callable[..., Tensor]) -> list[Tensor]:
+        return [implementation(x, factors, order)]
+
+    in_triton = colour.handles(x) and gpu.works(colour.colour, adjust_colours, 1e-3, x, results)
+    return (colour.colour if in_triton else adjust_colours)(x, factors, order)
+
+
 def transform(pixels: Tensor, table: Tensor, image_size: int, scale: str = "imagenet") -> Tensor:
-    """Turn decoded images into the learner's input.
+    """Turn decoded images into the learner's input, on the images' device.
 
     Args:
-        pixels: [B, 3, H, W] uint8, smaller images padded on the right and below; their device does
-            the work.
-        table: what to do with each image, from the function ``table``, on the same device. Factors
-            are those of brightness, contrast and saturation, and the shift of the hue in turns;
-            without them colours stay.
-        image_size: pixels of the result.
-        scale: "imagenet" for ImageNet's mean and deviation, "unit" for numbers from 0 to 1.
+        pixels: [B, 3, H, W] uint8, smaller images padded on the right and below.
+        table: each image's parameters, from the function ``table``, on the same device. The factors
+            are those of brightness, contrast and saturation, and the shift of the hue in turns.
+        image_size: height and width of the result in pixels.
+        scale: "imagenet" for ImageNet's mean and standard deviation, "unit" for [0, 1].
 
     Returns:
         [B, 3, image_size, image_size] float32 in channels_last format.
     """
-    device = pixels.device
-    out = torch.empty(
-        len(pixels), 3, image_size, image_size, device=device, memory_format=torch.channels_last
-    )
+    device, shape = pixels.device, (len(pixels), 3, image_size, image_size)
+    out = torch.empty(shape, device=device, memory_format=torch.channels_last)
     windows, flip = table[:, :8].view(-1, 4, 2).transpose(0, 1), table[:, 8]
     factors, order = (None, None) if table.shape[1] == 9 else (table[:, 9:13], table[:, 13:].long())
     mean, std = (_constant(device, *values) for values in PIXELS[scale])
@@ -222,6 +191,6 @@ def transform(pixels: Tensor, table: Tensor, image_size: int, scale: str = "imag
         return native.augment(pixels, windows.long(), flip != 0, factors, order, (mean, std), out)
     x = _resize(pixels, *_filters(windows, flip, pixels.shape[2:], image_size))
     if factors is not None:
-        x = _colour(x, factors, order)
+        x = _adjust_colours(x, factors, order)
     mean, std = (v.view(3, 1, 1) * 255 for v in (mean, std))
     return torch.addcmul(-mean / std, x, 1 / std, out=out)

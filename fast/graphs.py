@@ -1,48 +1,48 @@
-"""Whole episodes as CUDA graphs: recorded once, then replayed by a single launch instead of
-thousands.
-"""
+"""Whole episodes as CUDA graphs: captured once, then replayed with one launch each."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from episode import Episode
 
-WARM_UP = (
-    3  # ordinary episodes before the recording: libraries make their workspaces, Adam its moments
-)
-CHECKED = 2  # replays that are compared with the ordinary way: a number that was baked in shows in the second
+WARM_UP = 3  # eager calls before the capture: libraries make workspaces, Adam its moments
+CHECKED = 2  # replays that are compared with eager calls; the second shows a baked-in number
 
 
 def step_without_sync(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """``episode.step_if_finite`` without waiting for the device: a fused Adam reads the flag there."""
+    """Take the step if ``finite`` [], bool; a fused Adam reads it on the device, without a wait."""
     optimizer.found_inf = (~finite).float()
     optimizer.step()
 
 
 class CUDAGraphFunction:
-    """A function of an episode, recorded as a CUDA graph after ``WARM_UP`` calls and replayed from
-    then on.
+    """A function of an episode that becomes a CUDA graph.
 
-    The same code runs either way, and the warm-up counts: training learns from its first episodes,
-    too. All calls read the episode from the same memory, so that libraries choose the same
-    algorithms before, during and after the recording.
+    The first ``WARM_UP`` calls run eagerly; then the function is captured, and later calls replay
+    the graph. Warm-up calls are ordinary ones: training learns from them, too. All calls read the
+    episode from the same memory, so that libraries choose the same algorithms before, during and
+    after the capture.
 
-    The graph checks itself. Its first ``CHECKED`` replays start from the same state as the ordinary
-    way and must reach the same bits, results and state; later ones only run while everything in
-    ``modules`` and ``optimizer`` lies where it lay at the recording. Otherwise the graph is
-    dropped, a line says why, and episodes run in the ordinary way.
+    The first ``CHECKED`` replays start from the same state as an eager call and must reach the same
+    bits, results and state. Every replay requires that all tensors of ``modules`` and ``optimizer``
+    lie where they lay at the capture. Otherwise the graph is dropped, a line says why, and calls
+    run eagerly from then on. The last warm-up call is watched for synchronisation with the GPU and
+    for copies between host and device, and a line reports them.
 
     Args:
         function: (Episode) -> tuple of tensors; it must not wait for the GPU.
-        modules: all those that ``function`` reads or changes.
+        modules: all modules whose tensors ``function`` reads or changes.
         optimizer: the one whose step ``function`` takes, if any.
     """
 
@@ -53,32 +53,34 @@ class CUDAGraphFunction:
         optimizer: torch.optim.Optimizer | None = None,
     ):
         self.function, self.modules, self.optimizer = function, tuple(modules), optimizer
-        self.stream = (
-            torch.cuda.Stream()
-        )  # for warm-up and recording: workspaces made by the first serve the second
+        # one stream for warm-up and capture: the capture reuses the warm-up's workspaces
+        self.stream = torch.cuda.Stream()
         self.calls = 0
         self.inputs: Episode | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, episode: Episode) -> tuple[Tensor, ...]:
-        """The function's results, on the current stream.
+        """Call the function.
+
+        Returns:
+            Its results, copied, on the current stream.
 
         Raises:
-            ValueError: this episode's shapes differ from the first one's.
+            ValueError: the episode's shapes differ from the first one's.
         """
         self._load(episode)
         self.calls += 1
         if self.calls == WARM_UP:
-            with _waits_reported():
-                return self._ordinarily()
+            with _report_syncs(), _report_copies():
+                return self._eager()
         if self.calls == WARM_UP + 1:
-            self._record()
+            self._capture()
         if self.graph is not None and self._addresses() != self.addresses:
-            self._give_up("parameters or moments have moved in memory since it was recorded")
+            self._drop("parameters or moments have moved in memory since the capture")
         if self.graph is None:
-            return self._ordinarily()
+            return self._eager()
         if self.calls <= WARM_UP + CHECKED:
-            return self._checked()
+            return self._checked_replay()
         self.graph.replay()
         return tuple(t.clone() for t in self.outputs)
 
@@ -86,14 +88,13 @@ class CUDAGraphFunction:
         if self.inputs is None:
             self.inputs = Episode(*(t.clone() for t in episode))
             return
-        for place, tensor in zip(self.inputs, episode, strict=True):
-            if place.shape != tensor.shape:
-                raise ValueError(
-                    f"an episode with {list(tensor.shape)}, but the first one had {list(place.shape)}"
-                )
-            place.copy_(tensor, non_blocking=True)
+        for static, new in zip(self.inputs, episode, strict=True):
+            if static.shape != new.shape:
+                shapes = f"{list(new.shape)}, but the first one had {list(static.shape)}"
+                raise ValueError(f"an episode with {shapes}")
+            static.copy_(new, non_blocking=True)
 
-    def _ordinarily(self) -> tuple[Tensor, ...]:
+    def _eager(self) -> tuple[Tensor, ...]:
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -101,70 +102,61 @@ class CUDAGraphFunction:
         current.wait_stream(self.stream)
         return tuple(t.clone() for t in results)
 
-    def _record(self) -> None:
+    def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        # The thread that pins memory for the data pipeline keeps running, so only this thread's
-        # calls are watched.
-        how = {"stream": self.stream, "capture_error_mode": "thread_local"}
+        # thread_local: the thread that pins memory for the data pipeline keeps running. The outer
+        # stream context restores the current stream, which a failing end of a capture does not.
+        capture = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
         try:
-            # A capture whose end fails leaves its stream the current one; the outer context does
-            # not.
             with (
-                _uncollected(),
+                _no_garbage_collection(),
                 _capturable(self.optimizer),
                 torch.cuda.stream(self.stream),
-                torch.cuda.graph(graph, **how),
+                capture,
             ):
                 self.outputs = self.function(self.inputs)
         except RuntimeError as e:
             cause: BaseException = e
-            while (
-                cause.__context__ is not None
-            ):  # what went wrong first, not what it led to at the end of the capture
+            while cause.__context__ is not None:  # the first error, not what it led to
                 cause = cause.__context__
-            self._give_up(next(iter(str(cause).splitlines()), type(cause).__name__))
+            self._drop(next(iter(str(cause).splitlines()), type(cause).__name__))
         else:
             self.graph, self.addresses = graph, self._addresses()
 
-    def _checked(self) -> tuple[Tensor, ...]:
-        """The ordinary way's results and state, with which a replay from the same state and inputs
-        is compared.
-        """
-        before = self._copies()
-        results = self._ordinarily()
-        after = self._copies()
-        _put(before, self._state())
+    def _checked_replay(self) -> tuple[Tensor, ...]:
+        """Call eagerly, then replay from the same state, and compare results and state."""
+        before = self._copy_state()
+        results = self._eager()
+        after = self._copy_state()
+        _write(self._state(), before)
         self.graph.replay()
         if not all(map(_same_bits, (*self.outputs, *self._state()), (*results, *after))):
-            _put(after, self._state())
-            self._give_up("a replayed episode differs from the same episode in the ordinary way")
+            _write(self._state(), after)
+            self._drop("a replayed episode differs from the same episode run eagerly")
         return results
 
     @torch.no_grad()  # or autograd would remember parameters on the stream of the copies
-    def _copies(self) -> list[Tensor]:
+    def _copy_state(self) -> list[Tensor]:
         return [t.clone() for t in self._state()]
 
     def _state(self) -> list[Tensor]:
         """What lasts from one call to the next: parameters, buffers, moments."""
-        kept = [t for m in self.modules for t in (*m.parameters(), *m.buffers())]
-        return kept + [
-            t
-            for of_one in (self.optimizer.state.values() if self.optimizer else ())
-            for t in of_one.values()
-        ]
+        states = self.optimizer.state.values() if self.optimizer else ()
+        tensors = [t for m in self.modules for t in (*m.parameters(), *m.buffers())]
+        return tensors + [t for state in states for t in state.values()]
 
     def _addresses(self) -> list[int]:
         return [t.data_ptr() for t in self._state()]
 
-    def _give_up(self, why: str) -> None:
+    def _drop(self, reason: str) -> None:
         self.graph = self.outputs = None
-        tqdm.write(f"no CUDA graph, so episodes run in the ordinary, slower way: {why}")
+        tqdm.write(f"no CUDA graph, so episodes run eagerly and slower: {reason}")
 
 
 @torch.no_grad()
-def _put(values: list[Tensor], places: list[Tensor]) -> None:
-    for place, value in zip(places, values, strict=True):
-        place.copy_(value)
+def _write(tensors: list[Tensor], values: list[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -173,8 +165,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Collect garbage now, and none until the end: an old graph that is destroyed during a capture
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect garbage now and not again until the end: destroying an old graph during a capture
     invalidates the new one.
     """
     gc.collect()
@@ -189,7 +181,7 @@ def _uncollected() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _capturable(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-    """Adam requires this flag while it is recorded, and warns about it at any other time."""
+    """Set Adam's flag for captures, about which it warns at any other time."""
     groups = [] if optimizer is None else optimizer.param_groups
     for group in groups:
         group["capturable"] = True
@@ -201,8 +193,8 @@ def _capturable(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _waits_reported() -> Iterator[None]:
-    """Write a line if something in here makes the host wait for the GPU."""
+def _report_syncs() -> Iterator[None]:
+    """Write a line if the host waits for the GPU in this context."""
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -211,9 +203,52 @@ def _waits_reported() -> Iterator[None]:
             yield
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-    waits = [w for w in caught if "called a synchronizing CUDA operation" in str(w.message)]
-    if waits:
-        where = f"{waits[0].filename}:{waits[0].lineno}"
+    syncs = [w for w in caught if "called a synchronizing CUDA operation" in str(w.message)]
+    if syncs:
+        first = f"{syncs[0].filename}:{syncs[0].lineno}"
         tqdm.write(
-            f"an episode waits for the GPU {len(waits)} times, which costs speed; first at {where}"
+            f"an episode waits for the GPU {len(syncs)} times, which costs speed; first at {first}"
         )
+
+
+@contextlib.contextmanager
+def _report_copies() -> Iterator[None]:
+    """Write a line if tensors are copied between devices in this context: a graph cannot contain
+    such a copy, or would read the host's memory long after the tensor is gone.
+    """
+    with _Copies() as copies:
+        yield
+    if copies.places:
+        n, first = len(copies.places), copies.places[0]
+        tqdm.write(f"an episode copies {n} tensors between host and device; first at {first}")
+
+
+class _Copies(TorchDispatchMode):
+    """Notes where tensors are copied from one device to another, as "file:line"."""
+
+    def __init__(self):
+        super().__init__()
+        self.places: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name == "aten::_to_copy":
+            target = torch.device(kwargs.get("device") or args[0].device)
+        else:
+            target = args[0].device if name == "aten::copy_" else None
+        source = args[name == "aten::copy_"] if target is not None else None
+        if isinstance(source, Tensor) and source.device.type != target.type:
+            self.places.append(_caller())
+        return func(*args, **kwargs)
+
+
+def _caller() -> str:
+    """The innermost frame outside PyTorch and this file, as "file:line"."""
+    torch_folder = str(Path(torch.__file__).parent)
+    frames = [
+        f
+        for f in traceback.extract_stack()
+        if f.filename != __file__ and not f.filename.startswith(torch_folder)
+    ]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "a backward pass"

@@ -4,11 +4,11 @@ At first use a split becomes one array of bytes on disk, which later runs map in
 cache is a folder ``<split>-<largest side>-<key>`` with ``pixels.bin`` (each image as [3, height,
 width] uint8, one after another) and ``index.npz`` (sizes, checksum). The key is a hash of all that
 the pixels depend on: names, sizes and modification times of the files, and the settings below. The
-folder is filled under another name and then renamed, so it is either complete or absent; if two
-processes want it at once, one builds it and the other waits.
+folder is filled under another name and then renamed, so it is either complete or absent. A lock
+makes one of several processes build it while the others wait.
 
 Images whose shorter side is at most twice ``image_size`` keep every pixel; mini-ImageNet's usual 84
-px are among them. Larger ones are reduced to that once. A random crop covers half of an image on
+px are among them. Larger ones are downscaled to that once. A random crop covers half of an image on
 average, so it still has at least ``image_size`` pixels a side.
 """
 
@@ -41,15 +41,13 @@ FORMAT = 2  # raise it whenever the same files would give other bytes
 
 
 def reduced_size(width: int, height: int, image_size: int) -> tuple[int, int]:
-    """Size (width, height) at which an image is kept: its shorter side at most 2 * image_size
+    """The size (width, height) at which an image is cached: its shorter side at most 2 * image_size
     pixels.
     """
     scale = 2 * image_size / min(width, height)
-    return (
-        (width, height)
-        if scale >= 1
-        else (max(1, round(width * scale)), max(1, round(height * scale)))
-    )
+    if scale >= 1:
+        return width, height
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def _decode(path: Path, image_size: int) -> np.ndarray:
@@ -98,9 +96,8 @@ def _checksum(pixels: np.ndarray) -> int:
 def _key(files: list[Path], stats: list[os.stat_result], root: Path, image_size: int) -> str:
     digest = hashlib.sha256(f"{FORMAT} {image_size}".encode())
     for name, stat in zip(relative_names(files, root), stats, strict=True):
-        digest.update(
-            f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode("utf-8", "surrogateescape")
-        )
+        line = f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}"
+        digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 
 
@@ -112,38 +109,38 @@ def decoded(
     cache_dir: Path | None,
     stats: list[os.stat_result] | None = None,
 ) -> DecodedSplit:
-    """The split's decoded images, from the cache, which all cores build if it is missing.
+    """A split's decoded images from the cache, which all cores build if it is missing.
 
     Args:
         name: of the split.
         files: its images, in the order of their numbers.
-        root: the data set's folder; the cache lies in it unless ``cache_dir`` says otherwise.
-        image_size: size in pixels that episodes will have, see ``reduced_size``.
-        cache_dir: where the caches lie instead; those of each data set have a folder of their own
-            there.
-        stats: of the files, from ``stats_of``, if they are known already.
+        root: the data set's folder, which also holds the caches by default.
+        image_size: size in pixels of the episodes' images, see ``reduced_size``.
+        cache_dir: another folder for caches, with a subfolder for each data set.
+        stats: of the files, from ``stats_of``, if known already.
 
     Raises:
         UserError: an image cannot be decoded, or the cache cannot be written.
     """
-    key = _key(files, stats or stats_of(files), root, image_size)
-    place = root / FOLDER
+    parent = root / FOLDER
     if cache_dir is not None:
         path = root.resolve()
-        place = cache_dir / f"{path.name[:40]}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
-    folder = place / f"{name}-{2 * image_size}-{key}"
-    found = _finished(folder)
-    if found is not None:
-        return found
+        digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
+        parent = cache_dir / f"{path.name[:40]}-{digest}"
+    prefix = f"{name}-{2 * image_size}-"
+    folder = parent / (prefix + _key(files, stats or stats_of(files), root, image_size))
+    split = _open(folder)
+    if split is not None:
+        return split
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        with file_lock(place / "lock", wait=True):
-            found = _finished(folder)  # by the process that held the lock until now
-            if found is not None:
-                return found
-            for stale in (*place.glob(f"{name}-{2 * image_size}-*"), *place.glob(".*.tmp")):
+        parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(parent / "lock", wait=True):
+            split = _open(folder)  # built by the process that held the lock until now
+            if split is not None:
+                return split
+            for stale in (*parent.glob(f"{prefix}*"), *parent.glob(".*.tmp")):
                 shutil.rmtree(stale, ignore_errors=True)
-            building = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=place))
+            building = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=parent))
             try:
                 _build(building, name, files, image_size)
                 building.rename(folder)
@@ -151,12 +148,12 @@ def decoded(
                 shutil.rmtree(building, ignore_errors=True)
             return DecodedSplit(folder)
     except OSError as e:
-        raise UserError(
-            f"{place}: the decoded images cannot be kept there ({e.strerror}); name a folder with space by --cache-dir"
-        ) from e
+        problem = f"the decoded images cannot be kept there ({e.strerror})"
+        raise UserError(f"{parent}: {problem}; name a folder with space by --cache-dir") from e
 
 
-def _finished(folder: Path) -> DecodedSplit | None:
+def _open(folder: Path) -> DecodedSplit | None:
+    """A finished cache; None if it is missing or damaged."""
     if not folder.is_dir():
         return None
     try:
@@ -188,25 +185,24 @@ def _build(folder: Path, name: str, files: list[Path], image_size: int) -> None:
 
 
 class Drawn(NamedTuple):
-    """An episode's source images and all that the augmentation needs, in one piece: one copy brings
-    it to a GPU.
+    """An episode's source images and parameters in one buffer, which one copy brings to a GPU.
+
+    The buffer holds uint8: the bytes of ``augment.table`` and of the episode's order, all float32,
+    then the images, support before query, padded on the right and below.
     """
 
-    buffer: Tensor  # uint8: the bytes of ``augment.table`` and of the episode's order, all float32, then the pixels
-    table: tuple[int, int]  # its shape
-    pixels: tuple[
-        int, int, int, int
-    ]  # [n_class * (n_shot + n_eval), 3, H, W]: support, then query; padded right and below
+    buffer: Tensor
+    table: tuple[int, int]  # shape of the table
+    pixels: tuple[int, int, int, int]  # of the images: [n_class * (n_shot + n_eval), 3, H, W]
 
 
 class FastEpisodeDataset(EpisodeDataset):
-    """``dataloader.EpisodeDataset`` from decoded images; its pixels differ by Pillow's rounding to
-    whole grey levels.
+    """``dataloader.EpisodeDataset`` from decoded images; its pixels differ by Pillow's rounding.
 
     Args:
-        split: and all others: as for ``EpisodeDataset``.
-        device: for a CPU the worker processes augment; for a GPU they read, and the GPU augments.
-        cache_dir: where the decoded images lie, see ``decoded``.
+        split, and all others: as for ``EpisodeDataset``.
+        device: on a CPU the worker processes augment; for a GPU they read, and the GPU augments.
+        cache_dir: folder of the caches, see ``decoded``.
 
     Raises:
         UserError: the split cannot serve such episodes, or a file cannot be used.
@@ -217,14 +213,11 @@ class FastEpisodeDataset(EpisodeDataset):
     ):
         super().__init__(split, *args, **kwargs)
         self.device = device
-        self.stream: torch.cuda.Stream | None = (
-            None  # on which a GPU augments; the worker processes have none
-        )
+        self.stream: torch.cuda.Stream | None = None  # of the GPU's augmentation
         stats = stats_of(self.files)
         self._file_sizes = [stat.st_size for stat in stats]
-        self._decoded = decoded(
-            split.name, self.files, split.root, self.image_size, cache_dir, stats
-        )
+        of_split = split.name, self.files, split.root
+        self._decoded = decoded(*of_split, self.image_size, cache_dir, stats)
 
     def file_sizes(self) -> list[int]:
         """See ``EpisodeDataset.file_sizes``."""
@@ -234,21 +227,19 @@ class FastEpisodeDataset(EpisodeDataset):
         """Read an episode's images and draw its random numbers."""
         numbers = self.numbers(index)
         sizes = self._decoded.sizes[numbers]
-        augmentation = self.augmentation(index, sizes)
-        if augmentation is not None and augmentation.box is not None:
-            windows = Windows.crops(augmentation.box, self.image_size)
+        drawn = self.augmentation(index, sizes)
+        if drawn is not None and drawn.box is not None:
+            windows = Windows.crops(drawn.box, self.image_size)
+        elif self.augment == "port":
+            windows = Windows.centres(sizes, self.image_size)
         else:
-            windows = (Windows.centres if self.augment == "port" else Windows.squashed)(
-                sizes, self.image_size
-            )
-        rows = table(windows, augmentation)
-        floats = np.concatenate((rows, self.order(index)), axis=None, dtype=np.float32).view(
-            np.uint8
-        )
-        shape = (len(numbers), 3, *sizes.max(axis=0).tolist())
-        buffer = np.zeros(len(floats) + math.prod(shape), dtype=np.uint8)
-        buffer[: len(floats)] = floats
-        pixels = buffer[len(floats) :].reshape(shape)
+            windows = Windows.squashed(sizes, self.image_size)
+        rows = table(windows, drawn)
+        floats = np.concatenate((rows, self.order(index)), axis=None, dtype=np.float32)
+        n_bytes, shape = floats.nbytes, (len(numbers), 3, *sizes.max(axis=0).tolist())
+        buffer = np.zeros(n_bytes + math.prod(shape), dtype=np.uint8)
+        buffer[:n_bytes] = floats.view(np.uint8)
+        pixels = buffer[n_bytes:].reshape(shape)
         for row, number, (height, width) in zip(pixels, numbers, sizes, strict=True):
             row[:, :height, :width] = self._decoded.image(number)
         return Drawn(torch.from_numpy(buffer), rows.shape, shape)
@@ -256,14 +247,9 @@ class FastEpisodeDataset(EpisodeDataset):
     def assemble(self, drawn: Drawn, device: torch.device) -> Episode:
         """Augment a drawn episode on ``device``."""
         buffer = drawn.buffer.to(device, non_blocking=True)
-        start = len(buffer) - math.prod(drawn.pixels)
-        floats, n = buffer[:start].view(torch.float32), math.prod(drawn.table)
-        x = transform(
-            buffer[start:].view(drawn.pixels),
-            floats[:n].view(drawn.table),
-            self.image_size,
-            self.pixels,
-        )
+        start, n = len(buffer) - math.prod(drawn.pixels), math.prod(drawn.table)
+        floats, images = buffer[:start].view(torch.float32), buffer[start:].view(drawn.pixels)
+        x = transform(images, floats[:n].view(drawn.table), self.image_size, self.pixels)
         return self.episode(x, floats[n:].view(self.n_pass, -1).long())
 
     def __getitem__(self, index: int) -> Episode | Drawn:
@@ -271,15 +257,15 @@ class FastEpisodeDataset(EpisodeDataset):
         if self.device.type != "cpu":
             return drawn
         n_threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # in a worker process or not: the same bits
+        torch.set_num_threads(1)  # the same bits in and outside a worker process
         try:
             return self.assemble(drawn, self.device)
         finally:
             torch.set_num_threads(n_threads)
 
     def deliver(self, item: Episode | Drawn, device: torch.device) -> Episode:
-        """See ``EpisodeDataset.deliver``. A GPU augments beside the training, while it still works
-        on the episode before.
+        """See ``EpisodeDataset.deliver``. A GPU augments on its own stream, beside the training on
+        the episode before.
         """
         if not isinstance(item, Drawn):
             return item
@@ -292,5 +278,5 @@ class FastEpisodeDataset(EpisodeDataset):
             episode = self.assemble(item, device)
         current.wait_stream(self.stream)
         for t in episode:
-            t.record_stream(current)  # or its memory would be used again too early
+            t.record_stream(current)  # or its memory would be reused too early
         return episode

@@ -17,14 +17,14 @@ from learner import N_BLOCKS, Conv4, FlatModule
 class FastConv4(Conv4):
     """``learner.Conv4`` with the same parameters, equal to rounding.
 
-    Batch normalisation subtracts the batch mean, which cancels the convolution's bias, so training
-    skips it; only the running mean includes it. The bias's gradient is then exactly zero, where
-    plain PyTorch leaves rounding noise. Nothing counts the batches (``num_batches_tracked``).
+    In training, batch norm subtracts the batch mean, which cancels the convolution's bias: the bias
+    enters the running mean alone, and its gradient is exactly zero, where plain PyTorch leaves
+    rounding noise. ``num_batches_tracked`` is not counted.
 
     Args:
-        conv_dtype: what the convolutions and what lies between them are computed in, such as
-            bfloat16; parameters, batch statistics, classifier and loss keep the parameters' own
-            dtype. The other arguments are ``Conv4``'s.
+        conv_dtype: dtype of the convolutions and of activations between them, such as bfloat16;
+            parameters, batch statistics, classifier and loss keep the parameters' dtype. The other
+            arguments are ``Conv4``'s.
     """
 
     def __init__(
@@ -46,21 +46,21 @@ class FastConv4(Conv4):
         x, moments = self._prepared(x)
         for b in range(1, N_BLOCKS + 1):
             conv, norm = getattr(self, f"conv{b}"), getattr(self, f"norm{b}")
-            x = (
-                train_block(x, conv, norm, moments if b == 1 else None)
-                if norm.training
-                else eval_block(x, conv, norm)
-            )
+            if norm.training:
+                x = train_block(x, conv, norm, moments if b == 1 else None)
+            else:
+                x = eval_block(x, conv, norm)
         return x.flatten(1).to(self.norm1.weight.dtype)
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, native.PatchMoments | None]:
-        """The images in ``conv_dtype`` and, where kernels use them, their moments: the same in all
-        updates of an episode.
+        """The images in ``conv_dtype`` and, for the CPU kernels, their moments; kept for the next
+        update with the same images.
         """
         if self._last is None or self._last[0] is not x or self._last[1] != x._version:
-            images = x.to(self.conv_dtype or x.dtype)
-            wanted = self.norm1.training and native.handles_block(images, self.conv1.weight)
-            self._last = (x, x._version, images, native.PatchMoments.of(images) if wanted else None)
+            images, moments = x.to(self.conv_dtype or x.dtype), None
+            if self.norm1.training and native.handles_block(images, self.conv1.weight):
+                moments = native.PatchMoments.of(images)
+            self._last = x, x._version, images, moments
         return self._last[2:]
 
     def loss_and_grad(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,20 +75,18 @@ class FastConv4(Conv4):
         with torch.enable_grad():
             loss = F.cross_entropy(self(x), y)
             grads = torch.autograd.grad(loss, list(self.parameters()), allow_unused=True)
-        zero = torch.zeros_like(self.conv1.bias)  # one for all the biases
-        return loss.detach(), torch.cat(
-            [zero if g is None else g.reshape(-1) for g in grads]
-        ).unsqueeze(1)
+        zero = torch.zeros_like(self.conv1.bias)  # the gradient of each convolution's bias
+        flat = torch.cat([zero if g is None else g.reshape(-1) for g in grads])
+        return loss.detach(), flat.unsqueeze(1)
 
-    def _running(self, what: str) -> list[Tensor]:
-        return [
-            getattr(getattr(self, f"norm{b}"), f"running_{what}") for b in range(1, N_BLOCKS + 1)
-        ]
+    def _running(self, statistic: str) -> list[Tensor]:
+        norms = [getattr(self, f"norm{b}") for b in range(1, N_BLOCKS + 1)]
+        return [getattr(norm, f"running_{statistic}") for norm in norms]
 
     @torch.no_grad()
     def reset_batch_stats(self) -> None:
-        """See ``FlatModule.reset_batch_stats``. A new episode begins."""
-        self._last = None
+        """See ``FlatModule.reset_batch_stats``."""
+        self._last = None  # a new episode may bring other images in the same memory
         torch._foreach_zero_(self._running("mean") + self._running("var"))
         torch._foreach_add_(self._running("var"), 1)
 
@@ -99,21 +97,21 @@ class FastConv4(Conv4):
 
     @torch.no_grad()
     def copy_buffers(self, other: FlatModule) -> None:
-        """See ``FlatModule.copy_buffers``. A new query set follows."""
-        self._last = None
+        """See ``FlatModule.copy_buffers``."""
+        self._last = None  # as above, for the query set
         torch._foreach_copy_(*([*m._running("mean"), *m._running("var")] for m in (self, other)))
 
 
 def train_block(
     x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, moments: native.PatchMoments | None = None
 ) -> Tensor:
-    """Convolution -> normalisation by the batch's own statistics -> ReLU -> 2x2 max-pooling.
+    """Convolution, batch norm by the batch's own statistics, ReLU and 2x2 max-pooling.
 
     Pooling comes before ReLU, which is the same function on a quarter of the numbers.
 
     Args:
         x: [B, C, H, W], float.
-        conv, norm: the block's weights, as parameters or as slices of a cell state; ``norm``'s
+        conv, norm: the block's layers, whose weights may be slices of a cell state; ``norm``'s
             running statistics are updated.
         moments: of ``x`` if it is the images themselves, see ``native.PatchMoments``.
 
@@ -122,102 +120,75 @@ def train_block(
     """
     if native.handles_block(x, conv.weight):
         return native.train_block(x, conv, norm, moments)
-    chosen = (
-        blocks.train_block
-        if _in_triton(blocks.train_block, _train_block, x, conv, norm)
-        else _train_block
-    )
-    return chosen(x, conv, norm)
+    return _triton_or(_train_block, blocks.train_block, x, conv, norm)(x, conv, norm)
 
 
 def eval_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """The same with the running statistics; arguments and result as for ``train_block``."""
-    if torch.is_grad_enabled() and any(
-        t.requires_grad for t in (x, conv.weight, conv.bias, norm.weight, norm.bias)
-    ):
+    weights = x, conv.weight, conv.bias, norm.weight, norm.bias
+    if torch.is_grad_enabled() and any(t.requires_grad for t in weights):
         return _eval_block(x, conv, norm)
     if native.handles_block(x, conv.weight):
         return native.eval_block(x, conv, norm)
-    chosen = (
-        blocks.eval_block
-        if _in_triton(blocks.eval_block, _eval_block, x, conv, norm)
-        else _eval_block
-    )
-    return chosen(x, conv, norm)
+    return _triton_or(_eval_block, blocks.eval_block, x, conv, norm)(x, conv, norm)
 
 
 def _train_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    y = F.conv2d(x, conv.weight.to(x.dtype), padding=1)
-    y = F.batch_norm(
-        y,
-        norm.running_mean,
-        norm.running_var,
-        norm.weight,
-        norm.bias,
-        True,
-        norm.momentum,
-        norm.eps,
-    )
-    # through .data: autograd keeps the running mean, but its backward pass does not use it in train
-    # mode
+    y = _batch_norm(F.conv2d(x, conv.weight.to(x.dtype), padding=1), norm, True)
+    # .data: autograd checks the running mean's version, though a backward pass in train mode does
+    # not read it
     norm.running_mean.data.add_(conv.bias.detach(), alpha=norm.momentum)
     return F.relu(F.max_pool2d(y, 2))
 
 
 def _eval_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     y = F.conv2d(x, conv.weight.to(x.dtype), conv.bias.to(x.dtype), padding=1)
-    y = F.batch_norm(
-        y,
-        norm.running_mean,
-        norm.running_var,
-        norm.weight,
-        norm.bias,
-        False,
-        norm.momentum,
-        norm.eps,
-    )
-    return F.relu(F.max_pool2d(y, 2))
+    return F.relu(F.max_pool2d(_batch_norm(y, norm, False), 2))
 
 
-def _in_triton(
-    kernel: Callable, code: Callable, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d
-) -> bool:
-    """Whether the kernel works on this GPU; in bfloat16 a rounding may move a maximum."""
-    tolerance = 1e-3 if x.dtype == torch.float32 else 2e-2
-    fits = blocks.handles_block(x, conv.weight)
-    return fits and gpu.works(
-        kernel, code, tolerance, conv.weight, lambda way: _tried(way, x, conv, norm)
-    )
+def _batch_norm(y: Tensor, norm: nn.BatchNorm2d, train: bool) -> Tensor:
+    statistics, affine = (norm.running_mean, norm.running_var), (norm.weight, norm.bias)
+    return F.batch_norm(y, *statistics, *affine, train, norm.momentum, norm.eps)
 
 
-def _tried(way: Callable, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> list[Tensor]:
-    """What a way of computing a block makes of images of even and of odd size, running statistics
-    and gradients included.
+def _triton_or(
+    eager: Callable, kernel: Callable, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d
+) -> Callable:
+    """``kernel`` where it works on this GPU for this number of channels and dtype, else ``eager``.
+
+    In bfloat16 a rounding may move a maximum, so the tolerance is wider.
     """
-    found = []
-    for images in (x, x[:, :, 1:, 1:]):
-        w, b, gamma, beta, mean, var = (
-            t.detach().clone()
-            for t in (
-                conv.weight,
-                conv.bias,
-                norm.weight,
-                norm.bias,
-                norm.running_mean,
-                norm.running_var,
-            )
-        )
-        given = [t.requires_grad_() for t in (images.detach().clone(), w, gamma, beta)]
-        like = SimpleNamespace(
-            weight=gamma,
-            bias=beta,
-            running_mean=mean,
-            running_var=var,
-            momentum=norm.momentum,
-            eps=norm.eps,
-        )
-        out = way(given[0], SimpleNamespace(weight=w, bias=b), like)
-        found += [out.detach(), mean, var]
+    if not blocks.handles_block(x, conv.weight):
+        return eager
+
+    def results(implementation: Callable) -> list[Tensor]:
+        return _results(implementation, x, conv, norm)
+
+    tolerance = 1e-3 if x.dtype == torch.float32 else 2e-2
+    variant = f"{x.shape[1]} channels, {str(x.dtype).removeprefix('torch.')}"
+    works = gpu.works(kernel, eager, tolerance, conv.weight, results, variant)
+    return kernel if works else eager
+
+
+def _results(
+    implementation: Callable, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d
+) -> list[Tensor]:
+    """A block's outputs, running statistics and, with grad enabled, gradients, for ``gpu.works``.
+
+    Computed for images of even and of odd size, on copies of all tensors.
+    """
+    results = []
+    for images in (x, x[:, :, 1:, 1:] if min(x.shape[2:]) > 2 else x):
+        learned = images, conv.weight, norm.weight, norm.bias
+        learned = [t.detach().clone().requires_grad_() for t in learned]
+        others = conv.bias, norm.running_mean, norm.running_var
+        bias, mean, var = (t.detach().clone() for t in others)
+        images, weight, gamma, beta = learned
+        constants = {"momentum": norm.momentum, "eps": norm.eps}
+        statistics = {"running_mean": mean, "running_var": var}
+        norm_copy = SimpleNamespace(weight=gamma, bias=beta, **statistics, **constants)
+        out = implementation(images, SimpleNamespace(weight=weight, bias=bias), norm_copy)
+        results += [out.detach(), mean, var]
         if torch.is_grad_enabled():
-            found += torch.autograd.grad(out.square().sum(), given)
-    return found
+            results += torch.autograd.grad(out.square().sum(), learned)
+    return results

@@ -1,4 +1,4 @@
-"""The C++ kernels in kernels/, compiled for this machine at first use and kept in a cache."""
+"""The C++ kernels in kernels/, compiled for this machine at first use and cached."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,40 +20,19 @@ import torch
 FOLDER = Path(__file__).resolve().parent / "kernels"
 MAIN = FOLDER / "kernels.cpp"  # includes the headers
 COMPILERS = ("g++", "c++")
-FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-march=native",
-    "-fopenmp",
-    "-fPIC",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-]
-FLAGS += [
-    "-fno-predictive-commoning",
-    "-Wno-psabi",
-]  # the optimisation switched off here spills registers
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-fno-predictive-commoning", "-Wno-psabi"]  # the former optimisation spills registers
 DIGEST = 32  # bytes of a SHA-256
 SLOWER = "without compiled kernels, at a third of the speed"
 
 # the kernels' names; those in BY_TYPE end in one of SUFFIX
 ONE_TYPE = ("augment", "convolve", "convolve_to_input", "convolve_to_filters")
 ONE_TYPE += ("learner_gradient", "meta_forward", "meta_backward")
-BY_TYPE = (
-    "block_forward",
-    "block_backward",
-    "block_eval",
-    "first_forward",
-    "first_backward",
-    "first_eval",
-    "patch_moments",
-)
-_TYPES = {
-    "p": ctypes.c_void_p,
-    "f": ctypes.c_float,
-    "l": ctypes.c_int64,
-}  # by the letters of kernels.cpp
+BY_TYPE = ("block_forward", "block_backward", "block_eval")
+BY_TYPE += ("first_forward", "first_backward", "first_eval", "patch_moments")
 SUFFIX = {torch.float32: "_float", torch.bfloat16: "_bfloat16"}
+_TYPES = {"p": ctypes.c_void_p, "f": ctypes.c_float, "l": ctypes.c_int64}  # as in kernels.cpp
 
 
 class Library:
@@ -60,7 +40,7 @@ class Library:
 
     Attributes:
         functions: the kernels by name; empty if they could not be compiled.
-        state: a sentence for the user: which compiler made them, or why there are none.
+        state: for the first line of output: which compiler built them, or why there are none.
     """
 
     def __init__(self):
@@ -71,23 +51,20 @@ class Library:
             return
         try:
             library = _load(compiler)
-            for name in (
-                *ONE_TYPE,
-                *(name + suffix for name in BY_TYPE for suffix in SUFFIX.values()),
-            ):
-                letters = ctypes.c_char_p.in_dll(library, f"{name}_arguments").value.decode()
-                address = ctypes.c_void_p.in_dll(library, f"{name}_address").value
-                self.functions[name] = ctypes.CFUNCTYPE(
-                    None, *(_TYPES[letter] for letter in letters)
-                )(address)
+            by_type = [name + suffix for name in BY_TYPE for suffix in SUFFIX.values()]
+            self.functions = {name: _function(library, name) for name in (*ONE_TYPE, *by_type)}
             self.state = f"kernels compiled by {Path(compiler).name}"
         except (OSError, ValueError, subprocess.SubprocessError) as e:
-            self.functions = {}
-            said = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
-            wrong = next(
-                (line for line in said if "error" in line), said[0] if said else type(e).__name__
-            )
-            self.state = f"{SLOWER} ({compiler} cannot compile kernels/: {wrong})"
+            lines = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
+            first = lines[0] if lines else type(e).__name__
+            error = next((line for line in lines if "error" in line), first)
+            self.state = f"{SLOWER} ({compiler} cannot compile kernels/: {error})"
+
+
+def _function(library: ctypes.CDLL, name: str) -> Callable:
+    letters = ctypes.c_char_p.in_dll(library, f"{name}_arguments").value.decode()
+    address = ctypes.c_void_p.in_dll(library, f"{name}_address").value
+    return ctypes.CFUNCTYPE(None, *(_TYPES[letter] for letter in letters))(address)
 
 
 def _openmp() -> list[str]:
@@ -97,62 +74,48 @@ def _openmp() -> list[str]:
     the same cores.
     """
     maps = Path("/proc/self/maps")
-    loaded = (
-        {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()
-    )
-    return sorted(path for path in loaded if re.match(r"lib(gomp|iomp5|omp)\b", Path(path).name))[
-        :1
-    ]
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    loaded = sorted({line.split()[-1] for line in lines})
+    return [path for path in loaded if re.match(r"lib(gomp|iomp5|omp)\b", Path(path).name)][:1]
+
+
+def _processor() -> list[str]:
+    """The processor's model and features."""
+    cpuinfo = Path("/proc/cpuinfo")
+    info = cpuinfo.read_text().split("\n\n")[0] if cpuinfo.exists() else platform.processor()
+    keys = "model name", "flags", "Features"
+    return [line for line in info.splitlines() if line.startswith(keys)]
 
 
 def _load(compiler: str) -> ctypes.CDLL:
     """Load the kernels from the cache, or compile them and store them there.
 
     The cache is ``lstm-meta-learner`` under $XDG_CACHE_HOME or ~/.cache. A file's name holds a hash
-    of everything that the compiled code depends on: source, flags, compiler, system, processor and
-    OpenMP runtime.
+    of all that the machine code depends on: sources, flags, compiler, system, processor and OpenMP
+    runtime.
     """
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
-    ).stdout
-    info = (
-        Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-        if Path("/proc/cpuinfo").exists()
-        else platform.processor()
-    )
-    processor = [
-        line for line in info.splitlines() if line.startswith(("model name", "flags", "Features"))
-    ]
-    sources = [path.read_text() for path in (MAIN, *sorted(FOLDER.glob("*.h")))]
-    openmp = _openmp()
-    parts = (*sources, *FLAGS, version, platform.platform(), *processor, *openmp)
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+    version = run([compiler, "--version"], timeout=60).stdout
+    sources, openmp = [p.read_text() for p in (MAIN, *sorted(FOLDER.glob("*.h")))], _openmp()
+    parts = (*sources, *FLAGS, version, platform.platform(), *_processor(), *openmp)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lstm-meta-learner"
     path = folder / f"kernels-{key}.so"
     with contextlib.suppress(OSError):
-        content = path.read_bytes()
-        if (
-            hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]
-        ):  # loading a damaged file can crash the process
+        content = path.read_bytes()  # loading a damaged file can crash the process
+        if hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]:
             return ctypes.CDLL(str(path))
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    keep = os.access(folder, os.W_OK)  # if not, this process compiles them for itself
-    with tempfile.TemporaryDirectory(prefix=".compile-", dir=folder if keep else None) as place:
-        made, linked = f"{place}/kernels.o", f"{place}/kernels.so"
-        for command in (
-            [*FLAGS, "-c", str(MAIN), "-o", made],
-            ["-shared", made, *openmp, "-o", linked],
-        ):
-            subprocess.run(
-                [compiler, *command], capture_output=True, text=True, check=True, timeout=300
-            )
-        with open(linked, "r+b") as file:
-            file.write(
-                hashlib.sha256(file.read()).digest()
-            )  # the loader ignores what follows the library
+    cached = os.access(folder, os.W_OK)  # if not, each process compiles for itself
+    with tempfile.TemporaryDirectory(prefix=".compile-", dir=folder if cached else None) as work:
+        compiled, linked = f"{work}/kernels.o", f"{work}/kernels.so"
+        run([compiler, *FLAGS, "-c", str(MAIN), "-o", compiled], timeout=300)
+        run([compiler, "-shared", compiled, *openmp, "-o", linked], timeout=300)
+        with open(linked, "r+b") as file:  # the loader ignores what follows the library
+            file.write(hashlib.sha256(file.read()).digest())
         library = ctypes.CDLL(linked)
-        if keep:
+        if cached:
             os.replace(linked, path)
         return library
 

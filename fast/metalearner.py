@@ -1,6 +1,4 @@
-"""The meta-learner, faster: one kernel per update on a CPU and on a GPU with Triton, fewer
-operations elsewhere.
-"""
+"""The meta-learner, faster: one kernel per update on a CPU or in Triton, fewer operations else."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ class FastMetaLearner(MetaLearner):
     """``metalearner.MetaLearner`` with the same parameters and arguments, equal to rounding."""
 
     def initial_state(self) -> MetaState:
-        """See ``MetaLearner.initial_state``."""
+        """See ``MetaLearner.initial_state``; the CPU kernels arrange h and c in tiles."""
         state = super().initial_state()
         if native.handles(state.c):
             h = native.lstm_state(state.c, self.lstm.hidden_size)
@@ -28,26 +26,27 @@ class FastMetaLearner(MetaLearner):
     def forward(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
         """See ``MetaLearner.forward``."""
         if native.handles(grad):
-            return self._by(native.MetaStep, loss, grad, state)
-        kernel, code = FastMetaLearner._in_triton, FastMetaLearner._in_pytorch
-        fits = self.lstm.hidden_size <= meta.LARGEST_HIDDEN
-        if fits and gpu.works(
-            kernel, code, 1e-3, grad, lambda way: self._two_updates(way, loss, grad, state)
-        ):
+            return self._apply_kernel(native.MetaStep, loss, grad, state)
+        kernel, eager = FastMetaLearner._in_triton, FastMetaLearner._in_pytorch
+        size = self.lstm.hidden_size
+
+        def results(implementation: Callable[..., MetaState]) -> list[Tensor]:
+            return self._two_updates(implementation, loss, grad, state)
+
+        if meta.handles(grad, size) and gpu.works(kernel, eager, 1e-3, grad, results, size):
             return self._in_triton(loss, grad, state)
         return self._in_pytorch(loss, grad, state)
 
     def _in_triton(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
-        return self._by(meta.MetaStep, loss, grad, state)
+        return self._apply_kernel(meta.MetaStep, loss, grad, state)
 
-    def _by(
+    def _apply_kernel(
         self, step: type[torch.autograd.Function], loss: Tensor, grad: Tensor, state: MetaState
     ) -> MetaState:
         lstm, cell = self.lstm, self.metalstm
-        of_lstm = lstm.weight_ih, lstm.weight_hh, lstm.bias_ih, lstm.bias_hh
-        return MetaState(
-            *step.apply(loss, *of_lstm, cell.WF, cell.bF, cell.WI, cell.bI, grad, *state)
-        )
+        weights = lstm.weight_ih, lstm.weight_hh, lstm.bias_ih, lstm.bias_hh
+        gates = cell.WF, cell.bF, cell.WI, cell.bI
+        return MetaState(*step.apply(loss, *weights, *gates, grad, *state))
 
     def _in_pytorch(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
         x = prep(torch.cat((loss.view(1), grad.squeeze(1))))  # both at once
@@ -56,13 +55,12 @@ class FastMetaLearner(MetaLearner):
         return MetaState(h, c, *self.metalstm(h, grad, state.f, state.i, state.c))
 
     def _two_updates(
-        self, way: Callable[..., MetaState], *args: Tensor | MetaState
+        self, implementation: Callable[..., MetaState], loss: Tensor, grad: Tensor, state: MetaState
     ) -> list[Tensor]:
-        """What two updates in one of these ways make, and its gradient: for a comparison."""
-        loss, grad, state = args
+        """The state after two updates and the learned parameters' gradients, for ``gpu.works``."""
         with torch.enable_grad():
             for _ in range(2):
-                state = way(self, loss, grad, state)
+                state = implementation(self, loss, grad, state)
             total = sum(t.square().sum() for t in state)
             learned = [p for p in self.parameters() if p.requires_grad]
             grads = torch.autograd.grad(total, learned, allow_unused=True, materialize_grads=True)

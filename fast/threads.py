@@ -1,4 +1,4 @@
-"""Several episodes side by side on a CPU, and the memory allocator."""
+"""Several episodes at once on a CPU, and the memory allocator."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ import torch
 
 
 def parallel_map(function: Callable, items: Iterable, n_threads: int) -> Iterator:
-    """``map(function, items)`` on threads to which PyTorch gives one core each; items are taken
-    only as they are needed.
+    """Compute ``map(function, items)`` on threads with one PyTorch core each.
+
+    Results come in the order of ``items``, which is read ahead by at most ``n_threads`` items.
     """
-    with ThreadPoolExecutor(n_threads, initializer=_one_core) as pool:
-        waiting: deque = deque()
+    with ThreadPoolExecutor(n_threads, initializer=_use_one_core) as pool:
+        futures: deque = deque()
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > n_threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                futures.append(pool.submit(function, item))
+                if len(futures) > n_threads:
+                    yield futures.popleft().result()
+            while futures:
+                yield futures.popleft().result()
         finally:
-            for future in waiting:
+            for future in futures:
                 future.cancel()
 
 
-def _one_core() -> None:
-    # At its first operation a thread takes the number that any thread set last, unless it has asked
-    # before: ask, then set.
+def _use_one_core() -> None:
+    # At its first operation a thread takes the number that any thread set last, unless it has read
+    # the number before: read, then set.
     torch.get_num_threads()
     torch.set_num_threads(1)
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Ask glibc to keep large freed blocks for the next episode instead of returning them to the
-    system page by page.
+    """Make glibc keep large freed blocks for the next episode instead of unmapping them.
 
-    It does nothing where there is no glibc.
+    Without glibc this does nothing.
 
     Args:
-        keep: False for the thresholds that glibc arrives at by itself.
+        keep: False restores the thresholds that glibc reaches by itself.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

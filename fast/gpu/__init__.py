@@ -1,14 +1,14 @@
-"""Kernels for a GPU in Triton, which comes with PyTorch's CUDA builds.
+"""Triton kernels for a GPU; Triton comes with PyTorch's CUDA builds.
 
-Each replaces PyTorch code of ``fast/``, and ``replaced`` chooses: the kernel where Triton is there
-and, at its first use, compiles and agrees with that code; otherwise the code. Without Triton the
-modules of this folder can be imported, too: ``jit`` then leaves a kernel as it is, and nothing
-calls it.
+Each kernel replaces PyTorch code of ``fast/``. ``works`` decides: a kernel runs where Triton is
+installed and where, at its first use, it compiles and agrees with that code. Without Triton the
+modules of this folder can still be imported; nothing then calls their kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Hashable, Iterable
 
 import torch
 from torch import Tensor
@@ -27,65 +27,71 @@ except ImportError:  # PyTorch without CUDA
 
 
 TINY = 1e-20
-_works: dict[Callable, bool] = {}  # by kernel
-
-
-def replaced(
-    kernel: Callable[..., Tensor], code: Callable[..., Tensor], tolerance: float, *args: Tensor
-) -> Tensor:
-    """``kernel(*args)`` if it works here, else ``code(*args)``; ``tolerance`` as in ``works``."""
-    chosen = (
-        kernel
-        if works(kernel, code, tolerance, args[0], lambda function: [function(*args)])
-        else code
-    )
-    return chosen(*args)
+INT32 = 2**31  # kernels compute offsets in int32
+_works: dict[tuple, bool] = {}  # by (kernel, variant, dtype, device)
 
 
 def works(
     kernel: Callable,
-    code: Callable,
+    eager: Callable,
     tolerance: float,
     x: Tensor,
     results: Callable[[Callable], Iterable[Tensor]],
+    variant: Hashable = None,
 ) -> bool:
-    """Whether a kernel can stand in for PyTorch's code, decided at its first use.
+    """Whether a kernel can replace PyTorch code; checked at the first use of each variant.
 
     Args:
-        kernel, code: the two functions.
-        tolerance: largest mean difference between their results, as a share of their size.
-        x: a tensor on the device in question.
-        results: calls one of the two.
+        kernel, eager: the two implementations.
+        tolerance: largest mean absolute difference of a result, relative to its mean size.
+        x: a float32 tensor on the device in question.
+        results: (implementation) -> the tensors to compare.
+        variant: what the compiled kernel depends on besides ``x``'s dtype and device, such as
+            channels.
     """
     if not x.is_cuda or x.dtype != torch.float32 or triton is None:
         return False
-    if kernel not in _works:
-        _works[kernel] = _agrees(kernel, code, tolerance, results)
-    return _works[kernel]
+    key = kernel, variant, x.dtype, x.device
+    if key not in _works:
+        _works[key] = _agrees(kernel, eager, tolerance, results, variant)
+    return _works[key]
 
 
 def _agrees(
     kernel: Callable,
-    code: Callable,
+    eager: Callable,
     tolerance: float,
     results: Callable[[Callable], Iterable[Tensor]],
+    variant: Hashable = None,
 ) -> bool:
     try:
-        pairs = zip(results(kernel), results(code), strict=True)
+        pairs = zip(results(kernel), results(eager), strict=True)
         difference = max(((a - b).abs().mean() / (b.abs().mean() + TINY)).item() for a, b in pairs)
     except Exception as e:  # a compiler's errors are of many types
-        wrong = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
+        problem = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
     else:
         if difference <= tolerance:
             return True
-        wrong = f"differs from PyTorch's code by {difference:.3g} of its results"
-    tqdm.write(f"without the Triton kernel {kernel.__name__}, so a little slower: {wrong}")
+        problem = f"differs from PyTorch's code by {difference:.3g} of its results"
+    name = kernel.__name__ if variant is None else f"{kernel.__name__} ({variant})"
+    tqdm.write(f"without the Triton kernel {name}, so a little slower: {problem}")
     return False
 
 
-def shares(n: int, rows: int, parts: int) -> tuple[int, tuple[int]]:
-    """How many of n pixels, windows or coordinates a program works on, ``rows`` at once, and the
-    ``parts`` programs at most.
+def launch(
+    kernel: Callable, programs: tuple[int, ...], x: Tensor, *args: object, **options: object
+) -> None:
+    """Run a kernel on the device of its first argument, whichever is the current one."""
+    on_current = not x.is_cuda or x.device.index == torch.cuda.current_device()
+    with contextlib.nullcontext() if on_current else torch.cuda.device(x.device):
+        kernel[programs](x, *args, **options)
+
+
+def shares(n: int, rows: int, max_programs: int) -> tuple[int, tuple[int]]:
+    """Divide n pixels, windows or coordinates among at most ``max_programs`` programs.
+
+    Returns:
+        The share of a program, a multiple of ``rows``, and the number of programs.
     """
-    per = -(-n // (rows * parts)) * rows
-    return per, (-(-n // per),)
+    share = -(-n // (rows * max_programs)) * rows
+    return share, (-(-n // share),)

@@ -1,8 +1,8 @@
-"""The learner's blocks: a convolution, then normalisation, 2x2 max-pooling and ReLU.
+"""The learner's blocks: a convolution, then batch normalisation, 2x2 max-pooling and ReLU.
 
-Images are channels last: a pixel's C numbers lie side by side. Each program works on PER pixels or
-2x2 windows, ROWS at once. Where a size is odd, the windows at the edge are cut, and pooling leaves
-them out.
+Images are channels last. Each program works on PER pixels or 2x2 pooling windows, ROWS at once.
+Where a size is odd, the windows at the edge are incomplete: pooling skips them, the batch
+statistics do not.
 """
 
 from __future__ import annotations
@@ -11,25 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fast.gpu import jit, shares, tl
+from fast.gpu import INT32, jit, launch, shares, tl
 from fast.gpu.convolution import Convolution
 from fast.native import N_FILTERS
 
-PARTS = 128  # programs at most, a power of two: about as many as a large GPU has processors
-ROWS, WARPS = (
-    64,
-    16,
-)  # windows of four pixels that one of them works on at once, and by how many warps
+PARTS = 128  # most programs, a power of 2: about the number of multiprocessors of a large GPU
+ROWS, WARPS = 64, 16  # windows that a program works on at once, and its warps
 
 
 @jit
 def _merged(n, mean, squares):
-    """Mean and sum of squared deviations [C] of groups taken together: n [groups, 1], mean and
-    squares [groups, C].
+    """Merge groups' counts n [groups, 1], means and sums of squared deviations [groups, C].
+
+    Returns the mean and the sum of squared deviations [C] of all.
     """
-    together = tl.sum(n * mean, 0) / tl.sum(n, 0)
-    off = mean - together[None, :]
-    return together, tl.sum(squares + n * off * off, 0)
+    total_mean = tl.sum(n * mean, 0) / tl.sum(n, 0)
+    off = mean - total_mean[None, :]
+    return total_mean, tl.sum(squares + n * off * off, 0)
 
 
 @jit
@@ -53,7 +51,7 @@ def _moments(y, parts, P, PER, C: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.co
 
 @jit
 def _pixel(at, k, N, H, W):
-    """Where pixel k of the windows ``at`` lies, and whether the image has it."""
+    """Offset of pixel k of the windows ``at``, and whether it lies in the image."""
     wide, high = (W + 1) // 2, (H + 1) // 2
     column, row = at % wide * 2 + k % 2, at // wide % high * 2 + k // 2
     return (at // wide // high * H + row) * W + column, (at < N) & (row < H) & (column < W)
@@ -61,54 +59,51 @@ def _pixel(at, k, N, H, W):
 
 @jit
 def _pooled(at, H, W):
-    """Where the maximum of the windows ``at`` lies."""
+    """Offset of the windows ``at`` in the pooled output."""
     wide, high = (W + 1) // 2, (H + 1) // 2
     return (at // wide // high * (H // 2) + at // wide % high) * (W // 2) + at % wide
 
 
 @jit
 def _largest(y, at, N, H, W, mean, scale, beta, C: tl.constexpr):
-    """The largest normalised pixel of windows as PyTorch picks it: its value, what it was, its
-    number; and uncut windows.
+    """The maximum of windows' normalised pixels, with PyTorch's choice among equal ones.
 
-    ``fma`` rounds in one way wherever it is compiled: the backward pass must pick the same pixel.
+    ``fma`` rounds alike wherever it is compiled: the backward pass must pick the same pixel.
+    Returns the maximum, the same pixel before normalisation, its number (argmax), and which windows
+    are complete.
     """
     channel = tl.arange(0, C)[None, :]
     for k in tl.static_range(4):
         place, inside = _pixel(at, k, N, H, W)
         x = tl.load(y + place * C + channel, inside, 0.0).to(tl.float32)
-        z = tl.fma(
-            x - mean[None, :], scale[None, :] + tl.zeros_like(x), beta[None, :] + tl.zeros_like(x)
-        )
+        zero = tl.zeros_like(x)
+        z = tl.fma(x - mean[None, :], scale[None, :] + zero, beta[None, :] + zero)
         z = z.to(y.dtype.element_ty).to(tl.float32)
         if k == 0:
-            best, raw, which = z, x, tl.zeros(z.shape, tl.int32)
+            best, raw, argmax = z, x, tl.zeros(z.shape, tl.int32)
         else:
             better = (z > best) | (z != z)
-            best, raw, which = (
-                tl.where(better, z, best),
-                tl.where(better, x, raw),
-                tl.where(better, k, which),
-            )
-    return best, raw, which, inside  # pixel 3 is there if all are
+            best, raw = tl.where(better, z, best), tl.where(better, x, raw)
+            argmax = tl.where(better, k, argmax)
+    return best, raw, argmax, inside  # a window is complete if it has pixel 3
 
 
 @jit
 def _block_forward(
-    y, parts, gamma, beta, bias, running_mean, running_var, used, out, momentum, eps, P, PER_OF_P, N, PER, H, W,
+    y, parts, gamma, beta, bias, running_mean, running_var, used, out, momentum, eps,
+    P, PER_OF_P, N, PER, H, W,
     TRAIN: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Normalisation, pooling, ReLU; the first program also updates the running statistics, to which
-    ``bias`` belongs.
+    """Normalisation, pooling, ReLU. The first program also updates the running statistics, which
+    include the convolution's ``bias``.
     """
     program, channel = tl.program_id(0), tl.arange(0, C)
     if TRAIN:
         part = tl.arange(0, PARTS)[:, None]
         n = tl.minimum(tl.maximum(P - part * PER_OF_P, 0), PER_OF_P).to(tl.float32)
         places = parts + part * C + channel[None, :]
-        mean, squares = _merged(
-            n, tl.load(places, n > 0, 0.0), tl.load(places + PARTS * C, n > 0, 0.0)
-        )
+        mean, squares = tl.load(places, n > 0, 0.0), tl.load(places + PARTS * C, n > 0, 0.0)
+        mean, squares = _merged(n, mean, squares)
         inverse = 1 / tl.sqrt_rn(squares / P + eps)
         if program == 0:
             old_mean, old_var = tl.load(running_mean + channel), tl.load(running_var + channel)
@@ -123,50 +118,37 @@ def _block_forward(
     scale, shift = tl.load(gamma + channel) * inverse, tl.load(beta + channel)
     for start in range(program * PER, program * PER + PER, ROWS):
         at = start + tl.arange(0, ROWS)[:, None]
-        best, _, _, whole = _largest(y, at, N, H, W, mean, scale, shift, C)
-        tl.store(
-            out + _pooled(at, H, W) * C + channel[None, :], tl.where(best <= 0, 0.0, best), whole
-        )
+        best, _, _, complete = _largest(y, at, N, H, W, mean, scale, shift, C)
+        pooled = out + _pooled(at, H, W) * C + channel[None, :]
+        tl.store(pooled, tl.where(best <= 0, 0.0, best), complete)
 
 
 @jit
-def _arrived(y, grad, at, N, H, W, mean, scale, beta, C: tl.constexpr):
-    """The gradient that windows' largest normalised pixels get, what these pixels were, their
-    numbers.
-    """
-    best, raw, which, whole = _largest(y, at, N, H, W, mean, scale, beta, C)
-    d = tl.load(grad + _pooled(at, H, W) * C + tl.arange(0, C)[None, :], whole, 0.0).to(tl.float32)
-    return tl.where(best <= 0, 0.0, d), raw, which
+def _through_relu(y, grad, at, N, H, W, mean, scale, beta, C: tl.constexpr):
+    """The gradient at windows' maxima, these pixels before normalisation, and argmax."""
+    best, raw, argmax, complete = _largest(y, at, N, H, W, mean, scale, beta, C)
+    places = grad + _pooled(at, H, W) * C + tl.arange(0, C)[None, :]
+    d = tl.load(places, complete, 0.0).to(tl.float32)
+    return tl.where(best <= 0, 0.0, d), raw, argmax
 
 
 @jit
 def _block_sums(
-    y,
-    used,
-    gamma,
-    beta,
-    grad,
-    parts,
-    N,
-    PER,
-    H,
-    W,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    y, used, gamma, beta, grad, parts, N, PER, H, W,
+    C: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """Each program's share of the gradients of beta and gamma."""
     part, channel = tl.program_id(0), tl.arange(0, C)
     mean, inverse = tl.load(used + channel), tl.load(used + C + channel)
     scale, shift = tl.load(gamma + channel) * inverse, tl.load(beta + channel)
-    of_beta, of_gamma = tl.zeros([ROWS, C], tl.float32), tl.zeros([ROWS, C], tl.float32)
+    d_beta_sum, d_gamma_sum = tl.zeros([ROWS, C], tl.float32), tl.zeros([ROWS, C], tl.float32)
     for start in range(part * PER, part * PER + PER, ROWS):
         at = start + tl.arange(0, ROWS)[:, None]
-        d, raw, _ = _arrived(y, grad, at, N, H, W, mean, scale, shift, C)
-        of_beta += d
-        of_gamma += d * (raw - mean[None, :])
-    tl.store(parts + part * C + channel, tl.sum(of_beta, 0))
-    tl.store(parts + (PARTS + part) * C + channel, tl.sum(of_gamma, 0) * inverse)
+        d, raw, _ = _through_relu(y, grad, at, N, H, W, mean, scale, shift, C)
+        d_beta_sum += d
+        d_gamma_sum += d * (raw - mean[None, :])
+    tl.store(parts + part * C + channel, tl.sum(d_beta_sum, 0))
+    tl.store(parts + (PARTS + part) * C + channel, tl.sum(d_gamma_sum, 0) * inverse)
 
 
 @jit
@@ -176,89 +158,79 @@ def _block_backward(
 ):  # fmt: skip
     program, channel, part = tl.program_id(0), tl.arange(0, C), tl.arange(0, PARTS)[:, None]
     places, written = parts + part * C + channel[None, :], part * PER < N
-    of_beta = tl.sum(tl.load(places, written, 0.0), 0)
-    of_gamma = tl.sum(tl.load(places + PARTS * C, written, 0.0), 0)
+    d_beta_sum = tl.sum(tl.load(places, written, 0.0), 0)
+    d_gamma_sum = tl.sum(tl.load(places + PARTS * C, written, 0.0), 0)
     if program == 0:
-        tl.store(d_beta + channel, of_beta)
-        tl.store(d_gamma + channel, of_gamma)
+        tl.store(d_beta + channel, d_beta_sum)
+        tl.store(d_gamma + channel, d_gamma_sum)
     mean, inverse = tl.load(used + channel), tl.load(used + C + channel)
     scale, shift = tl.load(gamma + channel) * inverse, tl.load(beta + channel)
-    level, slope = of_beta / P, of_gamma * inverse / P
+    level, slope = d_beta_sum / P, d_gamma_sum * inverse / P
     for start in range(program * PER, program * PER + PER, ROWS):
         at = start + tl.arange(0, ROWS)[:, None]
-        d, _, which = _arrived(y, grad, at, N, H, W, mean, scale, shift, C)
+        d, _, argmax = _through_relu(y, grad, at, N, H, W, mean, scale, shift, C)
         for k in tl.static_range(4):
             place, inside = _pixel(at, k, N, H, W)
             x = tl.load(y + place * C + channel[None, :], inside, 0.0).to(tl.float32)
-            moved = (
-                tl.where(which == k, d, 0.0) - level[None, :] - (x - mean[None, :]) * slope[None, :]
-            )
-            tl.store(d_y + place * C + channel[None, :], scale[None, :] * moved, inside)
+            d_k = tl.where(argmax == k, d, 0.0)
+            d_k = d_k - level[None, :] - (x - mean[None, :]) * slope[None, :]
+            tl.store(d_y + place * C + channel[None, :], scale[None, :] * d_k, inside)
 
 
 def handles_block(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``train_block`` and ``eval_block`` are written for this input and these filters."""
-    return (
-        weight.shape[:2] in ((N_FILTERS, 3), (N_FILTERS, N_FILTERS))
-        and x[:, 0].numel() * N_FILTERS < 2**31
-    )
+    """Whether the kernels fit this input and these filters, with offsets in int32."""
+    fits = weight.shape[:2] in ((N_FILTERS, 3), (N_FILTERS, N_FILTERS))
+    return fits and x[:, 0].numel() * N_FILTERS < INT32
 
 
 def train_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """See ``learner.train_block``."""
-    running = norm.running_mean, norm.running_var, norm.momentum, norm.eps
-    return NormPoolReLU.apply(
-        _convolved(x, conv), norm.weight, norm.bias, conv.bias.detach(), *running
-    )
+    y, running = _convolved(x, conv), (norm.running_mean, norm.running_var)
+    affine = norm.weight, norm.bias, conv.bias.detach()
+    return NormPoolReLU.apply(y, *affine, *running, norm.momentum, norm.eps)
 
 
 def eval_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """See ``learner.eval_block``; without a graph."""
-    running = norm.running_mean, norm.running_var, norm.momentum, norm.eps
-    return _normalised(
-        _convolved(x, conv), norm.weight, norm.bias, conv.bias, *running, train=False
-    )[0]
+    y, running = _convolved(x, conv), (norm.running_mean, norm.running_var)
+    affine = norm.weight, norm.bias, conv.bias
+    return _normalised(y, *affine, *running, norm.momentum, norm.eps, train=False)[0]
 
 
 def _convolved(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Without the bias, which batch normalisation takes away or the kernel adds."""
+    """Without the bias, which batch normalisation cancels or the kernel adds."""
     return Convolution.apply(x, conv.weight)
 
 
 def _counts(y: Tensor) -> tuple[int, int, int, int]:
-    """Pixels, windows (cut ones, too), height and width."""
+    """Numbers of pixels and of windows, incomplete ones included; height and width."""
     n, _, height, width = y.shape
     return n * height * width, n * -(-height // 2) * -(-width // 2), height, width
 
 
 def _normalised(y, gamma, beta, bias, running_mean, running_var, momentum, eps, train):
-    """The block's output, and the batch's mean and 1 / deviation [2, C] if ``train``."""
+    """The block's output; with ``train`` also the batch's mean and 1 / deviation [2, C]."""
     (pixels, windows, height, width), channels = _counts(y), y.shape[1]
     parts, used = gamma.new_empty(2, PARTS, channels), gamma.new_empty(2, channels)
-    shape, sizes = (
-        (len(y), channels, height // 2, width // 2),
-        {"C": channels, "PARTS": PARTS, "num_warps": WARPS},
-    )
+    shape = len(y), channels, height // 2, width // 2
     out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
-    per_of_pixels, programs = shares(pixels, 4 * ROWS, PARTS)
+    options = {"C": channels, "PARTS": PARTS, "num_warps": WARPS}
+    per_of_p, programs = shares(pixels, 4 * ROWS, PARTS)
     if train:
-        _moments[programs](y, parts, pixels, per_of_pixels, ROWS=4 * ROWS, **sizes)
+        launch(_moments, programs, y, parts, pixels, per_of_p, ROWS=4 * ROWS, **options)
     per, programs = shares(windows, ROWS, PARTS)
-    args = (y, parts, gamma, beta, bias, running_mean, running_var, used, out, momentum, eps)
-    _block_forward[programs](
-        *args, pixels, per_of_pixels, windows, per, height, width, TRAIN=train, ROWS=ROWS, **sizes
-    )
+    args = parts, gamma, beta, bias, running_mean, running_var, used, out, momentum, eps
+    sizes = pixels, per_of_p, windows, per, height, width
+    launch(_block_forward, programs, y, *args, *sizes, TRAIN=train, ROWS=ROWS, **options)
     return out, used
 
 
 class NormPoolReLU(torch.autograd.Function):
-    """What follows a block's convolution in training: normalisation by the batch's statistics, 2x2
-    max-pooling, ReLU.
+    """A block after its convolution, in training: batch norm, 2x2 max-pooling, ReLU.
 
-    (convolution's output without its bias, channels last, gamma, beta, that bias, running mean and
-    variance, momentum, eps) -> output, channels last. The running statistics are updated. The
-    backward pass normalises and picks the maxima a second time: beside the convolution's output it
-    keeps nothing.
+    (the convolution's output without its bias, channels last, gamma, beta, that bias, running mean
+    and variance, momentum, eps) -> output, channels last. The running statistics are updated. The
+    backward pass keeps only the convolution's output, and recomputes normalisation and maxima.
     """
 
     @staticmethod
@@ -274,13 +246,10 @@ class NormPoolReLU(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         pixels, windows, *size = _counts(y)
         per, programs = shares(windows, ROWS, PARTS)
-        parts, made = (
-            gamma.new_empty(2, PARTS, len(gamma)),
-            [torch.empty_like(t) for t in (gamma, beta, y)],
-        )
-        sizes = {"C": len(gamma), "ROWS": ROWS, "PARTS": PARTS, "num_warps": WARPS}
-        _block_sums[programs](y, used, gamma, beta, grad, parts, windows, per, *size, **sizes)
-        _block_backward[programs](
-            y, used, gamma, beta, grad, parts, *made, pixels, windows, per, *size, **sizes
-        )
-        return made[2], *made[:2], *[None] * 5
+        parts = gamma.new_empty(2, PARTS, len(gamma))
+        grads = [torch.empty_like(t) for t in (gamma, beta, y)]
+        args = y, used, gamma, beta, grad, parts
+        options = {"C": len(gamma), "ROWS": ROWS, "PARTS": PARTS, "num_warps": WARPS}
+        launch(_block_sums, programs, *args, windows, per, *size, **options)
+        launch(_block_backward, programs, *args, *grads, pixels, windows, per, *size, **options)
+        return grads[2], *grads[:2], *[None] * 5

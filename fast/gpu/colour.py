@@ -1,11 +1,11 @@
-"""The colours of the augmentation."""
+"""Colour jitter, one program per image."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fast.gpu import jit, tl
+from fast.gpu import INT32, jit, launch, tl
 
 BLOCK, WARPS = 1024, 8  # pixels that a program works on at once, and its warps
 
@@ -16,20 +16,20 @@ def _grey(r, g, b):
 
 
 @jit
-def _between(target, x, factor):
-    """torch.lerp's formula, then grey levels."""
-    moved = tl.where(factor < 0.5, target + factor * (x - target), x - (x - target) * (1 - factor))
-    return tl.minimum(tl.maximum(moved, 0.0), 255.0)
+def _lerp(target, x, factor):
+    """torch.lerp's formula, then clamped to grey levels."""
+    y = tl.where(factor < 0.5, target + factor * (x - target), x - (x - target) * (1 - factor))
+    return tl.minimum(tl.maximum(y, 0.0), 255.0)
 
 
 @jit
-def _unit(x):
+def _clamp(x):
     return tl.minimum(tl.maximum(x, 0.0), 1.0)
 
 
 @jit
-def _adjusted(r, g, b, step, factor, mean):
-    """One of the four colour steps, see ``augment._colour_together``."""
+def _adjust(r, g, b, step, factor, mean):
+    """One of the four steps, see ``augment.adjust_colours``."""
     grey = _grey(r, g, b)
     target = tl.where(step == 0, 0.0, tl.where(step == 1, mean, grey))
     top, bottom = tl.maximum(tl.maximum(r, g), b), tl.minimum(tl.minimum(r, g), b)
@@ -42,26 +42,23 @@ def _adjusted(r, g, b, step, factor, mean):
     hue = tl.floor(hue) + tl.where(turn < 0, tl.ceil(turn), tl.floor(turn))
     hue = tl.where(hue < 0, hue + 255, hue)
     hue = tl.where(hue >= 255, hue - 255, hue) * (6 / 255)
-    turned = step == 3
-    r = tl.where(turned, bottom + chroma * _unit(tl.abs(hue - 3) - 1), _between(target, r, factor))
-    g = tl.where(turned, bottom + chroma * _unit(2 - tl.abs(hue - 2)), _between(target, g, factor))
-    b = tl.where(turned, bottom + chroma * _unit(2 - tl.abs(hue - 4)), _between(target, b, factor))
+    is_hue = step == 3
+    r = tl.where(is_hue, bottom + chroma * _clamp(tl.abs(hue - 3) - 1), _lerp(target, r, factor))
+    g = tl.where(is_hue, bottom + chroma * _clamp(2 - tl.abs(hue - 2)), _lerp(target, g, factor))
+    b = tl.where(is_hue, bottom + chroma * _clamp(2 - tl.abs(hue - 4)), _lerp(target, b, factor))
     return r, g, b
 
 
 @jit
-def _pixels(x, at, inside, n_pixels):
+def _load(x, at, inside, n_pixels):
     """Red, green and blue."""
-    return (
-        tl.load(x + at, inside, 0.0),
-        tl.load(x + n_pixels + at, inside, 0.0),
-        tl.load(x + 2 * n_pixels + at, inside, 0.0),
-    )
+    r, g = tl.load(x + at, inside, 0.0), tl.load(x + n_pixels + at, inside, 0.0)
+    return r, g, tl.load(x + 2 * n_pixels + at, inside, 0.0)
 
 
 @jit
 def _colour(x, factors, order, out, n_pixels, BLOCK: tl.constexpr):
-    """One image: first the mean grey that its contrast step will find, then all steps."""
+    """One image: first the mean grey level before its contrast step, then all steps."""
     image = tl.program_id(0)
     x += image * 3 * n_pixels
     out += image * 3 * n_pixels
@@ -69,44 +66,37 @@ def _colour(x, factors, order, out, n_pixels, BLOCK: tl.constexpr):
     for start in range(0, n_pixels, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < n_pixels
-        r, g, b = _pixels(x, at, inside, n_pixels)
-        ahead = image >= 0  # of the contrast step: true so far
-        for place in range(4):
-            step = tl.load(order + image * 4 + place)
-            ahead = ahead & (step != 1)
-            new_r, new_g, new_b = _adjusted(
-                r, g, b, step, tl.load(factors + image * 4 + place), 0.0
-            )
-            r, g, b = (
-                tl.where(ahead, new_r, r),
-                tl.where(ahead, new_g, g),
-                tl.where(ahead, new_b, b),
-            )
+        r, g, b = _load(x, at, inside, n_pixels)
+        before = image >= 0  # before the contrast step: true so far
+        for k in range(4):
+            step = tl.load(order + image * 4 + k)
+            before = before & (step != 1)
+            new_r, new_g, new_b = _adjust(r, g, b, step, tl.load(factors + image * 4 + k), 0.0)
+            r, g = tl.where(before, new_r, r), tl.where(before, new_g, g)
+            b = tl.where(before, new_b, b)
         total += tl.where(inside, _grey(r, g, b), 0.0)
     mean = tl.floor(tl.sum(total, 0) / n_pixels + 0.5)
     for start in range(0, n_pixels, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < n_pixels
-        r, g, b = _pixels(x, at, inside, n_pixels)
-        for place in range(4):
-            step = tl.load(order + image * 4 + place)
-            r, g, b = _adjusted(r, g, b, step, tl.load(factors + image * 4 + place), mean)
+        r, g, b = _load(x, at, inside, n_pixels)
+        for k in range(4):
+            step = tl.load(order + image * 4 + k)
+            r, g, b = _adjust(r, g, b, step, tl.load(factors + image * 4 + k), mean)
         tl.store(out + at, r, inside)
         tl.store(out + n_pixels + at, g, inside)
         tl.store(out + 2 * n_pixels + at, b, inside)
 
 
+def handles(x: Tensor) -> bool:
+    """Whether offsets into images ``x`` fit into int32."""
+    return x.numel() < INT32
+
+
 def colour(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """``augment._colour_together`` in one launch."""
+    """``augment.adjust_colours`` in one launch; only for what ``handles`` accepts."""
     x, order = x.contiguous(), order.contiguous()
-    out = torch.empty_like(x)
-    _colour[(len(x),)](
-        x,
-        factors.gather(1, order),
-        order,
-        out,
-        x.shape[2] * x.shape[3],
-        BLOCK=BLOCK,
-        num_warps=WARPS,
-    )
+    out, n_pixels = torch.empty_like(x), x.shape[2] * x.shape[3]
+    args = factors.gather(1, order), order, out, n_pixels
+    launch(_colour, (len(x),), x, *args, BLOCK=BLOCK, num_warps=WARPS)
     return out

@@ -1,7 +1,4 @@
-"""3x3 convolutions and their gradients.
-
-Images are channels last: a pixel's channels lie side by side.
-"""
+"""3x3 convolutions and their gradients, on channels-last images."""
 
 from __future__ import annotations
 
@@ -9,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fast.gpu import jit, shares, tl
+from fast.gpu import jit, launch, shares, tl
 from fast.native import N_FILTERS
 
-ROWS, WARPS = 128, 8  # pixels that a program makes, and its warps
-PARTS_OF_FILTERS = 256  # programs that share the gradient of the filters at most; how they work, by the number of channels:
-OF_FILTERS = {
+ROWS, WARPS = 128, 8  # output pixels of a program, and its warps
+MAX_PARTS = 256  # most programs that share the filters' gradient
+FILTERS_BACKWARD = {  # their options by the number of channels
     3: {"ROWS": 64, "num_warps": 8, "num_stages": 3},
     32: {"ROWS": 32, "num_warps": 4, "num_stages": 2},
 }
@@ -23,9 +20,9 @@ PRECISION = "tf32x3"
 
 
 @jit
-def _seen(x, at, row, column, tap, P, H, W, C: tl.constexpr):
-    """What 3x3 filters see around pixels ``at`` [ROWS, 1], [ROWS, 32]: of 32 channels what lies at
-    place ``tap`` of the nine; of 3 channels all nine places, channel by channel.
+def _patches(x, at, row, column, tap, P, H, W, C: tl.constexpr):
+    """Inputs [ROWS, 32] of the filters at pixels ``at`` [ROWS, 1]: with 32 channels those of one
+    ``tap`` of the nine; with 3 channels all 27, channel by channel.
     """
     number = tl.arange(0, 32)[None, :]
     if C == 3:
@@ -40,7 +37,7 @@ def _seen(x, at, row, column, tap, P, H, W, C: tl.constexpr):
 
 @jit
 def _filters(weight, tap, C: tl.constexpr):
-    """The weights of what ``_seen`` takes, [filter, 32]."""
+    """The weights [filter, 32] of the inputs that ``_patches`` loads."""
     out, number = tl.arange(0, 32)[:, None], tl.arange(0, 32)[None, :]
     if C == 3:
         return tl.load(weight + out * 27 + number, number < 27, 0.0)
@@ -52,25 +49,18 @@ def _convolve(
     x, weight, y, P, H, W,
     BACK: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A 3x3 convolution to 32 channels; or, if BACK, from the gradient of one's output to that of
-    its input.
-    """
+    """A convolution to 32 channels; with BACK, from its output's gradient to its input's."""
     at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     row, column = at // W % H, at % W
     total = tl.zeros([ROWS, 32], tl.float32)
     for tap in range(1 if C == 3 else 9):
-        seen = _seen(x, at, row, column, tap, P, H, W, C)
+        patches = _patches(x, at, row, column, tap, P, H, W, C)
         if BACK:
-            total = tl.dot(
-                seen, _filters(weight, 8 - tap, C).to(seen.dtype), total, input_precision=PRECISION
-            )
+            w = _filters(weight, 8 - tap, C).to(patches.dtype)
+            total = tl.dot(patches, w, total, input_precision=PRECISION)
         else:
-            total = tl.dot(
-                seen,
-                tl.trans(_filters(weight, tap, C).to(seen.dtype)),
-                total,
-                input_precision=PRECISION,
-            )
+            w = tl.trans(_filters(weight, tap, C).to(patches.dtype))
+            total = tl.dot(patches, w, total, input_precision=PRECISION)
     tl.store(y + at * 32 + tl.arange(0, 32)[None, :], total, at < P)
 
 
@@ -78,33 +68,22 @@ def _convolve(
 def _filters_backward(
     x, grad, parts, P, PER, H, W, C: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Each program's share of the gradient of the filters; of 32 channels, for one of their three
-    lines.
-    """
+    """Each program's share of the filters' gradient; with 32 channels, of one of their 3 rows."""
     part, line = tl.program_id(0), tl.program_id(1) * 3
     out, number = tl.arange(0, 32)[:, None], tl.arange(0, 32)[None, :]
-    left, middle, right = (
-        tl.zeros([32, 32], tl.float32),
-        tl.zeros([32, 32], tl.float32),
-        tl.zeros([32, 32], tl.float32),
-    )
+    left, middle = tl.zeros([32, 32], tl.float32), tl.zeros([32, 32], tl.float32)
+    right = tl.zeros([32, 32], tl.float32)
     for start in range(part * PER, part * PER + PER, ROWS):
         at = start + tl.arange(0, ROWS)[:, None]
         row, column = at // W % H, at % W
         d = tl.trans(tl.load(grad + at * 32 + number, at < P, 0.0))
-        left = tl.dot(
-            d, _seen(x, at, row, column, line, P, H, W, C), left, input_precision=PRECISION
-        )
+        patches = _patches(x, at, row, column, line, P, H, W, C)
+        left = tl.dot(d, patches, left, input_precision=PRECISION)
         if C == 32:
-            middle = tl.dot(
-                d,
-                _seen(x, at, row, column, line + 1, P, H, W, C),
-                middle,
-                input_precision=PRECISION,
-            )
-            right = tl.dot(
-                d, _seen(x, at, row, column, line + 2, P, H, W, C), right, input_precision=PRECISION
-            )
+            patches = _patches(x, at, row, column, line + 1, P, H, W, C)
+            middle = tl.dot(d, patches, middle, input_precision=PRECISION)
+            patches = _patches(x, at, row, column, line + 2, P, H, W, C)
+            right = tl.dot(d, patches, right, input_precision=PRECISION)
     if C == 3:
         tl.store(parts + part * 32 * 27 + out * 27 + number, left, number < 27)
     else:
@@ -115,15 +94,17 @@ def _filters_backward(
 
 
 class Convolution(torch.autograd.Function):
-    """A 3x3 convolution, padded by 1, without bias: (x [B, 3 or 32, H, W], weight [32, 3 or 32, 3,
-    3]) -> [B, 32, H, W] in x's dtype, channels last; the filters' gradient is in theirs.
+    """A 3x3 convolution with padding 1, without bias.
+
+    (x [B, 3 or 32, H, W], weight [32, 3 or 32, 3, 3]) -> [B, 32, H, W] in x's dtype, channels last.
+    The filters' gradient has their dtype.
     """
 
     @staticmethod
     def forward(ctx, x, weight):
         x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous()
         ctx.save_for_backward(x, weight)
-        return _passed(x, weight)
+        return _convolved(x, weight)
 
     @staticmethod
     @once_differentiable
@@ -131,30 +112,26 @@ class Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
         _, channels, *size = x.shape
-        of_images, pixels = channels == 3, x[:, 0].numel()
-        how = {"C": channels, "PRECISION": PRECISION, **OF_FILTERS[channels]}
-        per, programs = shares(pixels, how["ROWS"], PARTS_OF_FILTERS)
+        is_image, pixels = channels == 3, x[:, 0].numel()
+        options = {"C": channels, "PRECISION": PRECISION, **FILTERS_BACKWARD[channels]}
+        per, programs = shares(pixels, options["ROWS"], MAX_PARTS)
         parts = weight.new_empty(*programs, *weight.shape)
-        _filters_backward[(*programs, 1 if of_images else 3)](
-            x, grad, parts, pixels, per, *size, **how
-        )
-        of_x = None
-        if ctx.needs_input_grad[0] and of_images:  # nothing wants it but a check
-            of_x = torch.nn.grad.conv2d_input(x.shape, weight.to(x.dtype), grad, padding=1)
+        grid = (*programs, 1 if is_image else 3)
+        launch(_filters_backward, grid, x, grad, parts, pixels, per, *size, **options)
+        grad_x = None
+        if ctx.needs_input_grad[0] and is_image:  # only the self-check asks for it
+            grad_x = torch.nn.grad.conv2d_input(x.shape, weight.to(x.dtype), grad, padding=1)
         elif ctx.needs_input_grad[0]:
-            of_x = _passed(grad, weight, back=True)
-        return of_x, parts.sum(0)
+            grad_x = _convolved(grad, weight, back=True)
+        return grad_x, parts.sum(0)
 
 
-def _passed(x: Tensor, weight: Tensor, back: bool = False) -> Tensor:
+def _convolved(x: Tensor, weight: Tensor, back: bool = False) -> Tensor:
     """``_convolve`` of channels-last images."""
     n, channels, *size = x.shape
-    out = torch.empty(
-        n, N_FILTERS, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
-    pixels, how = (
-        x[:, 0].numel(),
-        {"BACK": back, "C": channels, "ROWS": ROWS, "PRECISION": PRECISION, "num_warps": WARPS},
-    )
-    _convolve[(-(-pixels // ROWS),)](x, weight, out, pixels, *size, **how)
+    shape, pixels = (n, N_FILTERS, *size), x[:, 0].numel()
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    options = {"BACK": back, "C": channels, "ROWS": ROWS, "PRECISION": PRECISION}
+    grid = (-(-pixels // ROWS),)
+    launch(_convolve, grid, x, weight, out, pixels, *size, num_warps=WARPS, **options)
     return out

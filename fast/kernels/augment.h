@@ -8,10 +8,10 @@
 
 namespace {
 
-// The antialiased bilinear filter along one axis, the same as _weights in augment.py: for each of size results the first pixel
-// that counts, and the weights from that pixel on; with flip, the last result first. Results that only fill up a vector follow.
+// The antialiased bilinear filter along one axis, the same as _weights in augment.py: for each of size outputs the first input
+// pixel with a weight, and the weights from it on; with flip, in reverse order. Outputs up to a multiple of LANES are padding.
 struct Filter {
-  static constexpr int ENLARGES = 3;  // taps of a filter that does not reduce
+  static constexpr int ENLARGES = 3;  // taps of a filter that does not downsample
   int taps, padded;
   std::vector<int> first;
   std::vector<float> weight;  // [taps, padded]
@@ -35,8 +35,8 @@ struct Filter {
   }
 };
 
-// Result r of a filter down the columns left to right of a plane [height, width], of which taps rows count. TAPS is their
-// number, or 0 for any.
+// Output row r of the vertical filter, columns left to right, from a plane [height, width]; taps rows have weights. TAPS is
+// their number if the compiler is to know it, else 0.
 template <int TAPS>
 INLINE void filter_down(const uint8_t* plane, len width, const Filter& filter, len r, len taps, len left, len right, float* row) {
   const uint8_t* from = plane + filter.first[r] * width;
@@ -50,7 +50,7 @@ INLINE void filter_down(const uint8_t* plane, len width, const Filter& filter, l
   len q = left;
   for (; q + LANES <= right; q += LANES) one_vector(q);
   if (q < right && right - left >= LANES) {
-    one_vector(right - LANES);  // some of it once more
+    one_vector(right - LANES);  // overlaps the one before
     return;
   }
   for (; q < right; q++) {
@@ -59,8 +59,8 @@ INLINE void filter_down(const uint8_t* plane, len width, const Filter& filter, l
   }
 }
 
-// All results of a filter along a row. TAPS as above; a filter that does not reduce takes a vector of results from a vector of
-// the row.
+// All outputs of the horizontal filter for one row. TAPS as above; LANES outputs of a filter that does not downsample read
+// LANES inputs.
 template <int TAPS>
 INLINE void filter_across(const float* row, const Filter& filter, float* results) {
   for (int q = 0; q < filter.padded; q += LANES) {
@@ -146,7 +146,7 @@ void adjust(float* x, len plane, len pixels, int step, float factor) {
 // order are [images, 4] or null; mean and deviation [3] are those of pixels from 0 to 1.
 void augment(const uint8_t* pixels, const len* windows, const uint8_t* flip, const float* jitter, const len* order,
              const float* mean, const float* deviation, float* out, len size, len images, len height, len width, len threads) {
-  const len area = size * size, plane = whole_vectors(int(area)) + LANES;  // room for the last row's filling
+  const len area = size * size, plane = whole_vectors(int(area)) + LANES;  // and room for the last row's padding
   float scale[3], shift[3];
   for (int c = 0; c < 3; c++) scale[c] = 1 / (255 * deviation[c]), shift[c] = -mean[c] / deviation[c];
 #pragma omp parallel num_threads(threads)
@@ -165,7 +165,7 @@ void augment(const uint8_t* pixels, const len* windows, const uint8_t* flip, con
           const bool few = taps == Filter::ENLARGES, near = across.taps == Filter::ENLARGES;
           (few ? filter_down<Filter::ENLARGES> : filter_down<0>)(pixels + (b * 3 + c) * height * width, width, down, r, taps,
                                                                   left, right, row.data());
-          // the results that fill up a vector make way for the next row
+          // the next row overwrites this one's padding
           (near ? filter_across<Filter::ENLARGES> : filter_across<0>)(row.data(), across, &x[c * plane + r * size]);
         }
       if (jitter)

@@ -1,4 +1,4 @@
-// What a block of the learner does after its convolution: pooling, batch normalisation and ReLU, see learner.py.
+// A learner block after its convolution: pooling, batch normalisation and ReLU, see learner.py.
 
 #pragma once
 
@@ -10,27 +10,27 @@ namespace {
 
 constexpr int C = 32;  // filters of the learner
 constexpr int VECTORS = C / LANES;
-constexpr int PAIR = 2 * LANES;  // channels whose sums a product holds in registers
+constexpr int PAIR = 2 * LANES;  // channels whose sums add_outer_products keeps in registers
 static_assert(C % PAIR == 0, "channels go by two vectors");
 
 // Adds to sums [N, C], for each of n pixels, N numbers from x on, times the pixel's row of grad [n, C]. x advances by step.
 template <int N>
 INLINE void add_outer_products(const float* x, len step, const float* grad, len n, float* sums) {
   ROLLED for (int from = 0; from < C; from += PAIR) {
-    vec held[N][2];
+    vec acc[N][2];
     float* to = sums + from;
     UNROLL for (int k = 0; k < N; k++)
-      UNROLL for (int v = 0; v < 2; v++) held[k][v] = load(to + k * C + v * LANES);
+      UNROLL for (int v = 0; v < 2; v++) acc[k][v] = load(to + k * C + v * LANES);
     ROLLED for (len q = 0; q < n; q++) {
       const vec left = load(grad + q * C + from), right = load(grad + q * C + from + LANES);
       UNROLL for (int k = 0; k < N; k++) {
-        const vec here = all(x[q * step + k]);
-        held[k][0] += here * left;
-        held[k][1] += here * right;
+        const vec value = all(x[q * step + k]);
+        acc[k][0] += value * left;
+        acc[k][1] += value * right;
       }
     }
     UNROLL for (int k = 0; k < N; k++)
-      UNROLL for (int v = 0; v < 2; v++) store(to + k * C + v * LANES, held[k][v]);
+      UNROLL for (int v = 0; v < 2; v++) store(to + k * C + v * LANES, acc[k][v]);
   }
 }
 
@@ -43,7 +43,7 @@ struct Shape {
 };
 
 // Normalisation is an affine map, and an increasing one commutes with the maximum. Where its scale gamma is negative, the sign
-// is -1, and what is pooled is the opposite of the convolution's output.
+// is -1, and the negated output of the convolution is pooled.
 struct Signs {
   float of[C];
   explicit Signs(const float* gamma = nullptr) {
@@ -86,10 +86,10 @@ INLINE void statistics(int c, double sum, double square, len count, double* exac
   var[c] = float(std::max(square / count - exact[c] * exact[c], 0.0));
 }
 
-// The part of the gradient that flows through the batch statistics: k0 + k1 * y for each output y of the convolution.
-struct Through {
+// The gradient through the batch statistics: k0 + k1 * y for each output y of the convolution.
+struct StatsGradient {
   double k0[C], k1[C];
-  Through(const Norm& norm, const double* sums, len count, float* grad_gamma, float* grad_beta) {
+  StatsGradient(const Norm& norm, const double* sums, len count, float* grad_gamma, float* grad_beta) {
     for (int c = 0; c < C; c++) {
       const double beta = sums[c], of_gamma = norm.invstd[c] * (sums[C + c] - norm.mean[c] * beta);
       k1[c] = -norm.slope[c] * norm.invstd[c] * of_gamma / count;
@@ -101,7 +101,7 @@ struct Through {
 };
 
 template <class T>
-void pool_image(const T* y, const Signs& signs, T* pooled, uint8_t* where, const Shape& s) {
+void pool_image(const T* y, const Signs& signs, T* pooled, uint8_t* argmax, const Shape& s) {
   for (len r = 0; r < s.rows(); r++)
     for (len q = 0; q < s.columns(); q++)
       for (int v = 0; v < C; v += LANES) {
@@ -111,7 +111,7 @@ void pool_image(const T* y, const Signs& signs, T* pooled, uint8_t* where, const
         const vec best = largest(sign * load(p), right, below, sign * load(p + (s.width + 1) * C), at);
         const len to = (r * s.columns() + q) * C + v;
         store(pooled + to, best);
-        if (where) narrowed(where + to, at);
+        if (argmax) narrowed(argmax + to, at);
       }
 }
 
@@ -147,7 +147,7 @@ void affine_relu_image(const T* pooled, T* out, const Affine& affine, len size) 
 }
 
 template <class T>
-void block_forward(const T* y, const float* gamma, const float* beta, float eps, T* pooled, uint8_t* where, T* out,
+void block_forward(const T* y, const float* gamma, const float* beta, float eps, T* pooled, uint8_t* argmax, T* out,
                    float* mean, float* var, len images, len height, len width, len threads) {
   const Shape s{images, height, width};
   const Signs signs(gamma);
@@ -156,7 +156,7 @@ void block_forward(const T* y, const float* gamma, const float* beta, float eps,
   for (len b = 0; b < s.images; b++) {
     const T* of_image = y + b * s.height * s.width * C;
     statistics_of_image(of_image, s, &parts[b * 2 * C]);
-    pool_image(of_image, signs, pooled + b * s.pooled(), where + b * s.pooled(), s);
+    pool_image(of_image, signs, pooled + b * s.pooled(), argmax + b * s.pooled(), s);
   }
   double sums[2 * C], exact[C];
   total(parts, s.images, 2 * C, sums);
@@ -202,7 +202,7 @@ void gradient_sums_of_image(const T* grad, const T* pooled, const Affine& affine
 
 // Overwrites y [B, H, W, C], the convolution's output, with its gradient.
 template <class T>
-void block_backward(const T* grad, const T* pooled, const uint8_t* where, T* y, const float* gamma, const float* beta,
+void block_backward(const T* grad, const T* pooled, const uint8_t* argmax, T* y, const float* gamma, const float* beta,
                     const float* mean, const float* var, float eps, float* grad_gamma, float* grad_beta, len images,
                     len height, len width, len threads) {
   const Shape s{images, height, width};
@@ -214,9 +214,9 @@ void block_backward(const T* grad, const T* pooled, const uint8_t* where, T* y, 
   double sums[2 * C];
   total(parts, s.images, 2 * C, sums);
   for (int c = 0; c < C; c++) sums[C + c] *= norm.signs.of[c];
-  const Through through(norm, sums, s.count(), grad_gamma, grad_beta);
+  const StatsGradient stats_grad(norm, sums, s.count(), grad_gamma, grad_beta);
   float slope[C], k0[C], k1[C];
-  for (int c = 0; c < C; c++) slope[c] = float(norm.slope[c]), k0[c] = float(through.k0[c]), k1[c] = float(through.k1[c]);
+  for (int c = 0; c < C; c++) slope[c] = float(norm.slope[c]), k0[c] = float(stats_grad.k0[c]), k1[c] = float(stats_grad.k1[c]);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (len b = 0; b < s.images; b++)
     for (len r = 0; r < s.height; r++)
@@ -227,7 +227,7 @@ void block_backward(const T* grad, const T* pooled, const uint8_t* where, T* y, 
           if (r / 2 < s.rows() && q / 2 < s.columns()) {
             const len from = b * s.pooled() + (r / 2 * s.columns() + q / 2) * C + v;
             g = keep(norm.affine.positive(load(pooled + from), v), load(grad + from)) * load(slope + v);
-            at = widened(where + from);
+            at = widened(argmax + from);
           }
           const int left = int(r % 2) * 2;
           T* p = y + ((b * s.height + r) * s.width + q) * C + v;

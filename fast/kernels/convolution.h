@@ -153,9 +153,9 @@ INLINE void multiply(const float* x, const float* w, float* out, len n) {
       ROLLED for (int i = 0; i < C; i++) {
         const vec left = load(w + i * C + from), right = load(w + i * C + from + LANES);
         UNROLL for (int k = 0; k < AT_ONCE; k++) {
-          const vec here = all(x[(first + k) * C + i]);
-          sums[k][0] += here * left;
-          sums[k][1] += here * right;
+          const vec value = all(x[(first + k) * C + i]);
+          sums[k][0] += value * left;
+          sums[k][1] += value * right;
         }
       }
       UNROLL for (int k = 0; k < AT_ONCE; k++)
@@ -211,7 +211,7 @@ void convolve_to_filters(const float* grad, const float* x, float* grad_weight, 
   const std::unique_ptr<float[]> sums(new float[groups * POINTS * PLANE]);  // [groups, POINTS, in, out]
 #pragma omp parallel num_threads(threads)
   {
-    alignas(64) float in[POINTS * TILES * C], ahead[POINTS * TILES * C];
+    alignas(64) float in[POINTS * TILES * C], grad_points[POINTS * TILES * C];
 #pragma omp for schedule(static)
     for (len group = 0; group < groups; group++) {
       const len end = s.tiles() * (group + 1) / groups;
@@ -222,10 +222,10 @@ void convolve_to_filters(const float* grad, const float* x, float* grad_weight, 
         for (len t = 0; t < n; t++) {
           const ImageTile tile(s, first + t);
           map_inputs(x, s, tile, in + t * C);
-          map_gradient(grad, s, tile, ahead + t * C);
+          map_gradient(grad, s, tile, grad_points + t * C);
         }
         for (int p = 0; p < POINTS; p++) {  // 6 x 2 vectors of sums fit AVX2's 16 registers; the last 8 rows are 2 x 4
-          const float *x_p = in + p * TILES * C, *grad_p = ahead + p * TILES * C;
+          const float *x_p = in + p * TILES * C, *grad_p = grad_points + p * TILES * C;
           ROLLED for (int i = 0; i < C - 8; i += 6) add_outer_products<6>(x_p + i, C, grad_p, n, to + p * PLANE + i * C);
           ROLLED for (int i = C - 8; i < C; i += 4) add_outer_products<4>(x_p + i, C, grad_p, n, to + p * PLANE + i * C);
         }

@@ -32,11 +32,11 @@ struct Filters {
   }
 };
 
-// What first_pixels holds in registers: the outputs of PIXELS pooled pixels for GROUP vectors of filters.
+// What first_pixels keeps in registers: the outputs of PIXELS pooled pixels for GROUP vectors of filters.
 constexpr int PIXELS = 3, GROUP = LANES == 16 ? 2 : 1;
 
 template <int N, class T>  // computes N neighbouring pooled pixels
-INLINE void first_pixels(const float* in, len stride, const Filters& filters, const Affine& affine, uint8_t* where, T* out) {
+INLINE void first_pixels(const float* in, len stride, const Filters& filters, const Affine& affine, uint8_t* argmax, T* out) {
   ROLLED for (int from = 0; from < C; from += GROUP * LANES) {
     vec y[2][2 * N][GROUP] = {};
     for (int row = 0; row < 3; row++)
@@ -54,14 +54,14 @@ INLINE void first_pixels(const float* in, len stride, const Filters& filters, co
         ivec at;
         const vec best = largest(y[0][2 * n][v], y[0][2 * n + 1][v], y[1][2 * n][v], y[1][2 * n + 1][v], at);
         const int channel = from + v * LANES;
-        if (where) narrowed(where + n * C + channel, at);
+        if (argmax) narrowed(argmax + n * C + channel, at);
         store(out + n * C + channel, relu(affine(best, channel)));
       }
   }
 }
 
 template <class T>
-void first_images(const T* x, const Filters& filters, const Affine& affine, uint8_t* where, T* out, const Shape& s,
+void first_images(const T* x, const Filters& filters, const Affine& affine, uint8_t* argmax, T* out, const Shape& s,
                   len threads) {
 #pragma omp parallel num_threads(threads)
   {
@@ -75,11 +75,11 @@ void first_images(const T* x, const Filters& filters, const Affine& affine, uint
         len q = 0;
         for (; q + PIXELS <= s.columns(); q += PIXELS) {
           const len to = row + q * C;
-          first_pixels<PIXELS>(in + q * 6, padded.stride, filters, affine, where ? where + to : nullptr, out + to);
+          first_pixels<PIXELS>(in + q * 6, padded.stride, filters, affine, argmax ? argmax + to : nullptr, out + to);
         }
         for (; q < s.columns(); q++) {
           const len to = row + q * C;
-          first_pixels<1>(in + q * 6, padded.stride, filters, affine, where ? where + to : nullptr, out + to);
+          first_pixels<1>(in + q * 6, padded.stride, filters, affine, argmax ? argmax + to : nullptr, out + to);
         }
       }
     }
@@ -95,7 +95,7 @@ INLINE double output_times_tap(const double* products, const float* weight, int 
 
 template <class T>
 void first_forward(const T* x, const float* weight, const float* gamma, const float* beta, float eps, const double* patches,
-                   const double* products, uint8_t* where, T* out, float* mean, float* var, len images, len height,
+                   const double* products, uint8_t* argmax, T* out, float* mean, float* var, len images, len height,
                    len width, len threads) {
   const Shape s{images, height, width};
   double exact[C];
@@ -108,7 +108,7 @@ void first_forward(const T* x, const float* weight, const float* gamma, const fl
     statistics(c, sum, square, s.count(), exact, mean, var);
   }
   const Norm norm(exact, var, gamma, beta, eps);
-  first_images(x, Filters(weight, norm.signs), norm.affine, where, out, s, threads);
+  first_images(x, Filters(weight, norm.signs), norm.affine, argmax, out, s, threads);
 }
 
 // Eval mode: the ReLU of each window's maximum plus the bias.
@@ -117,8 +117,8 @@ void first_eval(const T* x, const float* weight, const float* bias, T* out, len 
   first_images(x, Filters(weight, Signs()), only_bias(bias), nullptr, out, Shape{images, height, width}, threads);
 }
 
-// The numbers that a tap meets at the four places of a pooling window, side by side: two of a row, two of the next one. From a
-// tap to the next it is one number further, from a window to the next six.
+// The inputs of a tap at the four pixels of a pooling window, side by side: two of a row, two of the next. The next tap's
+// are one number further, the next window's six.
 INLINE void quads_of_rows(const float* row, const float* next, len n, float* quads) {
   for (len k = 0; k < n; k++) {
     float* four = quads + 4 * k;
@@ -126,30 +126,30 @@ INLINE void quads_of_rows(const float* row, const float* next, len n, float* qua
   }
 }
 
-// Adds to sums [N, C], for each of n pooling windows, what N neighbouring taps meet at each channel's maximum, times the
+// Adds to sums [N, C], for each of n pooling windows, the inputs of N neighbouring taps at each channel's maximum, times the
 // gradient.
 template <int N>
-INLINE void add_at_maxima(const float* quads, const float* grad, const uint8_t* where, len n, float* sums) {
+INLINE void add_at_maxima(const float* quads, const float* grad, const uint8_t* argmax, len n, float* sums) {
   ROLLED for (int from = 0; from < C; from += PAIR) {
-    vec held[N][2];
+    vec acc[N][2];
     float* to = sums + from;
     UNROLL for (int k = 0; k < N; k++)
-      UNROLL for (int v = 0; v < 2; v++) held[k][v] = load(to + k * C + v * LANES);
+      UNROLL for (int v = 0; v < 2; v++) acc[k][v] = load(to + k * C + v * LANES);
     ROLLED for (len q = 0; q < n; q++) {
       const vec left = load(grad + q * C + from), right = load(grad + q * C + from + LANES);
-      const ivec of_left = widened(where + q * C + from), of_right = widened(where + q * C + from + LANES);
+      const ivec of_left = widened(argmax + q * C + from), of_right = widened(argmax + q * C + from + LANES);
       UNROLL for (int k = 0; k < N; k++) {
         const vec four = repeated(quads + (6 * q + k) * 4);
-        held[k][0] += chosen(four, of_left) * left;
-        held[k][1] += chosen(four, of_right) * right;
+        acc[k][0] += chosen(four, of_left) * left;
+        acc[k][1] += chosen(four, of_right) * right;
       }
     }
     UNROLL for (int k = 0; k < N; k++)
-      UNROLL for (int v = 0; v < 2; v++) store(to + k * C + v * LANES, held[k][v]);
+      UNROLL for (int v = 0; v < 2; v++) store(to + k * C + v * LANES, acc[k][v]);
   }
 }
 
-// The gradient at the ReLU's input for a row of pooling windows, [columns, C], which it adds up in plain, [C].
+// The gradient at the ReLU's input for a row of pooling windows, [columns, C]; its sums are added to plain [C].
 template <class T>
 INLINE void back_through_relu(const T* grad, const T* out, len columns, float* back, float* plain) {
   for (int v = 0; v < C; v += LANES) {
@@ -166,7 +166,7 @@ INLINE void back_through_relu(const T* grad, const T* out, len columns, float* b
 // Sums over one image of the gradient at the ReLU's input, [C], and of this gradient times the patch under the filter at the
 // window's maximum, [TAPS, C].
 template <class T>
-void first_sums_of_image(const Padded& padded, const T* grad, const T* out, const uint8_t* where, const Shape& s, float* back,
+void first_sums_of_image(const Padded& padded, const T* grad, const T* out, const uint8_t* argmax, const Shape& s, float* back,
                          float* quads, double* result) {
   float sums[C + TAPS * C] = {};
   const len n = 6 * s.columns() + 3;
@@ -177,15 +177,15 @@ void first_sums_of_image(const Padded& padded, const T* grad, const T* out, cons
       const float* in = padded.pixels.data() + (2 * r + row) * padded.stride;
       float* to = sums + C + row * 9 * C;
       quads_of_rows(in, in + padded.stride, n, quads);
-      add_at_maxima<5>(quads, back, where + from, s.columns(), to);
-      add_at_maxima<4>(quads + 5 * 4, back, where + from, s.columns(), to + 5 * C);
+      add_at_maxima<5>(quads, back, argmax + from, s.columns(), to);
+      add_at_maxima<4>(quads + 5 * 4, back, argmax + from, s.columns(), to + 5 * C);
     }
   }
   std::copy_n(sums, C + TAPS * C, result);
 }
 
 template <class T>
-void first_backward(const T* grad, const T* x, const float* weight, const T* out, const uint8_t* where, const float* gamma,
+void first_backward(const T* grad, const T* x, const float* weight, const T* out, const uint8_t* argmax, const float* gamma,
                     const float* beta, const float* mean, const float* var, float eps, const double* patches,
                     const double* products, float* grad_weight, float* grad_gamma, float* grad_beta, len images, len height,
                     len width, len threads) {
@@ -200,24 +200,24 @@ void first_backward(const T* grad, const T* x, const float* weight, const T* out
     for (len b = 0; b < s.images; b++) {
       const len at = b * s.pooled();
       padded.copy(x + b * s.height * s.width * 3, s);
-      first_sums_of_image(padded, grad + at, out + at, where + at, s, back.data(), quads.data(), &parts[b * SIZE]);
+      first_sums_of_image(padded, grad + at, out + at, argmax + at, s, back.data(), quads.data(), &parts[b * SIZE]);
     }
   }
-  double found[SIZE], sums[2 * C];
-  total(parts, s.images, SIZE, found);
-  const double* at_maxima = found + C;
+  double totals[SIZE], sums[2 * C];
+  total(parts, s.images, SIZE, totals);
+  const double* at_maxima = totals + C;
   for (int c = 0; c < C; c++) {
-    sums[c] = found[c];
+    sums[c] = totals[c];
     sums[C + c] = 0;  // gradient times maximum; the maximum is filter times patch
     for (int t = 0; t < TAPS; t++) sums[C + c] += at_maxima[t * C + c] * weight[c * TAPS + Filters::place(t)];
   }
   const Norm norm(mean, var, gamma, beta, eps);
-  const Through through(norm, sums, s.count(), grad_gamma, grad_beta);
+  const StatsGradient stats_grad(norm, sums, s.count(), grad_gamma, grad_beta);
   for (int c = 0; c < C; c++)
     for (int t = 0; t < TAPS; t++) {
       const int j = Filters::place(t);
       const double direct = at_maxima[t * C + c] * norm.slope[c];
-      const double by_mean = through.k0[c] * patches[j], by_var = through.k1[c] * output_times_tap(products, weight, c, j);
+      const double by_mean = stats_grad.k0[c] * patches[j], by_var = stats_grad.k1[c] * output_times_tap(products, weight, c, j);
       grad_weight[c * TAPS + j] = float(direct + by_mean + by_var);
     }
 }

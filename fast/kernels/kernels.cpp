@@ -1,5 +1,5 @@
-// CPU kernels for the hot loops of an episode. They compute what learner.py, metalearner.py and augment.py describe; native.py
-// compiles, loads and calls them, and checks what it hands them.
+// CPU kernels for the hot loops of an episode. They compute what learner.py, metalearner.py and augment.py describe.
+// library.py compiles and loads them; native.py checks the arguments and calls them.
 //
 // Tensors are contiguous. Images and activations are channels last: [images, height, width, channels]. T is float, or uint16_t
 // for the bits of a bfloat16. Sums are float over a few rows and double beyond, always in the same order, so the number of

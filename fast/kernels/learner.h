@@ -1,5 +1,5 @@
-// The loss and the gradient of the whole learner for one minibatch, in one call: on small minibatches PyTorch takes a good part
-// of the time between its operations.
+// The loss and the gradient of the whole learner for one minibatch, in one call: on small minibatches PyTorch's overhead
+// between operations is a good part of the time.
 
 #pragma once
 
@@ -20,7 +20,7 @@ struct Activations {  // what a block keeps for its backward pass; the first one
   Shape s;            // of its input
   const float* in;
   std::unique_ptr<float[]> y, pooled, out;
-  std::unique_ptr<uint8_t[]> where;
+  std::unique_ptr<uint8_t[]> argmax;
   float mean[C], var[C];
   Activations(const Shape& s, const float* in, bool first)
       : s(s),
@@ -28,11 +28,11 @@ struct Activations {  // what a block keeps for its backward pass; the first one
         y(first ? nullptr : new float[s.count() * C]),
         pooled(first ? nullptr : new float[s.images * s.pooled()]),
         out(new float[s.images * s.pooled()]),
-        where(new uint8_t[s.images * s.pooled()]) {}
+        argmax(new uint8_t[s.images * s.pooled()]) {}
 };
 
-// Mean cross entropy of the linear layer's answers to features in [images, area, C], and its gradients: at the layer's weight
-// [classes, C, area] and bias, and at in. A label that is no class makes the loss NaN.
+// Mean cross entropy of the linear layer's logits for features in [images, area, C], and its gradients with respect to the
+// layer's weight [classes, C, area], its bias and in. A label outside 0..classes-1 makes the loss NaN.
 float classify(const float* in, const int64_t* labels, const float* weight, const float* bias, float* grad_weight,
                float* grad_bias, float* grad_in, len images, len area, len classes) {
   const len size = area * C;
@@ -50,18 +50,18 @@ float classify(const float* in, const int64_t* labels, const float* weight, cons
       logits[k] = bias[k] + sum(s);
     }
     const double largest = *std::max_element(logits.begin(), logits.end());
-    double all_of_it = 0;
-    for (const double logit : logits) all_of_it += std::exp(logit - largest);
-    const bool known = labels[b] >= 0 && labels[b] < classes;
-    loss -= (known ? logits[labels[b]] : NAN) - largest - std::log(all_of_it);
+    double normalizer = 0;
+    for (const double logit : logits) normalizer += std::exp(logit - largest);
+    const bool valid = labels[b] >= 0 && labels[b] < classes;
+    loss -= (valid ? logits[labels[b]] : NAN) - largest - std::log(normalizer);
     std::fill_n(grad_in + b * size, size, 0.0f);
     for (len k = 0; k < classes; k++) {
-      const double ahead = (std::exp(logits[k] - largest) / all_of_it - (k == labels[b])) / images;
-      grad_b[k] += ahead;
+      const double grad_logit = (std::exp(logits[k] - largest) / normalizer - (k == labels[b])) / images;
+      grad_b[k] += grad_logit;
       for (len j = 0; j < size; j += LANES) {
         float *to_w = &grad_w[k * size + j], *to_in = grad_in + b * size + j;
-        store(to_w, load(to_w) + float(ahead) * load(features + j));
-        store(to_in, load(to_in) + float(ahead) * load(&w[k * size + j]));
+        store(to_w, load(to_w) + float(grad_logit) * load(features + j));
+        store(to_in, load(to_in) + float(grad_logit) * load(&w[k * size + j]));
       }
     }
   }
@@ -73,26 +73,26 @@ float classify(const float* in, const int64_t* labels, const float* weight, cons
   return float(loss / images);
 }
 
-// Images x [images, height, width, 3] with the moments of their patches. parameters: each block's, see Layers, then the
-// classifier's weight and bias; grad is theirs, one after the other. running: the blocks' means, then their variances, which
-// move towards the batch's by the share momentum.
+// x: images [images, height, width, 3]; patches and products: the moments of their patches. parameters: each block's, see
+// Layers, then the classifier's weight and bias. grad: their gradients in one flat vector. running: the blocks' running means,
+// then variances, updated with momentum.
 void learner_gradient(const float* x, const int64_t* labels, const double* patches, const double* products,
                       const float* const* parameters, float* const* running, float eps, float momentum, float* loss,
                       float* grad, len images, len height, len width, len classes, len threads) {
-  const auto* given = reinterpret_cast<const Layers<const float*>*>(parameters);
+  const auto* params = reinterpret_cast<const Layers<const float*>*>(parameters);
   std::vector<Activations> blocks;
   Shape s{images, height, width};
   for (int b = 0; b < BLOCKS; b++) {
-    const auto& [weight, bias, gamma, beta] = given[b];
+    const auto& [weight, bias, gamma, beta] = params[b];
     blocks.emplace_back(s, b == 0 ? x : blocks.back().out.get(), b == 0);
     Activations& a = blocks.back();
     float *y = a.y.get(), *pooled = a.pooled.get(), *out = a.out.get();
     if (b == 0) {
-      first_forward(x, weight, gamma, beta, eps, patches, products, a.where.get(), out, a.mean, a.var, images, height, width,
+      first_forward(x, weight, gamma, beta, eps, patches, products, a.argmax.get(), out, a.mean, a.var, images, height, width,
                     threads);
     } else {
       convolve(a.in, weight, y, images, s.height, s.width, threads);
-      block_forward(y, gamma, beta, eps, pooled, a.where.get(), out, a.mean, a.var, images, s.height, s.width, threads);
+      block_forward(y, gamma, beta, eps, pooled, a.argmax.get(), out, a.mean, a.var, images, s.height, s.width, threads);
     }
     const float unbiased = float(s.count()) / std::max<len>(s.count() - 1, 1);
     for (int c = 0; c < C; c++) {
@@ -102,31 +102,31 @@ void learner_gradient(const float* x, const int64_t* labels, const double* patch
     }
     s = Shape{images, s.rows(), s.columns()};
   }
-  Layers<float*> made[BLOCKS];
+  Layers<float*> grads[BLOCKS];
   for (int b = 0; b < BLOCKS; b++) {
     float* bias = grad + C * (b == 0 ? TAPS : 9 * C);
-    made[b] = {grad, bias, bias + C, bias + 2 * C};
-    std::fill_n(bias, C, 0.0f);  // normalisation takes the bias away again
+    grads[b] = {grad, bias, bias + C, bias + 2 * C};
+    std::fill_n(bias, C, 0.0f);  // batch norm cancels the bias
     grad = bias + 3 * C;
   }
   const len area = s.height * s.width;
   const float* const* last = parameters + 4 * BLOCKS;
-  std::unique_ptr<float[]> ahead(new float[images * area * C]);
+  std::unique_ptr<float[]> grad_out(new float[images * area * C]);
   float* grad_bias = grad + classes * area * C;
-  *loss = classify(blocks.back().out.get(), labels, last[0], last[1], grad, grad_bias, ahead.get(), images, area, classes);
+  *loss = classify(blocks.back().out.get(), labels, last[0], last[1], grad, grad_bias, grad_out.get(), images, area, classes);
   for (int b = BLOCKS - 1; b >= 0; b--) {
-    const auto& [weight, bias, gamma, beta] = given[b];
+    const auto& [weight, bias, gamma, beta] = params[b];
     const Activations& a = blocks[b];
     const len height = a.s.height, width = a.s.width;
     if (b == 0) {
-      first_backward(ahead.get(), x, weight, a.out.get(), a.where.get(), gamma, beta, a.mean, a.var, eps, patches, products,
-                     made[b].weight, made[b].gamma, made[b].beta, images, height, width, threads);
+      first_backward(grad_out.get(), x, weight, a.out.get(), a.argmax.get(), gamma, beta, a.mean, a.var, eps, patches, products,
+                     grads[b].weight, grads[b].gamma, grads[b].beta, images, height, width, threads);
     } else {
-      block_backward(ahead.get(), a.pooled.get(), a.where.get(), a.y.get(), gamma, beta, a.mean, a.var, eps, made[b].gamma,
-                     made[b].beta, images, height, width, threads);
-      convolve_to_filters(a.y.get(), a.in, made[b].weight, images, height, width, threads);
-      ahead.reset(new float[a.s.count() * C]);
-      convolve_to_input(a.y.get(), weight, ahead.get(), images, height, width, threads);
+      block_backward(grad_out.get(), a.pooled.get(), a.argmax.get(), a.y.get(), gamma, beta, a.mean, a.var, eps, grads[b].gamma,
+                     grads[b].beta, images, height, width, threads);
+      convolve_to_filters(a.y.get(), a.in, grads[b].weight, images, height, width, threads);
+      grad_out.reset(new float[a.s.count() * C]);
+      convolve_to_input(a.y.get(), weight, grad_out.get(), images, height, width, threads);
     }
   }
 }

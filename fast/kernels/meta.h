@@ -12,8 +12,8 @@
 namespace {
 
 constexpr int TILE = 128;  // coordinates of a tile
-constexpr int CHUNKS = 16;  // parts with sums of their own, always as many, so that the number of threads changes no sum
-// The block of sums that weighted_sums holds in registers; a smaller one would wait for its last addition.
+constexpr int CHUNKS = 16;  // partial sums, the same number for any number of threads, so that threads change no bit
+// The block of sums that weighted_sums keeps in registers; a smaller one would wait for the latency of its additions.
 constexpr int HELD = 5, WIDE = LANES == 16 ? 4 : 2;  // rows, and vectors of each
 
 // out [rows, TILE] = start [rows], or zeros, + w times in [n, TILE]; w's number (r, k) lies at r * step + k * along.
@@ -33,8 +33,8 @@ INLINE void weighted_sums(const float* w, int step, int along, const float* star
         vec x[WIDE];
         UNROLL for (int v = 0; v < WIDE; v++) x[v] = load(in + k * TILE + from + v * LANES);
         UNROLL for (int p = 0; p < HELD; p++) {
-          const vec here = all(weight[p][k * along]);
-          UNROLL for (int v = 0; v < WIDE; v++) sums[p][v] += here * x[v];
+          const vec value = all(weight[p][k * along]);
+          UNROLL for (int v = 0; v < WIDE; v++) sums[p][v] += value * x[v];
         }
       }
       for (int p = 0; p < n_held; p++)
@@ -50,8 +50,8 @@ INLINE void prep(float x, float* first, float* second) {
   if (x != x) *first = *second = x;
 }
 
-// The LSTM's weights of the numbers that differ between coordinates, [4H, 2 + H], and its bias, to which prep(loss) adds its
-// share: it is the same for all of them.
+// The LSTM's weights for the inputs that differ between coordinates, [4H, 2 + H], and its bias, which includes prep(loss): that
+// input is the same for all coordinates.
 struct Lstm {
   float of_loss[2];
   std::vector<float> weight, bias;
@@ -80,7 +80,7 @@ INLINE void lstm_tile(const Lstm& lstm, int H, const float* z, const float* c, f
     store(of + 3 * H * TILE, gate(load(of + 3 * H * TILE)));
     store(new_c + at, f * load(c + at) + i * g);
   }
-  for (int at = 0; at < H * TILE; at += LANES) {  // by itself, because it would wait for what the first loop has just made
+  for (int at = 0; at < H * TILE; at += LANES) {  // a loop of its own, or it would wait for the stores of the first
     const vec s = hyperbolic_tangent(load(new_c + at));
     store(squashed + at, s);
     store(new_h + at, load(gates + 3 * H * TILE + at) * s);
@@ -124,9 +124,9 @@ void meta_forward(const float* loss, const float* w_ih, const float* w_hh, const
         vec forget = value * wf[H] + load(&fo[at]) * wf[H + 1] + bf[0];
         vec input = value * wi[H] + load(&io[at]) * wi[H + 1] + bi[0];
         for (int u = 0; u < H; u++) {
-          const vec said = load(new_h + state + u * TILE + at);
-          forget += said * wf[u];
-          input += said * wi[u];
+          const vec h_u = load(new_h + state + u * TILE + at);
+          forget += h_u * wf[u];
+          input += h_u * wi[u];
         }
         store(&fo[at], forget);
         store(&io[at], input);
@@ -196,12 +196,12 @@ void meta_backward(const float* loss, const float* w_ih, const float* w_hh, cons
           for (int at = 0; at < TILE; at += LANES) {
             const int k = u * TILE + at;
             float* gate = &gates[k];
-            const vec to_f = load(&df[at]), to_i = load(&di[at]), said = load(&out_h[k]), s = load(&squashed[k]);
+            const vec to_f = load(&df[at]), to_i = load(&di[at]), h_u = load(&out_h[k]), s = load(&squashed[k]);
             const vec d_h = load(to_h + k) + to_f * wf[u] + to_i * wi[u];
             const vec i_u = load(gate), f_u = load(gate + H * TILE), g_u = load(gate + 2 * H * TILE);
             const vec o_u = load(gate + 3 * H * TILE), d_c = load(to_c + k) + d_h * o_u * (1.0f - s * s);
-            with_f += to_f * said;
-            with_i += to_i * said;
+            with_f += to_f * h_u;
+            with_i += to_i * h_u;
             store(gate, d_c * g_u * i_u * (1.0f - i_u));
             store(gate + H * TILE, d_c * load(cell + k) * f_u * (1.0f - f_u));
             store(gate + 2 * H * TILE, d_c * i_u * (1.0f - g_u * g_u));
@@ -221,14 +221,14 @@ void meta_backward(const float* loss, const float* w_ih, const float* w_hh, cons
         tile.put(grad_theta, dth.data());
       }
       double* part = &parts[chunk * all_sizes];
-      for (const auto* found : {&sums, &f_sums, &i_sums})
-        for (size_t k = 0; k < found->size(); k += LANES) *part++ = sum(load(&(*found)[k]));
+      for (const auto* part_sums : {&sums, &f_sums, &i_sums})
+        for (size_t k = 0; k < part_sums->size(); k += LANES) *part++ = sum(load(&(*part_sums)[k]));
     }
   }
-  std::vector<double> found(all_sizes);
-  total(parts, CHUNKS, all_sizes, found.data());
+  std::vector<double> totals(all_sizes);
+  total(parts, CHUNKS, all_sizes, totals.data());
   for (int r = 0; r < 4 * H; r++) {
-    const double* of_row = &found[r * columns];
+    const double* of_row = &totals[r * columns];
     grad_bias[r] = float(of_row[H + 2]);
     for (int k = 0; k < 2; k++) {
       grad_w_ih[r * 4 + k] = grad_bias[r] * lstm.of_loss[k];
@@ -236,7 +236,7 @@ void meta_backward(const float* loss, const float* w_ih, const float* w_hh, cons
     }
     for (int k = 0; k < H; k++) grad_w_hh[r * H + k] = float(of_row[2 + k]);
   }
-  const double *of_f = &found[size], *of_i = of_f + cells;
+  const double *of_f = &totals[size], *of_i = of_f + cells;
   for (int k = 0; k < H + 2; k++) grad_wf[k] = float(of_f[k]), grad_wi[k] = float(of_i[k]);
   *grad_bf = float(of_f[H + 2]);
   *grad_bi = float(of_i[H + 2]);

@@ -13,7 +13,7 @@ namespace {
 
 #ifdef __AVX512F__
 constexpr int LANES = 16;
-#else  // GCC takes wider vectors than the processor has apart, into memory and back
+#else  // GCC splits vectors wider than the processor's through memory
 constexpr int LANES = 8;
 #endif
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -76,7 +76,7 @@ INLINE ivec integers(vec x) {  // rounds towards zero
 }
 INLINE vec keep(ivec mask, vec x) { return floats(mask & bits(x)); }
 INLINE vec relu(vec x) { return x < 0 ? vec{} : x; }  // keeps NaN
-// Of equal numbers the first wins, and NaN wins over all, as in PyTorch. at is the winner's place, 0 to 3.
+// Of equal numbers the first wins, and NaN wins over all, as in PyTorch. at is the winner's index, 0 to 3.
 INLINE vec largest(vec a, vec b, vec c, vec d, ivec& at) {
   at = ivec{};
   const vec rest[] = {b, c, d};
@@ -87,7 +87,7 @@ INLINE vec largest(vec a, vec b, vec c, vec d, ivec& at) {
   }
   return a;
 }
-// Four numbers again and again, and of each four lanes the numbers at the places at, 0 to 3.
+// repeated: four numbers in each group of four lanes. chosen: within each group, the numbers at the indices at, 0 to 3.
 INLINE vec repeated(const float* p) {
 #ifdef __AVX512F__
   return vec(_mm512_maskz_broadcast_f32x4(-1, _mm_loadu_ps(p)));
@@ -198,7 +198,7 @@ void total(const std::vector<double>& parts, len n, len size, double* result) {
     for (len k = 0; k < size; k++) result[k] += parts[b * size + k];
 }
 
-// Size of the block of sums that add_products holds in registers: of 32 with AVX-512, of 16 without.
+// Size of the block of sums that add_products keeps in registers: of 32 with AVX-512, of 16 without.
 constexpr int ROWS = LANES == 16 ? 4 : 2, COLUMNS = 6;
 
 // Adds to sums [rows, columns, LANES] the products of each row of a [rows, width] with each row of z [columns, width], lane by

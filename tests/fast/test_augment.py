@@ -1,3 +1,5 @@
+"""Batched augmentation against torchvision, and PyTorch's code against the kernel."""
+
 import tarfile
 from pathlib import Path
 from unittest import mock
@@ -6,6 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from dataloader import (
@@ -21,11 +24,11 @@ from fast import augment, native
 from fast.augment import Windows
 from fast.library import library
 
-TINY64 = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "tiny64.tar.gz"
+TINY64 = ROOT / "shared" / "data" / "tiny64.tar.gz"
 PHOTOGRAPH = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
 
 
-def sources():
+def photographs():
     """Parts of a real photograph in many sizes, and a greyscale one."""
     photograph = load_image(PHOTOGRAPH)
     sizes = [(64, 64), (84, 84), (168, 168), (168, 224), (250, 168), (40, 97), (64, 64), (84, 84)]
@@ -34,10 +37,8 @@ def sources():
     return [*images, photograph.resize((84, 84)).convert("L").convert("RGB")]
 
 
-def tiny64(n):
-    """The first n photographs of a data set that some machines have beside the repository, read
-    without unpacking it.
-    """
+def tiny64():
+    """The first 300 images of a data set that some machines have beside the repository."""
     if not TINY64.is_file():
         pytest.skip(f"{TINY64} is not here")
     images = []
@@ -46,119 +47,85 @@ def tiny64(n):
             if member.isfile():
                 with Image.open(archive.extractfile(member)) as image:
                     images.append(image.convert("RGB"))
-            if len(images) == n:
-                return images
+            if len(images) == 300:
+                break
     return images
+
+
+def to_tensor(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def padded(images):
     sizes = np.array([(image.height, image.width) for image in images])
     pixels = torch.zeros(len(images), 3, *sizes.max(axis=0), dtype=torch.uint8)
     for k, image in enumerate(images):
-        pixels[k, :, : image.height, : image.width] = torch.from_numpy(np.array(image)).permute(
-            2, 0, 1
-        )
+        pixels[k, :, : image.height, : image.width] = to_tensor(image)
     return pixels, sizes
 
 
-def transform(pixels, windows, image_size, drawn=None):
-    return augment.transform(pixels, torch.from_numpy(augment.table(windows, drawn)), image_size)
-
-
-def idle(n, flip=False):
-    """An augmentation that at most flips."""
-    return Augmentation(
-        np.zeros((n, 4)),
-        np.full(n, flip),
-        np.tile([1.0, 1, 1, 0], (n, 1)),
-        np.tile(np.arange(4), (n, 1)),
-    )
-
-
-def grey_levels(x):
+def transform(pixels, windows, size, drawn=None):
+    """``augment.transform``, in grey levels."""
+    x = augment.transform(pixels, torch.from_numpy(augment.table(windows, drawn)), size)
+    assert x.is_contiguous(memory_format=torch.channels_last)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     return (x * std + mean) * 255
 
 
-def expected(images):
-    return torch.stack(
-        [torch.from_numpy(np.array(image)).permute(2, 0, 1).float() for image in images]
-    )
+def without_kernels():
+    return mock.patch.object(native, "handles", return_value=False)
 
 
-@pytest.mark.parametrize(
-    ("source", "repeats"), [(sources, 6), (lambda: tiny64(300), 1)], ids=["photograph", "tiny64"]
-)
+@pytest.mark.parametrize(("source", "repeats"), [(photographs, 3), (tiny64, 1)])
 def test_training_images_are_torchvisions(source, repeats):
     differences = []
     for index in range(repeats):
         images = source()
         pixels, sizes = padded(images)
         drawn = draw_augmentation(5, "train", index, sizes)
-        ours = transform(pixels, Windows.crops(drawn.box, 84), 84, drawn)
-        assert ours.is_contiguous(memory_format=torch.channels_last)
-        theirs = [train_image(image, drawn, k, 84) for k, image in enumerate(images)]
-        differences.append((grey_levels(ours) - expected(theirs)).abs().mean((1, 2, 3)))
+        x = transform(pixels, Windows.crops(drawn.box, 84), 84, drawn)
+        plain = [to_tensor(train_image(image, drawn, k, 84)) for k, image in enumerate(images)]
+        differences.append((x - torch.stack(plain)).abs().mean((1, 2, 3)))
     differences = torch.cat(differences)
     assert differences.mean() < 1.5
     assert differences.max() < 4
 
 
-@pytest.mark.parametrize("source", [sources, lambda: tiny64(300)], ids=["photograph", "tiny64"])
-@pytest.mark.parametrize("image_size", [84, 32])
-def test_evaluation_images_are_torchvisions(image_size, source):
+@pytest.mark.parametrize("source", [photographs, tiny64])
+@pytest.mark.parametrize("size", [84, 32])
+@pytest.mark.parametrize(("kind", "setting"), [("centres", "port"), ("squashed", "none")])
+def test_evaluation_images_are_torchvisions(kind, setting, size, source):
     images = source()
     pixels, sizes = padded(images)
-    ours = transform(pixels, Windows.centres(sizes, image_size), image_size)
-    theirs = expected([eval_image(image, image_size, "port") for image in images])
-    assert (grey_levels(ours) - theirs).abs().mean() < 0.5
-    ours = transform(pixels, Windows.squashed(sizes, image_size), image_size)
-    theirs = expected([eval_image(image, image_size, "none") for image in images])
-    assert (grey_levels(ours) - theirs).abs().mean() < 0.5
+    x = transform(pixels, getattr(Windows, kind)(sizes, size), size)
+    plain = torch.stack([to_tensor(eval_image(image, size, setting)) for image in images])
+    assert (x - plain).abs().mean() < 0.5
 
 
-def test_crop_that_changes_nothing_is_exact():
-    """And so are colours that change nothing, but for a hue that is rounded to Pillow's steps."""
-    images = [load_image(PHOTOGRAPH).resize((84, 84))]
-    pixels, _ = padded(images)
-    box = np.array([[0, 0, 84, 84]])
-    for flip in (False, True):
-        source = pixels.float().flip(3) if flip else pixels.float()
-        with (
-            mock.patch.object(augment, "_colour", lambda x, *_: x),
-            mock.patch.object(native, "handles", return_value=False),
-        ):
-            ours = grey_levels(transform(pixels, Windows.crops(box, 84), 84, idle(1, flip)))
-        assert (ours - source).abs().max() < 1e-3
-    assert (grey_levels(transform(pixels, Windows.crops(box, 84), 84)) - pixels).abs().max() < 1e-3
+@pytest.mark.parametrize("flip", [None, False, True])
+def test_identity_crop_is_exact(flip):
+    """Without colour jitter: the hue is rounded to Pillow's steps even if it does not change."""
+    pixels, _ = padded([load_image(PHOTOGRAPH).resize((84, 84))])
+    windows = Windows.crops(np.array([[0, 0, 84, 84]]), 84)
+    drawn = None if flip is None else Augmentation(windows, np.array([flip]), None, None)
+    with without_kernels():
+        eager = transform(pixels, windows, 84, drawn)
+    for x in (eager, transform(pixels, windows, 84, drawn)):
+        assert (x - (pixels.flip(3) if flip else pixels)).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize(
-    "colour", [augment._colour, augment._colour_together], ids=["apart", "together"]
-)
-def test_pytorchs_way_gives_the_kernels_images(colour):
-    """Together is the GPU's way, apart that of a CPU without a compiler."""
-    if not library().functions:
-        pytest.skip(library().state)
-    images = sources()
-    pixels, sizes = padded(images)
+@pytest.mark.skipif(not library().functions, reason="no compiled kernels")
+def test_pytorch_agrees_with_the_kernel():
+    pixels, sizes = padded(photographs())
     drawn = draw_augmentation(5, "train", 0, sizes)
     windows = Windows.crops(drawn.box, 84)
-    coloured, resized = (transform(pixels, windows, 84, given) for given in (drawn, None))
-    with (
-        mock.patch.object(native, "handles", return_value=False),
-        mock.patch.object(augment, "_colour", colour),
-    ):
-        assert (
-            grey_levels(coloured) - grey_levels(transform(pixels, windows, 84, drawn))
-        ).abs().mean() < 0.05
-        assert (
-            grey_levels(resized) - grey_levels(transform(pixels, windows, 84))
-        ).abs().max() < 1e-2
+    coloured, resized = (transform(pixels, windows, 84, d) for d in (drawn, None))
+    with without_kernels():
+        assert (coloured - transform(pixels, windows, 84, drawn)).abs().mean() < 0.05
+        assert (resized - transform(pixels, windows, 84)).abs().max() < 1e-2
 
 
-def test_numbers_survive_their_way_to_the_device():
-    """As float32, in one table."""
+def test_table_holds_all_parameters_exactly():
     sizes = np.tile([[16000, 15999]], (50, 1))
     drawn = draw_augmentation(5, "train", 0, sizes)
     windows = Windows.crops(drawn.box, 84)

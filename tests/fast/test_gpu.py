@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: Triton's interpreter runs them, and its compiler translates
+"""The Triton kernels. Without a GPU, Triton's interpreter runs them, and its compiler translates
 them for two GPUs.
 """
 
@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import test_golden
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 from dataloader import draw_augmentation
 from fast import augment, gpu, learner, native
@@ -26,33 +26,29 @@ from metalearner import MetaLearner, MetaState
 triton = pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs it")
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 EXACT = 1e-5 if INTERPRETED else 1e-4  # what tensor cores leave of float32 over a few layers
-on_both = (
-    (lambda test: test) if INTERPRETED else pytest.mark.gpu
-)  # test_in_the_interpreter runs it, and a GPU
+# test_in_the_interpreter runs the marked ones; those marked on_both also run on a GPU
+in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs it")
+on_both = (lambda test: test) if INTERPRETED else pytest.mark.gpu
 
 
 @pytest.mark.skipif(INTERPRETED, reason="it is this run")
-def test_in_the_interpreter():
-    """In a process of its own, because Triton chooses when it is imported."""
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "pytorchs"]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
+@pytest.mark.parametrize(
+    "marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)], ids=["quick", "slow"]
+)
+def test_in_the_interpreter(marks):
+    """In another process, because Triton chooses when it is imported."""
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "matches_pytorch", "-m", marks]
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    env.pop("PYTEST_XDIST_WORKER", None)
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert "s" not in done.stdout.split()[0], done.stdout  # none was skipped
 
 
-def pictures(n, size, device="cpu"):
-    """Images from grey to colourful, with black, white and grey ones, and a draw of colours for
-    each.
-    """
+def colour_args(n, size, device="cpu"):
+    """Images from grey to colourful, with black, white and grey ones; their factors and orders."""
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(n, 3, size, size, generator=generator) * 255
     x[: n // 2] = x[: n // 2].round()
@@ -63,52 +59,41 @@ def pictures(n, size, device="cpu"):
 
 
 @in_interpreter
-@pytest.mark.parametrize(
-    "size", [16, 33, 84]
-)  # smaller than a block, not a multiple of it, several
-def test_colours_are_pytorchs(size):
-    x, factors, order = pictures(24, size)
-    given = x.clone()
-    ours, theirs = (
-        colour.colour(x, factors, order),
-        augment._colour_together(x.clone(), factors, order),
-    )
-    assert torch.equal(x, given)
-    difference = (ours - theirs).abs()
+@pytest.mark.parametrize("size", [16, 33, 84])  # a part of a block, some blocks and a part, many
+def test_colour_matches_pytorch(size):
+    x, factors, order = colour_args(24, size)
+    before = x.clone()
+    result, expected = (f(x, factors, order) for f in (colour.colour, augment.adjust_colours))
+    assert torch.equal(x, before)
+    difference = (result - expected).abs()
     assert difference.mean() < 1e-3
     assert (difference > 1e-2).float().mean() < 1e-3  # a hue beside one of Pillow's steps
 
 
 @in_interpreter
 @pytest.mark.parametrize(("hidden_size", "n_params"), [(20, 150), (16, 2 * meta.TILE), (5, 10)])
-def test_an_update_and_its_gradients_are_pytorchs(hidden_size, n_params):
-    """Against float64, from a state with all its parts and for gradients of all sizes."""
+def test_meta_step_matches_pytorch(hidden_size, n_params):
+    """In float64, from a state with all its parts and for gradients of all sizes."""
     exact = MetaLearner(4, hidden_size, n_params).double()
     with torch.no_grad():
         for p in exact.parameters():
             p.normal_(std=0.5)
     fast = FastMetaLearner(4, hidden_size, n_params)
     fast.load_state_dict(exact.state_dict())
-    loss, grad = (
-        torch.tensor(1.3),
-        torch.randn(n_params, 1) * torch.logspace(-7, 0, n_params).view(-1, 1),
-    )
+    loss, size = torch.tensor(1.3), torch.logspace(-7, 0, n_params).view(-1, 1)
+    grad = torch.randn(n_params, 1) * size
     grad[3] = 0
     state = [torch.randn(n_params, k) * 0.5 for k in (hidden_size, hidden_size, 1, 1, 1)]
     weights = [torch.randn_like(t) for t in state]
 
-    def found(metalearner, step, dtype):
-        given = [t.to(dtype).requires_grad_() for t in state]
-        made = step(loss.to(dtype), grad.to(dtype), MetaState(*given))
-        total = sum((t * w.to(dtype)).sum() for t, w in zip(made, weights, strict=True))
+    def run(metalearner, step, dtype):
+        old = [t.to(dtype).requires_grad_() for t in state]
+        new = step(loss.to(dtype), grad.to(dtype), MetaState(*old))
+        total = sum((t * w.to(dtype)).sum() for t, w in zip(new, weights, strict=True))
         learned = [p for p in metalearner.parameters() if p is not metalearner.metalstm.cI]
-        return *made, *torch.autograd.grad(total, [*learned, *given])
+        return *new, *torch.autograd.grad(total, [*learned, *old])
 
-    for ours, theirs in zip(
-        found(fast, fast._in_triton, torch.float32), found(exact, exact, torch.float64), strict=True
-    ):
-        assert ours.shape == theirs.shape
-        assert (ours - theirs).abs().max() < 1e-6 * theirs.abs().max()
+    assert_close(run(fast, fast._in_triton, torch.float32), run(exact, exact, torch.float64), 1e-6)
 
 
 # ---- Blocks of the learner ----
@@ -118,35 +103,34 @@ def test_an_update_and_its_gradients_are_pytorchs(hidden_size, n_params):
 def kernels(monkeypatch):
     """Sends the learner's blocks to the kernels; large tiles save the interpreter's time."""
     if INTERPRETED:
+        tiles = {channels: {"ROWS": 4096} for channels in convolution.FILTERS_BACKWARD}
         monkeypatch.setattr(convolution, "ROWS", 4096)
-        monkeypatch.setattr(
-            convolution,
-            "OF_FILTERS",
-            {channels: {"ROWS": 4096} for channels in convolution.OF_FILTERS},
-        )
+        monkeypatch.setattr(convolution, "FILTERS_BACKWARD", tiles)
+    in_triton = blocks.train_block, blocks.eval_block
     monkeypatch.setattr(native, "library", lambda: SimpleNamespace(functions={}))
-    monkeypatch.setattr(
-        gpu, "works", lambda kernel, *_: kernel in (blocks.train_block, blocks.eval_block)
-    )
+    monkeypatch.setattr(gpu, "works", lambda kernel, *_: kernel in in_triton)
 
 
-def assert_close(found, expected, close=1e-5):
-    """As a share of each tensor's largest number; all zero but for rounding is zero."""
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.shape == theirs.shape
-        assert (ours.to(theirs) - theirs).abs().max() <= close * theirs.abs().max() + 1e-12
+def assert_close(results, expected, close=1e-5):
+    """Relative to each tensor's largest number; where all are zero, so are the results."""
+    for a, b in zip(results, expected, strict=True):
+        assert a.shape == b.shape
+        assert (a.to(b) - b).abs().max() <= close * b.abs().max() + 1e-12
+
+
+def channels_last(*shape):
+    return torch.randn(shape, device=DEVICE).contiguous(memory_format=torch.channels_last)
 
 
 @on_both
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("parts", "image_size"), [(blocks.PARTS, 16), (4, 21)])
-def test_a_learner_is_pytorchs(kernels, monkeypatch, parts, image_size, memory_format):
-    """Against float64: loss, gradient, running statistics after two minibatches, and what they
-    classify. With few programs each works on several tiles; the scale of some channels is negative
-    or zero.
+def test_learner_matches_pytorch(kernels, monkeypatch, parts, image_size, memory_format):
+    """In float64: loss, gradient and running statistics after two minibatches, and logits. With few
+    programs each works on several tiles; some channels have a negative scale or zero.
     """
     monkeypatch.setattr(blocks, "PARTS", parts)
-    plain, fast = (way(image_size, 1e-3, 0.9, 3) for way in (Conv4, FastConv4))
+    plain, fast = (network(image_size, 1e-3, 0.9, 3) for network in (Conv4, FastConv4))
     with torch.no_grad():
         plain.norm1.weight[3], plain.norm3.weight[5], plain.norm2.weight[1] = -0.7, -1.3, 0.0
         for b in (1, 2, 3, 4):
@@ -155,22 +139,23 @@ def test_a_learner_is_pytorchs(kernels, monkeypatch, parts, image_size, memory_f
     plain, fast = plain.double().train(), fast.to(DEVICE).train()
     x, y = torch.randn(2, 6, 3, image_size, image_size).double(), torch.arange(6) % 3
     for images in x:
-        loss, grad = fast.loss_and_grad(
-            images.float().to(DEVICE).contiguous(memory_format=memory_format), y.to(DEVICE)
-        )
+        on_device = images.float().to(DEVICE).contiguous(memory_format=memory_format)
+        loss, grad = fast.loss_and_grad(on_device, y.to(DEVICE))
         expected, expected_grad = plain.loss_and_grad(images, y)
         assert_close([loss, *fast.slices(grad)], [expected, *plain.slices(expected_grad)], EXACT)
-    running = [[t for name, t in one.named_buffers() if "running" in name] for one in (fast, plain)]
+    running = [[t for name, t in m.named_buffers() if "running" in name] for m in (fast, plain)]
     assert_close(*running, EXACT)
     with torch.no_grad():
         assert_close([fast.eval()(x[0].float().to(DEVICE))], [plain.eval()(x[0])], EXACT)
 
 
 @in_interpreter
-def test_the_worked_episode_is_pytorchs(kernels, monkeypatch):
-    """tests/golden: eight updates, the query loss, the meta-learner's gradients. Large tiles save
-    time.
-    """
+@pytest.mark.slow
+def test_golden_episode_matches_pytorch(kernels, monkeypatch):
+    """Eight updates, the query loss, the meta-learner's gradients. Large tiles save time."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "core")
+    import test_golden
+
     monkeypatch.setattr(blocks, "ROWS", 2048)
     monkeypatch.setattr(meta, "TILE", 4096)
     test_golden.one_episode(0, *test_golden.golden_setup("fast", torch.float32), close=1e-5)
@@ -178,65 +163,59 @@ def test_the_worked_episode_is_pytorchs(kernels, monkeypatch):
 
 @on_both
 @pytest.mark.parametrize("size", [(7, 10), (1, 3), (2, 2)])
-@pytest.mark.parametrize("n_channels", [3, 32])
-def test_convolutions_are_pytorchs(n_channels, size, monkeypatch):
-    """Output and both gradients, against float64; with few programs each works on several tiles."""
-    monkeypatch.setattr(convolution, "PARTS_OF_FILTERS", 2)
-    x, weight = (
-        channels_last(3, n_channels, *size),
-        torch.randn(32, n_channels, 3, 3, device=DEVICE),
-    )
-    share = torch.randn(3, 32, *size, device=DEVICE)
+@pytest.mark.parametrize("channels", [3, 32])
+def test_convolution_matches_pytorch(channels, size, monkeypatch):
+    """Output and both gradients, in float64; with few programs each works on several tiles."""
+    monkeypatch.setattr(convolution, "MAX_PARTS", 2)
+    weight = torch.randn(32, channels, 3, 3, device=DEVICE)
+    x, grad_out = channels_last(3, channels, *size), torch.randn(3, 32, *size, device=DEVICE)
 
-    def found(convolve, dtype, of_weight):
-        given = [x.detach().to(dtype), weight.detach().to(of_weight)]
-        wanted = [t.requires_grad_() for t in given[n_channels == 3 :]]  # images want no gradient
-        out = convolve(*given)
-        return out.detach(), *torch.autograd.grad(out, wanted, share.to(dtype))
+    def run(convolve, dtype, weight_dtype):
+        inputs = [x.detach().to(dtype), weight.detach().to(weight_dtype)]
+        learned = [t.requires_grad_() for t in inputs[channels == 3 :]]  # images need no gradient
+        out = convolve(*inputs)
+        return out.detach(), *torch.autograd.grad(out, learned, grad_out.to(dtype))
 
-    theirs = found(lambda x, weight: F.conv2d(x, weight, padding=1), torch.float64, torch.float64)
-    assert_close(
-        found(convolution.Convolution.apply, torch.float32, torch.float32),
-        theirs,
-        2e-6 if INTERPRETED else 1e-5,
-    )
-    if INTERPRETED:  # which cannot multiply matrices of bfloat16
-        return
-    half = found(convolution.Convolution.apply, torch.bfloat16, torch.float32)
-    assert [t.dtype for t in half[:-1]] == [torch.bfloat16] * (len(half) - 1)
-    assert_close(half, theirs, 3e-2)
+    expected = run(lambda x, w: F.conv2d(x, w, padding=1), torch.float64, torch.float64)
+    kernel, close = convolution.Convolution.apply, 2e-6 if INTERPRETED else 1e-5
+    assert_close(run(kernel, torch.float32, torch.float32), expected, close)
+    if not INTERPRETED:  # the interpreter cannot multiply matrices of bfloat16
+        half = run(kernel, torch.bfloat16, torch.float32)
+        assert {t.dtype for t in half[:-1]} == {torch.bfloat16}
+        assert_close(half, expected, 3e-2)
 
 
 @on_both
-def test_a_convolution_passes_on_what_is_not_finite():
+def test_nonfinite_convolution_matches_pytorch():
     x, weight = channels_last(2, 32, 5, 6), torch.randn(32, 32, 3, 3, device=DEVICE)
     x[0, 3, 1, 2], x[1, 4, 0, 0] = float("nan"), float("inf")
-    assert torch.equal(
-        convolution.Convolution.apply(x, weight).isfinite(),
-        F.conv2d(x, weight, padding=1).isfinite(),
-    )
+    out, expected = convolution.Convolution.apply(x, weight), F.conv2d(x, weight, padding=1)
+    assert torch.equal(out.isfinite(), expected.isfinite())
 
 
-def channels_last(*shape):
-    return torch.randn(shape, device=DEVICE).contiguous(memory_format=torch.channels_last)
-
-
-def after_convolution(function, y, others, dtype):
-    """Output, running statistics and gradients of what comes between a convolution and the next
-    one.
-    """
+def norm_pool_relu(function, y, others, dtype):
+    """Output, running statistics and gradients of what follows a convolution."""
     y, gamma, beta, mean, var = (t.detach().to(dtype).clone() for t in (y, *others))
-    given = [t.requires_grad_() for t in (y, gamma, beta)]
-    out = function(*given, torch.zeros_like(gamma), mean, var, 0.9, 1e-3)
+    learned = [t.requires_grad_() for t in (y, gamma, beta)]
+    out = function(*learned, torch.zeros_like(gamma), mean, var, 0.9, 1e-3)
     weight = torch.linspace(1, 2, out.numel(), device=DEVICE, dtype=dtype).view(out.shape)
-    return out.detach(), mean, var, *torch.autograd.grad((out * weight).sum(), given)
+    return out.detach(), mean, var, *torch.autograd.grad((out * weight).sum(), learned)
 
 
-def in_pytorch(y, gamma, beta, bias, mean, var, momentum, eps):
+def eager(y, gamma, beta, bias, mean, var, momentum, eps):
     return F.max_pool2d(F.relu(F.batch_norm(y, mean, var, gamma, beta, True, momentum, eps)), 2)
 
 
-def normalisation():
+def compare_norm(y, close=1e-5):
+    """The kernels in float32 against PyTorch in float64; returns the latter's results."""
+    others = norm_args()
+    results = norm_pool_relu(blocks.NormPoolReLU.apply, y, others, torch.float32)
+    expected = norm_pool_relu(eager, y, others, torch.float64)
+    assert_close(results, expected, close)
+    return expected
+
+
+def norm_args():
     """gamma > 0, beta, running mean and variance."""
     gamma, beta, mean, var = torch.rand(4, 32, device=DEVICE)
     return gamma + 0.1, -beta, mean, var
@@ -244,210 +223,113 @@ def normalisation():
 
 @on_both
 @pytest.mark.parametrize("size", [(2, 2), (3, 2), (7, 10)])
-def test_ties_are_pytorchs(size):
-    """Whole numbers: the first of the largest takes the gradient, but none where ReLU closes. At
-    the edge an odd size leaves pixels that only the statistics see.
+def test_tied_maxima_matches_pytorch(size):
+    """Integers: the first of the largest takes the gradient, but none where ReLU closes. Pixels
+    beyond an odd size's last window only count in the statistics.
     """
-    y, others = channels_last(4, 32, *size).mul(1.5).round(), normalisation()
-    found, expected = (
-        after_convolution(f, y, others, d)
-        for f, d in ((blocks.NormPoolReLU.apply, torch.float32), (in_pytorch, torch.float64))
-    )
-    assert 0.1 < (expected[0] == 0).float().mean() < 0.9
-    assert_close(found, expected)
+    out = compare_norm(channels_last(4, 32, *size).mul(1.5).round())[0]
+    assert 0.1 < (out == 0).float().mean() < 0.9
 
 
 @on_both
-def test_statistics_far_from_zero_are_pytorchs():
-    """Where a mean of squares loses all digits of the variance."""
-    y, others = channels_last(4, 32, 9, 8) + 3000, normalisation()
-    ours = after_convolution(blocks.NormPoolReLU.apply, y, others, torch.float32)
-    theirs = after_convolution(in_pytorch, y, others, torch.float64)
-    assert_close(ours, theirs, 1e-3)  # float32 rounds the mean itself, too
+def test_statistics_far_from_zero_matches_pytorch():
+    """Where a mean of squares loses all digits of the variance; float32 rounds the mean, too."""
+    compare_norm(channels_last(4, 32, 9, 8) + 3000, 1e-3)
 
 
 @on_both
-def test_numbers_that_are_not_finite_are_pytorchs(monkeypatch):
-    """They reach the output as in PyTorch: the update is then skipped."""
+@pytest.mark.parametrize("block", ["eval_block", "train_block"])
+def test_nonfinite_block_matches_pytorch(monkeypatch, block):
+    """NaN reaches the output as in PyTorch: the update is then skipped."""
     conv, norm = torch.nn.Conv2d(32, 32, 3, device=DEVICE), torch.nn.BatchNorm2d(32, device=DEVICE)
     y = channels_last(2, 32, 5, 6)
     y[0, 3, 1, 2], y[1, 4, 0, 0], y[1, 5, 1, 1] = float("nan"), float("inf"), float("-inf")
     monkeypatch.setattr(blocks, "_convolved", lambda y, conv: y)
     monkeypatch.setattr(learner.F, "conv2d", lambda y, *args, **kwargs: y)
     torch.nn.init.zeros_(conv.bias)
-    for kernel, code in (
-        (blocks.eval_block, learner._eval_block),
-        (blocks.train_block, learner._train_block),
-    ):
-        ours, theirs = (function(y, conv, norm) for function in (kernel, code))
-        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
-        assert theirs.isnan().any()
+    kernel, code = getattr(blocks, block), getattr(learner, f"_{block}")
+    result, expected = kernel(y, conv, norm), code(y, conv, norm)
+    assert torch.allclose(result, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert expected.isnan().any()
 
 
 @on_both
-def test_blocks_in_bfloat16_are_pytorchs():
-    """Numbers of eight bits, of which no two of a window are near: a rounding moves no maximum. The
-    interpreter rounds towards zero where a GPU rounds to the nearest number.
+def test_bfloat16_block_matches_pytorch():
+    """Numbers of eight bits, far apart in each window: a rounding moves no maximum. (The
+    interpreter rounds towards zero, a GPU to nearest.)
     """
-    windows = (
-        torch.stack([torch.randperm(4) for _ in range(4 * 32 * 3 * 4)])
-        .view(4, 32, 3, 4, 2, 2)
-        .permute(0, 1, 2, 4, 3, 5)
-    )
-    y = (
-        windows.reshape(4, 32, 6, 8)
-        .to(DEVICE)
-        .float()
-        .contiguous(memory_format=torch.channels_last)
-    )
+    windows = torch.stack([torch.randperm(4) for _ in range(4 * 32 * 3 * 4)])
+    y = windows.view(4, 32, 3, 4, 2, 2).permute(0, 1, 2, 4, 3, 5).reshape(4, 32, 6, 8)
+    y = y.to(DEVICE).float().contiguous(memory_format=torch.channels_last)
     y[:, :, ::2] += torch.arange(4, device=DEVICE).repeat_interleave(2)
-    others = normalisation()
+    others = norm_args()
     half = [y.bfloat16().requires_grad_(), *(t.clone().requires_grad_() for t in others[:2])]
     mean, var = (t.clone() for t in others[2:])
     out = blocks.NormPoolReLU.apply(*half, torch.zeros_like(mean), mean, var, 0.9, 1e-3)
     weight = torch.linspace(1, 2, out.numel(), device=DEVICE).view(out.shape).bfloat16()
-    found = out, mean, var, *torch.autograd.grad(out, half, weight)
-    assert [t.dtype for t in found] == [
-        torch.bfloat16,
-        torch.float32,
-        torch.float32,
-        torch.bfloat16,
-        torch.float32,
-        torch.float32,
-    ]
-    expected = after_convolution(in_pytorch, y, others, torch.float64)
-    assert_close(found[1:3], expected[1:3])
-    assert_close(found, expected, 0.01)
+    results = out, mean, var, *torch.autograd.grad(out, half, weight)
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert [t.dtype for t in results] == [bf16, fp32, fp32, bf16, fp32, fp32]
+    expected = norm_pool_relu(eager, y, others, torch.float64)
+    assert_close(results[1:3], expected[1:3])
+    assert_close(results, expected, 0.01)
 
 
-def test_the_blocks_check_compares_results_statistics_and_gradients():
-    conv, norm = torch.nn.Conv2d(3, 32, 3, padding=1), torch.nn.BatchNorm2d(32)
-    x, before = torch.randn(4, 3, 8, 8), norm.running_mean.clone()
+# ---- Which implementation runs ----
 
-    def no_gradient(x, conv, norm):
-        out = learner._train_block(x, conv, norm)
-        return out.detach() + 0 * out
 
-    def no_statistics(x, conv, norm):
-        kept = norm.running_var.clone()
-        out = learner._train_block(x, conv, norm)
-        norm.running_var.copy_(kept)
-        return out
+def block_args(channels, n_filters=32, size=8):
+    conv = torch.nn.Conv2d(channels, n_filters, 3, padding=1)
+    return torch.randn(4, channels, size, size), conv, torch.nn.BatchNorm2d(n_filters)
 
-    def only_even_sizes(x, conv, norm):
-        return learner._train_block(x, conv, norm) * (1 + x.shape[3] % 2)
 
-    wrong = [no_gradient, no_statistics, only_even_sizes]
-    for way, agrees in ((learner._train_block, True), *((way, False) for way in wrong)):
-        tried = lambda function: learner._tried(function, x, conv, norm)  # noqa: E731
-        assert gpu._agrees(way, learner._train_block, 1e-3, tried) == agrees
+def no_gradient(x, conv, norm):
+    out = learner._train_block(x, conv, norm)
+    return out.detach() + 0 * out
+
+
+def no_statistics(x, conv, norm):
+    var = norm.running_var.clone()
+    out = learner._train_block(x, conv, norm)
+    norm.running_var.copy_(var)
+    return out
+
+
+def only_even_sizes(x, conv, norm):
+    return learner._train_block(x, conv, norm) * (1 + x.shape[3] % 2)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "agrees"),
+    [
+        (learner._train_block, True),
+        (no_gradient, False),
+        (no_statistics, False),
+        (only_even_sizes, False),
+    ],
+)
+def test_block_check_compares_everything(kernel, agrees):
+    """Outputs of even and odd sizes, statistics and gradients; it leaves no trace."""
+    x, conv, norm = block_args(3)
+    before = norm.running_mean.clone()
+    results = lambda function: learner._results(function, x, conv, norm)  # noqa: E731
+    assert gpu._agrees(kernel, learner._train_block, 1e-3, results) == agrees
     assert torch.equal(norm.running_mean, before)
     assert conv.weight.grad is None
 
 
-def test_blocks_go_to_the_kernels_where_they_work(kernels, monkeypatch):
-    """Not with another number of filters, and not to the one for testing where a gradient is
-    wanted.
-    """
-    for name in ("train_block", "eval_block"):
-        monkeypatch.setattr(blocks, name, lambda x, conv, norm, name=name: used.append(name) or x)
-    for n_filters, expected in ((32, ["train_block", "eval_block"]), (16, [])):
-        used = []
-        block = torch.nn.Conv2d(3, n_filters, 3, padding=1), torch.nn.BatchNorm2d(n_filters)
-        x = torch.randn(2, 3, 4, 4)
-        learner.train_block(x, *block)
-        learner.eval_block(x, *block)
-        with torch.no_grad():
-            learner.eval_block(x, *block)
-        assert used == expected
+def test_meta_learner_check_compares_everything():
+    """A wrong gradient shows."""
+    metalearner, eager = FastMetaLearner(4, 5, 40), FastMetaLearner._in_pytorch
+    args = torch.tensor(1.3), torch.randn(40, 1), MetaLearner.initial_state(metalearner)
 
+    def wrong(self, *args):
+        state = eager(self, *args)
+        return state._replace(c=state.c.detach() + 2 * (state.c - state.c.detach()))
 
-COLOUR = (
-    {"x": "*fp32", "factors": "*fp32", "order": "*i64", "out": "*fp32", "n_pixels": "i32"},
-    {"BLOCK": colour.BLOCK},
-    {"num_warps": colour.WARPS},
-)
-
-
-def of_update(function):
-    names = dict.fromkeys(function.arg_names, "*fp32") | {
-        n: "i32" for n in ("P", "PER", "N") if n in function.arg_names
-    }
-    more = meta.BACKWARD if function is meta._meta_backward else {}
-    return names, {"H": 20, "W": 32, "TILE": meta.TILE}, {"num_warps": meta.WARPS, **more}
-
-
-def of_block(function, number, **constants):
-    """Its images hold numbers of this type."""
-    types = dict.fromkeys(("y", "grad", "out", "d_y"), f"*{number}") | dict.fromkeys(
-        ("momentum", "eps"), "fp32"
-    )
-    types |= dict.fromkeys(("P", "PER_OF_P", "N", "PER", "H", "W"), "i32")
-    rows = blocks.ROWS * (4 if function is blocks._moments else 1)
-    constants |= {"C": 32, "ROWS": rows, "PARTS": blocks.PARTS}
-    return (
-        {name: types.get(name, "*fp32") for name in function.arg_names},
-        constants,
-        {"num_warps": blocks.WARPS},
-    )
-
-
-def of_convolution(function, number, channels, **constants):
-    types = dict.fromkeys(("x", "y", "grad"), f"*{number}") | dict.fromkeys(
-        ("P", "PER", "H", "W"), "i32"
-    )
-    how = {"ROWS": convolution.ROWS, "num_warps": convolution.WARPS}
-    if function is convolution._filters_backward:
-        how = dict(convolution.OF_FILTERS[channels])
-    constants |= {"C": channels, "ROWS": how.pop("ROWS"), "PRECISION": convolution.PRECISION}
-    return {name: types.get(name, "*fp32") for name in function.arg_names}, constants, how
-
-
-KERNELS = {"colour": (colour._colour, COLOUR)}
-KERNELS |= {
-    function.__name__: (function, of_update(function))
-    for function in (meta._meta_forward, meta._meta_backward)
-}
-for number in ("fp32", "bf16"):
-    for function in (blocks._moments, blocks._block_sums, blocks._block_backward):
-        KERNELS[f"{function.__name__} {number}"] = function, of_block(function, number)
-    for train in (True, False):
-        how = of_block(blocks._block_forward, number, TRAIN=train)
-        KERNELS[f"_block_forward {number} {train}"] = blocks._block_forward, how
-    for channels, back in ((3, False), (32, False), (32, True)):
-        how = of_convolution(convolution._convolve, number, channels, BACK=back)
-        KERNELS[f"_convolve {number} {channels} {back}"] = convolution._convolve, how
-    for channels in convolution.OF_FILTERS:
-        how = of_convolution(convolution._filters_backward, number, channels)
-        KERNELS[f"_filters_backward {number} {channels}"] = convolution._filters_backward, how
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_kernels_compile(kernel, capability, tmp_path):
-    """Down to machine code, for an A100 and an H100, whose registers suffice: hardly anything is
-    spilled to memory.
-    """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    function, (signature, constants, options) = KERNELS[kernel]
-    signature |= dict.fromkeys(constants, "constexpr")
-    aligned = {
-        (k,): [["tt.divisibility", 16]]
-        for k, kind in enumerate(signature.values())
-        if kind[0] == "*"
-    }
-    source = ASTSource(function, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.is_file():
-        pytest.skip(f"{tool} is not here")
-    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
-    command = [str(tool), "--dump-resource-usage", str(tmp_path / "kernel.cubin")]
-    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    assert int(re.search(r" STACK:(\d+) ", found)[1]) <= 8
+    for kernel, agrees in ((eager, True), (wrong, False)):
+        results = lambda function: metalearner._two_updates(function, *args)  # noqa: E731
+        assert gpu._agrees(kernel, eager, 1e-3, results) == agrees
 
 
 class OnGPU(torch.Tensor):
@@ -456,9 +338,15 @@ class OnGPU(torch.Tensor):
     is_cuda = True
 
 
-def test_a_kernel_that_fails_or_differs_is_left_out(capsys, monkeypatch):
+@pytest.fixture
+def unchecked(monkeypatch):
+    """No kernel has been checked yet; the CPU's kernels are absent."""
     monkeypatch.setattr(gpu, "_works", {})
-    calls = []
+    monkeypatch.setattr(native, "library", lambda: SimpleNamespace(functions={}))
+
+
+def test_failing_and_wrong_kernels_are_left_out(capsys, unchecked):
+    calls, x = [], torch.ones(3).as_subclass(OnGPU)
 
     def good(x):
         calls.append("good")
@@ -472,68 +360,185 @@ def test_a_kernel_that_fails_or_differs_is_left_out(capsys, monkeypatch):
         calls.append("broken")
         raise SystemError("no compiler\nmore")
 
-    def code(x):
-        return x.clone()
-
-    x = torch.ones(3).as_subclass(OnGPU)
-    for kernel, expected in ((good, 1e-3), (bad, 0), (broken, 0)):
+    for kernel, expected in ((good, True), (bad, False), (broken, False)):
         for _ in range(3):
-            assert torch.equal(gpu.replaced(kernel, code, 0.01, x), x + expected)
-    assert calls == ["good"] * 4 + ["bad", "broken"]
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2
-    assert "kernel bad" in said[0]
-    assert "differs" in said[0]
-    assert said[1].endswith("SystemError: no compiler")
-    calls.clear()
-    gpu.replaced(good, code, 0.01, torch.ones(3))
-    assert not calls
+            assert gpu.works(kernel, torch.clone, 0.01, x, lambda f: [f(x)]) == expected
+    assert calls == ["good", "bad", "broken"]
+    wrong, failing = capsys.readouterr().out.splitlines()
+    assert "kernel bad" in wrong
+    assert "differs" in wrong
+    assert failing.endswith("SystemError: no compiler")
+    for other in (torch.ones(3), x.double()):
+        assert not gpu.works(good, torch.clone, 0.01, other, None)
 
 
-def test_the_meta_learners_check_compares_results_and_gradients():
-    """The two ways must not be mixed up, and a wrong gradient must show."""
-    metalearner = FastMetaLearner(4, 5, 40)
-    loss, grad = torch.tensor(1.3), torch.randn(40, 1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_number_of_channels_is_checked(monkeypatch, capsys, unchecked, dtype):
+    """A kernel that is right for 3 channels and wrong for 32 runs for 3 alone."""
+    checked = []
 
-    def wrong(self, *args):
-        state = FastMetaLearner._in_pytorch(self, *args)
-        return state._replace(c=state.c.detach() + 2 * (state.c - state.c.detach()))
+    def right_for_3(x, conv, norm):
+        checked.append(x.shape[1])
+        return learner._train_block(x, conv, norm) * (1 if x.shape[1] == 3 else 2)
 
-    args = (loss, grad, MetaLearner.initial_state(metalearner))
-    for way, agrees in ((FastMetaLearner._in_pytorch, True), (wrong, False)):
-        assert (
-            gpu._agrees(
-                way, FastMetaLearner._in_pytorch, 1e-3, lambda f: metalearner._two_updates(f, *args)
-            )
-            == agrees
-        )
+    monkeypatch.setattr(blocks, "train_block", right_for_3)
+    for channels in (3, 32, 3, 32):
+        x, conv, norm = block_args(channels)
+        conv.weight = torch.nn.Parameter(conv.weight.detach().as_subclass(OnGPU))
+        monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
+        function = learner._triton_or(learner._train_block, right_for_3, x.to(dtype), conv, norm)
+        assert (function is right_for_3) == (channels == 3)
+    assert checked == [3, 3, 32, 32]  # an even and an odd size each
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "right_for_3 (32 channels" in line
+    assert "differs" in line
+
+
+def test_blocks_run_the_kernels_that_work(kernels, monkeypatch):
+    """Not with other numbers of filters, and not ``eval_block`` where a gradient is needed."""
+    for name in ("train_block", "eval_block"):
+        monkeypatch.setattr(blocks, name, lambda x, conv, norm, name=name: used.append(name) or x)
+    monkeypatch.setattr(gpu, "works", lambda *_: True)
+    for n_filters, expected in ((32, ["train_block", "eval_block"]), (16, [])):
+        used, block = [], block_args(3, n_filters)
+        learner.train_block(*block)
+        learner.eval_block(*block)
+        with torch.no_grad():
+            learner.eval_block(*block)
+        assert used == expected
+
+
+def test_offsets_beyond_int32_are_left_to_pytorch(monkeypatch, unchecked):
+    """With 20 hidden units from about 100 million parameters on."""
+    monkeypatch.setattr(gpu, "works", lambda *_: True)
+    monkeypatch.setattr(meta.MetaStep, "apply", lambda *_: pytest.fail("the kernel ran"))
+    monkeypatch.setattr(colour, "colour", lambda *_: pytest.fail("the kernel ran"))
+    with torch.device("meta"):
+        n_params = 108_000_000
+        metalearner, grad = FastMetaLearner(4, 20, n_params), torch.empty(n_params, 1)
+        state = metalearner(torch.empty(()), grad, metalearner.initial_state())
+        assert state.c.shape == grad.shape
+        x, order = torch.empty(2, 3, 20000, 20000), torch.zeros(2, 4, dtype=torch.int64)
+        assert augment._adjust_colours(x, torch.empty(2, 4), order).shape == x.shape
+        filters = torch.empty(32, 32, 3, 3)
+        assert not blocks.handles_block(torch.empty(64, 32, 1024, 1024), filters)
+        assert blocks.handles_block(torch.empty(63, 32, 1024, 1024), filters)
+        assert meta.handles(torch.empty(100_000_000, 1), 20)
+        assert not meta.handles(torch.empty(10, 1), meta.LARGEST_HIDDEN + 1)
+
+
+def test_kernels_launch_on_the_tensors_device(monkeypatch):
+    """Whichever is the current one."""
+    current, launched = [0], []
+
+    class Device:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *args):
+            current.pop()
+
+    class Kernel:
+        def __getitem__(self, programs):
+            return lambda *args, **options: launched.append((current[-1], programs, args, options))
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    for index in (0, 1, None):
+        x = SimpleNamespace(is_cuda=index is not None, device=SimpleNamespace(index=index))
+        gpu.launch(Kernel(), (2,), x, 3, C=4)
+        assert launched.pop() == (index or 0, (2,), (x, 3), {"C": 4})
+
+
+# ---- Machine code ----
+
+
+def signature(function, constants, options, **types):
+    """(function, types, constants, options); ``types`` are by argument, *fp32 if not given."""
+    types |= dict.fromkeys(("P", "PER_OF_P", "N", "PER", "H", "W", "n_pixels"), "i32")
+    names = {name: types.get(name, "*fp32") for name in function.arg_names}
+    return function, names | dict.fromkeys(constants, "constexpr"), constants, options
+
+
+def of_block(function, number, **constants):
+    rows = blocks.ROWS * (4 if function is blocks._moments else 1)
+    constants |= {"C": 32, "ROWS": rows, "PARTS": blocks.PARTS}
+    types = dict.fromkeys(("y", "grad", "out", "d_y"), f"*{number}")
+    types |= {"momentum": "fp32", "eps": "fp32"}
+    return signature(function, constants, {"num_warps": blocks.WARPS}, **types)
+
+
+def of_convolution(function, number, channels, **constants):
+    options = {"ROWS": convolution.ROWS, "num_warps": convolution.WARPS}
+    if function is convolution._filters_backward:
+        options = dict(convolution.FILTERS_BACKWARD[channels])
+    constants |= {"C": channels, "ROWS": options.pop("ROWS"), "PRECISION": convolution.PRECISION}
+    types = dict.fromkeys(("x", "y", "grad"), f"*{number}")
+    return signature(function, constants, options, **types)
+
+
+COLOUR = {"BLOCK": colour.BLOCK}, {"num_warps": colour.WARPS}
+META = {"H": 20, "W": 32, "TILE": meta.TILE}, {"num_warps": meta.WARPS}
+KERNELS = {
+    "colour": signature(colour._colour, *COLOUR, order="*i64"),
+    "meta_forward": signature(meta._meta_forward, *META),
+    "meta_backward": signature(meta._meta_backward, META[0], META[1] | meta.BACKWARD),
+}
+for number in ("fp32", "bf16"):
+    for function in (blocks._moments, blocks._block_sums, blocks._block_backward):
+        KERNELS[f"{function.__name__} {number}"] = of_block(function, number)
+    for train in (True, False):
+        name = f"_block_forward {number} {train}"
+        KERNELS[name] = of_block(blocks._block_forward, number, TRAIN=train)
+    for channels, back in ((3, False), (32, False), (32, True)):
+        name = f"_convolve {number} {channels} {back}"
+        KERNELS[name] = of_convolution(convolution._convolve, number, channels, BACK=back)
+    for channels in convolution.FILTERS_BACKWARD:
+        name = f"_filters_backward {number} {channels}"
+        KERNELS[name] = of_convolution(convolution._filters_backward, number, channels)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_compile(kernel, capability, tmp_path):
+    """To machine code for an H100 and an A100, whose registers suffice: hardly any are spilled."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function, types, constants, options = KERNELS[kernel]
+    pointers = [k for k, kind in enumerate(types.values()) if kind[0] == "*"]
+    aligned = {(k,): [["tt.divisibility", 16]] for k in pointers}
+    source = ASTSource(function, signature=types, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.is_file():
+        pytest.skip(f"{tool} is not here")
+    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    command = [str(tool), "--dump-resource-usage", str(tmp_path / "kernel.cubin")]
+    usage = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert int(re.search(r" STACK:(\d+) ", usage)[1]) <= 8
+
+
+# ---- On a GPU ----
 
 
 @pytest.mark.gpu
-def test_kernels_work_on_this_gpu(monkeypatch, capsys):
+def test_all_kernels_work_on_this_gpu(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "_works", {})
-    x, factors, order = pictures(100, 84, "cuda")
-    found = augment._colour(x, factors, order)
-    assert torch.equal(found, augment._colour(x, factors, order))
+    args = colour_args(100, 84, "cuda")
+    assert torch.equal(augment._adjust_colours(*args), augment._adjust_colours(*args))
     metalearner = FastMetaLearner(4, 20, 1000).to("cuda")
-    metalearner(
-        torch.tensor(1.3, device="cuda"),
-        torch.randn(1000, 1, device="cuda"),
-        metalearner.initial_state(),
-    )
-    model, x, y = (
-        FastConv4(84, 1e-3, 0.9, 5).to("cuda").train(),
-        channels_last(25, 3, 84, 84),
-        torch.arange(25, device="cuda") % 5,
-    )
-    assert torch.equal(model.loss_and_grad(x, y)[1], model.loss_and_grad(x, y)[1])
-    with torch.no_grad():
-        model.eval()(x)
-    assert list(gpu._works.values()) == [True] * 4
-    gpu._works.clear()
-    model = FastConv4(84, 1e-3, 0.9, 5, conv_dtype=torch.bfloat16).to("cuda").train()
-    assert torch.equal(model.loss_and_grad(x, y)[1], model.loss_and_grad(x, y)[1])
-    with torch.no_grad():
-        model.eval()(x)
-    assert list(gpu._works.values()) == [True] * 2
+    step = torch.tensor(1.3, device="cuda"), torch.randn(1000, 1, device="cuda")
+    metalearner(*step, metalearner.initial_state())
+    x, y = channels_last(25, 3, 84, 84), torch.arange(25, device="cuda") % 5
+    for conv_dtype in (None, torch.bfloat16):
+        model = FastConv4(84, 1e-3, 0.9, 5, conv_dtype=conv_dtype).to("cuda").train()
+        assert torch.equal(model.loss_and_grad(x, y)[1], model.loss_and_grad(x, y)[1])
+        with torch.no_grad():
+            model.eval()(x)
+    assert list(gpu._works.values()) == [True] * (1 + 1 + 2 * 4)
     assert capsys.readouterr().out == ""

@@ -36,14 +36,12 @@ def test_small_images_are_kept_to_the_pixel(data):
         assert (split.image(k).transpose(1, 2, 0) == np.asarray(load_image(paths[k]))).all()
 
 
-def test_large_images_are_reduced_once(tmp_path):
-    folder = tmp_path / "train" / "a"
-    folder.mkdir(parents=True)
-    shutil.copy(
-        Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg", folder / "1.jpg"
-    )
+def test_large_images_are_downscaled_once(tmp_path):
+    path = tmp_path / "train" / "a" / "1.jpg"
+    path.parent.mkdir(parents=True)
+    shutil.copy(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg", path)
     split = build(tmp_path, image_size=84)
-    width, height = Image.open(folder / "1.jpg").size
+    width, height = Image.open(path).size
     assert min(width, height) > 168
     assert tuple(split.sizes[0][::-1]) == reduced_size(width, height, 84)
     assert split.sizes[0].min() == 168
@@ -77,17 +75,16 @@ def test_rebuilt_when_what_it_depends_on_changes(data, change):
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
 def test_damage_is_noticed_and_mended(data, name, damage):
     good = build(data).image(3).copy()
-    path = data / FOLDER / folders(data)[0] / name
-    content = bytearray(path.read_bytes())
-    if damage == "flip":
-        content[len(content) // 2] ^= 0xFF
-    path.unlink()
+    folder = data / FOLDER / folders(data)[0]
+    content = bytearray((folder / name).read_bytes())
+    middle = len(content) // 2
+    content[middle] ^= 0xFF if damage == "flip" else 0
+    (folder / name).unlink()
     if damage != "gone":
-        path.write_bytes(
-            {"flip": content, "cut": content[: len(content) // 2], "empty": b""}[damage]
-        )
+        damaged = {"flip": content, "cut": content[:middle], "empty": b""}
+        (folder / name).write_bytes(damaged[damage])
     assert (build(data).image(3) == good).all()
-    assert (DecodedSplit(data / FOLDER / folders(data)[0]).image(3) == good).all()
+    assert (DecodedSplit(folder).image(3) == good).all()
 
 
 def test_two_processes_at_once(data):
@@ -102,14 +99,14 @@ def test_two_processes_at_once(data):
     assert len(build(data).sizes) == 48
 
 
-def test_another_place(data, tmp_path):
+def test_cache_dir(data, tmp_path):
     build(data, cache_dir=tmp_path / "elsewhere")
     assert not (data / FOLDER).exists()
     assert len(list((tmp_path / "elsewhere").rglob("train-*"))) == 1
 
 
 @pytest.mark.parametrize("other", ["data2", "elsewhere/data", "é" * 120])
-def test_data_sets_that_share_a_place(data, tmp_path, monkeypatch, other):
+def test_data_sets_share_a_cache_dir(data, tmp_path, monkeypatch, other):
     """Neither removes what the other has decoded; each still removes what is stale of its own."""
     place, second = tmp_path / "caches", tmp_path / other
     shutil.copytree(data, second)
@@ -128,28 +125,27 @@ def test_data_sets_that_share_a_place(data, tmp_path, monkeypatch, other):
     assert len(list(place.rglob("train-*"))) == 2
 
 
-def test_a_place_that_cannot_be_written(data, tmp_path):
+def test_cache_dir_that_cannot_be_written(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be kept there .*--cache-dir"):
         build(data, cache_dir=tmp_path / "file" / "inside")
 
 
-def test_a_read_only_data_root(data, tmp_path):
+def test_read_only_data_root(data, tmp_path):
     data.chmod(0o555)
     try:
         if os.access(data, os.W_OK):
             pytest.skip("root may write anywhere")
-        with pytest.raises(
-            UserError, match=r"\.decoded: the decoded images cannot be kept there .*--cache-dir"
-        ) as caught:
+        message = r"\.decoded: the decoded images cannot be kept there .*--cache-dir"
+        with pytest.raises(UserError, match=message) as error:
             build(data)
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(error.value)
         assert len(build(data, cache_dir=tmp_path / "elsewhere").sizes) == 48
     finally:
         data.chmod(0o755)
 
 
-def test_a_broken_image_leaves_nothing_behind(data):
+def test_broken_image_leaves_nothing_behind(data):
     (data / "train" / "class 2" / "4.jpg").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"class 2/4\.jpg: not a readable image"):
         build(data)
@@ -159,44 +155,38 @@ def test_a_broken_image_leaves_nothing_behind(data):
 # ---- Episodes from decoded images ----
 
 
+SCALES = {"imagenet": (MEAN, STD), "unit": ((0.0,) * 3, (1.0,) * 3)}
+
+
 def grey_levels(x, pixels):
-    mean, std = (
-        torch.tensor(v).view(3, 1, 1)
-        for v in ((MEAN, STD) if pixels == "imagenet" else ((0.0,) * 3, (1.0,) * 3))
-    )
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in SCALES[pixels])
     return (x * std + mean) * 255
 
 
-# (what is drawn at random, the mean difference in grey levels that Pillow's rounding makes of it)
 @pytest.mark.parametrize(
-    ("split", "augment", "close"),
+    ("split", "augment", "mean_difference"),
     [("train", "port", 1.5), ("train", "none", 0.5), ("val", "port", 0.5), ("test", "none", 0.5)],
 )
 @pytest.mark.parametrize("pixels", ["imagenet", "unit"])
-def test_episodes_are_the_plain_ones_but_for_pillows_rounding(
-    master, split, augment, pixels, close
-):
-    plain, fast = (
-        DATASETS[way](scan_split(master, split), 719, 5, 2, 3, 4, 32, augment, 6, pixels, "pass")
-        for way in ("plain", "fast")
-    )
+def test_episodes_match_plain_ones(master, split, augment, pixels, mean_difference):
+    """But for Pillow's rounding, in grey levels."""
+    args = scan_split(master, split), 719, 5, 2, 3, 4, 32, augment, 6, pixels, "pass"
+    plain, fast = (DATASETS[way](*args) for way in ("plain", "fast"))
     assert plain.fingerprint == fast.fingerprint
     assert len(plain) == len(fast) == len(fast.first(6)) == 6
     differences = []
-    for theirs, ours in zip(
-        *(list(episodes(data, 0, 0, CPU, False)) for data in (plain, fast)), strict=True
+    for expected, episode in zip(
+        *(episodes(d, 0, 0, CPU, False) for d in (plain, fast)), strict=True
     ):
         for name in ("support", "query"):
-            x, y = getattr(theirs, name), getattr(ours, name)
-            assert x.shape == y.shape
+            x, y = getattr(expected, name), getattr(episode, name)
             assert x.dtype == y.dtype == torch.float32
-            differences.append(
-                (grey_levels(x, pixels) - grey_levels(y, pixels)).abs().mean((1, 2, 3))
-            )
+            x, y = grey_levels(x, pixels), grey_levels(y, pixels)
+            differences.append((x - y).abs().mean((1, 2, 3)))
         for name in ("support_y", "query_y", "order"):
-            x, y = getattr(theirs, name), getattr(ours, name)
+            x, y = getattr(expected, name), getattr(episode, name)
             assert torch.equal(x, y)
             assert x.dtype == y.dtype == torch.int64
     differences = torch.cat(differences)
-    assert differences.mean() < close
+    assert differences.mean() < mean_difference
     assert differences.max() < (4 if augment == "port" and split == "train" else 1)

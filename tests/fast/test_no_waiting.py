@@ -1,5 +1,5 @@
 """Nothing in a fast episode, nor in its assembly, makes the host wait for a GPU. Checked on a CPU,
-too.
+too: each operation passes a dispatcher that knows what synchronises.
 """
 
 import contextlib
@@ -15,10 +15,13 @@ from dataloader import scan_split
 from episode import Episode
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SYNCHRONISING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "allclose"}
+SYNCHRONISING |= {"masked_select", "bincount", "unique", "_unique", "_unique2", "unique_dim"}
+SYNCHRONISING |= {"unique_consecutive", "unique_dim_consecutive"}
 
 
-def _device(value):
-    return value.device if isinstance(value, torch.Tensor) else None
+def tensors(values):
+    return [t for t in values if isinstance(t, torch.Tensor)]
 
 
 class NoSynchronisation(TorchDispatchMode):
@@ -26,41 +29,21 @@ class NoSynchronisation(TorchDispatchMode):
     depend on data, copies from one device to another.
     """
 
-    NAMES = (
-        "_local_scalar_dense",
-        "item",
-        "is_nonzero",
-        "nonzero",
-        "equal",
-        "allclose",
-        "masked_select",
-        "bincount",
-    )
-    NAMES += (
-        "unique",
-        "_unique",
-        "_unique2",
-        "unique_dim",
-        "unique_consecutive",
-        "unique_dim_consecutive",
-    )
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
-        masked = name.startswith(("index", "_index")) and any(
-            isinstance(v, list | tuple)
-            and any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in v)
-            for v in args
-        )
-        counted = func._schema.name == "aten::repeat_interleave" and func._overloadname == "Tensor"
-        across = (
-            name == "_to_copy"
-            and torch.device(kwargs.get("device") or _device(args[0])).type != _device(args[0]).type
-        )
-        across |= name in ("copy_", "_copy_from") and _device(args[0]) != _device(args[1])
-        if name in self.NAMES or masked or counted or across:
-            raise AssertionError(f"{name} synchronises")
+        devices = [t.device for t in tensors(args)]
+        guilty = name in SYNCHRONISING
+        if name.startswith(("index", "_index")):  # by a mask
+            indices = [t for a in args if isinstance(a, list | tuple) for t in tensors(a)]
+            guilty |= any(t.dtype in (torch.bool, torch.uint8) for t in indices)
+        if name == "repeat_interleave":
+            guilty |= func._overloadname == "Tensor"
+        if name == "_to_copy":
+            guilty |= torch.device(kwargs.get("device") or devices[0]).type != devices[0].type
+        if name in ("copy_", "_copy_from"):
+            guilty |= devices[0] != devices[1]
+        assert not guilty, f"{name} synchronises"
         return func(*args, **kwargs)
 
 
@@ -73,9 +56,9 @@ def _guilty(name):
 
 @contextlib.contextmanager
 def no_synchronisation():
-    """The same, and what reads a CPU's tensor past the dispatcher."""
-    past = {name: _guilty(name) for name in ("tolist", "numpy", "cpu", "__array__")}
-    with mock.patch.multiple(torch.Tensor, **past), NoSynchronisation():
+    """The same, and what reads a CPU's tensor without the dispatcher."""
+    methods = {name: _guilty(name) for name in ("tolist", "numpy", "cpu", "__array__")}
+    with mock.patch.multiple(torch.Tensor, **methods), NoSynchronisation():
         yield
 
 
@@ -119,7 +102,7 @@ GUILTY = {
 }
 
 
-@pytest.mark.parametrize("guilty", GUILTY.values(), ids=GUILTY.keys())
+@pytest.mark.parametrize("guilty", GUILTY.values(), ids=GUILTY)
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_detector_detects(guilty, device):
     x = torch.randn(3, 3, device=device)
@@ -128,87 +111,74 @@ def test_the_detector_detects(guilty, device):
 
 
 @pytest.mark.parametrize("conv_dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize(("batch_size", "adapt"), [(25, "all"), (10, "all"), (10, "classifier")])
+@pytest.mark.parametrize("batch_size", [25, 10])
 @pytest.mark.parametrize("device", DEVICES)
-def test_nothing_in_an_episode_synchronises(master, batch_size, adapt, conv_dtype, device):
-    """Inner loop, backward pass, clipping, Adam, accuracy; the second episode finds Adam's state
-    there already.
-    """
-    how = {"conv_dtype": conv_dtype, "device": device, "batch_size": batch_size, "adapt": adapt}
-    fast, first = (Model("fast", 16, **how) for _ in range(2))
-    before = fast.meta.metalstm.cI.detach().clone()
-    batches = list(drawn(master, 16, 2, device=torch.device(device)))
-    first.train(batches[0])  # a GPU's kernels are checked at their first use
-    first.test(batches[0])
+def test_episodes_do_not_synchronise(master, batch_size, conv_dtype, device):
+    """Inner loop, backward pass, clipping, Adam, accuracy; the second episode has Adam's state."""
+    options = {"conv_dtype": conv_dtype, "device": device, "batch_size": batch_size}
+    model, first = (Model("fast", 16, **options) for _ in range(2))
+    before = model.meta.metalstm.cI.detach().clone()
+    batch = list(drawn(master, 16, 2, device=torch.device(device)))
+    first.train(batch[0])  # checks a GPU's kernels
+    first.test(batch[0])
     with no_synchronisation():
-        for episode in batches:
-            fast.train(episode)
-            fast.test(episode)
-    assert not torch.equal(before, fast.meta.metalstm.cI)
+        for episode in batch:
+            model.train(episode)
+            model.test(episode)
+    assert not torch.equal(before, model.meta.metalstm.cI)
 
 
 class Copies(NoSynchronisation):
-    """Copies from one device to another are allowed, but none that waits."""
+    """Allows and counts copies to another device that do not wait."""
 
-    def __init__(self):
-        super().__init__()
-        self.n = 0
+    n = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if (
-            func._schema.name == "aten::_to_copy"
-            and kwargs.get("device", args[0].device) != args[0].device
-        ):
+        target = (kwargs or {}).get("device")
+        if func._schema.name == "aten::_to_copy" and target not in (None, args[0].device):
             assert kwargs.get("non_blocking"), "a copy that waits"
             self.n += 1
             return func(*args, **kwargs)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
+def dataset(master, split, n_shot=2):
+    return DATASETS["fast"](scan_split(master, split), 719, 5, 5, 3, n_shot, 32, "port", 2)
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_an_episode_is_assembled_without_waiting_for_the_gpu(master, split):
-    """On PyTorch's meta device, which takes a GPU's way; the host then runs ahead and the GPU never
-    idles.
-    """
-    dataset = DATASETS["fast"](scan_split(master, split), 719, 5, 5, 3, 2, 32, "port", 2)
-    images = [dataset.draw(index) for index in range(2)]
-    dataset.assemble(images[0], torch.device("meta"))  # constants stay on the device
+def test_assembling_an_episode_does_not_wait(master, split):
+    """On the meta device, which takes the GPU's path: one copy, without a wait."""
+    data = dataset(master, split)
+    episodes = [data.draw(index) for index in range(2)]
+    data.assemble(episodes[0], torch.device("meta"))  # makes constants
     with Copies() as copies:
-        episode = dataset.assemble(images[1], torch.device("meta"))
+        episode = data.assemble(episodes[1], torch.device("meta"))
     assert copies.n == 1
     assert episode.query.device.type == "meta"
     assert episode.query.shape == (15, 3, 32, 32)
 
 
 class Operations(TorchDispatchMode):
-    """Lists the operations and the types of the tensors in their lists."""
+    """Lists the operations and the dtypes in their lists of tensors."""
 
     def __init__(self):
         super().__init__()
-        self.names, self.types = [], []
+        self.names, self.dtypes = [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(func._schema.name.removeprefix("aten::"))
-        self.types.append(
-            {
-                t.dtype
-                for a in args
-                if isinstance(a, list | tuple)
-                for t in a
-                if isinstance(t, torch.Tensor)
-            }
-        )
+        lists = [tensors(a) for a in args if isinstance(a, list | tuple)]
+        self.dtypes.append({t.dtype for of_list in lists for t in of_list})
         return func(*args, **(kwargs or {}))
 
 
-def test_running_statistics_and_idle_gradients_take_few_launches():
-    """A list of one type is one launch on a GPU, one of two types is a launch for each tensor."""
+def test_statistics_and_zero_gradients_take_few_launches():
+    """On a GPU a list of one dtype is one launch, a list of two is a launch for each tensor."""
     one, other = (LEARNERS["fast"](16, 1e-3, 0.95, 5).to("meta").train() for _ in range(2))
     with Operations() as copying:
         one.copy_buffers(other)
-    assert copying.names == ["_foreach_copy_"]
-    assert copying.types == [{torch.float32}]
+    assert (copying.names, copying.dtypes) == (["_foreach_copy_"], [{torch.float32}])
     with Operations() as resetting:
         one.reset_batch_stats()
     assert resetting.names == ["_foreach_zero_", "_foreach_add_"]
@@ -217,39 +187,24 @@ def test_running_statistics_and_idle_gradients_take_few_launches():
     assert update.names.count("zeros") + update.names.count("zeros_like") <= 1
 
 
-def test_a_gpu_augments_on_a_stream_of_its_own(master):
-    """So that it can work on two episodes at once; the training waits for the images, and their
-    memory for the training.
-    """
-    dataset = DATASETS["fast"](scan_split(master, "train"), 719, 5, 5, 3, 2, 32, "port", 1)
-    done, current, own = [], mock.Mock(), mock.Mock()
-    current.wait_stream = lambda stream: done.append(("wait", stream))
-    episode = Episode(
-        *(
-            mock.Mock(record_stream=lambda stream: done.append(("record", stream)))
-            for _ in Episode._fields
-        )
-    )
+def test_gpu_augments_on_its_own_stream(master):
+    """The training stream waits for the images, and their memory for the training stream."""
+    data, log = dataset(master, "train"), []
+    current, own = mock.Mock(wait_stream=lambda stream: log.append(("wait", stream))), mock.Mock()
+    record = mock.Mock(record_stream=lambda stream: log.append(("record", stream)))
+    episode = Episode(*[record] * len(Episode._fields))
 
     @contextlib.contextmanager
-    def on(stream):
-        done.append(("on", stream))
+    def use_stream(stream):
+        log.append(("on", stream))
         yield
-        done.append(("off", stream))
+        log.append(("off", stream))
 
-    with (
-        mock.patch.multiple(
-            torch.cuda, Stream=lambda: own, current_stream=lambda: current, stream=on
-        ),
-        mock.patch.object(
-            dataset, "assemble", side_effect=lambda *_: done.append("assemble") or episode
-        ),
-    ):
-        assert dataset.deliver(dataset.draw(0), torch.device("cuda")) is episode
-    assert done == [
-        ("on", own),
-        "assemble",
-        ("off", own),
-        ("wait", own),
-        *[("record", current)] * 5,
-    ]
+    cuda = {"Stream": lambda: own, "current_stream": lambda: current, "stream": use_stream}
+    assemble = mock.patch.object(
+        data, "assemble", side_effect=lambda *_: log.append("assemble") or episode
+    )
+    with mock.patch.multiple(torch.cuda, **cuda), assemble:
+        assert data.deliver(data.draw(0), torch.device("cuda")) is episode
+    streams = [("on", own), "assemble", ("off", own), ("wait", own)]
+    assert log == streams + [("record", current)] * len(episode)
