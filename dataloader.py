@@ -11,13 +11,11 @@ higher samplers may change between NumPy releases.
 from __future__ import annotations
 
 import copy
-import filecmp
 import hashlib
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,42 +141,21 @@ def stats_of(files: list[Path]) -> list[os.stat_result]:
         raise UserError(f"{e.filename}: cannot be read ({e.strerror}); remove or replace it") from e
 
 
-def check_apart(train: Split, val: Split) -> str | None:
-    """Check that no class is both trained and validated on, and look for images that are: same
-    name, size and bytes.
-
-    Returns:
-        A note that names such an image, or None. Of the images with the same name and size 1000 are
-        compared.
+def check_splits(root: Path) -> None:
+    """Check that no two splits of a data set share a class, by its folder's name.
 
     Raises:
-        UserError: a class is in both; it is named.
+        UserError: a class is in two splits; it is named.
     """
-    for name in sorted(set(train.classes) & set(val.classes)):
-        raise UserError(
-            f"{train.root}: train/ and val/ both hold a class named {name}, but validation needs classes that training does "
-            "not see; keep it in one of them (or rename one, if they are different classes)"
-        )
-    ours, theirs = (
-        [path for of_class in split.files for path in of_class] for split in (val, train)
-    )
-    common = {path.name for path in ours} & {path.name for path in theirs}
-    by_look: dict[tuple[str, int], list[Path]] = {}
-    for path in theirs:
-        if path.name in common and path.is_file():
-            by_look.setdefault((path.name, path.stat().st_size), []).append(path)
-    alike = (
-        (a, b)
-        for a in ours
-        if a.name in common and a.is_file()
-        for b in by_look.get((a.name, a.stat().st_size), [])
-    )
-    for a, b in islice(alike, 1000):
-        if filecmp.cmp(a, b, shallow=False):
-            return (
-                f"note: {a} is also {b}: validation on images that training has seen says too much"
-            )
-    return None
+    seen: dict[str, str] = {}
+    for split in SPLITS:
+        for entry in _visible(root / split) if (root / split).is_dir() else ():
+            other = seen.setdefault(entry.name, split)
+            if other != split:
+                raise UserError(
+                    f"{root}: {other}/ and {split}/ both hold a class named {entry.name}, but each "
+                    "class belongs to one split; remove one, or rename it if they differ"
+                )
 
 
 def load_image(path: Path) -> Image.Image:

@@ -1,34 +1,24 @@
-"""Checkpoints: written whole, read without executing anything that they contain, and checked before
-use.
-"""
+"""Checkpoints: written whole, read without executing their content, and checked before use."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
-from engine.flags import check_stored
-from learner import MIN_IMAGE_SIZE
-from metalearner import MetaLearner
+from engine.distributed import SINGLE_PROCESS, Ranks
+from engine.flags import check_hyper_parameters, resolve, run_folder
+from engine.state import TrainingState
 from utils import UserError, atomic_write
 
-# in checkpoints from before these flags
-OLDER = {
-    "bn_scale": "one",
-    "meta_batch": 1,
-    "lr_decay": 0.0,
-    "grad_divisor": 0,
-    "adapt": "all",
-    "bn_shift": 0.0,
-}
-RETIRED = {
-    "fresh_stats": False,
-    "filter_scale": 1.0,
-}  # flags of some days in 2026, at the values that are understood
+if TYPE_CHECKING:
+    from engine.model import Model
+
+BEST, LAST = "meta-learner-best.pth.tar", "meta-learner-last.pth.tar"
 
 
 def save(content: dict, *paths: Path) -> None:
@@ -41,21 +31,34 @@ def save(content: dict, *paths: Path) -> None:
                 raise OSError(None, str(e).splitlines()[0]) from e
 
 
-def held(folder: Path, *names: str) -> Path | None:
-    """The first of the checkpoints that a run's folder holds."""
-    return next(
-        (path for path in (folder / "ckpts" / name for name in names) if path.is_file()), None
-    )
+def find_checkpoint(folder: Path, *names: str) -> Path | None:
+    """The first of the checkpoints that a run's folder holds, exported ones included."""
+    paths = [folder / "ckpts" / name for name in names] + [folder / "meta-learner.pth.tar"]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def resolve_checkpoint(named: str, seed: int, *names: str, flag: str = "--resume") -> str:
+    """The checkpoint that ``--resume`` or ``--init-from`` names: a file, or a run folder, which may
+    be named without its seed and gives the first of ``names`` that it holds.
+
+    Raises:
+        UserError: there is none.
+    """
+    places = [Path(place) for place in (named, f"{named}-{seed}") if Path(place).exists()]
+    if not places:
+        raise UserError(f"{flag} {named}: there is neither {named} nor {named}-{seed}")
+    return str(find_checkpoint(places[0], *names) or places[0])
 
 
 def load(path: Path, flag: str = "--resume") -> dict:
-    """Read a checkpoint of this project or of the older port.
+    """Read a checkpoint of this project or of the port.
 
     Args:
-        flag: which names it, for errors.
+        flag: that names it, for errors.
 
     Returns:
-        A dict with at least ``episode`` (int) and ``metalearner`` (a state dict of CPU tensors).
+        A dict with at least ``episode`` (int) and ``metalearner`` or, of a pre-training,
+        ``network`` (a state dict of CPU tensors).
 
     Raises:
         UserError: there is no such file, or its content is not what training writes.
@@ -69,137 +72,79 @@ def load(path: Path, flag: str = "--resume") -> dict:
                     raise ValueError("its bytes have changed")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # damaged or foreign bytes raise nearly anything
-        raise UserError(
-            f"{path}: not a checkpoint ({type(e).__name__}); give {flag} a file written by training"
-        ) from e
+        why = f"not a checkpoint ({type(e).__name__})"
+        raise UserError(f"{path}: {why}; give {flag} a file written by training") from e
     try:
-        wrong = _wrong(content)
-    except (
-        AttributeError,
-        IndexError,
-        KeyError,
-        TypeError,
-        ValueError,
-    ):  # some part is missing or of another type
-        wrong = "its run state is not what training writes"
-    if wrong:
-        raise UserError(f"{path}: {wrong}; take another checkpoint")
-    stored = {
-        k: v
-        for k, v in content.get("hyper_parameters", {}).items()
-        if not (k in RETIRED and v == RETIRED[k])
-    }
-    check_stored(path, stored)
-    if stored:
-        content["hyper_parameters"] = OLDER | stored
+        fault = _fault(content)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # a part is missing
+        fault = "its run state is not what training writes"
+    if fault:
+        raise UserError(f"{path}: {fault}; take another checkpoint")
+    check_hyper_parameters(path, content.get("hyper_parameters", {}))
     return content
 
 
-def _wrong(content: object) -> str | None:
-    """What is wrong with a checkpoint's content, if anything. Parts that are missing altogether may
-    raise.
-    """
+def _fault(content: object) -> str | None:
+    """What is wrong with a checkpoint's content, if anything. Missing parts may raise."""
     if not isinstance(content, dict) or not isinstance(content.get("episode"), int):
         return "not a checkpoint of this project: it lacks 'episode'"
     if content["episode"] < 0:
         return f"episode {content['episode']} cannot be"
-    tensors = content.get("metalearner")
-    if not isinstance(tensors, dict) or not all(
-        isinstance(v, torch.Tensor) for v in tensors.values()
-    ):
-        return "not a checkpoint of this project: it lacks 'metalearner', a table of tensors"
-    for name, value in tensors.items():
-        if not value.is_floating_point() or value.layout != torch.strided:
-            return (
-                f"{name} is {value.dtype}, {value.layout}, but should be a dense tensor of floats"
-            )
-        if not torch.isfinite(value).all():
-            return f"{name} holds numbers that are not finite"
+    mode = content.get("mode", "train")
+    if mode not in ("train", "pretrain"):
+        return f"its mode {mode!r} is unknown"
+    weights = "network" if mode == "pretrain" else "metalearner"
+    for key in (weights, "backbone") if "backbone" in content else (weights,):
+        tensors = content.get(key)
+        if not isinstance(tensors, dict) or not tensors:
+            return f"not a checkpoint of this project: it lacks {key!r}, a table of tensors"
+        for name, value in tensors.items():
+            if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+                return f"{name} should be a dense tensor"
+            if not value.is_floating_point() and not name.endswith("num_batches_tracked"):
+                return f"{name} is {value.dtype}, but should be of floats"
+            if not torch.isfinite(value).all():
+                return f"{name} holds numbers that are not finite"
     if not isinstance(content.get("hyper_parameters", {}), dict):
         return "its hyper_parameters are no table of names and values"
     about, root = content.get("about", {}), content.get("data_root", "")
-    if content.get("mode", "train") not in ("train", "pretrain"):
-        return f"its mode {content['mode']!r} is unknown"
-    if (
-        not isinstance(about, dict)
-        or not all(isinstance(k, str) for k in about)
-        or not isinstance(root, str)
-    ):
+    if not isinstance(about, dict) or not all(isinstance(k, str) for k in about):
         return "what it says about its training is not what training writes"
-    best, run = content.get("best"), content.get("run")
-    if best is not None and not (
-        isinstance(best["episode"], int) and math.isfinite(best["accuracy"])
-    ):
-        return "its best validation is not what training writes"
-    if run is not None:
-        log, ends = run["since_log"], run["logs_end_at"].values()
-        counts = [run["validated"], run["skipped_in_a_row"], run.get("asked_for", 1), *ends]
-        sound = list(log) == ["loss", "accuracy", "skipped"] and len(log["loss"]) == len(
-            log["accuracy"]
-        ) >= len(log["skipped"])
-        sound = sound and all(isinstance(x, float) for v in log.values() for x in v)
-        sound = sound and all(isinstance(n, int) and n >= 0 for n in counts)
-        if not sound or not all(isinstance(run["data"][split], str) for split in ("train", "val")):
-            return "its run state is not what training writes"
+    if not isinstance(root, str):
+        return "its data_root is no path"
+    TrainingState.from_checkpoint(content)
     return None
 
 
-def load_metalearner(metalearner: MetaLearner, content: dict, path: Path) -> None:
-    """Put a checkpoint's tensors into the meta-learner.
+def load_weights(modules: dict[str, nn.Module], content: dict, path: Path) -> None:
+    """Load a checkpoint's tensors into modules, by their key in it.
 
     Raises:
         UserError: their names or shapes are not those that the flags ask for.
     """
-    wanted, found = metalearner.state_dict(), content["metalearner"]
-    for name in sorted(wanted.keys() ^ found.keys()):
-        raise UserError(
-            f"{path}: its meta-learner {'lacks' if name in wanted else 'has an unknown'} {name}"
-        )
-    for name, tensor in wanted.items():
-        if found[name].shape != tensor.shape:
-            raise UserError(
-                f"{path}: {name} is {list(found[name].shape)}, but the flags make it {list(tensor.shape)}; "
-                "--image-size, --n-class, --filters and --hidden-size must be those of its training"
-            )
-    metalearner.load_state_dict(found)
-
-
-def load_start(
-    metalearner: MetaLearner, content: dict, path: Path, args: argparse.Namespace
-) -> None:
-    """Begin with another training's meta-learner. If that one had another number of classes, as
-    pre-training has, the weights and biases of the learner's classifier, the end of cI, start at
-    zero. Of pre-training, which leaves the gates alone, only cI is taken.
-
-    Raises:
-        UserError: the rest does not fit.
-    """
-    stored, cI = content.get("hyper_parameters", {}), content["metalearner"].get("metalstm.cI")
-    alike = all(stored.get(name) == getattr(args, name) for name in ("filters", "image_size"))
-    if cI is not None and alike and stored.get("n_class", args.n_class) != args.n_class:
-        of_a_class = args.filters * (args.image_size // MIN_IMAGE_SIZE) ** 2 + 1
-        body = cI.reshape(-1, 1)[: max(cI.numel() - stored["n_class"] * of_a_class, 0)]
-        cI = torch.cat((body, body.new_zeros(args.n_class * of_a_class, 1)))
-    if cI is not None:
-        gates = (
-            metalearner.state_dict()
-            if content.get("mode") == "pretrain"
-            else content["metalearner"]
-        )
-        content = {"metalearner": {**gates, "metalstm.cI": cI}}
-    load_metalearner(metalearner, content, path)
+    for key, module in modules.items():
+        expected, stored = module.state_dict(), content.get(key, {})
+        for name in sorted(expected.keys() ^ stored.keys()):
+            raise UserError(f"{path}: its {key} {'lacks' if name in expected else 'has'} {name}")
+        for name, tensor in expected.items():
+            if stored[name].shape != tensor.shape:
+                raise UserError(
+                    f"{path}: {name} is {list(stored[name].shape)}, but the flags make it "
+                    f"{list(tensor.shape)}; --image-size, --n-class, --filters and --hidden-size "
+                    "must be those of its training"
+                )
+        module.load_state_dict(stored)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, content: dict, path: Path) -> None:
-    """Put a checkpoint's moments into Adam, whose settings stay the flags'.
+    """Load a checkpoint's moments into Adam, whose settings stay the flags'.
 
     Raises:
         UserError: they do not fit.
     """
     try:
         stored, own = content["optim"], optimizer.state_dict()["param_groups"]
-        # the flags' settings come first: by them PyTorch decides on which device the count of steps
-        # lies
+        # the flags' settings come first: by them PyTorch decides where the count of steps lies
         pairs = zip(stored["param_groups"], own, strict=True)
         groups = [{**theirs, **mine, "params": theirs["params"]} for theirs, mine in pairs]
         optimizer.load_state_dict({**stored, "param_groups": groups})
@@ -209,6 +154,55 @@ def load_optimizer(optimizer: torch.optim.Optimizer, content: dict, path: Path) 
         if len(optimizer.state) not in (0, len(optimizer.param_groups[0]["params"])):
             raise ValueError("moments of other parameters")
     except Exception as e:  # damaged or foreign content raises nearly anything
-        raise UserError(
-            f"{path}: its optimiser's state does not fit ({type(e).__name__}: {e}); it can only be tested"
-        ) from e
+        why = f"its optimiser's state does not fit ({type(e).__name__}: {e})"
+        raise UserError(f"{path}: {why}; it can only be tested") from e
+
+
+def load_for_test(
+    cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS
+) -> tuple[argparse.Namespace, dict]:
+    """Load ``--resume``, else the run folder's best checkpoint, else its last.
+
+    Returns:
+        The flags, of which those that are not given come from the checkpoint and ``resume`` is its
+        path; and the checkpoint.
+
+    Raises:
+        UserError: there is none, or it is a pre-training, which cannot adapt.
+    """
+    args, found = resolve(cli_args), None
+    if ranks.rank == 0:
+        own = args.resume in (None, "auto")
+        path = find_checkpoint(run_folder(args), BEST, LAST) if own else None
+        if own and path is None:
+            place = f"{run_folder(args)}/ckpts"
+            raise UserError(f"{place}: no checkpoint there; train first, or give --resume")
+        path = str(path or resolve_checkpoint(args.resume, args.seed, BEST, LAST))
+        found = path, load(Path(path))
+    path, checkpoint = ranks.exchange(found)[0]
+    if checkpoint.get("mode") == "pretrain":
+        raise UserError(f"{path}: is only pre-trained; train a model with --init-from {path}")
+    args = resolve({**cli_args, "resume": path}, checkpoint.get("hyper_parameters"))
+    if not {"data", "data_root"} & cli_args.keys() and "data_root" in checkpoint:
+        args.data_root = Path(checkpoint["data_root"])
+    return args, checkpoint
+
+
+def load_init(model: Model, content: dict, path: Path) -> None:
+    """Start from another training's weights (``--init-from``).
+
+    Of a pre-training, cI takes the network's parameters; a classifier of another number of classes
+    starts at zero.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    if content.get("mode") != "pretrain":
+        load_weights({"metalearner": model.metalearner}, content, path)
+        return
+    learner, network = model.learner_w_grad, dict(content["network"])
+    for name, tensor in learner.state_dict().items():
+        if name.startswith("cls.") and name in network and network[name].shape != tensor.shape:
+            network[name] = torch.zeros_like(tensor)
+    load_weights({"network": learner}, {"network": network}, path)
+    model.metalearner.metalstm.init_cI(learner.get_flat_params())

@@ -33,11 +33,11 @@ TIMEOUT = timedelta(
 OWN = ("data_root", "cache_dir", "n_workers")  # flags that may be each machine's own
 
 
-class Agreed(UserError):
+class CollectiveError(UserError):
     """An error that all ranks raise together."""
 
 
-class Lost(Exception):
+class PeerLost(Exception):
     """Another rank has ended, or cannot be reached."""
 
 
@@ -67,7 +67,7 @@ class Ranks:
         names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         rank, size, *local = (int(os.environ.get(name, alone)) for name, alone in names.items())
         if size == 1:
-            return ALONE
+            return SINGLE_PROCESS
         ranks = cls(rank, size, tuple(local))
         ranks._connect()
         return ranks
@@ -146,23 +146,23 @@ class Ranks:
         signal.signal(
             signal.SIGTERM, signal.SIG_IGN
         )  # torchrun's, for the first rank that ends: each has its own exit code
-        if isinstance(error, UserError) and not isinstance(error, Agreed):
+        if isinstance(error, UserError) and not isinstance(error, CollectiveError):
             error = self._told(error)
-        if isinstance(error, Agreed):
+        if isinstance(error, CollectiveError):
             if self.rank == 0:
                 raise error from None
             raise SystemExit(2)
         code = 2 if isinstance(error, UserError) else getattr(error, "exit_code", 1)
         first, its_code = self._first(code)
         if first != self.rank:
-            raise SystemExit(its_code if isinstance(error, Lost) else code) from None
-        if isinstance(error, Lost):
+            raise SystemExit(its_code if isinstance(error, PeerLost) else code) from None
+        if isinstance(error, PeerLost):
             print_error(f"rank {self.rank}: {error}")
             raise SystemExit(code) from None
         if isinstance(error, UserError):
             raise error from None
 
-    def _told(self, error: UserError) -> UserError | Lost:
+    def _told(self, error: UserError) -> UserError | PeerLost:
         """What becomes of an error of this rank: before the work begins the others are waiting to
         hear of it.
         """
@@ -170,7 +170,7 @@ class Ranks:
             return UserError(f"rank {self.rank}: {error}")
         try:
             self.exchange(None, str(error))
-        except (Agreed, Lost) as e:
+        except (CollectiveError, PeerLost) as e:
             return e
 
     def _first(self, code: int) -> tuple[int, int]:
@@ -187,7 +187,7 @@ class Ranks:
             function(*args, **kwargs)
         except RuntimeError as e:
             why = str(e).splitlines()[0]
-            raise Lost(
+            raise PeerLost(
                 f"another rank has ended or does not answer ({why}); continue from the last snapshot"
             ) from e
 
@@ -197,7 +197,7 @@ class Ranks:
         """What each rank hands in, in their order.
 
         Raises:
-            Agreed: on all ranks, if one has a problem.
+            CollectiveError: on all ranks, if one has a problem.
         """
         if self.size == 1:
             return [mine]
@@ -207,21 +207,21 @@ class Ranks:
         if problems:
             alike = len(problems) == self.size and len(set(problems.values())) == 1
             rank, problem = min(problems.items())
-            raise Agreed(problem if alike else f"rank {rank}: {problem}")
+            raise CollectiveError(problem if alike else f"rank {rank}: {problem}")
         return [value for value, _ in found]
 
     def compare(self, facts: dict[str, object]) -> None:
         """Check that all ranks know the same facts, by name.
 
         Raises:
-            Agreed: two do not; the first difference is named.
+            CollectiveError: two do not; the first difference is named.
         """
         of_all = self.exchange(facts)
         for name in {name: None for facts in of_all for name in facts}:
             values = [facts.get(name, "the default") for facts in of_all]
             for rank, value in enumerate(values):
                 if value != values[0]:
-                    raise Agreed(
+                    raise CollectiveError(
                         f"{name}: {values[0]} on rank 0, but {value} on rank {rank}; give all ranks the same"
                     )
 
@@ -257,7 +257,7 @@ class Ranks:
             [m * size, ...].
 
         Raises:
-            Lost: another rank has ended.
+            PeerLost: another rank has ended.
         """
         if self.size == 1:
             return mine
@@ -269,7 +269,7 @@ class Ranks:
         """For each of the numbers the largest that a rank has, on all of them.
 
         Raises:
-            Lost: another rank has ended.
+            PeerLost: another rank has ended.
         """
         if self.size == 1:
             return list(numbers)
@@ -278,30 +278,16 @@ class Ranks:
         return found.tolist()
 
 
-ALONE = Ranks()
-
-
-def end(run: Callable[[], int]) -> None:
-    """End this process with the exit code that ``run`` returns or raises.
-
-    A rank leaves out Python's own shutdown: the threads of PyTorch's network abort it now and then.
-    """
-    try:
-        code = run()
-    except SystemExit as e:
-        code = e.code
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and isinstance(code, int):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+SINGLE_PROCESS = Ranks()
 
 
 def _code() -> str:
     """16 hex digits over this repository's code."""
     digest = hashlib.sha256()
     for path in sorted(
-        path for part in ("*.py", "around/*.py", "fast/**/*.*") for path in ROOT.glob(part)
+        path
+        for part in ("*.py", "engine/*.py", "baselines/*.py", "fast/**/*.*")
+        for path in ROOT.glob(part)
     ):
         if "__pycache__" not in path.parts:
             digest.update(path.read_bytes())

@@ -80,8 +80,12 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     add("--data-root", None, words, "DIR")
     px = int_range(MIN_IMAGE_SIZE, 1024)
     add("--image-size", 84, "height and width of the images, pixels", "PX", True, type=px)
-    words = "port: random crops, flips and colours in training, centre crops in tests; none: squashed "
-    words += "to a square, as the authors; flip: also mirrored at random in training; zoom, mild: also "
+    words = (
+        "port: random crops, flips and colours in training, centre crops in tests; none: squashed "
+    )
+    words += (
+        "to a square, as the authors; flip: also mirrored at random in training; zoom, mild: also "
+    )
     words += "with larger crops and weaker colours than port"
     kinds = ("port", "none", "flip", "zoom", "mild")
     add("--augment", "port", words, hyper=True, choices=kinds)

@@ -31,9 +31,7 @@ class EpisodePool:
         model: whose learners are copied for each of them.
     """
 
-    def __init__(
-        self, function: Callable[..., tuple[Tensor, ...]], backend: Backend, model: Model
-    ):
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], backend: Backend, model: Model):
         self.function, self.map = function, backend.map
         pairs = [copy.deepcopy(model.learners) for _ in range(backend.n_parallel)]
         self.free: queue.SimpleQueue = queue.SimpleQueue()

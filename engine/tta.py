@@ -1,17 +1,15 @@
-"""Answers averaged over several trainings of the learner on the same support set.
+"""Test-time augmentation: predictions averaged over several adaptations to one support set.
 
-The learner's initial weights, cI, differ from output to output, so the answer depends on which
-class gets which output: two random orders of the classes disagree about a fifth of the images
-(5-way 5-shot mini-ImageNet). So the learner adapts several times, each time with the classes in
-another order, and the probabilities are averaged (``--orders``). Each class having each output
-once, n orders, leaves 2 to 4 % of disagreement; all n! orders leave none. ``--mirror`` does the
-same with images that are mirrored left to right.
+The learner's initial weights, cI, differ from output to output, so a prediction depends on which
+class gets which output: two random permutations disagree on a fifth of the images (5-way 5-shot
+mini-ImageNet). ``--tta-permutations`` adapts anew for each of several permutations of the labels
+and averages the probabilities. With n cyclic ones, 2 to 4 % of the predictions still depend on the
+order of the classes; with all n! none does. ``--tta-flip`` does the same with flipped images.
 """
 
 from __future__ import annotations
 
 import math
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -19,21 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.model import Model
 from episode import Episode, accuracy, adapt
 from learner import FlatModule
-from metalearner import MetaLearner
 
 
 class View(NamedTuple):
-    """One way to show a support set to the learner."""
+    """One way to show an episode to the learner."""
 
-    places: np.ndarray  # [n] int64: the output of each class
-    mirrored: bool
+    permutation: Tensor  # [n] int64, on the episode's device: the output of each class
+    side: int  # of the support set: 0 as it is, 1 flipped
 
 
-def class_orders(n: int, count: int, seed: int) -> np.ndarray:
-    """Different orders of n classes; in each n in a row, beginning with the first, every class has
-    every place once.
+def class_permutations(n: int, count: int, seed: int) -> Tensor:
+    """Draw different permutations of n classes, beginning with the identity.
+
+    In each n in a row every class has every place once.
 
     Returns:
         [count, n] int64, or all n! of them if there are fewer: the place of each class.
@@ -43,82 +42,78 @@ def class_orders(n: int, count: int, seed: int) -> np.ndarray:
     starts = {tuple(range(n)): None}
     while len(starts) * n < count:
         starts[(0, *(int(k) + 1 for k in np.argsort(rng.random(n - 1))))] = None
-    return np.array(
-        [[(place + shift) % n for place in start] for start in starts for shift in range(n)]
-    )[:count]
+    rows = [[(place + shift) % n for place in start] for start in starts for shift in range(n)]
+    return torch.tensor(rows[:count])
 
 
-def views(orders: np.ndarray, mirror: bool) -> list[View]:
-    """Each of the orders [count, n], and with ``mirror`` each of them with mirrored images, too."""
-    return [
-        View(places, mirrored)
-        for places, mirrored in product(orders, (False, True) if mirror else (False,))
-    ]
+def views(permutations: Tensor, flip: bool) -> list[View]:
+    """Each permutation [N, n], with ``flip`` also of the flipped support set."""
+    return [View(p, side) for p in permutations for side in range(1 + flip)]
 
 
-def mirrored(x: Tensor) -> Tensor:
-    """Images [B, 3, H, W], left and right exchanged, in the same memory format."""
-    return x.flip(3).contiguous(memory_format=torch.channels_last)
+def sides(images: Tensor, model: Model, flip: bool) -> list[Tensor]:
+    """The learner's inputs for images [B, 3, H, W], and with ``flip`` for the flipped ones."""
+    found = [model.inputs(images)]
+    if flip:  # in the memory format that the images have
+        flipped = images.flip(3).contiguous(memory_format=torch.channels_last)
+        found.append(model.inputs(flipped))
+    return found
 
 
-def adapted(
+def adapt_view(
     episode: Episode,
+    support: list[Tensor],
     view: View,
     learner_w_grad: FlatModule,
     learner_wo_grad: FlatModule,
-    metalearner: MetaLearner,
+    model: Model,
     batch_size: int,
     transductive: bool = False,
 ) -> None:
-    """Train the learner on a view of the support set: ``learner_wo_grad`` takes over the result,
-    see ``evaluate_episode``.
+    """Adapt to one view of the support set; ``learner_wo_grad`` takes over the result.
+
+    Args:
+        support: the learner's inputs, from ``sides``.
+        The others are ``evaluate_episode``'s.
     """
-    x, places = episode.support, torch.from_numpy(view.places).to(episode.support_y.device)
-    seen = episode._replace(
-        support=mirrored(x) if view.mirrored else x, support_y=places[episode.support_y]
-    )
+    labels = view.permutation[episode.support_y]
+    seen = episode._replace(support=support[view.side], support_y=labels)
     learner_wo_grad.train(transductive)
-    cI, _ = adapt(seen, learner_w_grad, metalearner, batch_size)
-    learner_wo_grad.transfer_params(learner_w_grad, cI)
+    c, _ = adapt(seen, learner_w_grad, model.metalearner, batch_size)
+    learner_wo_grad.transfer_params(learner_w_grad, c)
 
 
-def answer(x: Tensor, view: View, learner: FlatModule, mirror: bool) -> Tensor:
-    """A trained learner's probabilities for images [B, 3, H, W], with ``mirror`` averaged over both
-    sides: [B, n].
-    """
-    sides = [x, mirrored(x)] if mirror else [x]
-    return torch.stack([learner(side).softmax(dim=1) for side in sides]).mean(0)[:, view.places]
+def probabilities(query: list[Tensor], view: View, learner: FlatModule) -> Tensor:
+    """An adapted learner's probabilities [B, n] by class, averaged over the inputs in ``query``."""
+    return torch.stack([learner(x).softmax(dim=1) for x in query]).mean(0)[:, view.permutation]
 
 
 @torch.no_grad()
-def evaluate_averaged(
+def evaluate_tta(
     episode: Episode,
     learner_w_grad: FlatModule,
     learner_wo_grad: FlatModule,
-    metalearner: MetaLearner,
+    model: Model,
     batch_size: int,
-    orders: np.ndarray,
-    mirror: bool,
+    permutations: Tensor,
+    flip: bool,
     transductive: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``episode.evaluate_episode`` with averaged probabilities.
+    """``episode.evaluate_episode`` with averaged probabilities, of an episode of images.
 
     Args:
-        orders: from ``class_orders``.
-        mirror: whether mirror images are averaged over, too.
+        permutations: from ``class_permutations``, on the episode's device.
+        flip: whether flipped images are averaged over, too.
         The others are ``evaluate_episode``'s.
 
     Returns:
-        Query loss [] and query accuracy [] in percent.
+        Query loss [] and query accuracy [] in percent, still on the device.
     """
-    found = []
-    for view in views(orders, mirror):
-        adapted(
-            episode, view, learner_w_grad, learner_wo_grad, metalearner, batch_size, transductive
-        )
-        found.append(answer(episode.query, view, learner_wo_grad, mirror))
+    support, query = sides(episode.support, model, flip), sides(episode.query, model, flip)
+    pair, found = (learner_w_grad, learner_wo_grad), []
+    for view in views(permutations, flip):
+        adapt_view(episode, support, view, *pair, model, batch_size, transductive)
+        found.append(probabilities(query, view, learner_wo_grad))
     mean = torch.stack(found).mean(0)
-    logs = mean.clamp_min(
-        torch.finfo(mean.dtype).tiny
-    ).log()  # or one image of probability 0 makes the loss infinite
+    logs = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()  # a 0 would make the loss infinite
     return F.nll_loss(logs, episode.query_y), accuracy(mean, episode.query_y)

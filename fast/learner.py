@@ -51,7 +51,7 @@ class FastConv4(Conv4):
                 if norm.training
                 else eval_block(x, conv, norm)
             )
-        return x.flatten(1).to(self.cls.weight.dtype)
+        return x.flatten(1).to(self.norm1.weight.dtype)
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, native.PatchMoments | None]:
         """The images in ``conv_dtype`` and, where kernels use them, their moments: the same in all

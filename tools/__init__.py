@@ -1,1 +1,1 @@
-"""What looks at a trained model: tables, pictures, traces, export and prediction."""
+"""What looks at a trained model: results, tables, pictures, traces, exports and predictions."""

@@ -1,413 +1,58 @@
 """Pictures of a run, from its folder alone: ``plots/*.png`` and ``*.svg``.
 
-Colours are Okabe & Ito's, which colour-blind readers can tell apart; line styles differ as well,
-for print.
+Importing this module does not need Matplotlib; ``tools/figures.py`` does.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import unicodedata
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import argparse
 from pathlib import Path
+from types import ModuleType
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib import font_manager
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
-
-from engine import checkpoint as checkpoints
-from engine.run import LAST
-from tools.class_names import plain
+from engine.checkpoint import LAST, resolve_checkpoint
+from engine.flags import run_folder
+from tools.class_names import display_name
 from tools.results import NAME as RESULTS
-from tools.results import answered, read_results
-from tools.trace import QUANTILES, read_trace
-from utils import UserError, summary
-
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "svg.hashsalt": "meta-lstm",
-    "figure.constrained_layout.use": True,
-    "text.parse_math": False,  # a $ in a file's name is a dollar
-}
-PAUSE = 5  # a stretch of training so many times slower than the median is taken for an interruption
+from tools.trace import read_trace
+from utils import UserError
 
 
-# ---- Words ----
-
-
-def shorten(text: str, width: int) -> str:
-    """Words that a picture can hold: printable, and if too long, without their middle.
-
-    Args:
-        width: the most characters; wide ones, such as Chinese, count twice.
-    """
-    text = text.encode(
-        "utf-8", "backslashreplace"
-    ).decode()  # file names may hold bytes of any kind
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    sizes = [1 + (unicodedata.east_asian_width(c) in "WF") for c in text]
-    if sum(sizes) <= width:
-        return text
-    left, right = np.cumsum(sizes), np.cumsum(sizes[::-1])
-    head, tail = (left <= width // 2).sum(), (right <= width - width // 2 - 1).sum()
-    return text[:head] + "…" + text[len(text) - tail :]
-
-
-def fonts_for(texts: Iterable[str]) -> list[str]:
-    """Families to draw these texts with: Matplotlib's own, then installed ones for the characters
-    that it lacks.
-
-    A character that no installed font has is drawn as a box (Matplotlib's "Last Resort" has one for
-    each), and a note says so.
-    """
-    families = ["DejaVu Sans"]
-    missing = {ord(c) for text in texts for c in text} - _characters(
-        font_manager.findfont(families[0])
-    )
-    for font in font_manager.fontManager.ttflist if missing else ():
-        if not font.name.startswith("Last Resort") and (has := missing & _characters(font.fname)):
-            families.append(font.name)
-            missing -= has
-    if missing:
-        print(
-            f"note: no font here has {' '.join(map(chr, sorted(missing)))}; boxes stand for them in pictures"
-        )
-    return families
-
-
-def _characters(path: str) -> set[int]:
-    try:
-        font = font_manager.get_font(path)
-        font.set_size(9, 100)
-        return set(font.get_charmap())
-    except Exception:  # fonts that Matplotlib cannot draw, such as coloured emoji
-        return set()
-
-
-@contextmanager
-def style(texts: Iterable[str]) -> Iterator[None]:
-    """Draw in this file's style, with fonts for these texts."""
-    with warnings.catch_warnings(), plt.rc_context({**STYLE, "font.family": fonts_for(texts)}):
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # fonts_for has said so
-        yield
-
-
-# ---- Numbers ----
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """The events of a run, in order, without a last line that was cut off.
+def load_figures() -> ModuleType:
+    """Import ``tools.figures``, which takes a second.
 
     Raises:
-        UserError: there are none.
+        UserError: Matplotlib is missing or broken.
     """
-    path = folder / "metrics.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as e:
-        raise UserError(
-            f"{path}: cannot be read ({e.strerror}); name a run by --resume, or by --save and --seed"
-        ) from e
-    events = []
-    for line in lines:
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
-    if not any(e.get("event") == "train" for e in events):
-        raise UserError(f"{path}: no episode of training is logged there yet")
-    return events
+        from tools import figures
+    except Exception as e:  # a broken package raises nearly anything
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise UserError(f"matplotlib cannot be used ({why}); pip install matplotlib") from e
+    return figures
 
 
-def smooth(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each value and its neighbours, ``width`` in all.
-
-    Near the ends there are fewer, but as many on either side: the first value and the last stay as
-    they are.
-
-    Args:
-        values: [N], NaN where nothing finite was logged.
-    """
-    reach = [min(width // 2, k, len(values) - 1 - k) for k in range(len(values))]
-    windows = [values[k - r : k + r + 1] for k, r in enumerate(reach)]
-    with np.errstate(all="ignore"):
-        return np.array(
-            [np.nanmean(w) if np.isfinite(w).any() else math.nan for w in windows]
-        ), np.array([np.nanstd(w) if np.isfinite(w).any() else math.nan for w in windows])
+def plot_mode(args: argparse.Namespace) -> None:
+    """Draw the run that ``--resume``, or else ``--save`` and ``--seed``, names."""
+    folder = run_folder(args)
+    if args.resume not in (None, "auto"):
+        place = Path(resolve_checkpoint(args.resume, args.seed, LAST))
+        folder = place if place.is_dir() else place.parent  # a run's checkpoints are in its ckpts/
+        folder = folder.resolve().parent if folder.resolve().name == "ckpts" else folder
+    _print(plot(folder))
 
 
-def training_time(train: list[dict]) -> tuple[np.ndarray, str]:
-    """When each line of the log was written, in time spent on training.
-
-    A line much slower than the median (``PAUSE``), such as of a process that was stopped for a
-    while, counts as the median.
-
-    Args:
-        train: the training events, N of them.
-
-    Returns:
-        [N], and the unit: seconds, minutes or hours.
-    """
-    episodes = np.diff([e["episode"] for e in train], prepend=0)
-    episodes[0] = round(
-        train[0]["time"]["seconds"] * train[0]["time"]["episodes_per_second"]
-    )  # it may continue another run
-    each = 1 / np.array([e["time"]["episodes_per_second"] for e in train])
-    seconds = np.cumsum(episodes * np.where(each > PAUSE * np.median(each), np.median(each), each))
-    unit, size = next(
-        (u, s)
-        for u, s, most in (("seconds", 1, 120), ("minutes", 60, 7200), ("hours", 3600, math.inf))
-        if seconds[-1] <= most
-    )
-    return seconds / size, unit
+def draw(folder: Path, name: str | None = None) -> None:
+    """Draw a run; without Matplotlib a line says that the pictures are left out."""
+    try:
+        load_figures()
+    except UserError as e:
+        print(f"note: pictures are left out: {e}")
+        return
+    _print(plot(folder, name))
 
 
-def settings(folder: Path) -> dict[str, object]:
-    """A run's hyper-parameters and its mode, from its checkpoint or else from its tests; empty if
-    it has neither.
-    """
-    if (folder / "ckpts" / LAST).is_file():
-        content = checkpoints.load(folder / "ckpts" / LAST)
-        return {"mode": content.get("mode", "train"), **content.get("hyper_parameters", {})}
-    return (
-        read_results(folder)["training"]["hyper_parameters"] if (folder / RESULTS).exists() else {}
-    )
-
-
-# ---- Pictures ----
-
-
-def curves(folder: Path) -> Figure:
-    """Loss and accuracy over episodes and over the time of training."""
-    events = read_metrics(folder)
-    train = [e for e in events if e["event"] == "train"]
-    val = [e for e in events if e["event"] == "val"]
-    episode = np.array([e["episode"] for e in train])
-    time, unit = training_time(train)
-    known = settings(folder)
-    n = known.get("n_class")
-    figure, axes = plt.subplots(2, 2, figsize=(8, 5.6), sharex="col", sharey="row")
-    for row, (key, name, chance) in enumerate(
-        (("loss", "loss", math.log), ("accuracy", "accuracy, %", lambda n: 100 / n))
-    ):
-        values = np.array([e[f"mean_{key}"] for e in train], dtype=float)
-        mean, std = smooth(values, max(3, len(values) // 20))
-        for axis, x in zip(axes[row], (episode, time), strict=True):
-            if n:
-                axis.axhline(
-                    chance(n),
-                    color=GREY,
-                    linestyle=":",
-                    linewidth=1,
-                    label=f"guessing among {n} classes",
-                )
-            axis.fill_between(x, mean - std, mean + std, color=BLUE, alpha=0.2, linewidth=0)
-            words = "training, smoothed, ± std of the log's means"
-            axis.plot(x, mean, color=BLUE, marker="o" if len(x) == 1 else None, label=words)
-            if val:
-                at = np.interp([e["episode"] for e in val], episode, x)
-                centre, half = ([e[key][k] for e in val] for k in ("mean", "ci95"))
-                look = {
-                    "color": ORANGE,
-                    "fmt": "s--",
-                    "markersize": 3,
-                    "linewidth": 1,
-                    "capsize": 2,
-                }
-                axis.errorbar(at, centre, half, **look, label="validation, ± 95 %")
-        axes[row, 0].set_ylabel(name)
-    axes[1, 0].set_xlabel("batches" if known.get("mode") == "pretrain" else "episodes")
-    axes[1, 1].set_xlabel(f"{unit} of training, without validations and pauses")
-    figure.suptitle(
-        f"{shorten(folder.resolve().name, 50)}: training{' and validation' if val else ''}"
-    )
-    words = "Two measures: training normalises query images by their own batch's statistics, validation by the support set's."
-    differ = val and known.get("adapt") != "classifier"
-    look = {"ncols": 3, "fontsize": 8, "title": words if differ else None, "title_fontsize": 8}
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", **look)
-    return figure
-
-
-def gates(name: str, trace: dict[str, np.ndarray]) -> Figure:
-    """Forget and input gates over the updates, layer by layer (compare the paper's figure 2)."""
-    layers = trace["layers"]
-    size = (max(7, 1 + 2 * len(layers)), 4.8)
-    figure, axes = plt.subplots(
-        2, len(layers), figsize=size, sharex=True, sharey="row", squeeze=False
-    )
-    for row, (key, colour) in enumerate((("forget", BLUE), ("input", ORANGE))):
-        gate = trace[key]  # [E, T, L, 6]
-        t = np.arange(1, gate.shape[1] + 1)
-        for k, layer in enumerate(layers):
-            axis = axes[row, k]
-            spread = gate[:, :, k, 1:].mean(0)
-            axis.fill_between(t, spread[:, 0], spread[:, 4], color=colour, alpha=0.15, linewidth=0)
-            axis.fill_between(t, spread[:, 1], spread[:, 3], color=colour, alpha=0.3, linewidth=0)
-            axis.plot(t, gate[:, :, k, 0].T, color=GREY, linewidth=0.5, alpha=0.4)
-            axis.plot(t, gate[:, :, k, 0].mean(0), color=colour, marker="o", markersize=3)
-            if row == 0:
-                axis.set_title(shorten(str(layer), 24))
-            else:
-                axis.set_xlabel("update")
-        axes[row, 0].set_ylabel(f"{key} gate")
-    figure.suptitle(f"{shorten(name, 30)}: gates, layer by layer")
-    low, high = f"{QUANTILES[0]:.0%}", f"{QUANTILES[-1]:.0%}"
-    words = f"line: mean of a layer's coordinates; bands: their quartiles and {low} to {high}; thin: one episode each"
-    figure.supxlabel(words, fontsize=8, color=GREY)
-    return figure
-
-
-def movement(name: str, trace: dict[str, np.ndarray]) -> Figure:
-    """How far each layer has moved from cI."""
-    moved = trace["moved"].mean(0)
-    figure, axis = plt.subplots(figsize=(6, 3.6))
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(trace["layers"])))
-    for k, (layer, colour) in enumerate(zip(trace["layers"], colours, strict=True)):
-        look = {
-            "color": colour,
-            "linestyle": ("-", "--", "-.", ":")[k % 4],
-            "marker": "os^Dv"[k % 5],
-            "markersize": 4,
-        }
-        axis.plot(
-            np.arange(1, len(moved) + 1), 100 * moved[:, k], **look, label=shorten(str(layer), 24)
-        )
-    axis.set(
-        xlabel="update",
-        ylabel="|c_t − cI| / |cI|, %",
-        title=f"{shorten(name, 40)}: distance from cI",
-        yscale="log",
-    )
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(
-        LogFormatter()
-    )  # the usual one writes formulas, which STYLE forbids
-    figure.legend(loc="outside right upper", fontsize=8, handlelength=3)
-    return figure
-
-
-def adaptation(name: str, trace: dict[str, np.ndarray]) -> Figure:
-    """The learner's accuracy before the first update and after each."""
-    n = len(trace["classes"])
-    figure, axis = plt.subplots(figsize=(6, 3.8))
-    axis.axhline(100 / n, color=GREY, linestyle=":", linewidth=1, label=f"guessing among {n}")
-    for key, colour, look in (("support", GREEN, "s--"), ("query", BLUE, "o-")):
-        values = trace[key]
-        t = (
-            np.arange(values.shape[1]) + trace["forget"].shape[1] + 1 - values.shape[1]
-        )  # an older record has no update 0
-        half = 1.96 * values.std(0) / math.sqrt(len(values))
-        mean = values.mean(0)
-        axis.fill_between(t, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
-        axis.plot(t, mean, look, color=colour, markersize=3, label=f"{key} set")
-    axis.set(xlabel="update (0: the learner at cI)", ylabel="accuracy, %", ylim=(0, 102))
-    axis.set_title(
-        f"{shorten(name, 30)}: the learner in {len(trace['query'])} validation episodes, ± 95 %"
-    )
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    return figure
-
-
-def histogram(folder: Path) -> Figure:
-    """Test accuracies, one per episode; a row for each test."""
-    content = read_results(folder)
-    tests, trained_on = content["tests"], content["training"]["hyper_parameters"].get("n_shot")
-    figure, axes = plt.subplots(
-        len(tests), figsize=(6, 1.6 + 1.4 * len(tests)), sharex=True, squeeze=False
-    )
-    for axis, test in zip(axes[:, 0], tests, strict=True):
-        s, values = summary(test["accuracies"]), np.array(test["accuracies"])
-        axis.hist(values, bins=_bins(values), color=BLUE, alpha=0.6)
-        axis.axvline(s["mean"], color="black", linestyle="--", linewidth=1, label="mean")
-        axis.axvline(
-            100 / test["n_class"],
-            color=GREY,
-            linestyle=":",
-            linewidth=1.5,
-            label=f"guessing among {test['n_class']}",
-        )
-        axis.set_title(
-            f"{test['n_shot']}-shot, {shorten(test['data'], 20)}, after {test['episode']:,} episodes: "
-            f"{s['mean']:.2f} ± {s['ci95']:.2f} %{answered(test).replace(', ', chr(10), 1)}",
-            loc="left",
-        )
-        axis.set_ylabel("test episodes")
-        axis.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    axes[-1, 0].set(xlabel="accuracy of an episode, %", xlim=(-2, 102))
-    shots = f" (trained on {trained_on}-shot)" if trained_on else ""
-    figure.suptitle(f"{shorten(folder.resolve().name, 34)}{shots}: test accuracies")
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
-    )
-    return figure
-
-
-def _bins(values: np.ndarray) -> np.ndarray:
-    """Edges some 4 % apart, each bin with the same number of the values that an episode's accuracy
-    can take.
-    """
-    steps = np.diff(np.unique(values.round(3)))
-    step = steps.min() if len(steps) else 4.0
-    return np.arange(-step / 2, 100 + 4 + step, step * max(1, round(4 / step)))
-
-
-def confusion(name: str, trace: dict[str, np.ndarray]) -> Figure:
-    """One episode's query images by true and predicted class."""
-    images, pairs = trace["images"], trace["confusion"]
-    names = [shorten(plain(str(c)), 18) for c in trace["classes"]]
-    n, size = len(names), images.shape[1]
-    side = math.ceil(
-        math.sqrt(np.bincount(pairs[:, 0]).max())
-    )  # room for all images of a class in one cell
-    figure, axes = plt.subplots(n, n, figsize=(1.5 * n + 0.8, 1.5 * n + 1.1), squeeze=False)
-    for right in range(n):
-        for given in range(n):
-            axis: Axes = axes[right, given]
-            these = images[(pairs[:, 0] == right) & (pairs[:, 1] == given)]
-            if len(these):
-                sheet = np.full((side * size, side * size, 3), 255, dtype=np.uint8)
-                for k, image in enumerate(these):
-                    y, x = divmod(k, side)
-                    sheet[y * size : (y + 1) * size, x * size : (x + 1) * size] = image
-                axis.imshow(sheet, interpolation="nearest")
-            axis.set(xticks=[], yticks=[], box_aspect=1)
-            axis.grid(False)
-            for spine in axis.spines.values():
-                spine.set(
-                    visible=True,
-                    color=GREEN if right == given else "#bbbbbb",
-                    linewidth=2.5 if right == given else 0.8,
-                )
-            axis.set_title(str(len(these)), fontsize=8, pad=2)
-            if given == 0:
-                axis.set_ylabel(names[right], fontsize=8)
-            if right == n - 1:
-                axis.set_xlabel(names[given], fontsize=8)
-    share = (pairs[:, 0] == pairs[:, 1]).mean()
-    figure.suptitle(
-        f"{shorten(name, 14 * n - 18)}\nquery images of one validation episode, {share:.0%} right",
-        fontsize=10,
-    )
-    figure.supylabel("true class", fontsize=9)
-    figure.supxlabel("the learner's answer", fontsize=9)
-    return figure
+def _print(paths: list[Path]) -> None:
+    print("drawn: " + " ".join(str(path) for path in paths))
 
 
 def plot(folder: Path, wanted: str | None = None) -> list[Path]:
@@ -422,33 +67,24 @@ def plot(folder: Path, wanted: str | None = None) -> list[Path]:
     Raises:
         UserError: there is no run in the folder, or it cannot be written.
     """
-    pictures: dict[str, tuple] = {"curves": (curves, folder)}
+    figures = load_figures()
+    pictures: dict[str, tuple] = {"curves": (figures.curves, folder)}
     run, trace = folder.resolve().name, read_trace(folder)
     if trace is not None:
-        pictures |= {
-            drawn.__name__: (drawn, run, trace)
-            for drawn in (gates, movement, adaptation, confusion)
-        }
+        drawn = [figures.gates, figures.movement, figures.adaptation]
+        drawn += [figures.confusion] * ("images" in trace)  # exported runs have no photographs
+        pictures |= {function.__name__: (function, run, trace) for function in drawn}
     if (folder / RESULTS).exists():
-        pictures["histogram"] = (histogram, folder)
+        pictures["histogram"] = (figures.histogram, folder)
     written = []
-    with style([run] + [plain(str(c)) for c in (trace or {}).get("classes", [])]):
-        for name, (draw, *numbers) in pictures.items():
-            if wanted not in (None, name):
-                continue
-            figure = draw(*numbers)
-            try:
-                (folder / "plots").mkdir(exist_ok=True)
-                for ending in ("png", "svg"):
-                    path = folder / "plots" / f"{name}.{ending}"
-                    figure.savefig(
-                        path, dpi=150, metadata={"Date": None} if ending == "svg" else None
-                    )
-            except OSError as e:
-                raise UserError(
-                    f"{folder / 'plots'}: cannot be written ({e.strerror}); free some space"
-                ) from e
-            finally:
-                plt.close(figure)
-            written.append(folder / "plots" / f"{name}.png")
+    with figures.style([run] + [display_name(str(c)) for c in (trace or {}).get("classes", [])]):
+        for name, (function, *numbers) in pictures.items():
+            if wanted in (None, name):
+                figure = function(*numbers)
+                written.append(folder / "plots" / f"{name}.png")
+                try:
+                    figures.save(figure, written[-1])
+                except OSError as e:
+                    why = f"cannot be written ({e.strerror}); free some space"
+                    raise UserError(f"{folder / 'plots'}: {why}") from e
     return written

@@ -1,7 +1,7 @@
 """Few-shot learning in use: adapt to the user's own photographs, then classify others.
 
-Answers are averaged over several orders of the classes, see averaging.py. The first order follows
-the examples' pixels, so the names of folders and files have no part in the answer.
+Probabilities are averaged over permutations of the classes, see engine/tta.py. The order of the
+classes follows the examples' pixels, so predictions do not depend on file or folder names.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataloader import draw_order, eval_image, load_image, scan_classes, to_input
-from engine.backend import Way
-from engine.tta import View, adapted, answer, class_orders, views
+from engine.backend import Backend
+from engine.model import Model
+from engine.tta import adapt_view, class_permutations, probabilities, sides, views
 from episode import Episode
 from learner import FlatModule
-from metalearner import MetaLearner
-from tools.class_names import plain
+from tools.class_names import display_name
+from tools.plots import load_figures
 from utils import UserError, atomic_write
 
 CHUNK = 64  # images that are decoded and classified at once
@@ -63,8 +64,7 @@ def prepare(path: Path, args: argparse.Namespace) -> Tensor:
 
 
 def by_content(images: list[list[Tensor]]) -> list[tuple[int, Tensor]]:
-    """Sort classes, and the examples of each, by their pixels, so that no name has a part in the
-    answer.
+    """Sort classes, and the examples of each, by their pixels: names play no part.
 
     Args:
         images: by class.
@@ -83,32 +83,32 @@ def by_content(images: list[list[Tensor]]) -> list[tuple[int, Tensor]]:
     ]
 
 
-def trained_learners(
-    examples: list[tuple[int, Tensor]],
-    shown: list[View],
+def adapted_learners(
     args: argparse.Namespace,
-    learners: tuple[FlatModule, FlatModule],
-    metalearner: MetaLearner,
-    device: torch.device,
+    backend: Backend,
+    model: Model,
+    examples: list[tuple[int, Tensor]],
+    permutations: Tensor,
 ) -> list[FlatModule]:
-    """Train the learner on the examples, anew for each view of them.
+    """Adapt to the examples, anew for each view of them.
 
     Args:
-        examples: from ``by_content``; the views' places are those of the classes' numbers.
+        examples: from ``by_content``.
+        permutations: [N, n], the output of each class.
 
     Returns:
-        The trained learners, in eval mode.
+        The adapted learners, one per view, in eval mode.
     """
-    x = torch.stack([image for _, image in examples]).to(device)
+    device, nothing = backend.device, torch.empty(0, device=backend.device)
+    support = sides(torch.stack([x for _, x in examples]).to(device), model, args.tta_flip)
     labels = torch.tensor([k for k, _ in examples], device=device)
-    nothing = torch.empty(0, device=device)
-    order = torch.from_numpy(
-        draw_order(args.seed, "test", 0, args.epoch, len(labels), args.shuffle)
-    ).to(device)
-    episode, found = Episode(x, labels, nothing, nothing, order), []
-    for view in shown:
-        found.append(copy.deepcopy(learners[1]))
-        adapted(episode, view, learners[0], found[-1], metalearner, args.batch_size)
+    drawn = draw_order(args.seed, "test", 0, args.epoch, len(labels), args.shuffle)
+    order = torch.from_numpy(drawn).to(device)
+    episode, found = Episode(support[0], labels, nothing, nothing, order), []
+    for view in views(permutations, args.tta_flip):
+        found.append(copy.deepcopy(model.learner_wo_grad))
+        pair = (model.learner_w_grad, found[-1])
+        adapt_view(episode, support, view, *pair, model, args.batch_size)
     return found
 
 
@@ -130,7 +130,7 @@ def chunks(files: list[Path], args: argparse.Namespace) -> Iterator[tuple[list[P
 
 
 def table(classes: list[str], files: list[Path], probabilities: np.ndarray) -> bytes:
-    """A CSV file, one line per image: file, class, its probability, and all classes' probabilities."""
+    """A CSV file, one line per image: file, class, its probability, and those of all classes."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["file", "class", "probability", *classes])
@@ -146,14 +146,17 @@ def picture(
 ) -> bytes:
     """A PNG file: above, examples of each class; below, the first images with their names and
     likeliest classes.
-    """
-    from tools.plots import BLUE, GREY, plt, shorten, style  # matplotlib takes a second to load
 
+    Raises:
+        UserError: Matplotlib is missing or broken.
+    """
+    figures = load_figures()
+    plt, shorten = figures.plt, figures.shorten
     shown, columns = files[:SHOWN], max(len(classes), 4)
     rows = 1 + -(-len(shown) // columns)
-    names = [shorten(plain(name), 20) for name in classes]
+    names = [shorten(display_name(name), 20) for name in classes]
     labels = [shorten(file.name, 26) for file in shown]
-    with style([*names, *labels]):
+    with figures.style([*names, *labels]):
         figure, axes = plt.subplots(
             rows, columns, figsize=(2.1 * columns, 2.6 * rows), squeeze=False
         )
@@ -166,23 +169,15 @@ def picture(
             side = [np.asarray(_square(load_image(p), 96)) for p in examples[:4]]
             side += [np.full_like(side[0], 255)] * (4 - len(side))
             axis.imshow(np.vstack((np.hstack(side[:2]), np.hstack(side[2:]))))
-            axis.set_title(f"{name}\n{len(examples)} examples", color=BLUE, weight="bold")
+            axis.set_title(f"{name}\n{len(examples)} examples", color=figures.BLUE, weight="bold")
         for axis, file, label, row in zip(
             axes[1:].flat, shown, labels, probabilities, strict=False
         ):
             axis.imshow(_square(load_image(file), 192))
             best = row.argsort()[::-1][:2]
             axis.set_title("\n".join(f"{names[k]} {row[k]:.0%}" for k in best))
-            axis.text(
-                0.5,
-                -0.03,
-                label,
-                transform=axis.transAxes,
-                ha="center",
-                va="top",
-                fontsize=8,
-                color=GREY,
-            )
+            look = {"ha": "center", "va": "top", "fontsize": 8, "color": figures.GREY}
+            axis.text(0.5, -0.03, label, transform=axis.transAxes, **look)
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=110, bbox_inches="tight", pad_inches=0.15)
         plt.close(figure)
@@ -199,88 +194,84 @@ def _square(image: Image.Image, side: int) -> Image.Image:
 
 def _examples(args: argparse.Namespace) -> tuple[list[str], list[list[Path]]]:
     classes, support = scan_classes(Path(args.support), "--support")
-    if (more := len(classes) - args.n_class) != 0:
-        change = (
-            f"leave out {more} of them"
-            if more > 0
-            else f"add {-more}, such as of anything else that the images may show"
-        )
-        raise UserError(
-            f"--support {args.support}: {len(classes)} classes, but {args.resume} was trained for {args.n_class}; {change}, "
-            + (
-                f"or train with --n-class {len(classes)}"
-                if len(classes) > 1
-                else "for one class leaves nothing to choose"
-            )
-        )
+    place, more = f"--support {args.support}", len(classes) - args.n_class
+    if more:
+        advice = f"leave out {more} of them" if more > 0 else f"add {-more}"
+        if len(classes) > 1:
+            advice += f", or train with --n-class {len(classes)}"
+        have = f"{len(classes)} classes, but {args.resume} was trained for {args.n_class}"
+        raise UserError(f"{place}: {have}; {advice}")
     for name, images in zip(classes, support, strict=True):
         if not images:
-            raise UserError(
-                f"--support {args.support}/{name}: no images there; a class needs at least one example"
-            )
+            raise UserError(f"{place}/{name}: no images there; a class needs at least one example")
     return classes, support
 
 
+def _targets(args: argparse.Namespace, images: list[Path]) -> tuple[Path, Path]:
+    """OUT.csv and OUT.png, neither of which may be one of the images."""
+    stem = re.sub(r"\.(csv|png)$", "", args.out, flags=re.IGNORECASE)
+    targets = Path(f"{stem}.csv"), Path(f"{stem}.png")
+    if targets[1].resolve() in {path.resolve() for path in images}:
+        advice = f"would replace {targets[1]}, which is one of the images; choose another name"
+        raise UserError(f"--out {args.out}: {advice}")
+    return targets
+
+
 @torch.no_grad()
-def predict(
-    args: argparse.Namespace,
-    way: Way,
-    learners: tuple[FlatModule, FlatModule],
-    metalearner: MetaLearner,
-) -> None:
+def predict(args: argparse.Namespace, backend: Backend, model: Model) -> None:
     """Adapt to the classes in ``--support`` and say which of them each image in ``--query`` shows.
 
     Raises:
         UserError: a flag is missing, the number of classes is not the checkpoint's, an example or
-            all of the images cannot be read, or the picture would replace one of them.
+            all of the images cannot be read, or an image or another prediction would be replaced.
     """
-    if args.support is None or args.query is None:
-        missing = "--support" if args.support is None else "--query"
-        raise UserError(
-            f"{missing}: needed by --mode predict; give a folder of examples and images to classify"
-        )
+    for flag, value in (("--support", args.support), ("--query", args.query)):
+        if value is None:
+            raise UserError(f"{flag}: needed by --mode predict")
     classes, support = _examples(args)
     files = gather(args.query)
-    stem = re.sub(r"\.(csv|png)$", "", args.out, flags=re.IGNORECASE)
-    targets = [Path(f"{stem}.csv"), Path(f"{stem}.png")]
-    if targets[1].resolve() in {
-        path.resolve() for of_class in [*support, files] for path in of_class
-    }:
-        raise UserError(
-            f"--out {args.out}: would replace {targets[1]}, which is one of the images; choose another name"
-        )
+    csv_path, png_path = _targets(
+        args, [*files, *(path for of_class in support for path in of_class)]
+    )
     # as large steps as in training, also from fewer examples
-    metalearner.grad_divisor = metalearner.grad_divisor or min(
+    model.metalearner.grad_divisor = model.metalearner.grad_divisor or min(
         args.batch_size, args.n_class * args.n_shot
     )
     examples = by_content([[prepare(path, args) for path in of_class] for of_class in support])
     place = {k: rank for rank, k in enumerate(dict.fromkeys(k for k, _ in examples))}
-    ranks = np.array([place[k] for k in range(len(classes))])
-    orders = class_orders(len(classes), args.orders or len(classes), args.seed)[:, ranks]
-    shown = views(orders, args.mirror)
-    trained = trained_learners(examples, shown, args, learners, metalearner, way.device)
-    read, rows = [], []
+    count = args.tta_permutations or len(classes)
+    permutations = class_permutations(len(classes), count, args.seed)
+    permutations = permutations[:, [place[k] for k in range(len(classes))]].to(backend.device)
+    learners = adapted_learners(args, backend, model, examples, permutations)
+    seen, read, rows = views(permutations, args.tta_flip), [], []
     for good, images in chunks(files, args):
-        x = images.to(way.device)
-        each = [
-            answer(x, view, learner, args.mirror)
-            for view, learner in zip(shown, trained, strict=True)
-        ]
+        query = sides(images.to(backend.device), model, args.tta_flip)
+        each = [probabilities(query, *pair) for pair in zip(seen, learners, strict=True)]
         rows.append(torch.stack(each).double().mean(0).cpu().numpy())
         read += good
     if not read:
-        raise UserError(
-            f"--query {' '.join(args.query)}: none of the {len(files)} files is a readable image"
-        )
-    probabilities = np.concatenate(rows)
+        query = " ".join(args.query)
+        raise UserError(f"--query {query}: none of the {len(files)} files is a readable image")
+    shares = np.concatenate(rows)
+    content = table(classes, read, shares)
+    if csv_path.exists() and csv_path.read_bytes() != content:
+        raise UserError(f"{csv_path}: holds another prediction; give another --out, or remove it")
     width = max(len(str(file)) for file in read)
-    over = f"{len(orders)} orders of the classes" + " and mirror images" * args.mirror
+    over = f"{len(permutations)} permutations of the classes" + " and flips" * args.tta_flip
     print(f"{'image':<{width}}  class, probability (mean over {over})")
-    words = [name if plain(name) == name else f"{name} ({plain(name)})" for name in classes]
-    for file, row in zip(read, probabilities, strict=True):
-        print(f"{file!s:<{width}}  {words[row.argmax()]}, {row.max():.2f}")
-    contents = [table(classes, read, probabilities), picture(classes, support, read, probabilities)]
-    for path, content in zip(targets, contents, strict=True):
-        with atomic_write(path) as out:
-            out.write(content)
-    print(f"written to {targets[0]} and {targets[1]}")
+    shown = {c: c if display_name(c) == c else f"{c} ({display_name(c)})" for c in classes}
+    for file, row in zip(read, shares, strict=True):
+        print(f"{file!s:<{width}}  {shown[classes[row.argmax()]]}, {row.max():.2f}")
+    _write(csv_path, content)
+    try:
+        drawn = picture(classes, support, read, shares)
+    except UserError as e:
+        print(f"note: the picture is left out: {e}\nwritten to {csv_path}")
+        return
+    _write(png_path, drawn)
+    print(f"written to {csv_path} and {png_path}")
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_write(path) as file:
+        file.write(content)

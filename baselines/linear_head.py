@@ -1,0 +1,80 @@
+"""A linear head on frozen features, trained in each episode by the LSTM meta-learner.
+
+It is an ordinary episode of a linear ``FlatModule``: ``Model.embed`` turns the images into the
+features of a pre-trained Conv4, whose batch norm uses statistics of training images, and
+``episode.updates`` trains the head on them. (Bronskill et al., "TaskNorm", 2020, compare the
+statistics that a few-shot learner may use.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from dataloader import EpisodeDataset, episodes
+from engine.backend import Backend, make_reproducible
+from engine.checkpoint import load_weights
+from engine.model import Model
+from learner import N_BLOCKS, FlatModule
+from utils import UserError
+
+MEASURED = 20  # training episodes whose images' batch statistics are averaged
+
+
+class LinearHead(FlatModule):
+    """A linear classifier of ``n_features`` numbers, starting at zero."""
+
+    def __init__(self, n_features: int, n_classes: int):
+        super().__init__()
+        self.cls = nn.Linear(n_features, n_classes)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the logits [B, n_classes] of features [B, n_features]."""
+        return self.cls(x)
+
+
+def build_linear_head(args: argparse.Namespace, backend: Backend) -> Model:
+    """Make the pair of heads, their meta-learner, and a backbone with random weights."""
+    make_reproducible(args.seed)
+    shape = (args.image_size, args.bn_eps, args.bn_momentum, args.n_class, args.bn_scale)
+    backbone = backend.learner(*shape, args.filters)
+    head = LinearHead(backbone.cls.in_features, args.n_class).to(backend.device)
+    backbone.cls = nn.Identity()
+    backbone = backbone.to(backend.device).eval().requires_grad_(False)
+    ranges = (tuple(args.bi_init), tuple(args.bf_init))
+    how = (*ranges, args.lstm_init, args.grad_divisor)
+    metalearner = backend.metalearner(args.input_size, args.hidden_size, head.size(), *how)
+    return Model(head, copy.deepcopy(head), metalearner.to(backend.device), backbone)
+
+
+@torch.no_grad()
+def load_backbone(
+    model: Model, content: dict, path: Path, args: argparse.Namespace, train_set: EpisodeDataset
+) -> None:
+    """Start from a pre-training: its convolutions, and batch statistics of training images.
+
+    ``--bn-shift`` then raises the shift of the last batch norm by so many standard deviations of
+    its output: a long pre-training leaves 85 % of the features at zero, and a higher shift brings
+    some back (docs/reproducing.md).
+
+    Raises:
+        UserError: the checkpoint is no pre-training, or its network does not fit.
+    """
+    if content.get("mode") != "pretrain":
+        raise UserError(f"{path}: --method linear-head starts from a run of --mode pretrain")
+    backbone = model.backbone
+    kept = {k: v for k, v in content["network"].items() if not k.startswith("cls.")}
+    load_weights({"network": backbone}, {"network": kept}, path)
+    device = next(backbone.parameters()).device
+    some = episodes(train_set.first(MEASURED), 0, 0, device, False)
+    update_bn((torch.cat((episode.support, episode.query)) for episode in some), backbone)
+    backbone.eval()
+    norm = backbone.get_submodule(f"norm{N_BLOCKS}")
+    norm.bias.add_(args.bn_shift * norm.weight.abs())

@@ -1,0 +1,148 @@
+"""A training's folder ``SAVE-SEED``: locked for one process, and where its flags come from.
+
+It holds ``console.log``, ``metrics.jsonl``, ``lock`` and ``ckpts/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine import checkpoint as checkpoints
+from engine.checkpoint import BEST, LAST
+from engine.distributed import SINGLE_PROCESS, Ranks
+from engine.flags import resolve, run_folder, spelled
+from utils import UserError, file_lock
+
+# hyper-parameters that shape the first episode, and cannot change after it
+START_ONLY = ("bn_scale", "lstm_init", "bf_init", "bi_init", "method", "bn_shift")
+
+
+class RunFolder:
+    """A training's folder, the checkpoint that it continues, and its flags.
+
+    A context manager: the folder is locked until it closes. Of several ranks only rank 0 uses it.
+
+    Args:
+        cli_args: the flags that are given, from ``flags.parse``.
+        ranks: that train together.
+
+    Attributes:
+        path: the folder.
+        args: all flags, those of the checkpoint included; ``resume`` is the checkpoint's path.
+        checkpoint: to continue from, or None.
+        origin: path and content of the checkpoint that ``--init-from`` names, or None.
+        continues: whether the checkpoint is of this folder, whose logs then go on.
+        changed: hyper-parameters that differ from the checkpoint's, by name.
+
+    Raises:
+        UserError: the folder is in use or cannot be written, or ``--resume`` names a checkpoint
+            that cannot be continued with these flags.
+    """
+
+    def __init__(self, cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS):
+        args = resolve(cli_args)
+        self._stack, self.ranks, self.path = contextlib.ExitStack(), ranks, run_folder(args)
+        if ranks.rank == 0:
+            self._stack.enter_context(_exclusive(self.path))
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self._stack.close)
+            found = self._load(args) if ranks.rank == 0 else None
+            resume, self.checkpoint, self.origin = ranks.exchange(found)[0]
+            stored = self.checkpoint.get("hyper_parameters", {}) if self.checkpoint else {}
+            own = (self.path / "ckpts").resolve()
+            self.continues = resume is not None and Path(resume).resolve().parent == own
+            self.changed = {k: v for k, v in cli_args.items() if k in stored and stored[k] != v}
+            self._refuse_changes(str(resume), stored)
+            self.args = resolve({**cli_args, "resume": resume}, stored)
+            seen = self.checkpoint["episode"] if self.checkpoint else 0
+            _check_meta_batch(self.args, seen, ranks.size)
+            on_error.pop_all()
+
+    def _load(self, args: argparse.Namespace) -> tuple[str | None, dict | None, tuple | None]:
+        resume, init_from, checkpoint, origin = args.resume, args.init_from, None, None
+        if resume == "auto":
+            last = self.path / "ckpts" / LAST
+            resume = str(last) if last.is_file() else None
+        elif resume:
+            resume = checkpoints.resolve_checkpoint(resume, args.seed, LAST)
+        if resume:
+            checkpoint = checkpoints.load(Path(resume))
+            mode = checkpoint.get("mode", "train")
+            if mode != args.mode:
+                advice = "give it to --init-from" if mode == "pretrain" else "give another --save"
+                raise UserError(f"{resume}: is of --mode {mode}, not {args.mode}; {advice}")
+        elif init_from:  # a run that continues is past its start
+            find = (args.seed, BEST, LAST)
+            path = Path(checkpoints.resolve_checkpoint(init_from, *find, flag="--init-from"))
+            origin = path, checkpoints.load(path, "--init-from")
+        return resume, checkpoint, origin
+
+    def _refuse_changes(self, resume: str, stored: dict[str, object]) -> None:
+        fixed = self.changed if self.continues else {k for k in self.changed if k in START_ONLY}
+        if fixed:
+            changes = ", ".join(f"{spelled(k)} {_typed(self.changed[k])}" for k in sorted(fixed))
+            began = ", ".join(f"{spelled(k)} {_typed(stored[k])}" for k in sorted(fixed))
+            advice = "leave them out" + ", or give another --save" * self.continues
+            raise UserError(f"{changes}: {resume} began with {began}; {advice}")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the checkpoint has seen and validated all episodes."""
+        state = self.checkpoint or {}
+        return state.get("episode") == self.args.episode == state.get("run", {}).get("validated")
+
+    def ckpt(self, name: str) -> Path:
+        """The path of a checkpoint of this run."""
+        return self.path / "ckpts" / name
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
+
+
+def _typed(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _check_meta_batch(args: argparse.Namespace, seen: int, n_ranks: int) -> None:
+    """Check that ranks divide an update, and updates the training and its validations.
+
+    Raises:
+        UserError: one does not; it is named.
+    """
+    m = args.meta_batch
+    if m % n_ranks:
+        advice = f"give --meta-batch {m + -m % n_ranks}"
+        raise UserError(f"--meta-batch {m}: {n_ranks} processes cannot share it evenly; {advice}")
+    for flag, n in (("--episode", args.episode), ("--val-freq", args.val_freq)):
+        if n % m:
+            raise UserError(f"{flag} {n}: not a multiple of --meta-batch {m}; give {n + -n % m}")
+    if seen % m:
+        raise UserError(f"--meta-batch {m}: {args.resume} has seen {seen} episodes; give a divisor")
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Lock a run folder; if nothing was put into it, remove it at the end."""
+    try:
+        made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with file_lock(folder / "lock"):
+            try:
+                yield
+            finally:
+                if os.listdir(folder) == ["lock"]:
+                    (folder / "lock").unlink()
+                    with contextlib.suppress(OSError):  # somebody has put something there
+                        for empty in made or [folder]:
+                            empty.rmdir()
+    except OSError as e:
+        if e.filename is None or not Path(str(e.filename)).is_relative_to(folder):
+            raise
+        raise UserError(f"{folder}: cannot be written ({e.strerror}); give another --save") from e

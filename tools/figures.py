@@ -1,0 +1,376 @@
+"""Figures of a run, drawn by Matplotlib.
+
+Colours are Okabe & Ito's, which colour-blind readers can tell apart; line styles differ as well,
+for print.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import unicodedata
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ["MPLBACKEND"] = "Agg"  # a notebook's own may not exist here
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, MaxNLocator
+
+from engine import checkpoint as checkpoints
+from engine.checkpoint import LAST
+from tools.class_names import display_name
+from tools.metrics import read_metrics
+from tools.results import NAME as RESULTS
+from tools.results import read_results, variant
+from tools.trace import QUANTILES
+from utils import summary
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "svg.hashsalt": "meta-lstm",
+    "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # a $ in a file's name is a dollar
+    "mathtext.fontset": "dejavuserif",
+}
+CI = r"$\mathit{cI}$"  # for texts with parse_math
+PAUSE = 5  # a stretch of training so many times slower than the median is taken for an interruption
+
+
+# ---- Words ----
+
+
+def shorten(text: str, width: int) -> str:
+    """Words that a picture can hold: printable, and if too long, without their middle.
+
+    Args:
+        width: the most characters; wide ones, such as Chinese, count twice.
+    """
+    text = text.encode(
+        "utf-8", "backslashreplace"
+    ).decode()  # file names may hold bytes of any kind
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    sizes = [1 + (unicodedata.east_asian_width(c) in "WF") for c in text]
+    if sum(sizes) <= width:
+        return text
+    left, right = np.cumsum(sizes), np.cumsum(sizes[::-1])
+    head, tail = (left <= width // 2).sum(), (right <= width - width // 2 - 1).sum()
+    return text[:head] + "…" + text[len(text) - tail :]
+
+
+def fonts_for(texts: Iterable[str]) -> list[str]:
+    """Families to draw these texts with: Matplotlib's own, then installed ones for the characters
+    that it lacks.
+
+    A character that no installed font has is drawn as a box (Matplotlib's "Last Resort" has one for
+    each), and a note says so.
+    """
+    families = ["DejaVu Sans"]
+    missing = {ord(c) for text in texts for c in text} - _characters(
+        font_manager.findfont(families[0])
+    )
+    for font in font_manager.fontManager.ttflist if missing else ():
+        if not font.name.startswith("Last Resort") and (has := missing & _characters(font.fname)):
+            families.append(font.name)
+            missing -= has
+    if missing:
+        characters = " ".join(map(chr, sorted(missing)))
+        print(f"note: no font here has {characters}; boxes stand for them in pictures")
+    return families
+
+
+def _characters(path: str) -> set[int]:
+    try:
+        font = font_manager.get_font(path)
+        font.set_size(9, 100)
+        return set(font.get_charmap())
+    except Exception:  # fonts that Matplotlib cannot draw, such as coloured emoji
+        return set()
+
+
+@contextmanager
+def style(texts: Iterable[str]) -> Iterator[None]:
+    """Draw in this file's style, with fonts for these texts."""
+    with warnings.catch_warnings(), plt.rc_context({**STYLE, "font.family": fonts_for(texts)}):
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # fonts_for has said so
+        yield
+
+
+# ---- Numbers ----
+
+
+def smooth(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each value and its neighbours, ``width`` in all.
+
+    Near the ends there are fewer, but as many on either side: the first value and the last stay as
+    they are.
+
+    Args:
+        values: [N], NaN where nothing finite was logged.
+    """
+    reach = [min(width // 2, k, len(values) - 1 - k) for k in range(len(values))]
+    windows = [values[k - r : k + r + 1] for k, r in enumerate(reach)]
+    finite = [w[np.isfinite(w)] for w in windows]
+    mean = np.array([w.mean() if len(w) else math.nan for w in finite])
+    return mean, np.array([w.std() if len(w) else math.nan for w in finite])
+
+
+def training_time(train: list[dict]) -> tuple[np.ndarray, str]:
+    """When each line of the log was written, in time spent on training.
+
+    A line much slower than the median (``PAUSE``), such as of a process that was stopped for a
+    while, counts as the median.
+
+    Args:
+        train: the training events, N of them.
+
+    Returns:
+        [N], and the unit: seconds, minutes or hours.
+    """
+    episodes = np.diff([e["episode"] for e in train], prepend=0)
+    episodes[0] = round(
+        train[0]["time"]["seconds"] * train[0]["time"]["episodes_per_second"]
+    )  # it may continue another run
+    each = 1 / np.array([e["time"]["episodes_per_second"] for e in train])
+    seconds = np.cumsum(episodes * np.where(each > PAUSE * np.median(each), np.median(each), each))
+    unit, size = next(
+        (u, s)
+        for u, s, most in (("seconds", 1, 120), ("minutes", 60, 7200), ("hours", 3600, math.inf))
+        if seconds[-1] <= most
+    )
+    return seconds / size, unit
+
+
+def settings(folder: Path) -> dict[str, object]:
+    """A run's hyper-parameters and its mode, from its checkpoint or else from its tests; empty if
+    it has neither.
+    """
+    if (folder / "ckpts" / LAST).is_file():
+        content = checkpoints.load(folder / "ckpts" / LAST)
+        return {"mode": content.get("mode", "train"), **content.get("hyper_parameters", {})}
+    return (
+        read_results(folder)["training"]["hyper_parameters"] if (folder / RESULTS).exists() else {}
+    )
+
+
+# ---- Pictures ----
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, with an SVG beside it, and close it."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, dpi=150)
+        figure.savefig(path.with_suffix(".svg"), dpi=150, metadata={"Date": None})
+    finally:
+        plt.close(figure)
+
+
+def curves(folder: Path) -> Figure:
+    """Loss and accuracy over episodes and over the time of training."""
+    events = read_metrics(folder)
+    train = [e for e in events if e["event"] == "train"]
+    val = [e for e in events if e["event"] == "val"]
+    episode = np.array([e["episode"] for e in train])
+    validated = np.array([e["episode"] for e in val])
+    time, unit = training_time(train)
+    # outside the log's lines the time of a validation is unknown: NaN, which is not drawn
+    val_time = np.interp(validated, episode, time, left=math.nan, right=math.nan) if val else []
+    known = settings(folder)
+    n = known.get("n_class")
+    figure, axes = plt.subplots(2, 2, figsize=(8, 5.6), sharex="col", sharey="row")
+    chances = (math.log(n), 100 / n) if n else (None, None)
+    labels = (("loss", "loss"), ("accuracy", "accuracy, %"))
+    for row, ((key, label), chance) in enumerate(zip(labels, chances, strict=True)):
+        values = np.array([e[f"mean_{key}"] for e in train], dtype=float)
+        mean, std = smooth(values, max(3, len(values) // 20))
+        for axis, x, at in zip(axes[row], (episode, time), (validated, val_time), strict=True):
+            if chance:
+                look = {"color": GREY, "linestyle": ":", "linewidth": 1}
+                axis.axhline(chance, **look, label=f"guessing among {n} classes")
+            axis.fill_between(x, mean - std, mean + std, color=BLUE, alpha=0.2, linewidth=0)
+            words = "training, smoothed, ± std of the log's means"
+            axis.plot(x, mean, color=BLUE, marker="o" if len(x) == 1 else None, label=words)
+            if val:
+                pairs = [[e[key][k] for e in val] for k in ("mean", "ci95")]
+                centre, half = np.array(pairs, dtype=float)
+                look = {"color": ORANGE, "fmt": "s--", "markersize": 3, "linewidth": 1}
+                axis.errorbar(at, centre, half, capsize=2, **look, label="validation, ± 95 %")
+        axes[row, 0].set_ylabel(label)
+    axes[1, 0].set_xlabel("batches" if known.get("mode") == "pretrain" else "episodes")
+    axes[1, 1].set_xlabel(f"{unit} of training, without validations and pauses")
+    name = shorten(folder.resolve().name, 50)
+    figure.suptitle(f"{name}: training{' and validation' if val else ''}")
+    look = {"ncols": 3, "fontsize": 8, "title_fontsize": 8}
+    if val and known.get("method") != "linear-head":
+        look["title"] = (
+            "Two measures: training normalises query images by their own batch's statistics, "
+            "validation by the support set's."
+        )
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", **look)
+    return figure
+
+
+def gates(name: str, trace: dict[str, np.ndarray]) -> Figure:
+    """Forget and input gates over the updates, layer by layer (compare the paper's figure 2)."""
+    layers = trace["layers"]
+    size = (max(7, 1 + 2 * len(layers)), 4.8)
+    figure, axes = plt.subplots(
+        2, len(layers), figsize=size, sharex=True, sharey="row", squeeze=False
+    )
+    for row, (key, colour) in enumerate((("forget", BLUE), ("input", ORANGE))):
+        gate = trace[key]  # [E, T, L, 6]
+        t = np.arange(1, gate.shape[1] + 1)
+        for k, layer in enumerate(layers):
+            axis = axes[row, k]
+            spread = gate[:, :, k, 1:].mean(0)
+            axis.fill_between(t, spread[:, 0], spread[:, 4], color=colour, alpha=0.15, linewidth=0)
+            axis.fill_between(t, spread[:, 1], spread[:, 3], color=colour, alpha=0.3, linewidth=0)
+            axis.plot(t, gate[:, :, k, 0].T, color=GREY, linewidth=0.5, alpha=0.4)
+            axis.plot(t, gate[:, :, k, 0].mean(0), color=colour, marker="o", markersize=3)
+            if row == 0:
+                axis.set_title(shorten(str(layer), 24))
+            else:
+                axis.set_xlabel("update")
+        axes[row, 0].set_ylabel(f"{key} gate")
+    figure.suptitle(f"{shorten(name, 30)}: gates, layer by layer")
+    low, high = f"{QUANTILES[0]:.0%}", f"{QUANTILES[-1]:.0%}"
+    words = "line: mean of a layer's coordinates; bands: their quartiles and "
+    words += f"{low} to {high}; thin: one episode each"
+    figure.supxlabel(words, fontsize=8, color=GREY)
+    return figure
+
+
+def movement(name: str, trace: dict[str, np.ndarray]) -> Figure:
+    """How far each layer has moved from cI."""
+    moved = trace["moved"].mean(0)
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(trace["layers"])))
+    for k, (layer, colour) in enumerate(zip(trace["layers"], colours, strict=True)):
+        look = {"color": colour, "linestyle": ("-", "--", "-.", ":")[k % 4]}
+        look |= {"marker": "os^Dv"[k % 5], "markersize": 4, "label": shorten(str(layer), 24)}
+        axis.plot(np.arange(1, len(moved) + 1), 100 * moved[:, k], **look)
+    axis.set(xlabel="update", title=f"{shorten(name, 36)}: movement, layer by layer", yscale="log")
+    ylabel = r"$|\mathit{c_t} - \mathit{cI}|\ /\ |\mathit{cI}|$, %"
+    axis.set_ylabel(ylabel, parse_math=True)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(
+        LogFormatter()
+    )  # the usual one writes formulas, which STYLE forbids
+    figure.legend(loc="outside right upper", fontsize=8, handlelength=3)
+    return figure
+
+
+def adaptation(name: str, trace: dict[str, np.ndarray]) -> Figure:
+    """The learner's accuracy before the first update and after each."""
+    n = len(trace["classes"])
+    figure, axis = plt.subplots(figsize=(6, 3.8))
+    axis.axhline(100 / n, color=GREY, linestyle=":", linewidth=1, label=f"guessing among {n}")
+    for key, colour, look in (("support", GREEN, "s--"), ("query", BLUE, "o-")):
+        values = trace[key]
+        t = np.arange(values.shape[1])
+        half = 1.96 * values.std(0) / math.sqrt(len(values))
+        mean = values.mean(0)
+        axis.fill_between(t, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
+        axis.plot(t, mean, look, color=colour, markersize=3, label=f"{key} set")
+    axis.set(ylabel="accuracy, %", ylim=(0, 102))
+    axis.set_xlabel(f"update (0: the learner at {CI})", parse_math=True)
+    axis.set_title(
+        f"{shorten(name, 30)}: the learner in {len(trace['query'])} validation episodes, ± 95 %"
+    )
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def histogram(folder: Path) -> Figure:
+    """Test accuracies, one per episode; a row for each test."""
+    content = read_results(folder)
+    tests, trained_on = content["tests"], content["training"]["hyper_parameters"].get("n_shot")
+    figure, axes = plt.subplots(
+        len(tests), figsize=(6, 1.6 + 1.4 * len(tests)), sharex=True, squeeze=False
+    )
+    for axis, test in zip(axes[:, 0], tests, strict=True):
+        s, values = summary(test["accuracies"]), np.array(test["accuracies"])
+        axis.hist(values, bins=_bins(values), color=BLUE, alpha=0.6)
+        axis.axvline(s["mean"], color="black", linestyle="--", linewidth=1, label="mean")
+        guessing = {"color": GREY, "linestyle": ":", "linewidth": 1.5}
+        label = f"guessing among {test['n_class']}"
+        axis.axvline(100 / test["n_class"], **guessing, label=label)
+        title = f"{test['n_shot']}-shot, {shorten(test['data'], 20)}, after {test['episode']:,} "
+        title += f"episodes: {s['mean']:.2f} ± {s['ci95']:.2f} %"
+        axis.set_title("\n".join(filter(None, (title, variant(test)))), loc="left")
+        axis.set_ylabel("test episodes")
+        axis.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes[-1, 0].set(xlabel="accuracy of an episode, %", xlim=(-2, 102))
+    shots = f" (trained on {trained_on}-shot)" if trained_on else ""
+    figure.suptitle(f"{shorten(folder.resolve().name, 34)}{shots}: test accuracies")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
+    )
+    return figure
+
+
+def _bins(values: np.ndarray) -> np.ndarray:
+    """Edges some 4 % apart, each bin with the same number of the values that an episode's accuracy
+    can take.
+    """
+    steps = np.diff(np.unique(values.round(3)))
+    step = steps.min() if len(steps) else 4.0
+    return np.arange(-step / 2, 100 + 4 + step, step * max(1, round(4 / step)))
+
+
+def confusion(name: str, trace: dict[str, np.ndarray]) -> Figure:
+    """One episode's query images by true and predicted class."""
+    images, pairs = trace["images"], trace["confusion"]
+    names = [shorten(display_name(str(c)), 18) for c in trace["classes"]]
+    n, size = len(names), images.shape[1]
+    side = math.ceil(
+        math.sqrt(np.bincount(pairs[:, 0]).max())
+    )  # room for all images of a class in one cell
+    figure, axes = plt.subplots(n, n, figsize=(1.5 * n + 0.8, 1.5 * n + 1.1), squeeze=False)
+    for right in range(n):
+        for given in range(n):
+            axis: Axes = axes[right, given]
+            these = images[(pairs[:, 0] == right) & (pairs[:, 1] == given)]
+            if len(these):
+                sheet = np.full((side * size, side * size, 3), 255, dtype=np.uint8)
+                for k, image in enumerate(these):
+                    y, x = divmod(k, side)
+                    sheet[y * size : (y + 1) * size, x * size : (x + 1) * size] = image
+                axis.imshow(sheet, interpolation="nearest")
+            axis.set(xticks=[], yticks=[], box_aspect=1)
+            axis.grid(False)
+            colour, width = (GREEN, 2.5) if right == given else ("#bbbbbb", 0.8)
+            for spine in axis.spines.values():
+                spine.set(visible=True, color=colour, linewidth=width)
+            axis.set_title(str(len(these)), fontsize=8, pad=2)
+            if given == 0:
+                axis.set_ylabel(names[right], fontsize=8)
+            if right == n - 1:
+                axis.set_xlabel(names[given], fontsize=8)
+    share = (pairs[:, 0] == pairs[:, 1]).mean()
+    figure.suptitle(
+        f"{shorten(name, 14 * n - 18)}\nquery images of one validation episode, {share:.0%} right",
+        fontsize=10,
+    )
+    figure.supylabel("true class", fontsize=9)
+    figure.supxlabel("the learner's answer", fontsize=9)
+    return figure
