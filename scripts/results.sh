@@ -1,8 +1,22 @@
 #!/usr/bin/env bash
-# Print several tested runs as a Markdown table, with the mean over seeds and the published numbers.
+# Print tested runs as Markdown tables, beside the published numbers. --write FILE puts the tables
+# between the lines <!-- results --> and <!-- /results --> of FILE instead.
 #   bash scripts/results.sh logs-*
+#   bash scripts/results.sh --write docs/results.md            # all runs of results/
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements.txt
 
-exec "$PYTHON" "$ROOT/main.py" --mode results --runs "$@"
+file=''
+if [ "${1-}" = --write ]; then
+  file=${2-}
+  [ -f "$file" ] || fail "--write $file: no such file"
+  shift 2
+fi
+[ $# -gt 0 ] || set -- "$ROOT"/results/*/
+[ -n "$file" ] || exec "$PYTHON" "$ROOT/main.py" --mode results --runs "$@"
+tables=$("$PYTHON" "$ROOT/main.py" --mode results --runs "$@")
+"$PYTHON" -c 'import pathlib, re, sys
+path, (begin, end) = pathlib.Path(sys.argv[1]), ("<!-- results -->\n", "<!-- /results -->\n")
+text, n = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}{sys.argv[2]}\n{end}", path.read_text(), flags=re.S)
+sys.exit(n != 1 or not path.write_text(text))' "$file" "$tables" || fail "$file lacks the two marker lines"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Train a recipe with several seeds, test each, and print the table: one seed after the other, or,
-# where there are GPUs, one seed on each at a time. Stopped or killed, the same command continues;
-# what is finished is skipped. Further flags go to main.py, for training and testing.
+# where there are GPUs, one seed on each at a time. If it is stopped or killed, the same command
+# resumes; finished seeds are skipped. Further flags go to main.py, for training and testing.
 #   bash scripts/seeds.sh 719 53 1 [--recipe train_5s_5c_authors] [--data-root DIR ...]
-# Before train_5s_5c_best comes --recipe pretrain, which tests nothing.
+# Before --recipe train_5s_5c_pretrained, run --recipe pretrain, which tests nothing.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
-recipe=train_5s_5c save='' seeds=() flags=() lanes=()
+recipe=train_5s_5c save='' seeds=() flags=() gpus=()
 while [[ ${1-} =~ ^[0-9]+$ ]]; do seeds+=("$1") && shift; done
 [ ${#seeds[@]} -gt 0 ] || fail "no seeds given; for example: bash scripts/seeds.sh 719 53"
 while [ $# -gt 0 ]; do
@@ -17,7 +17,7 @@ while [ $# -gt 0 ]; do
     --mode* | --seed* | --resume*) fail "${1%%=*}: seeds.sh sets this flag itself; leave it out" ;;
     --save) save=${2-} ;;
     --save=*) save=${1#*=} ;;
-    --cpu | --gpu*) lanes=('') ;; # no choice is left
+    --cpu | --gpu*) gpus=('') ;; # the flag chooses the device
   esac
   flags+=("$1") && shift
 done
@@ -27,15 +27,15 @@ for file in "$train" ${test:+"$test"}; do [ -f "$file" ] || fail "--recipe $reci
 save=${save:-$(sed -n 's/^  --save \(.*\) \\$/\1/p' "$train")}
 
 use_python requirements.txt
-if [ ${#lanes[@]} -eq 0 ]; then # a lane is a GPU, by its name in CUDA_VISIBLE_DEVICES
+if [ ${#gpus[@]} -eq 0 ]; then # names for CUDA_VISIBLE_DEVICES; '' without a GPU
   count=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())') || fail "PyTorch cannot be loaded"
   names=${CUDA_VISIBLE_DEVICES-$(seq -s, 0 $((count - 1)))}
-  IFS=, read -r -a lanes <<<"$names"
-  lanes=("${lanes[@]:0:count < ${#seeds[@]} ? count : ${#seeds[@]}}")
-  [ ${#lanes[@]} -gt 0 ] || lanes=('')
+  IFS=, read -r -a gpus <<<"$names"
+  gpus=("${gpus[@]:0:count < ${#seeds[@]} ? count : ${#seeds[@]}}")
+  [ ${#gpus[@]} -gt 0 ] || gpus=('')
 fi
 
-one() { # SEED: train and test it
+train_and_test() { # SEED
   local folder=$save-$1
   bash "$train" "${flags[@]}" --seed "$1" || return
   [ -n "$test" ] || return 0
@@ -46,21 +46,21 @@ one() { # SEED: train and test it
   fi
 }
 
-lane() { # NUMBER: its share of the seeds, whatever becomes of the others; 0, or how the first failure ended
+worker() { # NUMBER of a GPU: every n-th seed; returns the first failure's status, or 0
   local k status=0 failed=0
-  trap 'exit 143' TERM # after the training, which the signal has reached, too, and which writes a snapshot
-  if [ ${#lanes[@]} -gt 1 ]; then
-    export CUDA_VISIBLE_DEVICES=${lanes[$1]} TQDM_DISABLE=1
+  trap 'exit 143' TERM # the training receives the signal, too, and writes a snapshot first
+  if [ ${#gpus[@]} -gt 1 ]; then
+    export CUDA_VISIBLE_DEVICES=${gpus[$1]} TQDM_DISABLE=1
     exec >/dev/null
   fi
-  for ((k = $1; k < ${#seeds[@]}; k += ${#lanes[@]})); do
-    if [ ${#lanes[@]} -gt 1 ]; then echo "seed ${seeds[k]}, GPU ${lanes[$1]}: see $save-${seeds[k]}/console.log" >&2; fi
-    one "${seeds[k]}" || { status=$? && failed=$((failed ? failed : status)); }
+  for ((k = $1; k < ${#seeds[@]}; k += ${#gpus[@]})); do
+    if [ ${#gpus[@]} -gt 1 ]; then echo "seed ${seeds[k]}, GPU ${gpus[$1]}: see $save-${seeds[k]}/console.log" >&2; fi
+    train_and_test "${seeds[k]}" || { status=$? && failed=$((failed ? failed : status)); }
   done
   return "$failed"
 }
 
-set -m # each lane is a process group of its own, which a signal reaches as a whole
+set -m # each worker is a process group, which one signal reaches as a whole
 pids=() failed=0
 # shellcheck disable=SC2317  # the traps call it
 stop() {
@@ -72,8 +72,8 @@ stop() {
 trap 'stop 2' INT
 trap 'stop 15' TERM
 trap 'stop 1' HUP
-for n in "${!lanes[@]}"; do
-  lane "$n" &
+for n in "${!gpus[@]}"; do
+  worker "$n" &
   pids+=($!)
 done
 for pid in "${pids[@]}"; do

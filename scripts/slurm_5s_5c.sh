@@ -12,9 +12,9 @@
 #SBATCH --output=slurm-%A_%a.out
 # Train and test 5-way 5-shot under Slurm: each number of the array is a seed. From the repository:
 #   sbatch [--array=1,2,3 --partition=NAME ...] scripts/slurm_5s_5c.sh [flags of main.py]
-# Two minutes before its time is over, a job writes a snapshot, stops, and queues up again; after
-# preemption Slurm does that. With several GPUs, --gpus-per-node=8 --nodes=2, each takes an equal
-# part of an update's episodes: one for each GPU, unless the flags have another --meta-batch.
+# Two minutes before its time limit a job writes a snapshot, stops and requeues itself; after
+# preemption Slurm requeues it. With several GPUs (--gpus-per-node=8 --nodes=2) each takes an equal
+# share of an update's episodes: one per GPU, unless --meta-batch says otherwise.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?only sbatch runs this script}" # Slurm runs a copy of it from elsewhere
 [ -f scripts/env.sh ] || { echo "error: $PWD is not the repository; submit from there" >&2 && exit 2; }
@@ -23,17 +23,17 @@ source scripts/env.sh
 use_python requirements.txt
 
 seed=${SLURM_ARRAY_TASK_ID:-719} nodes=${SLURM_JOB_NUM_NODES:-1} gpus=${SLURM_GPUS_ON_NODE:-1}
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # which srun does not take over from sbatch
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not inherit it from sbatch
 stopped='' child=''
 
 stop() {
   stopped=$1
-  [ -z "$child" ] || scancel --signal=TERM "$SLURM_JOB_ID" || true # the training; srun would kill it
+  [ -z "$child" ] || scancel --signal=TERM "$SLURM_JOB_ID" || true # to the training; srun would kill it
 }
 trap 'stop USR1' USR1
 trap 'stop TERM' TERM
 
-run() { # COMMAND: to its end, whatever signals come
+run() { # COMMAND: wait for its end, even when a signal arrives
   local status=0
   if [ -z "$stopped" ]; then
     "$@" &
@@ -43,7 +43,7 @@ run() { # COMMAND: to its end, whatever signals come
     child=''
   fi
   if [ "$stopped" = USR1 ]; then
-    echo "the time is nearly over: queueing up again"
+    echo "the time limit is near: requeueing"
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
   fi

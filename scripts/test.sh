@@ -1,22 +1,28 @@
 #!/usr/bin/env bash
-# Run the linter, then the tests. Arguments go to pytest; paths among them may be relative to your
-# working directory.
+# Lint, then the everyday tests. --all adds the tests marked slow. Other arguments go to pytest
+# instead; paths among them may be relative to your working directory.
+#   bash scripts/test.sh [--all]
+#   bash scripts/test.sh tests/core -k golden
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements-dev.txt
 
+tests='not slow and not gpu'
 for argument in "$@"; do
+  shift
   case $argument in
+    --all) tests='not gpu' && continue ;;
     -* | /*) ;;
-    *) if [ -f "${argument%%::*}" ]; then argument=$PWD/$argument; fi ;;
+    *) if [ -e "${argument%%::*}" ]; then argument=$PWD/$argument; fi ;;
   esac
   set -- "$@" "$argument"
-  shift
 done
-all=$#
-if [ $# = 0 ]; then set -- -n 2 --dist loadfile; fi # all tests: two files at a time
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT-1000} # or tests crawl beside other programs
+chosen=$#
+if [ "$chosen" = 0 ]; then set -- -m "$tests" -n 2 --dist loadfile; fi # two files at a time
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT-1000} # tests are slow beside other programs otherwise
 cd "$ROOT"
 "$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+if grep -qs '^\[tool.mypy\]' pyproject.toml; then "$PYTHON" -m mypy; fi # it names the files
 "$PYTHON" -m pytest "$@"
-if [ "$all" = 0 ] && nvidia-smi -L >/dev/null 2>&1; then "$PYTHON" -m pytest -m gpu; fi
+if [ "$chosen" = 0 ] && nvidia-smi -L >/dev/null 2>&1; then "$PYTHON" -m pytest -m gpu; fi

@@ -1,44 +1,30 @@
 #!/usr/bin/env bash
-# 5-way 5-shot: the older port's recipe.
-# Edit the flags below; flags given to this script override them.
+# 5-way 5-shot, the recipe of the PyTorch port of 2019.
+# Edit the flags below; flags given to this script override them. All others: python main.py --help
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements.txt
 
 exec "$PYTHON" "$ROOT/main.py" --mode train \
-  --save logs \
-  --resume auto \
-  --seed 719 \
-  --data miniImagenet \
-  --n-class 5 \
   --n-shot 5 \
   --n-eval 15 \
-  --image-size 84 \
-  --filters 32 \
-  --augment port \
-  --pixels imagenet \
+  --n-class 5 \
+  --input-size 4 \
+  --hidden-size 20 \
+  --lr 1e-3 \
   --episode 50000 \
   --episode-val 100 \
   --epoch 8 \
   --batch-size 25 \
-  --grad-divisor 0 \
-  --shuffle pass \
-  --bn-scale uniform \
-  --bn-shift 0 \
+  --image-size 84 \
+  --grad-clip 0.25 \
   --bn-momentum 0.95 \
   --bn-eps 1e-3 \
-  --adapt all \
-  --input-size 4 \
-  --hidden-size 20 \
-  --lstm-init pytorch \
-  --bf-init 4 6 \
-  --bi-init -5 -4 \
-  --precision fp32 \
-  --lr 1e-3 \
-  --lr-decay 0 \
-  --meta-batch 1 \
-  --grad-clip 0.25 \
-  --n-workers 2 \
+  --data miniImagenet \
+  --pin-mem true \
   --log-freq 50 \
   --val-freq 1000 \
+  --seed 719 \
+  --save logs \
+  --resume auto \
   "$@"

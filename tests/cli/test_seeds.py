@@ -10,34 +10,29 @@ import time
 from pathlib import Path
 
 import pytest
-from test_cli import ROOT, SMALL, tensors
+import torch
+from conftest import ROOT
 from test_scripts import bash, environment, executable, one_line, repository  # noqa: F401
 
-from engine.flags import parse, settle
+from engine.flags import parse, resolve
 
-QUIET = [
-    *SMALL,
-    "--n-workers",
-    "1",
-    "--val-freq",
-    "0",
-    "--episode-test",
-    "2",
-    "--save-minutes",
-    "60",
-]
+QUIET = ["--cpu", "--image-size", "16", "--n-class", "3", "--n-shot", "1", "--n-eval", "2"]
+QUIET += ["--epoch", "2", "--hidden-size", "4", "--log-freq", "1", "--n-workers", "1"]
+QUIET += ["--plots", "false", "--val-freq", "0", "--episode-test", "2", "--save-minutes", "60"]
 LAST = "meta-learner-last.pth.tar"
 # a main.py that leaves the files of a training or a test, and says how it was called
 STUB = """import os, signal, sys, time
 argv = sys.argv[1:]
 given = dict(zip(argv, argv[1:]))
 folder = given.get("--save", "") + "-" + given.get("--seed", "")
-print("\\t".join([os.environ.get("CUDA_VISIBLE_DEVICES", ""), os.environ.get("RANK", ""), *argv]), file=open(LOG, "a"))
+where = [os.environ.get(name, "") for name in ("CUDA_VISIBLE_DEVICES", "RANK")]
+print("\\t".join([*where, *argv]), file=open(LOG, "a"))
 if argv[1] == "train":
     os.makedirs(folder + "/ckpts", exist_ok=True)
     open(folder + "/ckpts/meta-learner-last.pth.tar", "a")
     if given.get("--episode") == "100000":  # as long as nothing stops it
-        signal.signal(signal.SIGTERM, lambda *_: (print("snapshot", file=sys.stderr), sys.exit(143)))
+        stop = lambda *_: sys.exit(print("snapshot", file=sys.stderr) or 143)
+        signal.signal(signal.SIGTERM, stop)
         open(folder + "/metrics.jsonl", "w").write("{}")
         time.sleep(300)
 elif argv[1] == "test":
@@ -72,7 +67,7 @@ def seeds(clone, *argv, gpus=0, **env):
 
 
 def modes(calls):
-    return [(call[3], settle(*parse(call[2:])).seed) for call in calls if call[3] != "results"]
+    return [(call[3], resolve(parse(call[2:])).seed) for call in calls if call[3] != "results"]
 
 
 def test_seeds_one_after_the_other(clone):
@@ -82,7 +77,7 @@ def test_seeds_one_after_the_other(clone):
     *calls, table = clone[1]()
     assert modes(calls) == [("train", 719), ("test", 719), ("train", 53), ("test", 53)]
     for call in calls:
-        args = settle(*parse(call[2:]))
+        args = resolve(parse(call[2:]))
         assert (args.save, args.data_root) == ("a b", Path("my images"))
     assert table[2:] == ["--mode", "results", "--runs", "a b-719", "a b-53"]
 
@@ -106,14 +101,14 @@ def test_finished_seeds_are_not_tested_again(clone):
 def test_another_recipe_with_its_own_folders(clone, given):
     assert seeds(clone, "53", *given, "--n-eval", "9").returncode == 0
     train, test, table = (call[2:] for call in clone[1]())
-    args = settle(*parse(train))
+    args = resolve(parse(train))
     assert (args.n_shot, args.augment, args.save, args.n_eval) == (
         1,
         "none",
         "logs-1shot-authors",
         9,
     )
-    assert settle(*parse(test)).save == "logs-1shot-authors"
+    assert resolve(parse(test)).save == "logs-1shot-authors"
     assert table == ["--mode", "results", "--runs", "logs-1shot-authors-53"]
 
 
@@ -122,7 +117,7 @@ def test_pre_training_of_seeds_is_not_tested(clone):
     assert (run.returncode, run.stderr) == (0, "")
     assert modes(clone[1]()) == [("pretrain", 719), ("pretrain", 53)]
     assert len(clone[1]()) == 2  # and no table
-    assert settle(*parse(clone[1]()[0][2:])).save == "logs-pretrain"
+    assert resolve(parse(clone[1]()[0][2:])).save == "logs-pretrain"
 
 
 @pytest.mark.parametrize(
@@ -177,6 +172,10 @@ def test_what_seeds_refuses(clone):
     one_line(seeds(clone, "7", "--recipe", "train_omniglot"), "eval_omniglot.sh")
     for flag in ("--seed", "--resume=auto", "--mode"):
         one_line(seeds(clone, "7", flag, "x"), f"{flag.split('=')[0]}: seeds.sh sets this flag")
+
+
+def episodes_done(run):
+    return torch.load(run / "ckpts" / LAST, weights_only=True)["episode"]
 
 
 def children(pid):
@@ -256,6 +255,7 @@ def test_a_signal_reaches_all_trainings(clone, gpus, number):
 
 
 @real
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_where_it_was(master, tmp_path):
     flags = ["719", "--data-root", str(master), *QUIET, "--episode"]
     script = ROOT / "scripts" / "seeds.sh"
@@ -263,7 +263,7 @@ def test_a_stopped_training_goes_on_where_it_was(master, tmp_path):
         begin(script, *flags, "100000", cwd=tmp_path), [tmp_path / "logs-719"], signal.SIGINT
     )
     assert "stopped by SIGTERM after episode" in err
-    done = tensors(tmp_path / "logs")["episode"]
+    done = episodes_done(tmp_path / "logs-719")
     process = begin(script, *flags, str(done + 1), cwd=tmp_path)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -314,7 +314,7 @@ def test_a_job_trains_and_tests_its_seed(clone, slurm):
     run = bash(slurm / "slurm_script", "--data-root", "my images", path=slurm, **env)
     assert run.returncode == 0, run.stderr
     assert modes(calls()) == [("train", 53), ("test", 53)]
-    assert all(settle(*parse(call[2:])).data_root == Path("my images") for call in calls())
+    assert all(resolve(parse(call[2:])).data_root == Path("my images") for call in calls())
     assert (root / "logs-53" / "results.json").exists()
     assert [line.split()[0] for line in calls_of(slurm)] == ["srun", "srun"]
     # a training that fails is neither tested nor queued again
@@ -357,6 +357,7 @@ def test_torchrun_starts_the_recipe_as_so_many_ranks(clone, slurm):
 
 
 @real
+@pytest.mark.slow
 def test_a_job_whose_time_is_nearly_over_writes_a_snapshot_and_queues_up_again(
     master, tmp_path, slurm
 ):
@@ -372,7 +373,7 @@ def test_a_job_whose_time_is_nearly_over_writes_a_snapshot_and_queues_up_again(
         out, err = process.communicate(timeout=300)
         assert process.returncode == code, err
         assert "stopped by SIGTERM after episode" in err
-        done = tensors(tmp_path / "logs")["episode"]
+        done = episodes_done(tmp_path / "logs-719")
     assert (
         calls_of(slurm).count("scontrol requeue 31") == 1
     )  # after preemption Slurm itself does it
