@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PREPARE = ROOT / "data" / "prepare.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 prepare = importlib.import_module("prepare")

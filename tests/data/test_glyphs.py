@@ -14,7 +14,7 @@ from PIL import Image
 
 import utils
 
-SCRIPT = Path(__file__).resolve().parent.parent / "data" / "glyphs.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "data" / "glyphs.py"
 SPEC = spec_from_file_location("glyphs", SCRIPT)
 glyphs = module_from_spec(SPEC)
 SPEC.loader.exec_module(glyphs)

@@ -265,7 +265,7 @@ def test_two_folders_of_the_same_other_classes_need_a_split(tmp_path, run):
     assert len(tree(tmp_path / "out")) == len(files)  # images of the same name are both kept
 
 
-@pytest.mark.parametrize("name", ["formats", "splits", "forms/new", "../data/splits"])
+@pytest.mark.parametrize("name", ["formats", "splits", "formats/new", "../data/splits"])
 def test_folders_of_code_are_no_destination(name, tmp_path, run):
     code, _, err = run(formats.layout_zip(tmp_path), "--dest", PREPARE.parent / name)
     assert (code, err.count("\n")) == (2, 1)
