@@ -290,8 +290,8 @@ import sys, time
 sys.path.insert(0, {str(PREPARE.parent)!r})
 import prepare
 from formats import build
-put = build._put
-build._put = lambda *args: (time.sleep(0.02), put(*args))
+put = build._write
+build._write = lambda *args: (time.sleep(0.02), put(*args))
 prepare.main([{str(source)!r}, '--dest', {str(dest)!r}])
 """
     process = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.DEVNULL)
@@ -327,7 +327,7 @@ def test_interrupt_is_one_line(tmp_path, run, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("formats.build._put", interrupt)
+    monkeypatch.setattr("formats.build._write", interrupt)
     code, _, err = run(formats.layout_zip(tmp_path), "--dest", tmp_path / "out")
     assert (code, err.count("\n")) == (130, 1)
     assert not (tmp_path / "out").exists()
