@@ -114,9 +114,10 @@ def _settings(args: argparse.Namespace, source: str, stamp: Any) -> dict[str, An
     settings = {"source": source, "link": args.link, "stamp": stamp}
     if is_numbers(args.split):
         settings["split"], settings["seed"] = args.split, args.seed
-    for flag, file in (("split", args.split), ("class_names", args.class_names)):
-        if file and Path(file).is_file():
-            settings[flag] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    elif args.split and Path(args.split).is_file():
+        settings["split"] = hashlib.sha256(Path(args.split).read_bytes()).hexdigest()
+    if args.class_names:
+        settings["class_names"] = hashlib.sha256(args.class_names.read_bytes()).hexdigest()
     folder = args.csv or Path(source).parent
     tables = [folder / f"{split}.csv" for split in SPLITS]
     settings["csv"] = {table.name: _file_stamp(table) for table in tables if table.is_file()}
