@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import shutil
@@ -28,14 +29,7 @@ from .sources import Folder, intact, is_image, some
 
 RECORD = "prepared.json"  # in the data set: what it was made from, and its fingerprints
 _BATCH = 64
-_SUFFIXES = {
-    b"\xff\xd8\xff": ".jpg",
-    b"\x89PNG": ".png",
-    b"RIFF": ".webp",
-    b"BM": ".bmp",
-    b"II*\0": ".tif",
-    b"MM\0*": ".tif",
-}
+_SUFFIXES = {b"\x89PNG": ".png", b"RIFF": ".webp", b"BM": ".bmp"}  # of other content: .jpg
 
 
 def work_folder(dest: Path) -> Path:
@@ -192,7 +186,10 @@ def _fill(work: Path, manifest: Manifest, link: str, source: str) -> None:
     done = total - len(wanted)
     if done:
         print(f"resuming: {done} of {total} images are there")
-    images = _linked(manifest, wanted) if link != "copy" else manifest.reader.stream({*wanted})
+    if link == "copy":
+        images = manifest.reader.stream(set(wanted))
+    else:
+        images = ((key, (manifest.reader.path / key).resolve()) for key in wanted)
     left = dict(wanted)
     bar = tqdm(None, "writing", total, initial=done, unit=" images", disable=None)
     with bar, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -206,19 +203,12 @@ def _fill(work: Path, manifest: Manifest, link: str, source: str) -> None:
         raise UserError(f"{source}: {lost}: has it changed?")
 
 
-def _linked(manifest: Manifest, keys: dict[str, Item]) -> Iterator[tuple[str, Path]]:
-    for key in keys:
-        yield key, (manifest.reader.path / key).resolve()
-
-
 def _next_batch(images: Iterator[tuple[Any, Any]], source: str) -> list[tuple[Any, Any]]:
-    batch = []
     with intact(source):
-        for key, image in images:
-            batch.append((key, image.read() if hasattr(image, "read") else image))
-            if len(batch) == _BATCH:
-                break
-    return batch
+        return [
+            (key, image.read() if hasattr(image, "read") else image)
+            for key, image in itertools.islice(images, _BATCH)
+        ]
 
 
 def _write(target: Path, image: Path | bytes | np.ndarray, link: str) -> None:

@@ -7,7 +7,6 @@ import io
 import re
 from collections.abc import Collection, Iterator
 from pathlib import PurePosixPath
-from typing import NamedTuple
 
 from utils import SPLITS, UserError
 
@@ -38,6 +37,7 @@ _FILE_COLUMNS = {"filename", "file_name", "file", "image_name", "image", "path"}
 _LABEL_COLUMNS = {"label", "class_name", "class", "class_id", "category", "wnid"}
 
 Groups = dict[str, Classes]  # {folder above class folders: {class: [image, in natural order]}}
+Row = tuple[str, str, str, str]  # of a CSV file: split, the line's place, file name, label
 Tables = dict[str, tuple[str, bytes]]  # {split: (the CSV file's shown name, its content)}
 
 
@@ -312,15 +312,6 @@ def _from_class_folders(source: Source, groups: Groups, options: Options) -> Man
 # ---- CSV files ----
 
 
-class Row(NamedTuple):
-    """A line of a CSV file; ``where`` is its place, for errors."""
-
-    split: str
-    where: str
-    name: str
-    label: str
-
-
 def _find_tables(source: Source, options: Options) -> Tables | None:
     """train.csv, val.csv and test.csv of --csv, inside of the source, or beside it; None if there
     are none.
@@ -378,7 +369,7 @@ def _rows(tables: Tables) -> Iterator[Row]:
             told = WNID.match(name)
             if told and WNID.fullmatch(label) and told.group() != label:
                 raise UserError(f"{where}: wrong label {label} for {name}")
-            yield Row(split, where, name, label)
+            yield split, where, name, label
 
 
 def _from_tables(
@@ -387,7 +378,7 @@ def _from_tables(
     """Images that CSV files name: in one folder, or in class folders as ILSVRC-2012 has them."""
     options.refuse_split(source, "CSV files, which say the split")
     rows = list(_rows(tables))
-    labels = {row.label for row in rows}
+    labels = {label for *_, label in rows}
     known = [classes for classes in groups.values() if labels and labels <= set(classes)]
     if len(known) == 1:
         return _from_ilsvrc(source, known[0], rows)
@@ -395,16 +386,15 @@ def _from_tables(
     for name in images:
         at.setdefault(_base(name), []).append(name)
     items, missing = [], []
-    for row in rows:
-        found = at.get(_base(row.name), [])
+    for split, where, path, label in rows:
+        name = _base(path)
+        found = at.get(name, [])
         if len(found) > 1:
-            raise UserError(f"{row.where}: {row.name} is there {len(found)} times ({some(found)})")
+            raise UserError(f"{where}: {name} is there {len(found)} times ({some(found)})")
         if found:
-            items.append(
-                Item(row.split, row.label, _base(row.name), found[0], source.files[found[0]])
-            )
+            items.append(Item(split, label, name, found[0], source.files[found[0]]))
         else:
-            missing.append(f"{row.where}: its image {row.name} is missing")
+            missing.append(f"{where}: its image {name} is missing")
     if missing:
         more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
         raise UserError(f"{missing[0]} from {source.path}{more}")
@@ -443,10 +433,11 @@ def _from_ilsvrc(source: Source, classes: Classes, rows: list[Row] | None) -> Ma
         return Manifest(f"{source.kind} of {found}", source, items, [note], published=False)
     exact = {cls: {_base(name): name for name in names} for cls, names in classes.items()}
     items, ranked = [], 0
-    for split, where, name, label in rows:
+    for split, where, path, label in rows:
+        name = _base(path)
         if label not in classes:
             raise UserError(f"{where}: {source.path} has no class {label}")
-        key, match = exact[label].get(_base(name)), _RANKED.fullmatch(_base(name))
+        key, match = exact[label].get(name), _RANKED.fullmatch(name)
         if key is None and match and match.group(1) == label:
             rank = int(match.group(2))
             key = classes[label][rank - 1] if 1 <= rank <= len(classes[label]) else None
@@ -454,7 +445,7 @@ def _from_ilsvrc(source: Source, classes: Classes, rows: list[Row] | None) -> Ma
         if key is None:
             there = f"{label} has {len(classes[label])} images"
             raise UserError(f"{where}: its image {name} is missing from {source.path} ({there})")
-        items.append(Item(split, label, _base(name), key, source.files[key]))
+        items.append(Item(split, label, name, key, source.files[key]))
     note = f"{ranked} images were found by their rank in their class, as the CSV files number them"
     found = f"{source.kind} of {len(classes)} class folders with train.csv, val.csv and test.csv"
     return Manifest(found, source, items, [note] if ranked else [])

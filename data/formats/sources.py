@@ -114,21 +114,10 @@ class Source:
         if not _has_junk(name):
             self.skipped.setdefault(reason, []).append(name)
 
-    def _inside(self, name: str, base: str = "") -> str:
-        """The normalised name of an archive's member, or of a link's target relative to ``base``.
-
-        Raises:
-            UserError: it is absolute or leaves the archive.
-        """
-        parts: list[str] = []
-        outside = name.startswith("/") or "\0" in name or re.match(r"[A-Za-z]:[\\/]", name)
-        for part in f"{base}/{name}".split("/"):
-            if part == "..":
-                outside = outside or not base or not parts
-                parts = parts[:-1]
-            elif part not in ("", "."):
-                parts.append(part)
-        if outside:
+    def _inside(self, name: str) -> str:
+        """The normalised name of an archive's member. Raises UserError if it leaves the archive."""
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        if re.match(r"/|[A-Za-z]:[\\/]", name) or "\0" in name or ".." in parts:
             raise self.error(f"refused, as its member {name} points outside: get another copy")
         return "/".join(parts)
 
@@ -218,11 +207,10 @@ class Tar(Source):
     """
 
     def __init__(self, path: Path, file: IO[bytes] | None = None):
-        self._file, self._links_to = file, {}
+        self._file = file
         super().__init__(path, "a tar archive")
 
     def _list(self) -> None:
-        links: dict[str, str] = {}
         desc, off = f"listing {self.path.name}", True if self._file else None
         for _, member in tqdm(self._read(), desc, unit=" files", disable=off, leave=False):
             name = self._inside(member.name)
@@ -230,18 +218,8 @@ class Tar(Source):
                 self._add(name, member.size)
             elif member.isdir():
                 self.dirs.add(name or ".")
-            elif member.issym() or member.islnk():
-                base = str(PurePosixPath(name).parent) if member.issym() else ""
-                links[name] = self._inside(member.linkname, base)
             else:
-                self._skip("devices and pipes", name)
-        for name, target in links.items():
-            for _ in links:  # a link to a link; in a circle it leads to no file
-                target = links.get(target, target)
-            if target not in self.files:
-                self._skip("links", name)
-            elif self._add(name, self.files[target]):
-                self._links_to.setdefault(target, []).append(name)
+                self._skip("links, devices and pipes", name)
 
     def _read(self) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
         with intact(self.path):
@@ -264,10 +242,9 @@ class Tar(Source):
         for archive, member in self._read():
             if not member.isreg():
                 continue
-            name = self._inside(member.name)
-            for served in {name, *self._links_to.get(name, ())} & wanted:
+            if (name := self._inside(member.name)) in wanted:
                 with archive.extractfile(member) as file:
-                    yield served, file
+                    yield name, file
                 left -= 1
             if not left:
                 return

@@ -225,31 +225,16 @@ def test_archive_that_points_outside(name, pack, tmp_path, refused):
     assert "x" in refused(pack(tmp_path / "evil.archive", dataset() | {name: b"x"}))
 
 
-@pytest.mark.parametrize(
-    ("kind", "target"), [(tarfile.SYMTYPE, "../../../../etc"), (tarfile.LNKTYPE, "/etc/passwd")]
-)
-def test_link_in_an_archive_that_points_outside(kind, target, tmp_path, refused):
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_in_an_archive_are_not_followed(kind, tmp_path, capsys):
     source = formats.layout_tar(tmp_path)
     with tarfile.open(source, "a") as archive:
         member = tarfile.TarInfo("train/n01532829/link.jpg")
-        member.type, member.linkname = kind, target
+        member.type, member.linkname = kind, "/etc/passwd"
         archive.addfile(member)
-    assert target in refused(source)
-
-
-def test_links_inside_an_archive_are_followed(tmp_path):
-    files = dataset()
-    first, second, *_ = files
-    with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"d/{name}")
-            if name == second:
-                member.type, member.linkname = tarfile.LNKTYPE, f"d/{first}"
-            else:
-                member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    assert prepare.main([str(tmp_path / "x.tar"), "--dest", str(tmp_path / "out")]) == 0
-    assert tree(tmp_path / "out") == files | {second: files[first]}
+    assert prepare.main([str(source), "--dest", str(tmp_path / "out")]) == 0
+    assert tree(tmp_path / "out") == dataset()
+    assert "link.jpg" in capsys.readouterr().out
 
 
 ARCHIVES = [
