@@ -2,52 +2,38 @@
 
     python data/glyphs.py            # 100 classes x 60 JPEG images of 32 x 32 px in data/glyphs
 
-The quickstart trains on it: a model learns to tell new characters apart after five examples of
-each. A class is one character of six scripts. An image shows it in one of 20 typefaces, at a random
-size, place and slant, in random colours, on random paper and with random noise. The typefaces come
-with the matplotlib package, so each machine draws the same.
-
-    dest/{train,val,test}/<class>/<nnn>.jpg     64/16/20 classes, for example
-    train/greek-capital-delta/007.jpg dest/glyphs.json                            the settings that
-    made it
-
-An image is a pure function of (seed, character, index). One machine writes the same bytes each
-time. Another version of Pillow brings another FreeType or JPEG encoder: its pixels may differ by a
-few grey levels.
-
-The folder appears when it is complete: it is made beside dest as .<name>.tmp and renamed. Exit
-codes: 0 made or there already, 2 bad flags or files (one line on stderr says which), 130
-interrupted.
-"""
+A class is one character of six scripts. An image shows it in one of 20 typefaces, which come with
+matplotlib, at a random size, place and slant, in random colours, on random paper with noise.
+It is a pure function of (seed, character, index). One machine writes the same bytes each time;
+another version of Pillow may change a few grey levels."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import errno
-import json
-import shutil
+import io
+import os
 import sys
-import time
 import unicodedata
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import PIL
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for utils
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # for forms
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for formats
 
-from formats import DATA, refuse_code_folder
+from formats import DATA
+from formats.build import build, is_built
+from formats.manifest import Item, Manifest
 
-from utils import Parser, UserError, file_lock, int_range, run_main
+from utils import Parser, int_range, run_main
 
-MARKER = "glyphs.json"
 RECIPE = 1  # raise it when the same settings come to give other images
 
 # ---- Classes: script by script, without characters that look like one already in the table (O/0,
@@ -92,7 +78,7 @@ LUMA = np.array([0.299, 0.587, 0.114])
 
 
 def class_name(character: str) -> str:
-    """Folder name from the Unicode name: lower-case ASCII, e.g. 'greek-capital-omega', 'digit-two'."""
+    """Folder name: the Unicode name as lower-case ASCII, for example 'greek-capital-omega'."""
     return unicodedata.name(character).replace("LETTER ", "").lower().replace(" ", "-")
 
 
@@ -100,8 +86,7 @@ def class_splits() -> dict[str, list[str]]:
     """{'train': 64 characters, 'val': 16, 'test': 20}, disjoint.
 
     Every fifth of CHARACTERS goes to test and four of every 25 to val, so that each split has all
-    six scripts. The split does not depend on the seed.
-    """
+    six scripts. The split does not depend on the seed."""
     splits = {"train": [], "val": [], "test": []}
     for position, character in enumerate(CHARACTERS):
         split = (
@@ -140,7 +125,7 @@ def faces(character: str) -> tuple[str, ...]:
 
 @cache
 def letter(character: str, face: str, font_size: int) -> Image.Image:
-    """A character's shape, cropped to its ink. Mode L, 255 where there is ink; font_size in pixels."""
+    """A character's shape in mode L, 255 where there is ink, cropped; font_size in pixels."""
     # BASIC: the other layout engine depends on whether a system library is installed
     font = ImageFont.truetype(face_file(face), font_size, layout_engine=ImageFont.Layout.BASIC)
     left, top, right, bottom = font.getbbox(character)
@@ -175,7 +160,7 @@ def place(shape: Image.Image, rng: np.random.Generator, image_size: int) -> np.n
 
 
 def colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Paper and darker ink: two RGB colours, float [3] in 0 .. 1, at least CONTRAST of luma apart."""
+    """Paper and darker ink: RGB, float [3] in 0 .. 1, at least CONTRAST of luma apart."""
     while True:
         paper, ink = rng.uniform(size=(2, 3))
         if (paper - ink) @ LUMA >= CONTRAST:
@@ -205,151 +190,70 @@ def draw(seed: int, character: str, index: int, image_size: int) -> Image.Image:
     return Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
 
 
-# ---- The folder ----
+# ---- The data set ----
 
 
-def make(folder: Path, settings: dict[str, int]) -> None:
-    """Write the whole data set and its marker into an empty folder. Raises OSError."""
-    seed, image_size, per_class = settings["seed"], settings["image_size"], settings["per_class"]
+class Glyphs:
+    """Draws images: the reader of a manifest whose keys are (character, index)."""
+
+    def __init__(self, seed: int, image_size: int):
+        self.seed, self.image_size = seed, image_size
+
+    def stream(self, wanted: set[tuple[str, int]]) -> Iterator[tuple[tuple[str, int], bytes]]:
+        """Yield (key, JPEG file) of the wanted keys."""
+        for character, index in sorted(wanted):
+            content = io.BytesIO()
+            image = draw(self.seed, character, index, self.image_size)
+            image.save(content, "JPEG", quality=92, subsampling=0)
+            yield (character, index), content.getvalue()
+
+
+def manifest(seed: int, image_size: int, per_class: int) -> Manifest:
+    """The manifest of the whole data set, ``per_class`` images of each class."""
     digits = max(3, len(str(per_class - 1)))
-    classes = [
-        (split, character) for split, members in class_splits().items() for character in members
+    items = [
+        Item(split, class_name(character), f"{index:0{digits}d}.jpg", (character, index))
+        for split, characters in class_splits().items()
+        for character in characters
+        for index in range(per_class)
     ]
-    with tqdm(
-        total=len(classes) * per_class, desc="drawing", unit=" images", disable=None, leave=False
-    ) as bar:
-        for split, character in classes:
-            class_folder = folder / split / class_name(character)
-            class_folder.mkdir(parents=True)
-            for index in range(per_class):
-                image = draw(seed, character, index, image_size)
-                image.save(
-                    class_folder / f"{index:0{digits}d}.jpg", "JPEG", quality=92, subsampling=0
-                )
-                bar.update()
-    made_with = {
-        "matplotlib": matplotlib.__version__,
-        "numpy": np.__version__,
-        "pillow": PIL.__version__,
-    }
-    (folder / MARKER).write_text(
-        json.dumps({**settings, "made_with": made_with}, indent=2) + "\n", encoding="utf-8"
-    )
+    packages = (("matplotlib", matplotlib), ("numpy", np), ("pillow", PIL))
+    versions = ", ".join(f"{name} {package.__version__}" for name, package in packages)
+    return Manifest(f"characters drawn with {versions}", Glyphs(seed, image_size), items)
 
 
-def check(dest: Path, settings: dict[str, int]) -> bool:
-    """True if dest holds this very data set, False if it is missing or empty. Raises UserError if
-    it is anything else.
-    """
-    if not dest.exists():
-        return False
-    if not dest.is_dir():
-        raise UserError(f"{dest} is a file, not a folder: choose another --dest")
-    if not any(dest.iterdir()):
-        return False
-    advice = "choose another --dest or remove it"
-    try:
-        found = json.loads((dest / MARKER).read_text(encoding="utf-8"))
-        found = {key: found[key] for key in settings}
-    except FileNotFoundError:
-        raise UserError(f"{dest} holds something else (it has no {MARKER}): {advice}") from None
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{dest / MARKER} is damaged: {advice}") from None
-    differing = [
-        f"{key} {found[key]!r} (asked: {settings[key]})"
-        for key in settings
-        if found[key] != settings[key]
-    ]
-    if differing:
-        raise UserError(f"{dest} was made with {', '.join(differing)}: {advice}")
-    images, expected = (
-        sum(1 for _ in dest.glob("*/*/*.jpg")),
-        len(CHARACTERS) * settings["per_class"],
-    )
-    if images != expected:
-        raise UserError(f"{dest} holds {images} images, {expected} were made: {advice}")
-    return True
-
-
-def ensure(dest: Path, settings: dict[str, int]) -> bool:
-    """Make the data set unless it is there already; returns whether it was made.
-
-    Raises:
-        UserError: something else is there; it is left as it is.
-        OSError: it cannot be written.
-    """
-    if check(dest, settings):
-        return False
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    lock, unfinished = dest.parent / f".{dest.name}.lock", dest.parent / f".{dest.name}.tmp"
-    with file_lock(lock, wait=True):
-        try:
-            if check(dest, settings):  # another run made it while this one waited
-                return False
-            if unfinished.exists():  # of a run that was killed
-                shutil.rmtree(unfinished)
-            unfinished.mkdir()
-            make(unfinished, settings)
-            if dest.exists():
-                dest.rmdir()  # empty, says check; renaming over it is not possible everywhere
-            unfinished.rename(dest)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            with contextlib.suppress(OSError):  # Windows does not remove an open file
-                lock.unlink()
-    return True
-
-
-# ---- The command line ----
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    summary = "Draw 100 classes of characters (64 train, 16 val, 20 test) as JPEG images; nothing is downloaded."
+def _parser() -> Parser:
+    summary = "Draw 100 classes of characters (64 train, 16 val, 20 test) as JPEG images."
     parser = Parser(prog="glyphs.py", description=summary)
-    words = "folder to make, which must not exist yet (default: %(default)s)"
-    parser.add_argument("--dest", type=Path, default=DATA / "glyphs", metavar="FOLDER", help=words)
-    words = "width and height of an image, 16 to 512 pixels (default: %(default)s)"
-    parser.add_argument(
-        "--image-size", type=int_range(16, 512), default=32, metavar="PIXELS", help=words
-    )
-    words = "images of each class, 1 to 10000 (default: %(default)s)"
-    parser.add_argument(
-        "--per-class", type=int_range(1, 10_000), default=60, metavar="IMAGES", help=words
-    )
-    words = "seed of every random choice, 0 or more (default: %(default)s)"
-    parser.add_argument(
-        "--seed", type=int_range(0, 2**63 - 1), default=719, metavar="NUMBER", help=words
-    )
-    return parser.parse_args(argv)
+
+    def add(flag: str, text: str, **kwargs: Any) -> None:
+        parser.add_argument(flag, help=f"{text} (default: %(default)s)", **kwargs)
+
+    add("--dest", "folder to make", type=Path, default=DATA / "glyphs", metavar="FOLDER")
+    size, count, seed = int_range(16, 512), int_range(1, 10_000), int_range(0, 2**63 - 1)
+    text = "width and height of an image, 16 to 512 pixels"
+    add("--image-size", text, type=size, default=32, metavar="PIXELS")
+    add("--per-class", "images of each class, 1 to 10000", type=count, default=60, metavar="IMAGES")
+    add("--seed", "seed of every random choice", type=seed, default=719, metavar="NUMBER")
+    return parser
 
 
 def _run(argv: list[str]) -> int:
-    args = parse(argv)
-    settings = {
-        "recipe": RECIPE,
-        "seed": args.seed,
-        "image_size": args.image_size,
-        "per_class": args.per_class,
-    }
-    started = time.perf_counter()
+    args = _parser().parse_args(argv)
+    flags = {"seed": args.seed, "image_size": args.image_size, "per_class": args.per_class}
+    settings = {"source": "glyphs", "recipe": RECIPE, **flags}
+    dest = Path(os.path.abspath(args.dest))
     try:
-        refuse_code_folder(args.dest)
-        made = ensure(args.dest.resolve(), settings)
+        if is_built(dest, settings):
+            print(f"{args.dest}: is there already: nothing to do")
+            return 0
+        build(manifest(**flags), dest, settings)
     except KeyboardInterrupt:
-        print("interrupted: nothing is left behind", file=sys.stderr)
+        print("interrupted: run the same command again to resume", file=sys.stderr)
         return 130
-    except OSError as error:
-        raise UserError(f"{error.filename or args.dest}: {error.strerror or error}") from error
-    except RuntimeError as error:  # a loop of symbolic links, before Python 3.13
-        raise UserError(f"{args.dest}: {error}") from error
-    if not made:
-        print(f"{args.dest} is there already, nothing to do")
-        return 0
+    size = f"{args.image_size} x {args.image_size} px"
     counts = ", ".join(f"{len(members)} {split}" for split, members in class_splits().items())
-    print(
-        f"{args.dest}: {len(CHARACTERS)} classes ({counts}) x {args.per_class} images of {args.image_size} x "
-        f"{args.image_size} px, seed {args.seed}, drawn in {time.perf_counter() - started:.1f} s"
-    )
+    print(f"{args.dest}: {counts} classes of {args.per_class} images of {size}, seed {args.seed}")
     return 0
 
 

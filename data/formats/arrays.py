@@ -7,155 +7,112 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from collections.abc import Collection, Iterator
+from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 
 from utils import UserError
 
 from . import safe_pickle
-from .sources import SPLIT_NAMES, WNID, Source, is_image, natural
+from .sources import SPLIT_NAMES, WNID, Folder, Source, is_image
 
-Key = tuple[str, int]  # an image: (split or shard, row)
+# one of the names of a split's pickle; the last group that matches is the split
+PICKLE = re.compile(
+    r"mini-imagenet-cache-(train|val|test)\.pkl|"
+    r"miniImageNet_category_split_(?:train_phase_(train)|(val|test))\.pickle"
+)
+Key = tuple[str, int]  # an image: (pickle or shard, row)
+Keys = dict[str, dict[str, list[Key]]]  # {split: {class: keys}}
 
 
-class _Pickles:
-    """One pickle a split.
+class Pickles:
+    """One pickle for each split, with one of these contents:
+
+    image_data uint8 [N, H, W, 3] and class_dict {class: indices};
+    data uint8 [N, H, W, 3] and labels [N], numbers or names.
 
     Args:
         source: where the pickles are.
-        parts: {split: the pickle's name in ``source``}.
+        names: {the pickle's name in ``source``: split}.
 
     Attributes:
-        rows: {split: {class: [key of each image]}}.
+        keys: {split: {class: [key of each image]}}.
 
     Raises:
         UserError: a pickle is refused, or its images and labels do not fit together.
     """
 
-    what = ""  # the form, in words
-    pattern: re.Pattern  # of the pickles' names; group 1 is the split
-
-    def __init__(self, source: Source, parts: dict[str, str]):
-        self._source, self._parts = source, parts
-        self.rows: dict[str, dict[str, list[Key]]] = {}
-        for split, images, classes in self._loaded(set(parts)):
+    def __init__(self, source: Source, names: dict[str, str]):
+        self._source = source
+        self.keys: Keys = {}
+        for name, images, data in self._load(set(names)):
+            shown, count = f"{source.path}: {name}", len(images)
             del images  # before the next one is loaded
-            self.rows[split] = {
-                cls: [(split, int(row)) for row in rows] for cls, rows in classes.items()
-            }
+            classes = self.keys.setdefault(names[name], {})
+            for row, cls in enumerate(_classes(data, names[name], count, shown)):
+                classes.setdefault(cls, []).append((name, row))
 
-    def _loaded(self, splits: set[str]) -> Iterator[tuple[str, np.ndarray, dict[str, np.ndarray]]]:
-        """Yield (split, images uint8 [N, H, W, 3], {class: rows}) with one pickle in memory at a
-        time.
-        """
-        split_of = {name: split for split, name in self._parts.items() if split in splits}
-        for name, file in self._source.stream(set(split_of)):
+    def _load(self, names: set[str]) -> Iterator[tuple[str, np.ndarray, dict[str, Any]]]:
+        """Yield (name, images uint8 [N, H, W, 3], the rest) with one pickle in memory at a time."""
+        for name, file in self._source.stream(names):
             shown = f"{self._source.path}: {name}"
-            with (
-                file.open("rb")
-                if isinstance(file, Path)
-                else contextlib.nullcontext(file) as opened
-            ):
-                data = safe_pickle.as_dict(safe_pickle.load(opened, shown), shown)
-            yield split_of[name], *self._read(data, split_of[name], shown)
-            del data
-
-    def _read(self, data: dict, split: str, shown: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        raise NotImplementedError
-
-    def _images(self, data: dict, key: str, shown: str) -> np.ndarray:
-        if key not in data:
-            raise UserError(
-                f"{shown}: has no {key!r}, only {', '.join(map(repr, list(data)[:6])) or 'nothing'}"
-            )
-        images = safe_pickle.as_array(data[key], f"{shown}: {key}")
-        if (
-            images.dtype != np.uint8
-            or images.ndim != 4
-            or images.shape[-1] != 3
-            or 0 in images.shape
-        ):
-            is_now = f"{images.dtype} {list(images.shape)}"
-            raise UserError(f"{shown}: {key} is {is_now}, not uint8 [images, height, width, 3]")
-        return images
+            data = safe_pickle.load(file, shown)
+            key = next((key for key in ("image_data", "data") if key in data), None)
+            if key is None:
+                raise UserError(f"{shown}: has neither 'image_data' nor 'data'")
+            images = safe_pickle.as_array(data.pop(key), f"{shown}: {key}")
+            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+                is_now = f"{images.dtype} {list(images.shape)}"
+                raise UserError(f"{shown}: {key} is {is_now}, not uint8 [images, height, width, 3]")
+            if 0 in images.shape:
+                raise UserError(f"{shown}: {key} is empty")
+            yield name, images, data
+            del data, images
 
     def stream(self, wanted: set[Key]) -> Iterator[tuple[Key, np.ndarray]]:
         """Yield (key, image uint8 [H, W, 3]) of the wanted keys."""
-        for split, images, _ in self._loaded({split for split, _ in wanted}):
-            for row in sorted(row for part, row in wanted if part == split):
-                yield (split, row), images[row].copy()  # a view would keep all of them in memory
+        for name, images, _ in self._load({name for name, _ in wanted}):
+            for row in sorted(row for key, row in wanted if key == name):
+                yield (name, row), images[row].copy()  # a view would keep all of them in memory
             del images
 
 
-class CachePickles(_Pickles):
-    """Pickles of image_data uint8 [N, 84, 84, 3] and class_dict {name: indices}."""
-
-    what = "mini-imagenet-cache pickles"
-    pattern = re.compile(r"mini-imagenet-cache-(train|val|test)\.pkl")
-
-    def _read(self, data: dict, split: str, shown: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        images = self._images(data, "image_data", shown)
-        classes, owner = {}, {}
-        for cls, rows in safe_pickle.as_dict(
-            data.get("class_dict"), f"{shown}: class_dict"
-        ).items():
-            rows = safe_pickle.as_array(rows, f"{shown}: class_dict[{cls!r}]").ravel()
-            if rows.size == 0:
-                raise UserError(f"{shown}: class {cls} has no images")
-            if rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= len(images):
-                raise UserError(
-                    f"{shown}: class {cls} has an index outside of the {len(images)} images: wrong labels"
-                )
-            classes[str(cls)] = rows
-            repeats = len(np.unique(rows)) != rows.size
-            for row in rows.tolist():
-                if owner.setdefault(row, cls) is not cls or repeats:
-                    raise UserError(
-                        f"{shown}: image {row} is in class {owner[row]} and again in {cls}: wrong labels"
-                    )
-        if lost := len(images) - len(owner):
-            raise UserError(
-                f"{shown}: {lost} of {len(images)} images belong to no class: wrong labels"
-            )
-        return images, classes
-
-
-class CategoryPickles(_Pickles):
-    """Pickles of data uint8 [N, 84, 84, 3] and labels [N], numbers or names."""
-
-    what = "miniImageNet_category_split pickles"
-    pattern = re.compile(r"miniImageNet_category_split_(train_phase_train|val|test)\.pickle")
-
-    def _read(self, data: dict, split: str, shown: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        images = self._images(data, "data", shown)
-        if "labels" not in data:
-            raise UserError(f"{shown}: has no 'labels'")
+def _classes(data: dict[str, Any], split: str, count: int, shown: str) -> list[str]:
+    """The class of each of a pickle's ``count`` images."""
+    if "labels" in data:
         labels = safe_pickle.as_array(data["labels"], f"{shown}: labels").ravel()
-        if len(labels) != len(images):
-            raise UserError(f"{shown}: has {len(images)} images, but {len(labels)} labels")
+        if len(labels) != count:
+            raise UserError(f"{shown}: has {count} images, but {len(labels)} labels")
         if labels.dtype.kind not in "iuU" or (labels.dtype.kind == "i" and labels.min() < 0):
             raise UserError(f"{shown}: its labels are neither class numbers nor class names")
         names = safe_pickle.as_dict(data.get("catname2label", {}), f"{shown}: catname2label")
         names = {label: str(name) for name, label in names.items() if isinstance(label, int)}
-        classes = {}
-        order = np.argsort(labels, kind="stable")
-        for rows in np.split(order, np.flatnonzero(labels[order][1:] != labels[order][:-1]) + 1):
-            label = labels[rows[0]].item()
-            # numbers may start from 0 again in each file: the split's name keeps them apart
-            name = label if isinstance(label, str) else names.get(label, f"{split}-{label:03d}")
-            if name in classes:
-                raise UserError(f"{shown}: two labels are called {name}")
-            classes[name] = rows
-        return images, classes
+        # numbers may start from 0 again in each file: the split's name keeps them apart
+        return [
+            label if isinstance(label, str) else names.get(label, f"{split}-{label:03d}")
+            for label in labels.tolist()
+        ]
+    classes: list[str | None] = [None] * count
+    for cls, rows in safe_pickle.as_dict(data.get("class_dict"), f"{shown}: class_dict").items():
+        rows = safe_pickle.as_array(rows, f"{shown}: class_dict[{cls!r}]").ravel()
+        if rows.size == 0:
+            raise UserError(f"{shown}: class {cls} has no images")
+        if rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= count:
+            raise UserError(f"{shown}: class {cls} has an index outside of the {count} images")
+        for row in rows.tolist():
+            if classes[row] is not None:
+                both = f"is in class {classes[row]} and again in {cls}"
+                raise UserError(f"{shown}: image {row} {both}: wrong labels")
+            classes[row] = str(cls)
+    if None in classes:
+        raise UserError(f"{shown}: {classes.count(None)} of {count} images belong to no class")
+    return classes
 
 
 def _split_of(name: str) -> str:
-    """The split that a shard's name or else its folders' names tell, the nearest first; "train" if
-    they tell none.
-    """
+    """The split in a shard's name, or in its folders' names, the nearest first; else "train"."""
     path = PurePosixPath(name.lower())
     for part in (path.name, *reversed(path.parts[:-1])):
         for token in re.split(r"[^a-z]+", part):
@@ -165,23 +122,22 @@ def _split_of(name: str) -> str:
 
 
 class Shards:
-    """Parquet shards with a column of images {bytes, path} and one of labels, numbers or class
-    names.
+    """Parquet shards with a column of images {bytes, path} and one of labels, numbers or names.
 
     Args:
         source: where the shards are.
         names: their names in it.
-        class_names: the names of labels 0, 1, ...; None looks for them in the shards.
+        class_names: the names of labels 0, 1, ...; None takes them from the shards' metadata, or
+            else from the images' paths.
 
     Attributes:
-        rows: {split: {class: [key of each image]}}; a class is an int if it has no name.
+        keys: {split: {class: [key of each image]}}; a class without a name is a number of 3 digits.
         named: whether the classes have names.
+        files: {key: file name} of the images whose paths are known.
 
     Raises:
         UserError: pyarrow or a column is missing, a shard is damaged, or a label is wrong.
     """
-
-    what = "Parquet shards"
 
     def __init__(
         self, source: Source, names: Collection[str], class_names: list[str] | None = None
@@ -190,131 +146,116 @@ class Shards:
             import pyarrow
             import pyarrow.parquet
         except ImportError:
-            needs = "Parquet files need pyarrow: pip install pyarrow (or -r requirements-data.txt)"
-            raise UserError(f"{source.path}: {needs}") from None
+            raise source.error("Parquet files need pyarrow: pip install pyarrow") from None
         self._arrow, self._source, self._class_names = pyarrow, source, class_names
-        self._file_names: dict[Key, str] = {}
-        self.rows: dict[str, dict[str | int, list[Key]]] = {}
-        for name, shard in self._shards(names):
+        self.files: dict[Key, str] = {}
+        rows: dict[str, dict[str | int, list[Key]]] = {}
+        for name, shard in self._open(set(names)):
             image, label = self._columns(name, shard)
-            classes = self.rows.setdefault(_split_of(name), {})
-            for number, row in enumerate(
-                self._batches(name, shard, 4096, [f"{image}.path", label])
-            ):
+            classes = rows.setdefault(_split_of(name), {})
+            columns = [f"{image}.path", label]
+            for number, row in enumerate(self._rows(name, shard, 4096, columns)):
                 key = (name, number)
-                classes.setdefault(self._class(row[label], name, number), []).append(key)
+                classes.setdefault(self._class(row[label], key), []).append(key)
                 if path := (row.get(image) or {}).get("path"):
-                    self._file_names[key] = PurePosixPath(path.replace("\\", "/")).name
-        self.named = self._name_numbers()
+                    self.files[key] = PurePosixPath(path.replace("\\", "/")).name
+        self._name_classes(rows)
 
-    def _shards(self, names: Collection[str]) -> Iterator[tuple[str, Any]]:
+    def _open(self, names: set[str]) -> Iterator[tuple[str, Any]]:
         """Yield (name, ParquetFile)."""
-        for name, file in self._source.stream(set(names)):
+        for name, file in self._source.stream(names):
             with contextlib.ExitStack() as stack:
-                if not isinstance(
-                    file, Path
-                ):  # Parquet is read from its end: unpack this one shard
-                    unpacked: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
+                if not isinstance(self._source, Folder):  # Parquet is read from its end
+                    unpacked = stack.enter_context(tempfile.TemporaryFile())
                     shutil.copyfileobj(file, unpacked)
                     file = unpacked
-                with self._damage(name):
+                with self._intact(name):
                     shard = stack.enter_context(self._arrow.parquet.ParquetFile(file))
                 yield name, shard
 
-    def _batches(self, name: str, shard: Any, rows: int, columns: list[str]) -> Iterator[dict]:
-        """Yield a shard's rows as dicts, decoding so many at a time."""
-        with self._damage(name):
-            for table in shard.iter_batches(rows, columns=columns):
+    def _rows(self, name: str, shard: Any, batch: int, columns: list[str]) -> Iterator[dict]:
+        """Yield a shard's rows as dicts, ``batch`` of them in memory."""
+        with self._intact(name):
+            for table in shard.iter_batches(batch, columns=columns):
                 yield from table.to_pylist()
 
     @contextlib.contextmanager
-    def _damage(self, name: str) -> Iterator[None]:
+    def _intact(self, name: str) -> Iterator[None]:
         """Turn pyarrow's errors into a UserError."""
         try:
             yield
         except (self._arrow.ArrowException, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            what = f"truncated or damaged Parquet file ({str(error).partition(chr(10))[0][:150]})"
-            raise UserError(f"{self._source.path}: {name}: {what}: get another copy") from None
+            what = str(error).partition("\n")[0][:150]
+            raise self._source.error(
+                f"{name}: truncated or damaged Parquet file ({what}): get another copy"
+            ) from None
 
     def _columns(self, name: str, shard: Any) -> tuple[str, str]:
-        """The names of the image and the label column. Takes the class names from the shard's
-        metadata.
-        """
+        """The names of the image and the label column; takes class names from the metadata."""
         is_, schema = self._arrow.types, shard.schema_arrow
-        kinds: tuple[Callable[[Any], bool], ...] = (
-            is_.is_integer,
-            is_.is_string,
-            is_.is_large_string,
-            is_.is_dictionary,
-        )
-        images = [
-            f.name for f in schema if is_.is_struct(f.type) and f.type.get_field_index("bytes") >= 0
-        ]
+        kinds = (is_.is_integer, is_.is_string, is_.is_large_string, is_.is_dictionary)
+        structs = [field for field in schema if is_.is_struct(field.type)]
+        images = [f.name for f in structs if f.type.get_field_index("bytes") >= 0]
         labels = [f.name for f in schema if any(kind(f.type) for kind in kinds)]
-        label = next(
-            (n for n in ("label", "labels", "class", "fine_label", "target") if n in labels), None
-        )
-        label = label or (labels[0] if len(labels) == 1 else None)
-        if not images or label is None:
-            raise UserError(
-                f"{self._source.path}: {name}: needs a column of images {{bytes, path}} and one of labels; "
-                f"its columns are {', '.join(f'{f.name} ({str(f.type)[:40]})' for f in schema)}"
-            )
+        usual = [n for n in ("label", "labels", "class", "fine_label", "target") if n in labels]
+        if not images or not (usual or len(labels) == 1):
+            columns = ", ".join(f"{f.name} ({str(f.type)[:40]})" for f in schema)
+            needs = "needs a column of images {bytes, path} and one of labels"
+            raise self._source.error(f"{name}: {needs}; its columns are {columns}")
+        label = [*usual, *labels][0]
         if self._class_names is None:
-            with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):
-                names = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][
-                    label
-                ]["names"]
+            with contextlib.suppress(KeyError, ValueError, TypeError):
+                info = json.loads((schema.metadata or {})[b"huggingface"])["info"]
+                names = info["features"][label]["names"]
                 if isinstance(names, list) and names:
                     self._class_names = list(map(str, names))
-        return images[0] if "image" not in images else "image", label
+        return "image" if "image" in images else images[0], label
 
-    def _class(self, value: Any, name: str, row: int) -> str | int:
+    def _class(self, value: Any, key: Key) -> str | int:
         if isinstance(value, str):
             return value
         known = self._class_names
         if not isinstance(value, int) or value < 0 or (known and value >= len(known)):
             classes = f" of {len(known)} classes" if known else ""
-            raise UserError(
-                f"{self._source.path}: {name}: row {row}: wrong label {value!r}{classes}"
-            )
+            raise self._source.error(f"{key[0]}: row {key[1]}: wrong label {value!r}{classes}")
         return known[value] if known else value
 
-    def _name_numbers(self) -> bool:
-        """Name labels that are numbers by the WordNet id that the paths of a label's images share,
-        if all do.
+    def _name_classes(self, rows: dict[str, dict[str | int, list[Key]]]) -> None:
+        """Name labels that are numbers by the WordNet ids that their images' paths begin with, if
+        each label has one.
         """
-        if not any(isinstance(cls, int) for classes in self.rows.values() for cls in classes):
-            return True
-        wnids = {}
-        for split, classes in self.rows.items():
+        names = {}
+        for split, classes in rows.items():
             for cls, keys in classes.items():
-                found = {WNID.match(self._file_names.get(key, "")) for key in keys}
-                ids = {match and match.group() for match in found}
-                wnids[split, cls] = ids.pop() if len(ids) == 1 else None
-        named = all(wnids.values())
-        for split, classes in self.rows.items():
-            self.rows[split] = {}
-            for cls, keys in sorted(classes.items()):
-                self.rows[split].setdefault(wnids[split, cls] if named else cls, []).extend(keys)
-        return named
-
-    def target(self, key: Key, cls: str, rank: int) -> str:
-        """A file name for an image: that of its path, or a number without a suffix, which the bytes
-        tell later.
-        """
-        name = self._file_names.get(key, "")
-        return name if is_image(name) else f"{cls}_{rank:04d}"
+                found = {self.files.get(key, "")[:9] for key in keys}
+                wnid = found.pop() if len(found) == 1 else ""
+                names[split, cls] = wnid if WNID.fullmatch(wnid) else None
+        numbers = any(isinstance(cls, int) for _, cls in names)
+        self.named = not numbers or all(names.values())
+        self.keys: Keys = {split: {} for split in rows}
+        for split, classes in rows.items():
+            for cls in sorted(classes, key=str):
+                name = cls if isinstance(cls, str) else names[split, cls]
+                name = name if self.named else f"{cls:03d}" if isinstance(cls, int) else cls
+                self.keys[split].setdefault(name, []).extend(classes[cls])
 
     def stream(self, wanted: set[Key]) -> Iterator[tuple[Key, bytes]]:
         """Yield (key, bytes of the image file) of the wanted keys."""
-        for name, shard in self._shards(sorted({name for name, _ in wanted}, key=natural)):
+        for name, shard in self._open({name for name, _ in wanted}):
             image, _ = self._columns(name, shard)
-            for number, row in enumerate(self._batches(name, shard, 64, [f"{image}.bytes"])):
+            for number, row in enumerate(self._rows(name, shard, 64, [f"{image}.bytes"])):
                 if (name, number) in wanted:
                     content = (row[image] or {}).get("bytes")
                     if not content:
-                        raise UserError(f"{self._source.path}: {name}: row {number} has no image")
+                        raise self._source.error(f"{name}: row {number} has no image")
                     yield (name, number), content
+
+
+def file_names(cls: str, keys: list[Key], files: dict[Key, str], suffix: str) -> list[str]:
+    """A file name for each image of a class: that in its path, or a number and ``suffix``."""
+    numbers = [f"{cls}_{rank:04d}{suffix}" for rank in range(len(keys))]
+    names = [files.get(key, "") for key in keys]
+    names = [name if is_image(name) else n for name, n in zip(names, numbers, strict=True)]
+    return names if len(set(names)) == len(names) else numbers

@@ -1,18 +1,17 @@
-"""Carries out a plan in a temporary folder beside the destination, and moves it into place when it
-is complete.
+"""Writes the images of a manifest into a work folder beside the destination, which takes the
+destination's name when the data set is complete.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
+import itertools
 import json
 import os
 import shutil
-import tarfile
-import zipfile
-import zlib
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,20 +22,14 @@ from tqdm import tqdm
 
 from utils import SPLITS, UserError, atomic_write, file_lock
 
+from . import DATA
 from .check import Report, examine
-from .manifest import Plan
-from .sources import is_image, some
+from .manifest import Item, Manifest
+from .sources import Folder, intact, is_image, some
 
 RECORD = "prepared.json"  # in the data set: what it was made from, and its fingerprints
 _BATCH = 64
-_MAGIC = {
-    b"\xff\xd8\xff": ".jpg",
-    b"\x89PNG": ".png",
-    b"RIFF": ".webp",
-    b"BM": ".bmp",
-    b"II*\0": ".tif",
-    b"MM\0*": ".tif",
-}
+_SUFFIXES = {b"\x89PNG": ".png", b"RIFF": ".webp", b"BM": ".bmp"}  # of other content: .jpg
 
 
 def work_folder(dest: Path) -> Path:
@@ -45,13 +38,12 @@ def work_folder(dest: Path) -> Path:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record of a prepared folder; {} if it has none."""
+    """The record of a prepared folder; {} if it has none, or a damaged one."""
     try:
         record = json.loads((folder / RECORD).read_text("utf-8"))
-        sound = isinstance(record["settings"], dict) and set(
-            dict(record.get("fingerprints", {}))
-        ) <= set(SPLITS)
-    except (OSError, ValueError, TypeError, KeyError):
+        fingerprints = set(dict(record.get("fingerprints", {})))
+        sound = isinstance(record["settings"], dict) and fingerprints <= set(SPLITS)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
     return record if sound else {}
 
@@ -61,160 +53,178 @@ def _write_record(folder: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record, indent=1, sort_keys=True).encode())
 
 
-def build(plan: Plan, dest: Path, settings: dict[str, Any], link: str = "copy") -> Report:
-    """Make the data set of a plan at ``dest``, which must be missing or an empty folder.
+def is_built(dest: Path, settings: dict[str, Any]) -> bool:
+    """Whether ``dest`` was made with these settings; False if it is missing or empty.
+
+    Raises:
+        UserError: something else is there, images are missing from it, or it is a folder of code.
+    """
+    place = Path(os.path.realpath(dest))
+    for folder in (DATA / "formats", DATA / "splits"):
+        if folder in (place, *place.parents):
+            raise UserError(f"--dest {dest}: must not be in {folder}, which holds code")
+    if not os.path.lexists(dest) or (dest.is_dir() and not any(dest.iterdir())):
+        return False
+    if not dest.is_dir():
+        raise UserError(f"{dest}: exists and is not a folder: remove it or choose another --dest")
+    record = read_record(dest)
+    if record.get("settings") != settings:
+        made = record.get("settings", {}).get("source")
+        what = f"was made from {made} or with other flags" if made else "holds something else"
+        advice = f"remove it or choose another --dest (--check {dest} says what it is)"
+        raise UserError(f"{dest}: exists and {what}: {advice}")
+    images, written = len(_images(dest)), record.get("images")
+    if images != written:
+        advice = "remove it and run again"
+        raise UserError(f"{dest}: holds {images} images where {written} were written: {advice}")
+    return True
+
+
+def _images(folder: Path) -> dict[str, int]:
+    """{<split>/<class>/<image>: bytes} of a data set."""
+    files = Folder(folder).files
+    return {
+        name: size
+        for name, size in files.items()
+        if name.count("/") == 2 and name.startswith(tuple(f"{split}/" for split in SPLITS))
+    }
+
+
+def build(manifest: Manifest, dest: Path, settings: dict[str, Any], link: str = "copy") -> Report:
+    """Make the data set of a manifest at ``dest``, which must be missing or an empty folder.
 
     Args:
-        settings: what a later run must share to resume this one; kept in the record.
+        settings: what a later run must share to resume this one; kept in the record. Its "source"
+            is named in errors.
         link: "copy"; or "hard" or "symlink" for a source that is a folder.
 
     Returns:
         The report on the finished data set.
 
     Raises:
-        UserError: an image cannot be read or decoded; ``dest`` is untouched and nothing is left
-            behind.
-        OSError: the disk is full or read-only; ``dest`` is untouched, and `work_folder` keeps what
-            was done.
+        UserError: an image cannot be read or decoded: ``dest`` is untouched and nothing is left
+            behind. Or the disk is full or read-only: ``dest`` is untouched, and `work_folder` keeps
+            what was done.
     """
+    manifest.validate(settings["source"])
     work = work_folder(dest)
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    if work.is_dir() and any(work.iterdir()) and read_record(work).get("settings") != settings:
-        if not (work / RECORD).exists() and any(
-            not entry.name.startswith(".") for entry in work.iterdir()
-        ):
-            raise UserError(f"{work}: is in the way and was not made by prepare.py: move it")
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        _clear(work, settings)
+        work.mkdir(exist_ok=True)
         with file_lock(work / ".lock"):
-            shutil.rmtree(work)
-    work.mkdir(exist_ok=True)
-    with file_lock(work / ".lock"):
-        _write_record(work, {"settings": settings})
-        try:
-            _fill(work, plan, link, settings["source"])
-            report = examine(work, progress=True)
-            _refuse_unreadable(report, plan, settings["source"])
-        except UserError:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-        record = {
-            "settings": settings,
-            "found": plan.found,
-            **({} if plan.published else {"published": False}),
-            "images": len(plan.items),
-            "fingerprints": {split: report.splits[split].fingerprint for split in SPLITS},
-        }
-        _write_record(work, record)
-        for hidden in work.glob(".*"):  # the lock, and what a killed run has half-written
-            hidden.unlink()
-        os.rename(work, dest)
+            _write_record(work, {"settings": settings})
+            try:
+                _fill(work, manifest, link, settings["source"])
+                report = examine(work, progress=True)
+                _refuse_unreadable(report, manifest, settings["source"])
+            except UserError:
+                shutil.rmtree(work, ignore_errors=True)
+                raise
+            record = {
+                "settings": settings,
+                "found": manifest.found,
+                "published": manifest.published,
+                "images": len(manifest.items),
+                "fingerprints": {split: report.splits[split].fingerprint for split in SPLITS},
+            }
+            _write_record(work, record)
+            for hidden in work.glob(".*"):  # the lock, and what a killed run has half-written
+                hidden.unlink()
+            os.rename(work, dest)
+    except OSError as error:
+        raise UserError(_advice(error, dest)) from error
     return report
 
 
-def _refuse_unreadable(report: Report, plan: Plan, source: str) -> None:
+def _advice(error: OSError, dest: Path) -> str:
+    what = f"{error.filename2 or error.filename or dest}: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        resume = f"run the same command again; it resumes from {work_folder(dest)}"
+        return f"{what}: no room on the disk: free some space and {resume}"
+    if error.errno == errno.EXDEV:
+        return f"{what}: hard links cannot cross disks: choose --link copy or --link symlink"
+    return f"{what}: choose another --dest, or change who may read and write there"
+
+
+def _clear(work: Path, settings: dict[str, Any]) -> None:
+    """Remove what a run with other settings has left in the work folder."""
+    if not work.is_dir() or read_record(work).get("settings") == settings:
+        return
+    entries = [entry for entry in work.iterdir() if not entry.name.startswith(".")]
+    if entries and not (work / RECORD).exists():
+        raise UserError(f"{work}: is in the way and was not made by this command: move it")
+    with file_lock(work / ".lock"):
+        shutil.rmtree(work)
+
+
+def _refuse_unreadable(report: Report, manifest: Manifest, source: str) -> None:
     if not report.unreadable:
         return
-    name, why = report.unreadable[0]
-    key = next(
-        (item.key for item in plan.items if item.path in (name, os.path.splitext(name)[0])), name
-    )
-    shown = key if isinstance(key, str) else f"{key[0]}, row {key[1]}"
-    more = f" (and {len(report.unreadable) - 1} more)" if report.unreadable[1:] else ""
-    raise UserError(f"{source}: {shown}: is not a sound image ({why}){more}: get another copy")
+    bad = dict(report.unreadable)
+    bad |= {os.path.splitext(name)[0]: why for name, why in bad.items()}  # items without a suffix
+    lines = []
+    for item in manifest.items:
+        if item.path in bad:
+            key = item.key if isinstance(item.key, str) else f"{item.key[0]}, row {item.key[1]}"
+            lines.append(f"{key} ({bad[item.path]})")
+    raise UserError(f"{source}: not a sound image: {some(lines, 10)}: get other copies")
 
 
-def _fill(work: Path, plan: Plan, link: str, source: str) -> None:
-    """Write all images of a plan that an interrupted run has not written."""
-    wanted = {}
-    for split in SPLITS:
-        items = [item for item in plan.items if item.split == split]
-        stored = _stored(work / split)
-        wanted |= {
-            i.key: i for i in items if i.path not in stored or i.size not in (None, stored[i.path])
-        }
-        for cls in {item.cls for item in items}:
-            (work / split / cls).mkdir(parents=True, exist_ok=True)
-    done = len(plan.items) - len(wanted)
+def _fill(work: Path, manifest: Manifest, link: str, source: str) -> None:
+    """Write all images of a manifest that an interrupted run has not written."""
+    stored = _images(work)
+    stored |= {os.path.splitext(name)[0]: size for name, size in stored.items()}
+    wanted: dict[Any, Item] = {
+        item.key: item
+        for item in manifest.items
+        if item.path not in stored or item.size not in (None, stored[item.path])
+    }
+    for folder in {work / item.split / item.cls for item in manifest.items}:
+        folder.mkdir(parents=True, exist_ok=True)
+    total = len(manifest.items)
+    done = total - len(wanted)
     if done:
-        print(f"resuming: {done} of {len(plan.items)} images are there")
-    bar = tqdm(
-        desc="writing",
-        total=len(plan.items),
-        initial=done,
-        unit=" images",
-        smoothing=0.05,
-        disable=None,
-    )
+        print(f"resuming: {done} of {total} images are there")
+    if link == "copy":
+        images = manifest.reader.stream(set(wanted))
+    else:
+        images = ((key, (manifest.reader.path / key).resolve()) for key in wanted)
+    left = dict(wanted)
+    bar = tqdm(None, "writing", total, initial=done, unit=" images", disable=None)
     with bar, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        batch, left = [], set(wanted)
-
-        def write_batch() -> None:
-            list(pool.map(lambda pair: _put(work / pair[0].path, pair[1], link), batch))
+        while batch := _next_batch(images, source):
+            targets = [work / left.pop(key).path for key, _ in batch]
+            contents = [image for _, image in batch]
+            list(pool.map(_write, targets, contents, [link] * len(batch)))
             bar.update(len(batch))
-            batch.clear()
-
-        try:
-            for key, image in plan.reader.stream(set(wanted)):
-                batch.append((wanted[key], image.read() if hasattr(image, "read") else image))
-                left.discard(key)
-                if len(batch) == _BATCH:
-                    write_batch()
-        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in (
-                None,
-                errno.EINVAL,
-            ):  # EINVAL: a damaged offset
-                raise
-            raise UserError(
-                f"{source}: truncated or damaged archive ({error}): get another copy"
-            ) from None
-        write_batch()
     if left:
-        raise UserError(
-            f"{source}: {len(left)} images are no longer there ({some([*map(str, left)])}): has it changed?"
-        )
+        lost = f"{len(left)} images are no longer there ({some([*map(str, left)])})"
+        raise UserError(f"{source}: {lost}: has it changed?")
 
 
-def _stored(folder: Path) -> dict[str, int]:
-    """{<split>/<class>/<image>: bytes} of what an interrupted run has left, also by names without a
-    suffix.
-    """
-    stored = {}
-    for cls in os.scandir(folder) if folder.is_dir() else ():
-        for entry in os.scandir(cls.path):
-            if entry.name.startswith(".") or not os.path.exists(entry.path):
-                os.unlink(entry.path)  # half-written, or a link to what is gone
-                continue
-            name = f"{folder.name}/{cls.name}/{entry.name}"
-            stored[name] = stored[os.path.splitext(name)[0]] = entry.stat().st_size
-    return stored
+def _next_batch(images: Iterator[tuple[Any, Any]], source: str) -> list[tuple[Any, Any]]:
+    with intact(source):
+        return [
+            (key, image.read() if hasattr(image, "read") else image)
+            for key, image in itertools.islice(images, _BATCH)
+        ]
 
 
-def _put(target: Path, image: Path | bytes | np.ndarray, link: str) -> None:
-    """Write one image: a Path is copied or linked, bytes are written as they are, an array becomes
-    a PNG.
-    """
+def _write(target: Path, image: Path | bytes | np.ndarray, link: str) -> None:
+    """Write one image: a Path is linked, bytes are written as they are, an array becomes a PNG."""
     if isinstance(image, Path):
-        if link != "copy":
-            target.unlink(missing_ok=True)
-            (os.symlink if link == "symlink" else os.link)(image.resolve(), target)
-            return
-        image = image.read_bytes()
+        target.unlink(missing_ok=True)
+        (os.symlink if link == "symlink" else os.link)(image, target)
+        return
     if isinstance(image, np.ndarray):
         content = io.BytesIO()
         Image.fromarray(image).save(content, "PNG", compress_level=3)
         image = content.getvalue()
     if not is_image(target.name):
-        suffix = next(
-            (suffix for magic, suffix in _MAGIC.items() if image.startswith(magic)), ".jpg"
-        )
-        target = target.with_name(target.name + suffix)
-    # not utils.atomic_write: it waits for the disk at each file, and its umask is not safe in
-    # threads
-    part = target.with_name(f".{target.name[:200]}.part")
-    try:
-        part.write_bytes(image)
-        os.replace(part, target)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
+        suffixes = (suffix for magic, suffix in _SUFFIXES.items() if image.startswith(magic))
+        target = target.with_name(target.name + next(suffixes, ".jpg"))
+    # not utils.atomic_write, which waits for the disk at each file
+    part = target.parents[2] / f".{threading.get_ident()}"
+    part.write_bytes(image)
+    os.replace(part, target)

@@ -1,4 +1,4 @@
-"""Says what a data set of {train,val,test}/<class>/<image> holds, and whether it is mini-ImageNet."""
+"""Says what a data set holds, and whether it is mini-ImageNet."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from utils import SPLITS, UserError
 
 from . import DATA
 from .manifest import MINI, TINY, Known
-from .sources import is_image, natural, some
+from .sources import Folder, is_image, natural, some
 
 SCRIPTS = DATA.parent / "scripts"
 _LOSSY = {"JPEG", "MPO", "WEBP"}
-_CHUNK = 256
 
 
 @dataclass
@@ -44,10 +43,6 @@ class Split:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     fingerprint: str = ""
 
-    @property
-    def images(self) -> int:
-        return sum(self.classes.values())
-
 
 @dataclass
 class Report:
@@ -58,7 +53,7 @@ class Report:
         unreadable: [(path, why)].
         duplicates: [(path, path)] of equal images in two splits.
         inside: number of images that are in one split twice.
-        strays: paths of files that are not images.
+        strays: paths of files that are not images of a class.
     """
 
     splits: dict[str, Split]
@@ -79,69 +74,52 @@ def examine(folder: Path, progress: bool = False) -> Report:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    if lacking := [split for split in SPLITS if not (folder / split).is_dir()]:
-        raise UserError(
-            f"{folder}: has no folder {' and no '.join(lacking)}: not a data set of train, val and test"
-        )
+    source = Folder(folder)
+    if lacking := [split for split in SPLITS if split not in source.dirs]:
+        raise UserError(f"{folder}: has no folder {' and no '.join(lacking)}")
     report = Report({split: Split() for split in SPLITS})
-    files = _list(folder, report)
-    digests: dict[tuple[str, str], list[bytes]] = {}
-    first: dict[bytes, tuple[str, str, str]] = {}
-    bar = tqdm(
-        desc="checking", total=len(files), unit=" images", disable=None if progress else True
-    )
-    with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about odd metadata
-        for start in range(0, len(files), _CHUNK):
-            chunk = files[start : start + _CHUNK]
-            for file, seen in zip(
-                chunk, pool.map(lambda file: _look(folder.joinpath(*file)), chunk), strict=True
-            ):
-                if isinstance(seen, str):
-                    report.unreadable.append(("/".join(file), seen))
-                    continue
-                split, cls, _ = file
-                digest, pixels, size = seen
-                report.splits[split].classes[cls] += 1
-                report.splits[split].sizes[size] += 1
-                digests.setdefault((split, cls), []).append(digest)
-                other = first.setdefault(pixels, file)
-                if other[0] != split:
-                    report.duplicates.append(("/".join(other), "/".join(file)))
-                elif other is not file:
-                    report.inside += 1
-            bar.update(len(chunk))
+    for name in sorted(source.dirs, key=natural):
+        split, _, cls = name.partition("/")
+        if split in SPLITS and cls and "/" not in cls:
+            report.splits[split].classes[cls] = 0
+    files = []
     for split in SPLITS:
-        classes = sorted(
-            hashlib.sha256(b"".join(sorted(d))).digest()
-            for (s, _), d in digests.items()
-            if s == split
-        )
-        report.splits[split].fingerprint = hashlib.sha256(b"".join(classes)).hexdigest()[:16]
-    report.unreadable.sort()
+        for name in (name for name in source.files if name.startswith(f"{split}/")):
+            layout = name.count("/") == 2 and is_image(name)
+            (files if layout else report.strays).append(name)
+    _read_images(folder, files, report, progress)
     return report
 
 
-def _list(folder: Path, report: Report) -> list[tuple[str, str, str]]:
-    """All images as (split, class, file). Enters the classes and the stray files into the report."""
-    files = []
-    for split in SPLITS:
-        for cls in sorted(os.scandir(folder / split), key=lambda entry: natural(entry.name)):
-            if cls.name.startswith("."):
+def _read_images(folder: Path, files: list[str], report: Report, progress: bool) -> None:
+    """Enter what all images show into the report."""
+    digests: dict[str, dict[str, list[bytes]]] = {split: {} for split in SPLITS}
+    first: dict[bytes, str] = {}  # {digest of the pixels: the first file}
+    off = None if progress else True
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about odd metadata
+        results = pool.map(lambda name: _read_image(folder / name), files)
+        images = tqdm(results, "checking", len(files), unit=" images", disable=off)
+        for name, image in zip(files, images, strict=True):
+            if isinstance(image, str):
+                report.unreadable.append((name, image))
                 continue
-            if not cls.is_dir():
-                report.strays.append(f"{split}/{cls.name}")
-                continue
-            report.splits[split].classes[cls.name] = 0
-            for entry in os.scandir(cls.path):
-                if is_image(entry.name) and not entry.name.startswith("."):
-                    files.append((split, cls.name, entry.name))
-                else:
-                    report.strays.append(f"{split}/{cls.name}/{entry.name}")
-    return files
+            digest, pixels, size = image
+            split, cls, _ = name.split("/")
+            report.splits[split].classes[cls] += 1
+            report.splits[split].sizes[size] += 1
+            digests[split].setdefault(cls, []).append(digest)
+            other = first.setdefault(pixels, name)
+            if other.partition("/")[0] != split:
+                report.duplicates.append((other, name))
+            elif other is not name:
+                report.inside += 1
+    for split, classes in digests.items():
+        joined = sorted(hashlib.sha256(b"".join(sorted(d))).digest() for d in classes.values())
+        report.splits[split].fingerprint = hashlib.sha256(b"".join(joined)).hexdigest()[:16]
 
 
-def _look(path: Path) -> tuple[bytes, bytes, tuple[int, int]] | str:
+def _read_image(path: Path) -> tuple[bytes, bytes, tuple[int, int]] | str:
     """(digest, digest of the pixels, (width, height)) of an image file, or what is wrong with it.
 
     A JPEG's digest is of its bytes, as decoders differ by a bit; a PNG's is of its pixels, as
@@ -150,9 +128,8 @@ def _look(path: Path) -> tuple[bytes, bytes, tuple[int, int]] | str:
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
-            pixels = hashlib.sha256(
-                repr(image.size).encode() + image.convert("RGB").tobytes()
-            ).digest()[:16]
+            rgb = image.convert("RGB").tobytes()
+            pixels = hashlib.sha256(repr(image.size).encode() + rgb).digest()[:16]
             lossy = image.format in _LOSSY
             return hashlib.sha256(content).digest()[:16] if lossy else pixels, pixels, image.size
     except Exception as error:  # Pillow's plugins raise a dozen kinds
@@ -160,30 +137,23 @@ def _look(path: Path) -> tuple[bytes, bytes, tuple[int, int]] | str:
         return re.sub(r"<_io.BytesIO.*?>", "the file", what)[:100]
 
 
-# ---- The report in words ----
+# ---- The report as text ----
 
 
 def table(report: Report) -> list[str]:
     """The report's splits as lines of text."""
     rows = [("split", "classes", "images", "per class", "width x height", "fingerprint")]
     for name, split in report.splits.items():
-        sizes = sorted(split.sizes)
-        size = f"{sizes[0][0]}x{sizes[0][1]}" if len(sizes) == 1 else f"{len(sizes)} sizes"
-        if len(sizes) > 1:
-            (w0, h0), (w1, h1) = (
-                map(min, zip(*sizes, strict=True)),
-                map(max, zip(*sizes, strict=True)),
-            )
-            size = f"{w0}..{w1} x {h0}..{h1}"
-        per_class = _range(split.classes.values())
-        rows.append(
-            (name, str(len(split.classes)), str(split.images), per_class, size, split.fingerprint)
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+        counts = split.classes.values()
+        size = "{}x{}".format(*next(iter(split.sizes), (0, 0)))
+        if len(split.sizes) > 1:
+            widths, heights = zip(*split.sizes, strict=True)
+            size = f"{min(widths)}..{max(widths)} x {min(heights)}..{max(heights)}"
+        total = str(sum(counts))
+        rows.append((name, str(len(counts)), total, _range(counts), size, split.fingerprint))
+    lengths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, lengths)) for row in rows]
+    return [line.rstrip() for line in lines]
 
 
 def verdict(report: Report, record: dict[str, Any]) -> tuple[str, list[str]]:
@@ -198,26 +168,17 @@ def verdict(report: Report, record: dict[str, Any]) -> tuple[str, list[str]]:
     splits, findings = report.splits, _faults(report, record)
     classes = {cls for split in splits.values() for cls in split.classes}
     counts = {n for split in splits.values() for n in split.classes.values()}
-    ways = "/".join(str(len(splits[split].classes)) for split in SPLITS)
-    shape = f"{ways} x {_range(counts)}"
+    shape = f"{'/'.join(str(len(splits[split].classes)) for split in SPLITS)} x {_range(counts)}"
     if {split: splits[split].fingerprint for split in SPLITS} == MINI.fingerprints:
         return f"{MINI.name}, {shape}: the published images", findings
-    known = max((MINI, TINY), key=lambda known: len(set(known.side) & classes))
-    shared = len(set(known.side) & classes)
-    differs = _differences(report, known)
+    known = max((MINI, TINY), key=lambda known: len(classes & set(known.split_of)))
+    shared, differences = len(classes & set(known.split_of)), _differences(report, known)
     own = "split" in record.get("settings", {})  # the user's --split
-    if 2 * shared < max(len(classes), len(known.side)) or (differs and own):
-        if (ways, counts) == ("64/16/20", {MINI.per_class}) and not own:
-            return (
-                f"{shape}, as in mini-ImageNet, but the classes' names cannot tell whether it is",
-                findings,
-            )
+    if 2 * shared < max(len(classes), len(known.split_of)) or (differences and own):
         return f"not mini-ImageNet, but a data set of its own: {shape} images", findings
-    if differs:
-        return (
-            f"not {known.name}, 64/16/20 x {known.per_class}, but {shape} with its classes",
-            differs + findings,
-        )
+    if differences:
+        usual = f"64/16/20 x {known.per_class}"
+        return f"not {known.name}, {usual}, but {shape} with its classes", differences + findings
     if not record.get("published", True):
         return f"{known.name}'s classes, {shape}, but not the published images", findings
     return f"{known.name}, {shape}", findings
@@ -225,66 +186,53 @@ def verdict(report: Report, record: dict[str, Any]) -> tuple[str, list[str]]:
 
 def _faults(report: Report, record: dict[str, Any]) -> list[str]:
     """What is wrong with a data set, whatever it is."""
-    findings, where = [], Counter(cls for split in report.splits.values() for cls in split.classes)
+    splits = report.splits
+    findings = [f"{name} has no classes" for name, split in splits.items() if not split.classes]
+    where = Counter(cls for split in splits.values() for cls in split.classes)
     if twice := [cls for cls, n in where.items() if n > 1]:
         findings.append(f"in more than one split: {len(twice)} classes ({some(twice)})")
-    if empty := [
-        f"{name}/{cls}"
-        for name, split in report.splits.items()
-        for cls, n in split.classes.items()
-        if n == 0
-    ]:
+    counts = {f"{s}/{cls}": n for s, split in splits.items() for cls, n in split.classes.items()}
+    if empty := [path for path, n in counts.items() if n == 0]:
         findings.append(f"without images: {len(empty)} classes ({some(empty)})")
-    findings += [
-        f"{name} has no classes" for name, split in report.splits.items() if not split.classes
-    ]
-    findings += [f"cannot be decoded: {path} ({why})" for path, why in report.unreadable[:10]]
-    if len(report.unreadable) > 10:
-        findings.append(f"cannot be decoded: {len(report.unreadable) - 10} more images")
-    if report.strays:
-        findings.append(
-            f"not images, remove them: {len(report.strays)} files ({some(report.strays)})"
-        )
-    for split, told in record.get("fingerprints", {}).items():
-        if told != report.splits[split].fingerprint:
-            findings.append(f"{split} is not what prepare.py wrote, whose fingerprint was {told}")
+    bad = report.unreadable
+    findings += [f"cannot be decoded: {path} ({why})" for path, why in bad[:10]]
+    findings += [f"cannot be decoded: {len(bad) - 10} more images"] * (len(bad) > 10)
+    if strays := report.strays:
+        findings.append(f"not images of a class, remove them: {len(strays)} ({some(strays)})")
+    for split, written in record.get("fingerprints", {}).items():
+        if written != splits[split].fingerprint:
+            findings.append(f"{split} is not what was written, whose fingerprint is {written}")
     return findings
 
 
 def _differences(report: Report, known: Known) -> list[str]:
     """How the classes and their numbers of images differ from a published data set."""
-    differs = []
+    lines = []
     for name, split in report.splits.items():
-        listed = set(known.splits[name])
-        if lost := listed - set(split.classes):
-            differs.append(f"missing from {name}: {len(lost)} classes ({some(lost)})")
-        if extra := set(split.classes) - listed:
-            differs.append(f"too many in {name}: {len(extra)} classes ({some(extra)})")
-        for word, sign in (("missing from", 1), ("too many in", -1)):
-            wrong = {
-                cls: sign * (known.per_class - n)
-                for cls, n in split.classes.items()
-                if cls in listed
-            }
-            wrong = {cls: n for cls, n in wrong.items() if n > 0}
-            if wrong:
-                worst = sorted(wrong, key=wrong.get, reverse=True)[:3]
-                which = ", ".join(f"{cls}: {wrong[cls]}" for cls in worst) + ", ..." * (
-                    len(wrong) > 3
-                )
-                differs.append(
-                    f"{word} {name}: {sum(wrong.values())} images of {len(wrong)} classes ({which})"
-                )
-    return differs
+        listed, there = set(known.splits[name]), set(split.classes)
+        surplus = {cls: split.classes[cls] - known.per_class for cls in listed & there}
+        lost = {cls: -n for cls, n in surplus.items() if n < 0}
+        extra = {cls: n for cls, n in surplus.items() if n > 0}
+        for words, classes, images in (
+            ("missing from", listed - there, lost),
+            ("too many in", there - listed, extra),
+        ):
+            if classes:
+                lines.append(f"{words} {name}: {len(classes)} classes ({some(classes)})")
+            if images:
+                shown = some([f"{cls}: {n}" for cls, n in images.items()])
+                total = f"{sum(images.values())} images of {len(images)} classes"
+                lines.append(f"{words} {name}: {total} ({shown})")
+    return lines
 
 
 def notes(report: Report) -> list[str]:
     """Images that a data set has more than once, as lines. ImageNet itself has some, so they are
     not a fault.
     """
-    lines = [f"the same image in two splits: {a} and {b}" for a, b in report.duplicates[:10]]
-    if len(report.duplicates) > 10:
-        lines.append(f"the same image in two splits: {len(report.duplicates) - 10} more images")
+    pairs = report.duplicates
+    lines = [f"the same image in two splits: {a} and {b}" for a, b in pairs[:10]]
+    lines += [f"the same image in two splits: {len(pairs) - 10} more images"] * (len(pairs) > 10)
     if report.inside:
         lines.append(f"the same image twice in one split: {report.inside} images")
     return lines
@@ -293,21 +241,21 @@ def notes(report: Report) -> list[str]:
 def next_command(folder: Path, report: Report, record: dict[str, Any]) -> str:
     """The command that trains on a sound data set."""
     script, flags = "train_5s_5c.sh", ["--data-root", str(folder)]
-    home = folder.resolve() == DATA / folder.name  # where the scripts look
-    if record.get("settings", {}).get("source") == "omniglot":
-        script, flags = "train_omniglot.sh", [] if home else flags
-    elif (folder / "glyphs.json").is_file():
-        if home and folder.name == "glyphs":
-            script, flags = "quickstart.sh", []
-        else:
-            side = max(max(size) for split in report.splits.values() for size in split.sizes)
-            flags += ["--image-size", str(side), "--augment", "none"]
-    ways = min(5, *(len(split.classes) for split in report.splits.values()))
+    usual = folder.resolve() == DATA / folder.name  # where the scripts look
+    source = record.get("settings", {}).get("source")
+    if source == "omniglot":
+        script, flags = "train_omniglot.sh", [] if usual else flags
+    elif source == "glyphs" and usual and folder.name == "glyphs":
+        script, flags = "quickstart.sh", []
+    elif source == "glyphs":
+        side = max(max(size) for split in report.splits.values() for size in split.sizes)
+        flags += ["--image-size", str(side), "--augment", "none"]
+    classes = min(5, *(len(split.classes) for split in report.splits.values()))
     images = min(n for split in report.splits.values() for n in split.classes.values())
-    if ways < 2 or images < 2:
-        return "add classes and images: training needs 2 classes in each split, and 2 images of each class"
-    if ways < 5:
-        flags += ["--n-class", str(ways)]
+    if classes < 2 or images < 2:
+        return "add images: training needs 2 classes in each split, and 2 images of each class"
+    if classes < 5:
+        flags += ["--n-class", str(classes)]
     if images < 20:
         shots = min(5, images // 2)
         flags += ["--n-shot", str(shots), "--n-eval", str(min(15, images - shots))]

@@ -1,12 +1,12 @@
-"""Plans: the images of a data set with their places, and the rules by which classes come into
-splits.
+"""Manifests: which image of a source goes to which split, class and file; and the rules that split
+classes.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,14 @@ from . import DATA
 from .sources import SPLIT_NAMES, Source, natural, some
 
 _LARGEST = 1 << 28  # bytes; a larger file is not an image of a data set
-_NUMBERS = re.compile(r"\d+/\d+/\d+")
 
-Classes = dict[str, list]  # {class: [image]}
+Classes = dict[str, list]  # {class: [key of each image]}
 
 
 @dataclass
 class Known:
-    """A published data set: its classes {split: [class]}, images per class, and fingerprints of
-    published copies.
+    """A published data set: its classes {split: [class]}, images per class, and the fingerprints
+    {split: 16 hex digits} of the published copies.
     """
 
     name: str
@@ -36,32 +35,29 @@ class Known:
     fingerprints: dict[str, str] = field(default_factory=dict)
 
     @property
-    def side(self) -> dict[str, str]:
+    def split_of(self) -> dict[str, str]:
         """{class: split}"""
         return {cls: split for split, classes in self.splits.items() for cls in classes}
 
 
-def _lists(name: str) -> dict[str, list[str]]:
+def _class_lists(name: str) -> dict[str, list[str]]:
     return json.loads((DATA / "splits" / name).read_text("utf-8"))
 
 
 MINI = Known(
     "mini-ImageNet",
     600,
-    _lists("mini-imagenet.json"),
-    # of the JPEG files of 84 px under Ravi & Larochelle's names, as in
-    # github.com/Deo0330/split_minidataset
+    _class_lists("mini-imagenet.json"),
+    # the JPEG files of 84 px under Ravi & Larochelle's names: github.com/Deo0330/split_minidataset
     {"train": "a0f6099e953b59a0", "val": "47092cf1f09ba147", "test": "8b64ff4d6c3030ef"},
 )
-TINY = Known("tiny64", 450, _lists("tiny64.json"))
+TINY = Known("tiny64", 450, _class_lists("tiny64.json"))
 
 
 @dataclass
 class Item:
-    """One image: its place, its key in the reader's stream, and its bytes if known before it is
-    read.
-
-    A name without a suffix gets one by the image's content.
+    """One image: its place in the data set, its key in the reader's stream, and its size in bytes
+    if that is known before it is read. A name without a suffix gets one by the image's content.
     """
 
     split: str
@@ -76,13 +72,13 @@ class Item:
 
 
 @dataclass
-class Plan:
+class Manifest:
     """What to make of a source.
 
     Attributes:
-        found: the source's form, in words.
-        reader: its ``stream(keys)`` yields (key, image): a Path, an open file, bytes, or an array
-            uint8 [H, W, 3].
+        found: the source's format, for the user.
+        reader: its ``stream(keys)`` yields (key, image) of a set of keys; an image is an open file
+            or bytes of an image file, or an array uint8 [H, W, 3].
         items: the images.
         notes: lines for the user.
         published: False if the images are known not to be the published choice.
@@ -96,54 +92,32 @@ class Plan:
     published: bool = True
     dest: str = "miniImagenet"
 
-
-@dataclass
-class Options:
-    """The flags on which a plan depends."""
-
-    csv: Path | None = None
-    split: str | None = None
-    seed: int = 719
-    class_names: Path | None = None
-
-
-def refuse_split(options: Options, source: Source, what: str) -> None:
-    """Raise UserError if --split is given for a source whose form says the split."""
-    if options.split:
-        raise UserError(
-            f"--split is for class folders and shards that are not split; {source.path} holds {what}: leave it out"
-        )
-
-
-def validate(plan: Plan, path: Path) -> None:
-    """Raise UserError unless all names are safe, images unique, splits filled, and classes in one
-    split each.
-    """
-    side: dict[str, str] = {}
-    paths, keys = set(), set()
-    for item in plan.items:
-        for name in (item.cls, item.name):
-            if not _is_plain(name):
-                raise UserError(
-                    f"{path}: {name[:80]!r} cannot be the name of a class or file: refused"
-                )
-        if side.setdefault(item.cls, item.split) != item.split:
-            raise UserError(
-                f"{path}: class {item.cls} is both in {side[item.cls]} and in {item.split}: wrong labels"
-            )
-        if item.path in paths:
-            raise UserError(f"{path}: has two images for {item.path}")
-        if item.size is not None and item.size > _LARGEST:
-            raise UserError(
-                f"{path}: {item.key} has {item.size} bytes: that is not an image of a data set"
-            )
-        if item.key in keys:
-            raise UserError(f"{path}: {item.key} is listed twice")
-        paths.add(item.path)
-        keys.add(item.key)
-    for split in SPLITS:
-        if split not in side.values():
-            raise UserError(f"{path}: there is no class for {split}")
+    def validate(self, source: object) -> None:
+        """Raise UserError unless all names are safe, images unique, splits filled, and classes in
+        one split each.
+        """
+        split_of: dict[str, str] = {}
+        paths, keys = set(), set()
+        for item in self.items:
+            for name in (item.cls, item.name):
+                if not _is_plain(name):
+                    raise UserError(
+                        f"{source}: {name[:80]!r} cannot be the name of a class or file"
+                    )
+            if split_of.setdefault(item.cls, item.split) != item.split:
+                both = f"{split_of[item.cls]} and in {item.split}"
+                raise UserError(f"{source}: class {item.cls} is both in {both}")
+            if item.path in paths:
+                raise UserError(f"{source}: has two images for {item.path}")
+            if item.key in keys:
+                raise UserError(f"{source}: {item.key} is listed twice")
+            if item.size is not None and item.size > _LARGEST:
+                raise UserError(f"{source}: {item.key} has {item.size} bytes: that is not an image")
+            paths.add(item.path)
+            keys.add(item.key)
+        for split in SPLITS:
+            if split not in split_of.values():
+                raise UserError(f"{source}: there is no class for {split}")
 
 
 def _is_plain(name: str) -> bool:
@@ -155,137 +129,142 @@ def _is_plain(name: str) -> bool:
     )
 
 
+@dataclass
+class Options:
+    """The flags on which a manifest depends."""
+
+    csv: Path | None = None
+    split: str | None = None
+    seed: int = 719
+    class_names: Path | None = None
+
+    def refuse_split(self, source: Source, what: str) -> None:
+        """Raise UserError if --split is given for a source whose format says the split."""
+        if self.split:
+            raise UserError(f"--split: {source.path} holds {what}: leave the flag out")
+
+
 # ---- Splits by class ----
 
 
-def place(
-    splits: dict[str, Classes], source: Source, options: Options
-) -> tuple[dict[str, Classes], str, list[str]]:
-    """Split by class what is split already, or has every class in every part.
+def split_parts(
+    parts: dict[str, Classes], source: Source, options: Options
+) -> tuple[dict[str, Classes], str]:
+    """Split the classes of a data set, unless its parts are split by class already.
 
     Args:
-        splits: {train, val or test: {class: [image]}}.
+        parts: {train, val or test: {class: [key]}}; or one part under any name.
 
     Returns:
-        (the same by class, how it was split in words, notes for the user).
+        ({train, val, test: {class: [key]}}, how it is split, for the user).
 
     Raises:
-        UserError: it is neither, or --split does not fit.
+        UserError: some classes are in several parts, nothing says how to split the classes, or
+            --split does not fit.
     """
-    sets = {split: set(classes) for split, classes in splits.items() if classes}
+    sets = {part: set(classes) for part, classes in parts.items() if classes}
     everything: Classes = {}
-    for split in SPLITS:
-        for cls, images in splits.get(split, {}).items():
-            everything.setdefault(cls, []).extend(images)
+    for classes in parts.values():
+        for cls, keys in classes.items():
+            everything.setdefault(cls, []).extend(keys)
     if len(sets) == 3 and sum(map(len, sets.values())) == len(everything):
-        refuse_split(options, source, "a data set that is split already")
-        return splits, "split already", []
+        options.refuse_split(source, "a data set that is split already")
+        return parts, "split already"
     if options.split:
-        side, how, notes = split_classes(everything, options, source.path)
-    elif all(classes == set(everything) for classes in sets.values()):
-        lists = next((known for known in (MINI, TINY) if set(known.side) == set(everything)), None)
-        if lists is None:
-            raise unlisted(source, everything)
-        side, how, notes = (
-            lists.side,
-            f"every class in every part, split by {lists.name}'s class lists",
-            [],
+        split_of, how = split_classes(set(everything), options, source.path)
+        return by_split(everything, split_of), how
+    if all(classes == set(everything) for classes in sets.values()):
+        known = next(
+            (known for known in (MINI, TINY) if set(known.split_of) == {*everything}), None
         )
-    elif len(sets) < 3:
-        lacking = " or ".join(s for s in SPLITS if s not in sets)
-        raise UserError(f"{source.path}: has {' and '.join(sets)}, but no {lacking}")
-    else:
-        twice = [cls for cls in everything if sum(cls in classes for classes in sets.values()) > 1]
-        first = min(twice, key=natural)
-        where = " and in ".join(split for split in SPLITS if first in sets[split])
-        raise UserError(
-            f"{source.path}: class {first} is in {where}: each class belongs in one split"
-        )
-    return by_side(everything, side), how, notes
+        if known is None:
+            raise _unknown_classes(source, set(everything))
+        how = "every class in every part, " if len(sets) > 1 else ""
+        return by_split(everything, known.split_of), f"{how}split by {known.name}'s class lists"
+    if len(sets) < 3:
+        lacking = " or ".join(split for split in SPLITS if split not in sets)
+        raise source.error(f"has {' and '.join(sets)}, but no {lacking}")
+    twice = [cls for cls in everything if sum(cls in classes for classes in sets.values()) > 1]
+    cls = min(twice, key=natural)
+    both = " and in ".join(split for split in SPLITS if cls in sets[split])
+    raise source.error(f"class {cls} is in {both}: each class belongs in one split")
 
 
-def by_side(classes: Classes, side: dict[str, str]) -> dict[str, Classes]:
-    """{split: {class: images}} of {class: images} and {class: split}; other classes are left out."""
+def by_split(classes: Classes, split_of: dict[str, str]) -> dict[str, Classes]:
+    """{split: {class: keys}} of {class: keys} and {class: split}; other classes are left out."""
     return {
-        split: {cls: images for cls, images in classes.items() if side.get(cls) == split}
+        split: {cls: keys for cls, keys in classes.items() if split_of.get(cls) == split}
         for split in SPLITS
     }
 
 
-def unlisted(source: Source, classes: Collection[str]) -> UserError:
-    """The error of class folders that no list splits."""
-    ours = set(MINI.side) & set(classes)
-    if len(ours) >= 50:
-        missing, extra = set(MINI.side) - ours, set(classes) - ours
-        what = (
-            [f"lacks {len(missing)} of mini-ImageNet's 100 classes ({some(missing)})"]
-            if missing
-            else []
+def _unknown_classes(source: Source, classes: set[str]) -> UserError:
+    mini = set(MINI.split_of)
+    if len(mini & classes) < 50:
+        return source.error(
+            f"has {len(classes)} classes ({some(classes)}) neither split nor mini-ImageNet's: "
+            "split them with --split FILE or --split TRAIN/VAL/TEST"
         )
-        what += [f"has others ({some(extra)})"] if extra else []
-        return UserError(
-            f"{source.path}: {' and '.join(what)}: complete it, or say with --split how to split it"
-        )
-    return UserError(
-        f"{source.path}: has {len(classes)} class folders ({some(classes)}) neither split nor mini-ImageNet's: "
-        "say how to split them with --split FILE or --split TRAIN/VAL/TEST"
-    )
-
-
-def split_classes(
-    classes: Iterable[str], options: Options, path: Path
-) -> tuple[dict[str, str], str, list[str]]:
-    """Split classes as --split says.
-
-    Returns:
-        ({class: split}, how in words, notes for the user).
-
-    Raises:
-        UserError: the flag does not fit the classes.
-    """
-    classes, flag = set(classes), options.split
-    if is_numbers(flag):
-        counts = [int(n) for n in flag.split("/")]
-        if sum(counts) != len(classes) or 0 in counts:
-            raise UserError(
-                f"--split {flag}: give three numbers above 0 that add up to {path}'s {len(classes)} classes"
-            )
-        order = np.random.Generator(np.random.Philox(options.seed)).permutation(len(classes))
-        names = np.array(sorted(classes), dtype=object)[order]
-        parts = np.split(names, np.cumsum(counts)[:-1])
-        side = {cls: split for split, part in zip(SPLITS, parts, strict=True) for cls in part}
-        return side, f"classes drawn {flag} with seed {options.seed}", []
-    file = Path(flag)
-    try:
-        lists = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        advice = "give a JSON file or numbers of classes as in 64/16/20"
-        raise UserError(f"--split {file}: {error.strerror}: {advice}") from None
-    except ValueError as error:
-        raise UserError(f"--split {file}: is not JSON ({error})") from None
-    lists = {SPLIT_NAMES.get(k): v for k, v in lists.items()} if isinstance(lists, dict) else {}
-    if not all(
-        isinstance(lists.get(s), list) and all(isinstance(c, str) for c in lists[s]) for s in SPLITS
-    ):
-        raise UserError(
-            f'--split {file}: must be {{"train": [class, ...], "val": [...], "test": [...]}}'
-        )
-    side = {}
-    for split in SPLITS:
-        for cls in lists[split]:
-            if side.setdefault(cls, split) != split:
-                raise UserError(
-                    f"--split {file}: class {cls} is both in {side[cls]} and in {split}"
-                )
-    if missing := set(side) - classes:
-        raise UserError(
-            f"--split {file}: {len(missing)} of its classes are not in {path} ({some(missing)})"
-        )
-    rest = classes - set(side)
-    notes = [f"ignored: classes not in {file.name}, {len(rest)} ({some(rest)})"] if rest else []
-    return side, f"split by {file.name}", notes
+    missing, extra = mini - classes, classes - mini
+    lacks = f"lacks {len(missing)} of mini-ImageNet's 100 classes ({some(missing)})"
+    what = [lacks] * bool(missing) + [f"has others ({some(extra)})"] * bool(extra)
+    return source.error(f"{' and '.join(what)}: complete it, or split it with --split")
 
 
 def is_numbers(flag: str | None) -> bool:
     """Whether --split is TRAIN/VAL/TEST, and not a file."""
-    return bool(flag and _NUMBERS.fullmatch(flag))
+    return bool(flag and re.fullmatch(r"\d+/\d+/\d+", flag))
+
+
+def split_classes(
+    classes: Collection[str], options: Options, path: Path
+) -> tuple[dict[str, str], str]:
+    """Split classes as --split says.
+
+    Returns:
+        ({class: split}, how, for the user).
+
+    Raises:
+        UserError: the flag does not fit the classes.
+    """
+    flag = options.split
+    if is_numbers(flag):
+        counts = [int(n) for n in flag.split("/")]
+        if sum(counts) != len(classes) or 0 in counts:
+            needs = f"give three numbers above 0 that add up to {path}'s {len(classes)} classes"
+            raise UserError(f"--split {flag}: {needs}")
+        order = np.random.Generator(np.random.Philox(options.seed)).permutation(len(classes))
+        names = np.array(sorted(classes), dtype=object)[order]
+        split_names = np.repeat(SPLITS, counts).tolist()
+        how = f"classes drawn {flag} with seed {options.seed}"
+        return dict(zip(names, split_names, strict=True)), how
+    lists = _read_split_file(Path(flag))
+    split_of: dict[str, str] = {}
+    for split in SPLITS:
+        for cls in lists[split]:
+            if split_of.setdefault(cls, split) != split:
+                both = f"{split_of[cls]} and in {split}"
+                raise UserError(f"--split {flag}: class {cls} is both in {both}")
+    if missing := set(split_of) - set(classes):
+        lost = f"{len(missing)} of its classes are not in {path} ({some(missing)})"
+        raise UserError(f"--split {flag}: {lost}")
+    rest = set(classes) - set(split_of)
+    without = f", which leaves out {len(rest)} classes ({some(rest)})" if rest else ""
+    return split_of, f"split by {Path(flag).name}{without}"
+
+
+def _read_split_file(file: Path) -> dict[str, list[str]]:
+    try:
+        lists = json.loads(file.read_text("utf-8-sig"))
+    except OSError as error:
+        advice = "give a JSON file or numbers of classes as in 64/16/20"
+        raise UserError(f"--split {file}: {error.strerror}: {advice}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--split {file}: is not JSON ({error})") from None
+    lists = {SPLIT_NAMES.get(k): v for k, v in lists.items()} if isinstance(lists, dict) else {}
+    for split in SPLITS:
+        names = lists.get(split)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            form = '{"train": [class, ...], "val": [...], "test": [...]}'
+            raise UserError(f"--split {file}: must be {form}")
+    return lists

@@ -13,15 +13,15 @@ from pathlib import Path, PurePosixPath
 from utils import UserError
 
 from .detect import items_of
-from .manifest import Classes, Options, Plan, by_side, split_classes
-from .sources import Source, Union, Zip
+from .manifest import Classes, Manifest, Options, by_split, split_classes
+from .sources import Folder, Nested
 
 SPLIT = "1028/172/423"
-_SETS = ("images_background", "images_evaluation")
+_ARCHIVES = {"images_background.zip": True, "images_evaluation.zip": False}
 
 
-def download(root: Path) -> Source:
-    """Open Omniglot's two archives in ``root``/omniglot-py; torchvision downloads what is missing.
+def download(root: Path) -> list[Path]:
+    """The paths of Omniglot's two archives in ``root``, which torchvision downloads if missing.
 
     Raises:
         UserError: torchvision is missing, or the download failed.
@@ -31,31 +31,29 @@ def download(root: Path) -> Source:
     except ImportError:
         raise UserError("omniglot: needs torchvision: pip install -r requirements.txt") from None
     folder = root / Omniglot.folder
-    for name, background in zip(_SETS, (True, False), strict=True):
+    for name, background in _ARCHIVES.items():
         try:
             Omniglot(root, background=background, download=True)
         except (OSError, RuntimeError) as error:
-            # torchvision does not unpack archives that were put there by hand; this code needs the
-            # archives only
-            if isinstance(error, FileNotFoundError) and (folder / f"{name}.zip").is_file():
+            # torchvision does not unpack archives that were put there by hand; only the archives
+            # are needed
+            if isinstance(error, FileNotFoundError) and (folder / name).is_file():
                 continue
             what = " ".join(str(error).split())[:150]
-            by_hand = f"put {' and '.join(f'{n}.zip' for n in _SETS)} into {folder} by hand"
-            raise UserError(
-                f"omniglot: torchvision could not download {name}.zip ({what}): {by_hand}"
-            ) from None
-    return Union(
-        folder, "torchvision's Omniglot", {name: Zip(folder / f"{name}.zip") for name in _SETS}
-    )
+            advice = f"put {' and '.join(_ARCHIVES)} into {folder} by hand"
+            raise UserError(f"omniglot: cannot download {name} ({what}): {advice}") from None
+    return [folder / name for name in _ARCHIVES]
 
 
-def plan(source: Source, options: Options) -> Plan:
-    """The plan for `download`'s source; ``options.split`` must be given."""
+def manifest(folder: Path, options: Options) -> Manifest:
+    """The manifest of the two archives in ``folder``; ``options.split`` must be given."""
+    source = Nested(Folder(folder), {name: Path(name).stem for name in _ARCHIVES})
     classes: Classes = {}
     for name in source.files:
         path = PurePosixPath(name)
-        if path.suffix == ".png" and len(path.parts) >= 4:
+        if path.suffix == ".png" and len(path.parts) >= 3:
             classes.setdefault(f"{path.parts[-3]}_{path.parts[-2]}", []).append(name)
-    side, how, notes = split_classes(classes, options, source.path)
-    found = f"{source.kind} of {len(classes)} characters, {how}"
-    return Plan(found, source, items_of(by_side(classes, side), source), notes, dest="omniglot")
+    split_of, how = split_classes(set(classes), options, source.path)
+    items = items_of(by_split(classes, split_of), source)
+    found = f"torchvision's Omniglot of {len(classes)} characters, {how}"
+    return Manifest(found, source, items, dest="omniglot")

@@ -1,9 +1,7 @@
 """Reads pickles of NumPy arrays and plain containers, and refuses all others.
 
-A pickle is a program. This reader replaces every global in it by a stand-in: `numpy.ndarray` and
-`numpy.dtype` become records that `as_array` turns into arrays. So neither a foreign function nor
-NumPy's own unpickling code is ever called.
-"""
+A pickle is a program. This reader replaces every global in it by a stand-in, so neither a foreign
+function nor NumPy's own unpickling code is called."""
 
 from __future__ import annotations
 
@@ -20,19 +18,19 @@ from utils import UserError
 class _DType:
     """Stand-in for numpy.dtype: the type's code and byte order."""
 
+    order = "|"
+
     def __init__(self, code: str | bytes, *_: Any):
-        self.code = code.decode("ascii") if isinstance(code, bytes) else code
-        self.order = "|"
+        self.code = _as_text(code)
 
     def __setstate__(self, state: tuple) -> None:
-        order = state[1]
-        self.order = order.decode("ascii") if isinstance(order, bytes) else order
+        self.order = _as_text(state[1])
 
     def numpy(self) -> np.dtype:
         if not (isinstance(self.code, str) and re.fullmatch(r"[|<>=]?[biufSU]\d+", self.code)):
             raise pickle.UnpicklingError(f"an array of type {str(self.code)[:40]!r}")
-        code = self.code.lstrip("|<>=")
-        return np.dtype(code if self.order not in ("<", ">") else self.order + code)
+        order = self.order if self.order in ("<", ">") else ""
+        return np.dtype(order + self.code.lstrip("|<>="))
 
 
 class _Array:
@@ -65,12 +63,9 @@ def _encode(text: str, encoding: str | bytes) -> bytes:
     return text.encode("latin1")
 
 
+_PLAIN = (list, dict, set, tuple, bytearray)
 _ADMITTED = {
-    **{
-        (module, t.__name__): t
-        for module in ("builtins", "__builtin__")
-        for t in (list, dict, set, tuple, bytearray)
-    },
+    **{(module, t.__name__): t for module in ("builtins", "__builtin__") for t in _PLAIN},
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("_codecs", "encode"): _encode,
     ("numpy", "ndarray"): _Array,
@@ -84,21 +79,20 @@ for _core in ("numpy.core", "numpy._core"):  # NumPy 2 moved its core
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ADMITTED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}") from None
+        if (module, name) not in _ADMITTED:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        return _ADMITTED[module, name]
 
 
-def load(file: IO[bytes], shown: str) -> Any:
-    """Read one pickle, written by Python 2 or 3.
+def load(file: IO[bytes], shown: str) -> dict[str, Any]:
+    """Read a pickled dict, written by Python 2 or 3.
 
     Args:
         file: a binary file, at the pickle's first byte.
-        shown: what to call it in an error.
+        shown: the file's name in an error.
 
     Returns:
-        Plain containers. Arrays in them are stand-ins for `as_array`; text from Python 2 is bytes.
+        The dict, with keys as text. Arrays in it are stand-ins for `as_array`.
 
     Raises:
         UserError: the file is not a pickle, is truncated, or holds anything but arrays and plain
@@ -106,22 +100,22 @@ def load(file: IO[bytes], shown: str) -> Any:
     """
     try:
         # encoding="bytes": as latin1 text, Python 2's array would be in memory twice
-        return _Unpickler(file, encoding="bytes").load()
-    except MemoryError:
-        raise UserError(f"{shown}: does not fit into memory") from None
+        return as_dict(_Unpickler(file, encoding="bytes").load(), shown)
+    except (MemoryError, UserError):
+        raise
     except Exception as error:  # a hostile pickle can raise nearly anything
         if isinstance(error, OSError) and error.errno is not None:
             raise
         what = str(error)[:200] or type(error).__name__
         raise UserError(
-            f"{shown}: refused, not a pickle of NumPy arrays and plain containers ({what}): get another copy"
+            f"{shown}: refused, not a pickle of NumPy arrays and plain containers ({what})"
         ) from None
 
 
-def as_dict(value: Any, shown: str) -> dict:
+def as_dict(value: Any, shown: str) -> dict[str, Any]:
     """A pickled dict with its keys as text. Raises UserError if ``value`` is not a dict."""
     if not isinstance(value, dict):
-        raise UserError(f"{shown}: holds a {_kind(value)} where a dict was expected")
+        raise UserError(f"{shown}: is a {type(value).__name__.strip('_').lower()}, not a dict")
     return {_as_text(key): item for key, item in value.items()}
 
 
@@ -137,22 +131,16 @@ def as_array(value: Any, shown: str) -> np.ndarray:
             order = "F" if value.fortran else "C"
             return np.frombuffer(value.raw, value.dtype.numpy()).reshape(value.shape, order=order)
         if isinstance(value, _Array | list | tuple | set):
-            items = (
-                value.raw if isinstance(value, _Array) else value
-            )  # an array of Python objects holds a list
-            return np.array(
-                [
-                    as_array(v, "an item").item() if isinstance(v, _Array) else _as_text(v)
-                    for v in items
-                ]
-            )
+            # an array of Python objects holds a list
+            items = value.raw if isinstance(value, _Array) else value
+            return np.array([_as_text(_item(item)) for item in items])
     except Exception as error:  # a forged shape, type or byte count
         raise UserError(f"{shown}: its array is damaged ({str(error)[:100]})") from None
-    raise UserError(f"{shown}: holds a {_kind(value)} where an array was expected")
+    raise UserError(f"{shown}: is a {type(value).__name__.strip('_').lower()}, not an array")
 
 
-def _kind(value: Any) -> str:
-    return type(value).__name__.strip("_").lower()
+def _item(value: Any) -> Any:
+    return as_array(value, "an item").item() if isinstance(value, _Array) else value
 
 
 def _as_text(value: Any) -> Any:

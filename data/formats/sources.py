@@ -1,15 +1,14 @@
-"""Folders, zip and tar archives, and tars of tars behind one interface: named files that are read
-one after another.
-
-No archive is ever extracted under names of its own choice, and names that point outside are refused
-as well.
+"""Folders, zip and tar archives, and archives in them, as named files that are read one after
+another. Nothing is extracted under a name from an archive; names that point outside are refused.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import heapq
+import lzma
 import os
 import re
 import stat
@@ -24,25 +23,25 @@ from tqdm import tqdm
 
 from utils import UserError, is_junk
 
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-WNID = re.compile(r"n\d{8}")  # WordNet's number of a class
-CLASS_TAR = re.compile(r"n\d{8}\.tar")
-Files = Iterator[tuple[str, Path | IO[bytes]]]
+WNID = re.compile(r"n\d{8}")  # a class's id in WordNet
+_IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+_DAMAGE = (
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError),
+    *(EOFError, NotImplementedError, ValueError),
+)
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
     """Sort key that compares numbers as numbers: a_9.jpg before a_10.jpg."""
-    return [
-        (0, int(part), "") if part.isdecimal() else (1, 0, part)
-        for part in re.split(r"(\d+)", name)
-        if part
-    ]
+    parts = filter(None, re.split(r"(\d+)", name))
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 def is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGES
+    """Whether a file's suffix is that of an image."""
+    return os.path.splitext(name)[1].lower() in _IMAGES
 
 
 def some(names: Collection[str], most: int = 3) -> str:
@@ -51,8 +50,21 @@ def some(names: Collection[str], most: int = 3) -> str:
     return ", ".join(heapq.nsmallest(most, names)) + more
 
 
-def _any_junk(name: str) -> bool:
-    return any(is_junk(part) for part in name.split("/"))
+@contextlib.contextmanager
+def intact(shown: object) -> Iterator[None]:
+    """Raise UserError for what zipfile, tarfile and decompressors raise when a file is damaged."""
+    try:
+        yield
+    except (*_DAMAGE, OSError) as error:
+        # decompressors raise OSError without a number; EINVAL is a damaged offset
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        what = f"truncated or damaged ({str(error)[:150]})"
+        raise UserError(f"{shown}: {what}: get another copy") from None
+
+
+def _has_junk(name: str) -> bool:
+    return any(map(is_junk, name.split("/")))
 
 
 class Source:
@@ -60,86 +72,69 @@ class Source:
 
     Attributes:
         path: the folder or archive.
-        kind: what it is, in words.
+        kind: what it is, for messages.
         files: {POSIX path: bytes}, sorted, without hidden files and litter.
         dirs: the paths of its folders.
         skipped: {reason: [path]} of what is left out.
     """
 
-    kind = ""
-
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
+    def __init__(self, path: Path, kind: str):
+        self.path, self.kind = path, kind
         self.files: dict[str, int] = {}
         self.dirs: set[str] = set()
         self.skipped: dict[str, list[str]] = {}
+        self._list()
+        self.files = dict(sorted(self.files.items()))
+        self.dirs = {name for name in self.dirs if name != "." and not _has_junk(name)}
 
-    def stream(self, wanted: set[str]) -> Files:
-        """Yield (name, file) of the wanted files in the source's own order; files of a folder come
-        as Path.
-
-        An open file is valid until the next one is asked for.
-        """
+    def _list(self) -> None:
         raise NotImplementedError
 
+    def stream(self, wanted: set[str]) -> Iterator[tuple[str, IO[bytes]]]:
+        """Yield (name, open file) of the wanted files in the source's own order.
+
+        A file is valid until the next one is asked for."""
+        raise NotImplementedError
+
+    def error(self, message: str) -> UserError:
+        """The error that says what is wrong with this source."""
+        return UserError(f"{self.path}: {message}")
+
     def _add(self, name: str, size: int) -> bool:
-        if _any_junk(name):
+        if _has_junk(name):
             return False
         if name in self.files:
-            raise UserError(f"{self.path}: holds {name} twice: unpack it and pack it again")
+            raise self.error(f"holds {name} twice: unpack it and pack it again")
         self.files[name] = size
         if name.rpartition("/")[0] not in self.dirs:
             self.dirs.update(map(str, PurePosixPath(name).parents))
         return True
 
-    def _add_dir(self, name: str) -> None:
-        if not _any_junk(name):
-            self.dirs.add(name)
-
     def _skip(self, reason: str, name: str) -> None:
-        if not _any_junk(name):
+        if not _has_junk(name):
             self.skipped.setdefault(reason, []).append(name)
 
-    def _sort(self) -> None:
-        self.files = {name: self.files[name] for name in sorted(self.files)}
-        self.dirs.discard(".")
-
-    def _inside(self, name: str, base: str = "") -> str:
-        """The normalised name of an archive's member, or of a link's target relative to ``base``.
-
-        Raises:
-            UserError: it is absolute or leaves the archive.
-        """
-        parts: list[str] = []
-        outside = name.startswith("/") or "\0" in name or re.match(r"[A-Za-z]:[\\/]", name)
-        for part in f"{base}/{name}".split("/"):
-            if part == "..":
-                outside = outside or not base or not parts
-                parts = parts[:-1]
-            elif part not in ("", "."):
-                parts.append(part)
-        if outside:
-            raise UserError(
-                f"{self.path}: refused, its member {name} points outside the archive: get another copy"
-            )
+    def _inside(self, name: str) -> str:
+        """The normalised name of an archive's member. Raises UserError if it leaves the archive."""
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        if re.match(r"/|[A-Za-z]:[\\/]", name) or "\0" in name or ".." in parts:
+            raise self.error(f"refused, as its member {name} points outside: get another copy")
         return "/".join(parts)
 
 
 class Folder(Source):
-    """A folder on disk. It follows links, but not in circles.
+    """A folder on disk. Links are followed, but not in circles.
 
     Args:
         without: real paths of folders to leave out.
     """
 
-    kind = "a folder"
-
     def __init__(self, path: Path, without: Collection[str] = ()):
-        super().__init__(path)
-        self._without = without
-        self._stamp = hashlib.sha256()
+        self._without, self._stamp = without, hashlib.sha256()
+        super().__init__(path, "a folder")
+
+    def _list(self) -> None:
         self._walk(self.path, "", ())
-        self._sort()
 
     def _walk(self, folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> None:
         try:
@@ -150,8 +145,7 @@ class Folder(Source):
         if (here.st_dev, here.st_ino) in above:
             self._skip("links that lead in a circle", prefix)
             return
-        if prefix:
-            self.dirs.add(prefix.rstrip("/"))
+        self.dirs.add(prefix.rstrip("/") or ".")
         for entry in entries:
             name = prefix + entry.name
             if is_junk(entry.name):
@@ -166,230 +160,164 @@ class Folder(Source):
                     self._walk(Path(entry.path), name + "/", (*above, (here.st_dev, here.st_ino)))
             elif stat.S_ISREG(info.st_mode):
                 self._add(name, info.st_size)
-                self._stamp.update(
-                    f"{name}\0{info.st_size}\0{info.st_mtime_ns}\n".encode(
-                        "utf-8", "surrogateescape"
-                    )
-                )
+                line = f"{name}\0{info.st_size}\0{info.st_mtime_ns}\n"
+                self._stamp.update(line.encode("utf-8", "surrogateescape"))
 
     def stamp(self) -> str:
         """A digest that changes when a file is added, removed or rewritten."""
         return self._stamp.hexdigest()
 
-    def stream(self, wanted: set[str]) -> Files:
-        for name in self.files:
-            if name in wanted:
-                yield name, self.path / name
+    def stream(self, wanted: set[str]) -> Iterator[tuple[str, IO[bytes]]]:
+        for name in sorted(wanted):
+            with (self.path / name).open("rb") as file:
+                yield name, file
 
 
 class Zip(Source):
-    kind = "a zip archive"
+    """A zip archive: at ``path``, or in the open ``file``."""
 
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self._members = {}
-        with self._open() as archive:
+    def __init__(self, path: Path, file: IO[bytes] | None = None):
+        self._file, self._members = file, {}
+        super().__init__(path, "a zip archive")
+
+    def _list(self) -> None:
+        with intact(self.path), zipfile.ZipFile(self._file or self.path) as archive:
             for member in archive.infolist():
-                name = self._name(member)
+                # old Windows tools separate folders by backslashes
+                name = self._inside(member.filename.replace("\\", "/"))
                 if member.is_dir() or not name:
-                    self._add_dir(name)
+                    self.dirs.add(name or ".")
                 elif stat.S_ISLNK(member.external_attr >> 16):
                     self._skip("links", name)
                 elif self._add(name, member.file_size):
                     if member.flag_bits & 1:
-                        raise UserError(
-                            f"{self.path}: is encrypted: unpack it with its password and give the folder"
-                        )
+                        raise self.error("is encrypted: unpack it with its password")
                     self._members[name] = member
-        self._sort()
 
-    def _name(self, member: zipfile.ZipInfo) -> str:
-        # zips made by old Windows tools separate folders by backslashes
-        return self._inside(member.filename.replace("\\", "/"))
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[zipfile.ZipFile]:
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                yield archive
-        except (
-            zipfile.BadZipFile,
-            EOFError,
-            zlib.error,
-            NotImplementedError,
-            UnicodeDecodeError,
-        ) as error:
-            raise UserError(
-                f"{self.path}: truncated or damaged zip archive ({error}): get another copy"
-            ) from None
-
-    def stream(self, wanted: set[str]) -> Files:
-        with self._open() as archive:
-            for member in sorted(
-                (self._members[name] for name in wanted), key=lambda member: member.header_offset
-            ):
-                with archive.open(member) as file:
-                    yield self._name(member), file
+    def stream(self, wanted: set[str]) -> Iterator[tuple[str, IO[bytes]]]:
+        with intact(self.path), zipfile.ZipFile(self._file or self.path) as archive:
+            for name in sorted(wanted, key=lambda name: self._members[name].header_offset):
+                with archive.open(self._members[name]) as file:
+                    yield name, file
 
 
 class Tar(Source):
-    """A tar archive, compressed or not. It is read from end to end twice: to list it and to stream
-    it.
-
-    Args:
-        file: the open archive, if it lies inside another one.
+    """A tar archive, compressed or not: at ``path``, or in the open ``file``. It is read from end
+    to end, once to list it and once to stream it.
     """
 
-    kind = "a tar archive"
-
-    def __init__(self, path: Path | str, file: IO[bytes] | None = None):
-        super().__init__(path)
+    def __init__(self, path: Path, file: IO[bytes] | None = None):
         self._file = file
-        links = {}
-        desc, off = f"listing {self.path.name}", True if file else None
-        with tqdm(desc=desc, unit=" files", disable=off, leave=False) as progress:
-            for _, member in self._members():
-                progress.update()
-                name = self._inside(member.name)
-                if member.isreg():
-                    self._add(name, member.size)
-                elif member.isdir():
-                    self._add_dir(name)
-                elif member.issym() or member.islnk():
-                    base = str(PurePosixPath(name).parent) if member.issym() else ""
-                    links[name] = self._inside(member.linkname, base)
-                else:
-                    self._skip("devices and pipes", name)
-        self._links_to: dict[str, list[str]] = {}
-        for name, target in links.items():
-            for _ in range(len(links)):
-                target = links.get(target, target)
-            if target not in self.files:
-                self._skip("links", name)
-            elif self._add(name, self.files[target]):
-                self._links_to.setdefault(target, []).append(name)
-        self._sort()
+        super().__init__(path, "a tar archive")
 
-    def _members(self) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-        try:
-            if self._file is not None:
+    def _list(self) -> None:
+        desc, off = f"listing {self.path.name}", True if self._file else None
+        for _, member in tqdm(self._read(), desc, unit=" files", disable=off, leave=False):
+            name = self._inside(member.name)
+            if member.isreg():
+                self._add(name, member.size)
+            elif member.isdir():
+                self.dirs.add(name or ".")
+            else:
+                self._skip("links, devices and pipes", name)
+
+    def _read(self) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+        with intact(self.path):
+            if self._file:
                 self._file.seek(0)
-            with tarfile.open(
-                self.path if self._file is None else None, "r:*", self._file
-            ) as archive:
+            path = None if self._file else self.path
+            with tarfile.open(path, "r:*", self._file) as archive:
                 while (member := archive.next()) is not None:
                     archive.members.clear()  # 60,000 of them need not be kept
                     yield archive, member
-                # tarfile itself takes an archive without its end mark for a whole one
+                # tarfile takes an archive without its end mark for a whole one
                 archive.fileobj.seek(archive.offset)
                 if archive.fileobj.read(512) != bytes(512):
                     raise tarfile.ReadError(f"no member and no end mark at byte {archive.offset}")
                 while archive.fileobj.read(1 << 20):  # to the end, where gzip keeps its checksum
                     pass
-        except (tarfile.TarError, EOFError, zlib.error, ValueError, OSError) as error:
-            if (
-                isinstance(error, OSError) and error.errno is not None
-            ):  # not a complaint of gzip, bz2 or lzma
-                raise
-            what = "it does not begin as one" if "could not be opened" in str(error) else error
-            raise UserError(
-                f"{self.path}: truncated or damaged tar archive ({what}): get another copy"
-            ) from None
 
-    def stream(self, wanted: set[str]) -> Files:
+    def stream(self, wanted: set[str]) -> Iterator[tuple[str, IO[bytes]]]:
         left = len(wanted)
-        for archive, member in self._members():
+        for archive, member in self._read():
             if not member.isreg():
                 continue
-            name = self._inside(member.name)
-            for served in (name, *self._links_to.get(name, ())):
-                if served in wanted:
-                    with archive.extractfile(member) as file:
-                        yield served, file
-                    left -= 1
+            if (name := self._inside(member.name)) in wanted:
+                with archive.extractfile(member) as file:
+                    yield name, file
+                left -= 1
             if not left:
                 return
 
 
-class NestedTars(Source):
-    """The images of <class>.tar files in a folder or archive, as ILSVRC2012_img_train.tar has them:
-    <class>/<image>.
+class Nested(Source):
+    """The files of archives in a source, each archive's in a folder of its own.
 
-    Attributes:
-        classes: all classes that have a tar; only those of the argument ``classes`` are listed.
+    Args:
+        outer: the source that holds the archives.
+        parts: {the archive's name in ``outer``: folder, or "" for none}.
     """
 
-    def __init__(self, outer: Source, classes: Collection[str]):
-        super().__init__(outer.path)
-        self.kind = f"{outer.kind} of tar archives"
-        self.skipped = dict(outer.skipped)
-        self._outer = outer
-        tars = {
-            n: PurePosixPath(n).stem
-            for n in outer.files
-            if CLASS_TAR.fullmatch(n.rpartition("/")[2])
-        }
-        self.classes = set(tars.values())
-        self._tars = {name: wnid for name, wnid in tars.items() if wnid in classes}
-        for wnid, inner in self._inner(self._tars, f"listing {self.path.name}"):
-            for name, size in inner.files.items():
-                self._add(f"{wnid}/{PurePosixPath(name).name}", size)
-        self._sort()
+    def __init__(self, outer: Source, parts: dict[str, str]):
+        self._outer, self._parts = outer, parts
+        super().__init__(outer.path, f"{outer.kind} of archives")
 
-    def _inner(self, tars: Collection[str], desc: str | None = None) -> Iterator[tuple[str, Tar]]:
-        streamed = self._outer.stream(set(tars))
-        off = None if desc else True
-        for name, file in tqdm(streamed, desc, len(tars), unit=" tars", disable=off, leave=False):
-            with (
-                file.open("rb")
-                if isinstance(file, Path)
-                else contextlib.nullcontext(file) as opened
-            ):
-                yield self._tars[name], Tar(f"{self.path}: {name}", opened)
-
-    def stream(self, wanted: set[str]) -> Files:
-        tars = [
-            name
-            for name, wnid in self._tars.items()
-            if any(key.startswith(f"{wnid}/") for key in wanted)
-        ]
-        for wnid, inner in self._inner(tars):
-            keys = {name: f"{wnid}/{PurePosixPath(name).name}" for name in inner.files}
-            for name, file in inner.stream({name for name, key in keys.items() if key in wanted}):
-                yield keys[name], file
-
-
-class Union(Source):
-    """Several sources, each under the name of a folder: ``parts`` is {folder: source}."""
-
-    def __init__(self, path: Path, kind: str, parts: dict[str, Source]):
-        super().__init__(path)
-        self.kind, self._parts = kind, parts
-        for prefix, part in parts.items():
-            self.files.update({f"{prefix}/{name}": size for name, size in part.files.items()})
-            self.dirs.update(f"{prefix}/{name}" for name in part.dirs)
+    def _list(self) -> None:
+        desc = f"listing {self.path.name}"
+        opened = self._open(self._parts)
+        for folder, part in tqdm(opened, desc, len(self._parts), disable=None, leave=False):
+            for name, size in part.files.items():
+                self._add(self._place(folder, name), size)
+            self.dirs.update(self._place(folder, name) for name in part.dirs)
             for reason, names in part.skipped.items():
-                self.skipped.setdefault(reason, []).extend(f"{prefix}/{name}" for name in names)
+                self.skipped.setdefault(reason, []).extend(names)
 
-    def stream(self, wanted: set[str]) -> Files:
-        for prefix, part in self._parts.items():
-            inside = {
-                name.removeprefix(f"{prefix}/") for name in wanted if name.startswith(f"{prefix}/")
-            }
-            if inside:
-                for name, file in part.stream(inside):
-                    yield f"{prefix}/{name}", file
+    def _open(self, names: Collection[str]) -> Iterator[tuple[str, Source]]:
+        for name, file in self._outer.stream(set(names)):
+            yield self._parts[name], open_archive(Path(f"{self.path}: {name}"), file)
+
+    @staticmethod
+    def _place(folder: str, name: str) -> str:
+        # train.tar may hold train/, which is that folder
+        return str(PurePosixPath(folder, f"{name}/".removeprefix(f"{folder}/")))
+
+    def stream(self, wanted: set[str]) -> Iterator[tuple[str, IO[bytes]]]:
+        folders = {name.partition("/")[0] for name in wanted}
+        names = [name for name, folder in self._parts.items() if not folder or folder in folders]
+        for folder, part in self._open(names):
+            places = {name: self._place(folder, name) for name in part.files}
+            for name, file in part.stream({name for name in places if places[name] in wanted}):
+                yield places[name], file
+
+
+def open_archive(path: Path, file: IO[bytes] | None = None) -> Zip | Tar:
+    """Open the archive at ``path``, or in the open ``file``. Its content tells which kind it is.
+
+    Raises:
+        UserError: it is not a sound zip or tar archive.
+    """
+    with path.open("rb") if file is None else contextlib.nullcontext(file) as opened:
+        with intact(path):
+            head = opened.read(262)
+        if not head:
+            raise UserError(f"{path}: is empty: get another copy")
+        suffix = path.name.lower()
+        if head[:2] == b"PK" or (suffix.endswith(".zip") and zipfile.is_zipfile(opened)):
+            return Zip(path, file)
+    packed = head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0"))
+    if packed or head[257:262] == b"ustar" or suffix.endswith(ARCHIVES[1:]):
+        return Tar(path, file)
+    raise UserError(f"{path}: is neither a folder nor a zip or tar archive")
 
 
 def open_source(path: Path, without: Collection[str] = ()) -> Source:
-    """Open the folder or archive at ``path``. The content of an archive tells its kind, not its
-    name.
+    """Open a folder or an archive.
 
     Args:
         without: real paths of folders inside of it to leave out.
 
     Raises:
-        UserError: nothing is there, or neither a folder nor a sound archive.
+        UserError: nothing is there, or it is neither a folder nor a sound archive.
     """
     if not os.path.lexists(path):
         raise UserError(f"{path}: no such file or folder")
@@ -397,17 +325,4 @@ def open_source(path: Path, without: Collection[str] = ()) -> Source:
         return Folder(path, without)
     if not path.is_file():
         raise UserError(f"{path}: is neither a file nor a folder (a link that leads nowhere?)")
-    with path.open("rb") as file:
-        head = file.read(262)
-    if not head:
-        raise UserError(f"{path}: is empty: get another copy")
-    if head[:4] in (b"PK\x03\x04", b"PK\x05\x06") or (
-        zipfile.is_zipfile(path) and path.suffix.lower() == ".zip"
-    ):
-        return Zip(path)
-    packed = head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0"))
-    if packed or head[257:262] == b"ustar" or path.name.lower().endswith(ARCHIVES[1:]):
-        return Tar(path)
-    raise UserError(
-        f"{path}: is neither a folder nor a zip or tar archive: give the one that holds the data set's files"
-    )
+    return open_archive(path)

@@ -1,6 +1,4 @@
-"""One small data set of mini-ImageNet's classes, in every form that people hold it in. A helper of
-test_prepare*.py.
-"""
+"""One small data set of mini-ImageNet's classes in every format: a helper of test_prepare*.py."""
 
 import functools
 import importlib
@@ -16,23 +14,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PREPARE = ROOT / "data" / "prepare.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 prepare = importlib.import_module("prepare")
-plans = importlib.import_module("formats.manifest")
+manifest = importlib.import_module("formats.manifest")
 
 SPLITS = ("train", "val", "test")
 CLASSES = json.loads((ROOT / "data" / "splits" / "mini-imagenet.json").read_text())
 TINY_CLASSES = json.loads((ROOT / "data" / "splits" / "tiny64.json").read_text())
 RANKS = (2, 3, 5)  # of the five images that ILSVRC has of each class, those that were chosen
-NUMBERS = (
-    7,
-    30,
-    200,
-    1000,
-    4321,
-)  # in ILSVRC's names: in numeric order, which is not the alphabet's
+NUMBERS = (7, 30, 200, 1000, 4321)  # in ILSVRC's names, in an order that is not the alphabet's
 PIXELS = 20
 
 
@@ -132,7 +124,7 @@ LITTER = dict.fromkeys(
 )
 
 
-# ---- the forms; each maker returns SOURCE
+# ---- the formats; each maker returns SOURCE
 
 
 def layout_folder(at):
@@ -151,6 +143,10 @@ def layout_tar(at):
 
 def layout_tar_gz(at):
     return tar(at / "mini.tar.gz", {f"mini/{k}": v for k, v in dataset().items()}, "w:gz")
+
+
+def layout_tar_xz(at):
+    return tar(at / "mini.tar.xz", dataset(), "w:xz")
 
 
 def layout_zip(at):
@@ -177,6 +173,35 @@ def _flat():
 
 def csv_folder(at):
     return write(at / "ravi", _flat() | _csv())
+
+
+def csv_class_name_first(at):
+    """As easyfsl has them: `class_name,image_name`, here with a byte order mark."""
+    tables = {}
+    for name, content in _csv().items():
+        lines = [line.split(",")[::-1] for line in content.decode().splitlines()[1:]]
+        rows = ["class_name,image_name", *map(",".join, lines)]
+        tables[name] = "\n".join(rows).encode("utf-8-sig")
+    return write(at / "easyfsl", _flat() | tables)
+
+
+def csv_index_column(at):
+    """As pandas writes them."""
+    tables = {}
+    for name, content in _csv().items():
+        rows = [f"{n},{line}" for n, line in enumerate(content.decode().splitlines()[1:])]
+        tables[name] = "\n".join([",filename,label", *rows]).encode()
+    return write(at / "pandas", _flat() | tables)
+
+
+def flat(at):
+    """Ravi & Larochelle's files, whose names begin with their class, without the CSV files."""
+    return write(at / "images", {name.split("/")[1]: content for name, content in _flat().items()})
+
+
+def zip_in_zip(at):
+    images = zipped(at / "images.zip", _flat())
+    return zipped(at / "outer.zip", _csv() | {"images.zip": images.read_bytes()})
 
 
 def csv_zip(at):
@@ -266,7 +291,7 @@ def category_pickles(at):
     return at
 
 
-def shard(path, rows, names=None, large=False):
+def shard(path, rows, names=None):
     """Write [(file name or None, bytes, label)] as a Parquet shard; `names` go where hubs put class
     names.
     """
@@ -367,8 +392,10 @@ def ilsvrc_tar(at):
 
 
 FILE_FORMS = [
-    layout_folder, layout_nested, layout_tar, layout_tar_gz, layout_zip, layout_three_tars,
-    csv_folder, csv_zip, csv_images_zip, csv_folder_of_zip, class_folders, class_folders_zip,
+    layout_folder, layout_nested, layout_tar, layout_tar_gz, layout_tar_xz, layout_zip,
+    layout_three_tars,
+    csv_folder, csv_class_name_first, csv_index_column, csv_zip, csv_images_zip, csv_folder_of_zip,
+    flat, zip_in_zip, class_folders, class_folders_zip,
     ilsvrc_folder, ilsvrc_whole_folder, ilsvrc_tar,
 ]  # fmt: skip
 PARQUET_FORMS = [parquet_split, parquet_every_class, parquet_numbers_zip]

@@ -16,22 +16,19 @@ import prepare_formats as formats
 import pytest
 from prepare_formats import CLASSES, PREPARE, dataset, prepare, tree
 
-SOURCES = ("layout_folder", "layout_zip", "csv_folder", "cache_pickles")
-
 
 @pytest.fixture
 def refused(capsys, tmp_path):
-    """Run the command, which must refuse: returns its line."""
+    """Run the command, which must refuse and change nothing: returns its line."""
 
     def refused(*argv, dest=None):
         dest = dest or tmp_path / "dest"
         before = tree(tmp_path)
         code = prepare.main([*map(str, argv), "--dest", str(dest)])
-        out, err = capsys.readouterr()
+        err = capsys.readouterr().err
         assert code == 2
         assert err.startswith("error: ")
         assert err.count("\n") == 1
-        assert "Traceback" not in out + err
         assert tree(tmp_path) == before
         assert not list(tmp_path.rglob("*.part"))
         return err
@@ -39,7 +36,7 @@ def refused(capsys, tmp_path):
     return refused
 
 
-# ---- pickles
+# ---- Pickles and shards
 
 
 class Call:
@@ -52,93 +49,76 @@ class Call:
         return self.call
 
 
-def evil(tmp_path, thing, key="image_data"):
-    source = formats.cache_pickles(tmp_path)
-    path = source / "mini-imagenet-cache-val.pkl"
-    path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes()) | {key: thing}))
-    return source
-
-
 @pytest.mark.parametrize(
-    ("call", "named"),
+    ("call", "culprit"),
     [
         (lambda at: Call(os.system, f"touch {at}/owned"), "system"),
         (lambda at: Call(eval, f"open('{at}/owned', 'w')"), "eval"),
         (lambda at: Call(getattr, "", "upper"), "getattr"),
         (lambda at: Call(np.load, f"{at}/x.npy"), "load"),
-        (
-            lambda at: Call(np.lib.format.open_memmap, f"{at}/owned", "w+", "u1", (1,)),
-            "open_memmap",
-        ),
+        (lambda at: Call(np.lib.format.open_memmap, f"{at}/owned", "w+", "u1", (1,)), "memmap"),
         (lambda at: io.BytesIO, "BytesIO"),
-        (lambda at: np.dtype([("a", "O")]), "not uint8"),
+        (lambda at: np.zeros(3, [("a", "O")]), "image_data"),
     ],
-    ids=["system", "eval", "getattr", "numpy-load", "numpy-file", "class", "objects"],
 )
-def test_malicious_pickle(call, named, tmp_path, refused):
-    thing = call(tmp_path)
-    if isinstance(thing, np.dtype):
-        thing = np.zeros(3, thing)
-    line = refused(evil(tmp_path, thing))
-    assert "mini-imagenet-cache-val.pkl" in line
-    assert named in line
+def test_malicious_pickle(call, culprit, tmp_path, refused):
+    source = formats.cache_pickles(tmp_path)
+    path = source / "mini-imagenet-cache-val.pkl"
+    data = pickle.loads(path.read_bytes()) | {"image_data": call(tmp_path)}
+    path.write_bytes(pickle.dumps(data))
+    line = refused(source)
+    assert path.name in line
+    assert culprit in line
     assert not (tmp_path / "owned").exists()
 
 
-def forged(images, shape):
-    """A Python 2 pickle that claims another shape than it has bytes for."""
-    return formats.python2_pickle(images, [0]).replace(
-        b"M\x01\x00", b"M" + shape.to_bytes(2, "little")
-    )
+IMAGES = np.zeros((2, 3, 3, 3), np.uint8)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "culprit"),
     [
-        (b"", "Ran out of input"),
-        (b"\x80\x04}", "refused"),
-        (b"no pickle at all", "refused"),
-        (pickle.dumps([1, 2]), "dict was expected"),
-        (pickle.dumps({"data": 1}), "no 'image_data'"),
-        (pickle.dumps({"image_data": 1, "class_dict": {}}), "array was expected"),
-        (
-            pickle.dumps({"image_data": np.zeros((2, 3, 3, 3), np.float32), "class_dict": {}}),
-            "not uint8",
-        ),
-        (pickle.dumps({"image_data": np.zeros((2, 3), np.uint8), "class_dict": {}}), "not uint8"),
-        (pickle.dumps({"image_data": np.zeros((2, 3, 3, 3), np.uint8)}), "dict was expected"),
+        (b"", ""),
+        (b"\x80\x04}", ""),
+        (b"no pickle at all", ""),
+        (pickle.dumps([1, 2]), "list"),
+        (pickle.dumps({"other": 1}), "image_data"),
+        (pickle.dumps({"image_data": 1, "class_dict": {}}), "image_data"),
+        (pickle.dumps({"image_data": IMAGES.astype(np.float32), "class_dict": {}}), "float32"),
+        (pickle.dumps({"image_data": IMAGES[0, 0], "class_dict": {}}), "[3, 3]"),
+        (pickle.dumps({"image_data": IMAGES}), "class_dict"),
     ],
 )
-def test_pickle_of_something_else(content, said, tmp_path, refused):
+def test_pickle_of_something_else(content, culprit, tmp_path, refused):
     source = formats.cache_pickles(tmp_path)
-    (source / "mini-imagenet-cache-test.pkl").write_bytes(content)
-    assert said in refused(source)
+    path = source / "mini-imagenet-cache-test.pkl"
+    path.write_bytes(content)
+    line = refused(source)
+    assert path.name in line
+    assert culprit in line
 
 
-def test_truncated_pickles(tmp_path, refused):
-    for form in (formats.cache_pickles, formats.category_pickles):
-        at = tmp_path / form.__name__
-        at.mkdir()
-        path = next(path for path in form(at).iterdir() if path.stem.endswith("train"))
-        path.write_bytes(path.read_bytes()[:-2000])
-        assert f"{path.name}: refused" in refused(at)
+@pytest.mark.parametrize("form", [formats.cache_pickles, formats.category_pickles])
+def test_truncated_and_missing_pickles(form, tmp_path, refused):
+    source = form(tmp_path)
+    path = next(path for path in source.iterdir() if path.stem.endswith("train"))
+    path.write_bytes(path.read_bytes()[:-2000])
+    assert path.name in refused(source)
+    path.unlink()
+    assert "train" in refused(source)
 
 
-def test_category_pickle_with_a_forged_shape(tmp_path, refused):
+# a shape of 9 images, but bytes for one; more labels than images
+SHORT = np.zeros((1, 4, 4, 3), np.uint8)
+FORGED = formats.python2_pickle(SHORT, [0]).replace(b"M\x01\x00", b"M\x09\x00")
+UNEVEN = formats.python2_pickle(np.zeros((4, 6, 6, 3), np.uint8), [1, 2, 3, 1, 2])
+
+
+@pytest.mark.parametrize("content", [FORGED, UNEVEN])
+def test_category_pickle_that_contradicts_itself(content, tmp_path, refused):
     source = formats.category_pickles(tmp_path)
-    content = forged(np.zeros((1, 4, 4, 3), np.uint8), 9)
-    assert content != formats.python2_pickle(np.zeros((1, 4, 4, 3), np.uint8), [0])
     (source / "miniImageNet_category_split_val.pickle").write_bytes(content)
-    assert "damaged" in refused(source)
-
-
-def test_two_pickles_of_three(tmp_path, refused):
-    source = formats.cache_pickles(tmp_path)
-    (source / "mini-imagenet-cache-val.pkl").unlink()
-    assert "lacks val" in refused(source)
-
-
-# ---- wrong labels
+    assert "miniImageNet_category_split_val.pickle" in refused(source)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +130,7 @@ def test_two_pickles_of_three(tmp_path, refused):
         lambda classes, cls, other: {cls: classes[cls] + classes[other]},
         lambda classes, cls, other: {cls: []},
         lambda classes, cls, other: {cls: ["a"]},
-        lambda classes, cls, other: {cls: [], "../../up": classes[cls]},
+        lambda classes, cls, other: {"../../up": classes.pop(cls)},
     ],
     ids=["above", "below", "unlabelled", "twice", "none", "text", "path"],
 )
@@ -158,176 +138,21 @@ def test_wrong_label_in_a_cache_pickle(change, tmp_path, refused):
     source = formats.cache_pickles(tmp_path)
     path = source / "mini-imagenet-cache-val.pkl"
     data = pickle.loads(path.read_bytes())
-    classes = data["class_dict"] | change(data["class_dict"], *CLASSES["val"][:2])
-    data["class_dict"] = {
-        cls: rows for cls, rows in classes.items() if rows or ".." not in "".join(classes)
-    }
+    data["class_dict"].update(change(data["class_dict"], *CLASSES["val"][:2]))
     path.write_bytes(pickle.dumps(data))
     refused(source)
-
-
-def test_more_labels_than_images_in_a_category_pickle(tmp_path, refused):
-    source = formats.category_pickles(tmp_path)
-    content = formats.python2_pickle(np.zeros((4, 6, 6, 3), np.uint8), [1, 2, 3, 1, 2])
-    (source / "miniImageNet_category_split_test.pickle").write_bytes(content)
-    assert "4 images, but 5 labels" in refused(source)
 
 
 @pytest.mark.parametrize("label", [100, -1, None])
 def test_wrong_label_in_a_shard(label, tmp_path, refused):
     pytest.importorskip("pyarrow")
     source = formats.parquet_every_class(tmp_path)
-    names = [str(n) for n in range(100)]
-    image = formats.photograph([0])
-    formats.shard(
-        source / "default" / "test" / "0000.parquet",
-        [("a.jpg", image, 1), ("b.jpg", image, label)],
-        names,
-    )
+    image, names = formats.photograph([0]), [str(n) for n in range(100)]
+    rows = [("a.jpg", image, 1), ("b.jpg", image, label)]
+    formats.shard(source / "default" / "test" / "0000.parquet", rows, names)
     line = refused(source)
     assert "row 1" in line
     assert str(label) in line
-
-
-def test_class_in_two_splits(tmp_path, refused):
-    source = formats.layout_folder(tmp_path)
-    cls = CLASSES["test"][3]
-    formats.write(source, {f"train/{cls}/x.jpg": formats.photograph([1])})
-    line = refused(source)
-    assert f"class {cls} is in train and in test" in line
-
-
-def csv_with(tmp_path, change):
-    source = formats.csv_folder(tmp_path)
-    path = source / "train.csv"
-    path.write_text(change(path.read_text()))
-    return source
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda text: text.replace(",n01558993", ",n01704323", 1), "line 5: wrong label n01704323"),
-        (lambda text: text + "x.jpg,../../up\n", "x.jpg is missing"),
-        (
-            lambda text: text.replace(".jpg,n01558993", ".jpg,..", 1),
-            "cannot be the name of a class",
-        ),
-        (
-            lambda text: text + "n0153282900000099.jpg,n01532829\n",
-            "line 194: its image n0153282900000099.jpg is miss",
-        ),
-        (lambda text: text + "n0153282900000099.jpg\n", "is not filename,label"),
-        (lambda text: text + text.splitlines()[1] + "\n", "two images"),
-        (lambda text: text + "n0153282900000002.jpg,bird\n", "listed twice"),
-        (lambda text: "filename,label\n", "no class for train"),
-        (lambda text: text + '"', "CSV"),
-    ],
-)
-def test_wrong_csv_line(change, said, tmp_path, refused):
-    assert said in refused(csv_with(tmp_path, change))
-
-
-def test_csv_lines_image_is_missing(tmp_path, refused):
-    for form, name in ((formats.csv_folder, "images"), (formats.ilsvrc_folder, "")):
-        at = tmp_path / form.__name__
-        at.mkdir()
-        source = form(at)
-        files = sorted((source / name).rglob(f"{CLASSES['train'][0]}*.*"))
-        files[-1].unlink()
-        line = refused(source)
-        assert "train.csv: line" in line
-        assert f"{CLASSES['train'][0]}0000000" in line
-
-
-# ---- archives
-
-
-@pytest.mark.parametrize(
-    "name", ["../x.jpg", "/abs/x.jpg", "train/../../x.jpg", "C:\\x.jpg", "a/..\\..\\x.jpg"]
-)
-@pytest.mark.parametrize("pack", [formats.tar, formats.zipped])
-def test_archive_that_points_outside(name, pack, tmp_path, refused):
-    if pack is formats.tar and name.startswith("a"):
-        pytest.skip("a backslash is a letter in a tar archive's names")
-    line = refused(pack(tmp_path / "evil.archive", dataset() | {name: b"x"}))
-    assert "points outside" in line
-
-
-@pytest.mark.parametrize(
-    ("kind", "target"), [(tarfile.SYMTYPE, "../../../../etc"), (tarfile.LNKTYPE, "/etc/passwd")]
-)
-def test_link_in_an_archive_that_points_outside(kind, target, tmp_path, refused):
-    source = formats.layout_tar(tmp_path)
-    with tarfile.open(source, "a") as archive:
-        member = tarfile.TarInfo("train/n01532829/link.jpg")
-        member.type, member.linkname = kind, target
-        archive.addfile(member)
-    assert "points outside" in refused(source)
-
-
-def test_links_inside_an_archive_are_followed(tmp_path):
-    files = dataset()
-    first, second, *_ = files
-    with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"d/{name}")
-            if name == second:
-                member.type, member.linkname = tarfile.LNKTYPE, f"d/{first}"
-                archive.addfile(member)
-            else:
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-    assert prepare.main([str(tmp_path / "x.tar"), "--dest", str(tmp_path / "out")]) == 0
-    assert tree(tmp_path / "out") == files | {second: files[first]}
-
-
-@pytest.mark.parametrize(
-    "form", ["layout_tar", "layout_tar_gz", "layout_zip", "ilsvrc_tar", "class_folders_zip"]
-)
-@pytest.mark.parametrize("kept", [0.0, 0.3, 0.7, 0.999])
-def test_truncated_archive(form, kept, tmp_path, refused):
-    source = getattr(formats, form)(tmp_path)
-    content = source.read_bytes()
-    # a tar archive is padded with zeros, whose loss does no harm
-    content = content.rstrip(b"\0") if form.endswith("tar") else content
-    source.write_bytes(content[: int(len(content) * kept)])
-    line = refused(source)
-    assert ("truncated" in line) if kept else ("empty" in line)
-
-
-def test_tar_that_ends_between_two_members(tmp_path, refused):
-    source = formats.layout_tar(tmp_path)
-    with tarfile.open(source) as archive:
-        end = archive.getmembers()[150].offset
-    source.write_bytes(source.read_bytes()[:end])
-    assert "no end mark" in refused(source)
-
-
-def test_corrupt_bytes_within_a_zip(tmp_path, refused):
-    source = formats.layout_zip(tmp_path)
-    content = bytearray(source.read_bytes())
-    with zipfile.ZipFile(source) as archive:
-        at = archive.getinfo(next(iter(dataset()))).header_offset + 200
-    content[at : at + 4] = b"????"
-    source.write_bytes(content)
-    assert "damaged" in refused(source)
-
-
-def test_encrypted_zip(tmp_path, refused):
-    source = formats.layout_zip(tmp_path)
-    content = bytearray(source.read_bytes())
-    at = content.index(b"PK\x01\x02")
-    content[at + 8] |= 1
-    source.write_bytes(content)
-    assert "encrypted" in refused(source)
-
-
-@pytest.mark.parametrize("suffix", [".zip", ".tar", ".jpg", ""])
-def test_a_file_that_is_no_archive(suffix, tmp_path, refused):
-    path = tmp_path / f"x{suffix}"
-    path.write_bytes(b"<html>404</html>" * 50)
-    assert str(path) in refused(path)
 
 
 def test_truncated_shard_and_missing_pyarrow(tmp_path, refused, monkeypatch):
@@ -336,7 +161,7 @@ def test_truncated_shard_and_missing_pyarrow(tmp_path, refused, monkeypatch):
     assert "pip install pyarrow" in refused(tmp_path)
     monkeypatch.undo()
     pytest.importorskip("pyarrow")
-    assert "damaged Parquet" in refused(tmp_path)
+    assert "train.parquet" in refused(tmp_path)
 
 
 def test_shard_with_a_damaged_page(tmp_path, refused):
@@ -350,151 +175,310 @@ def test_shard_with_a_damaged_page(tmp_path, refused):
     refused(source)
 
 
-# ---- images
+# ---- CSV files
+
+
+@pytest.mark.parametrize(
+    ("change", "culprit"),
+    [
+        (lambda text: text.replace(",n01558993", ",n01704323", 1), "line 5"),
+        (lambda text: text + "x.jpg,../../up\n", "x.jpg"),
+        (lambda text: text + "../../x.jpg,n01532829\n", "x.jpg"),
+        (lambda text: text.replace(".jpg,n01558993", ".jpg,..", 1), "'..'"),
+        (lambda text: text + "n0153282900000099.jpg,n01532829\n", "line 194"),
+        (lambda text: text + "n0153282900000099.jpg\n", "line 194"),
+        (lambda text: text + text.splitlines()[1] + "\n", "n0153282900000002.jpg"),
+        (lambda text: text + "n0153282900000002.jpg,bird\n", "n0153282900000002.jpg"),
+        (lambda text: "filename,label\n", "train"),
+        (lambda text: "", "train"),
+        (lambda text: text + '"', "train.csv"),
+        (lambda text: text + "\0,", "train.csv"),
+    ],
+)
+def test_wrong_csv_line(change, culprit, tmp_path, refused):
+    source = formats.csv_folder(tmp_path)
+    path = source / "train.csv"
+    path.write_text(change(path.read_text()))
+    assert culprit in refused(source)
+
+
+@pytest.mark.parametrize("form", [formats.csv_folder, formats.ilsvrc_folder])
+def test_csv_lines_image_is_missing(form, tmp_path, refused):
+    source = form(tmp_path)
+    cls = CLASSES["train"][0]
+    sorted(source.rglob(f"{cls}*.*"))[-1].unlink()
+    line = refused(source)
+    assert "train.csv: line" in line
+    assert f"{cls}0000000" in line
+
+
+# ---- Archives
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.jpg", "/abs/x.jpg", "t/../../x.jpg", "C:\\x", "a/..\\..\\x"]
+)
+@pytest.mark.parametrize("pack", [formats.tar, formats.zipped])
+def test_archive_that_points_outside(name, pack, tmp_path, refused):
+    if pack is formats.tar and name.startswith("a"):
+        pytest.skip("a backslash is a letter in a tar archive's names")
+    assert "x" in refused(pack(tmp_path / "evil.archive", dataset() | {name: b"x"}))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_in_an_archive_are_not_followed(kind, tmp_path, capsys):
+    source = formats.layout_tar(tmp_path)
+    with tarfile.open(source, "a") as archive:
+        member = tarfile.TarInfo("train/n01532829/link.jpg")
+        member.type, member.linkname = kind, "/etc/passwd"
+        archive.addfile(member)
+    assert prepare.main([str(source), "--dest", str(tmp_path / "out")]) == 0
+    assert tree(tmp_path / "out") == dataset()
+    assert "link.jpg" in capsys.readouterr().out
+
+
+ARCHIVES = [
+    "layout_tar",
+    "layout_tar_gz",
+    "layout_tar_xz",
+    "layout_zip",
+    "ilsvrc_tar",
+    "zip_in_zip",
+]
+
+
+@pytest.mark.parametrize("form", ARCHIVES)
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.999])
+def test_truncated_archive(form, kept, tmp_path, refused):
+    source = getattr(formats, form)(tmp_path)
+    content = source.read_bytes()
+    # a tar archive is padded with zeros, whose loss does no harm
+    content = content.rstrip(b"\0") if form.endswith("tar") else content
+    source.write_bytes(content[: int(len(content) * kept)])
+    assert source.name in refused(source)
+
+
+def test_tar_that_ends_between_two_members(tmp_path, refused):
+    source = formats.layout_tar(tmp_path)
+    with tarfile.open(source) as archive:
+        end = archive.getmembers()[150].offset
+    source.write_bytes(source.read_bytes()[:end])
+    assert source.name in refused(source)
+
+
+@pytest.mark.parametrize("damage", ["bytes", "encrypted"])
+def test_spoilt_zip(damage, tmp_path, refused):
+    source = formats.layout_zip(tmp_path)
+    content = bytearray(source.read_bytes())
+    if damage == "bytes":
+        with zipfile.ZipFile(source) as archive:
+            at = archive.getinfo(next(iter(dataset()))).header_offset + 200
+        content[at : at + 4] = b"????"
+    else:
+        content[content.index(b"PK\x01\x02") + 8] |= 1
+    source.write_bytes(content)
+    assert source.name in refused(source)
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".jpg", ""])
+def test_a_file_that_is_no_archive(suffix, tmp_path, refused):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(b"<html>404</html>" * 50)
+    assert str(path) in refused(path)
+
+
+@pytest.mark.parametrize(
+    "form", ["layout_tar_gz", "layout_tar_xz", "layout_zip", "ilsvrc_tar", "category_pickles"]
+)
+def test_bytes_changed_anywhere_end_in_a_data_set_or_in_one_line(form, tmp_path, capsys):
+    source = getattr(formats, form)(tmp_path)
+    target = source if source.is_file() else next(source.glob("*train.p*"))
+    sound = target.read_bytes()
+    random = np.random.default_rng(0)
+    codes = set()
+    for n in range(6):
+        content = bytearray(sound)
+        at = int(random.integers(len(content) - 100 if n % 2 else 90))
+        content[at : at + 8] = random.bytes(8)
+        target.write_bytes(content)
+        codes.add(prepare.main([str(source), "--dest", str(tmp_path / "out")]))
+        err = capsys.readouterr().err
+        assert (tmp_path / "out").exists() == (err == "")
+        assert err.count("\n") <= 1
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert not list(tmp_path.glob(".out*"))
+    assert 2 in codes
+    assert codes <= {0, 2}
+
+
+# ---- Images and classes
 
 
 @pytest.mark.parametrize("form", ["layout_folder", "layout_tar", "csv_folder"])
-@pytest.mark.parametrize(
-    "damage", [lambda c: c[: len(c) // 2], lambda c: b"", lambda c: b"<html>404</html>"]
-)
-def test_image_that_cannot_be_decoded(form, damage, tmp_path, refused, monkeypatch):
-    name = list(dataset())[77]
-    broken = dataset() | {name: damage(dataset()[name])}
+def test_images_that_cannot_be_decoded_are_all_named(form, tmp_path, refused, monkeypatch):
+    names = [list(dataset())[n] for n in (7, 77, 277)]
+    half = dataset()[names[0]][:500]
+    broken = dataset() | dict(zip(names, (half, b"", b"<html>404</html>"), strict=True))
     monkeypatch.setattr(formats, "dataset", lambda: broken)
     line = refused(getattr(formats, form)(tmp_path))
-    assert name.split("/")[-1] in line
-    assert "not a sound image" in line
+    assert all(os.path.basename(name) in line for name in names)
 
 
-def test_class_without_images(tmp_path, refused):
-    for source, folder in (
-        (formats.layout_folder(tmp_path / "a"), "train/n00000001"),
-        (formats.class_folders(tmp_path / "b"), "n00000001"),
-    ):
-        (source / folder).mkdir()
-        (source / folder / "notes.txt").write_text("none yet")
-        assert f"class folder {folder} holds no image" in refused(source)
+@pytest.mark.parametrize(
+    ("form", "folder"),
+    [(formats.layout_folder, "train/n00000001"), (formats.class_folders, "n00000001")],
+)
+def test_class_without_images(form, folder, tmp_path, refused):
+    source = form(tmp_path)
+    formats.write(source, {f"{folder}/notes.txt": b"none yet"})
+    assert folder in refused(source)
 
 
-# ---- sources and destinations
-
-
-def test_wrong_path_and_empty_folder(tmp_path, refused):
-    assert "no such file" in refused(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    assert "holds no images, no files at all" in refused(tmp_path / "empty")
-    (tmp_path / "empty" / "a.npy").write_bytes(b"x")
-    line = refused(tmp_path / "empty")
-    assert "holds no images among its 1 files (.npy)" in line
-    assert "known forms" in line
-    os.symlink(tmp_path / "gone", tmp_path / "dangling")
-    assert "link" in refused(tmp_path / "dangling")
-
-
-def test_two_forms_in_one_folder(tmp_path, refused):
-    source = formats.cache_pickles(tmp_path)
-    formats.write(source, {"pictures/of/them.jpg": formats.photograph([1])})
-    (tmp_path / "more").mkdir()
-    formats.category_pickles(tmp_path / "more")
-    line = refused(source)
-    assert "mini-imagenet-cache pickles and miniImageNet_category_split pickles" in line
-    formats.layout_folder(tmp_path / "more")
-    assert "301 images" in refused(source)
-
-
-def test_no_split_and_two_of_three_splits(tmp_path, refused):
-    source = formats.write(
-        tmp_path / "own", {f"{c}/{i}.jpg": formats.photograph([i]) for c in "abc" for i in range(2)}
-    )
-    assert "--split" in refused(source)
-    for value, said in (
-        ("1/1/2", "3 classes"),
-        ("3/0/0", "3 classes"),
-        (str(tmp_path / "none.json"), "JSON"),
-        (str(tmp_path / "own"), "directory"),
-    ):
-        assert said in refused(source, "--split", value)
-    for lists, said in (
-        ({"train": ["a"], "val": ["b"]}, "must be"),
-        ([], "must be"),
-        ({"train": ["a"], "val": ["b"], "test": ["x"]}, "(x)"),
-        ({"train": ["a"], "val": ["b"], "test": ["b"]}, "both"),
-        ({"train": ["a", "b"], "val": [], "test": ["c"]}, "val"),
-    ):
-        (tmp_path / "s.json").write_text(json.dumps(lists))
-        assert said in refused(source, "--split", tmp_path / "s.json")
-    (tmp_path / "s.json").write_text("{")
-    assert "not JSON" in refused(source, "--split", tmp_path / "s.json")
-    assert "leave it out" in refused(formats.layout_zip(tmp_path), "--split", "64/16/20")
+def test_class_in_two_splits(tmp_path, refused):
     source = formats.layout_folder(tmp_path)
-    (source / "val").rename(tmp_path / "elsewhere")
-    assert "train" in refused(source)
+    cls = CLASSES["test"][3]
+    formats.write(source, {f"train/{cls}/x.jpg": formats.photograph([1])})
+    assert cls in refused(source)
 
 
 def test_nearly_mini_imagenet(tmp_path, refused):
     source = formats.class_folders(tmp_path)
     (source / CLASSES["val"][2]).rename(tmp_path / "x")
+    assert CLASSES["val"][2] in refused(source)
+
+
+# ---- Sources, flags and destinations
+
+
+def test_sources_that_hold_no_data_set(tmp_path, refused):
+    assert "nowhere" in refused(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(tmp_path / "empty")
+    (tmp_path / "empty" / "a.npy").write_bytes(b"x")
+    assert ".npy" in refused(tmp_path / "empty")
+    os.symlink(tmp_path / "gone", tmp_path / "dangling")
+    assert "dangling" in refused(tmp_path / "dangling")
+    formats.write(tmp_path / "flat", {"a.jpg": b"x"})
+    assert "--csv" in refused(tmp_path / "flat")
+    assert "train.csv" in refused(tmp_path / "flat", "--csv", tmp_path / "flat")
+    formats.write(tmp_path / "packed", {"a.zip": b"x", "b.zip": b"x"})
+    assert "a.zip" in refused(tmp_path / "packed")  # and not a list of formats
+    source = formats.layout_folder(tmp_path)
+    shutil.rmtree(source / "val")
+    assert "val" in refused(source)
+
+
+def test_two_formats_in_one_folder(tmp_path, refused):
+    source = formats.cache_pickles(tmp_path)
+    (tmp_path / "more").mkdir()
+    formats.category_pickles(tmp_path / "more")
     line = refused(source)
-    assert "lacks 1 of mini-ImageNet's 100 classes" in line
-    assert CLASSES["val"][2] in line
+    assert "mini-imagenet-cache" in line
+    assert "miniImageNet_category_split" in line
+    formats.layout_folder(tmp_path / "more")
+    assert "300 images" in refused(source)
+
+
+@pytest.mark.parametrize(
+    ("split", "culprit"),
+    [
+        (None, "--split"),
+        ("1/1/2", "3 classes"),
+        ("3/0/0", "3 classes"),
+        ("/nowhere.json", "/nowhere.json"),
+        (os.path.dirname(__file__), "--split"),
+        ("{", "JSON"),
+        ("[" * 100_000, "JSON"),
+        ("[]", "train"),
+        ({"train": ["a"], "val": ["b"]}, "test"),
+        ({"train": ["a"], "val": ["b"], "test": ["x"]}, "(x)"),
+        ({"train": ["a"], "val": ["b"], "test": ["b"]}, "class b"),
+        ({"train": ["a", "b"], "val": [], "test": ["c"]}, "val"),
+    ],
+)
+def test_wrong_split(split, culprit, tmp_path, refused):
+    names = [f"{cls}/{i}.jpg" for cls in "abc" for i in range(2)]
+    source = formats.write(tmp_path / "own", {name: formats.photograph([1]) for name in names})
+    if isinstance(split, dict) or (split and split[0] in "[{"):
+        text = json.dumps(split) if isinstance(split, dict) else split
+        split = tmp_path / "split.json"
+        split.write_text(text)
+    assert culprit in refused(source, *(("--split", split) if split else ()))
+
+
+@pytest.mark.parametrize(
+    ("argv", "culprit"),
+    [
+        ([], "SOURCE"),
+        ([""], "SOURCE"),
+        (["x", "--check", "y"], "SOURCE"),
+        (["x", "--link", "magic"], "--link"),
+        (["x", "--seed", "a"], "--seed"),
+        (["x", "--seed", "-1"], "--seed"),
+        (["x", "--nonsense"], "--nonsense"),
+        (["x", "--split", "1/1/1"], "--dest"),
+        (["x", "--csv", "/nowhere"], "x"),
+        (["--check", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_wrong_flags(argv, culprit, capsys):
+    code = prepare.main(argv)
+    err = capsys.readouterr().err
+    assert (code, err.count("\n")) == (2, 1)
+    assert culprit in err
+
+
+def test_flags_that_do_not_fit_the_source(tmp_path, refused):
+    source = formats.layout_zip(tmp_path)
+    assert "--link" in refused(source, "--link", "hard")
+    assert "--split" in refused(source, "--split", "64/16/20")
+    assert "/nowhere" in refused(source, "--class-names", "/nowhere")
 
 
 def test_dest_that_holds_something_else(tmp_path, refused):
     source = formats.layout_zip(tmp_path)
-    formats.write(tmp_path, {"dest/train/cat/1.jpg": b"mine"})
-    assert "choose another --dest" in refused(source)
-    (tmp_path / "file").write_text("mine")
-    assert "not a folder" in refused(source, dest=tmp_path / "file")
-    refused(source, dest=tmp_path / "file" / "below")
+    formats.write(tmp_path, {"dest/train/cat/1.jpg": b"mine", "file": b"mine"})
     os.symlink(tmp_path / "gone", tmp_path / "link")
-    assert "exists" in refused(source, dest=tmp_path / "link")
+    for dest in ("dest", "file", "file/below", "link"):
+        assert str(tmp_path / dest[:4]) in refused(source, dest=tmp_path / dest)
     formats.write(tmp_path, {".away.part/mine.txt": b"mine"})
-    line = prepare.main([str(source), "--dest", str(tmp_path / "away")])
-    assert line == 2
+    assert prepare.main([str(source), "--dest", str(tmp_path / "away")]) == 2
     assert (tmp_path / ".away.part" / "mine.txt").read_bytes() == b"mine"
+
+
+def test_source_and_dest_that_overlap(tmp_path, refused):
+    source = formats.layout_folder(tmp_path)
+    assert "--check" in refused(source, dest=source)
+    assert str(tmp_path) in refused(source, dest=tmp_path)
+    pickles = formats.cache_pickles(tmp_path / "mini")
+    shutil.rmtree(pickles / "train")
+    shutil.rmtree(pickles / "val")
+    shutil.rmtree(pickles / "test")
+    (pickles / "dest").mkdir()  # empty: it is filled
+    for _ in range(2):
+        assert prepare.main([str(pickles), "--dest", str(pickles / "dest")]) == 0
+        assert len(tree(pickles / "dest")) == 300
 
 
 def test_links_in_a_circle(tmp_path, capsys):
     os.symlink("circle", tmp_path / "circle")
-    source = formats.layout_zip(tmp_path)
-    for argv in (
-        [str(source), "--dest", str(tmp_path / "circle")],
-        [str(tmp_path / "circle"), "--dest", str(tmp_path / "out")],
-    ):
+    source, circle = str(formats.layout_zip(tmp_path)), str(tmp_path / "circle")
+    for argv in ([source, "--dest", circle], [circle, "--dest", str(tmp_path / "out")]):
         assert prepare.main(argv) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_source_that_is_the_dest(tmp_path, refused):
-    source = formats.layout_folder(tmp_path)
-    assert "--check" in refused(source, dest=source)
-    assert "exists" in refused(source, dest=source.parent)
-
-
-def test_empty_dest_is_filled_and_source_may_surround_it(tmp_path):
-    source = formats.cache_pickles(tmp_path)
-    (source / "dest").mkdir()
-    assert prepare.main([str(source), "--dest", str(source / "dest")]) == 0
-    assert len(tree(source / "dest")) == 300
-    assert prepare.main([str(source), "--dest", str(source / "dest")]) == 0
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_read_only_dest(tmp_path, refused):
-    source = formats.layout_zip(tmp_path)
-    (tmp_path / "locked").mkdir(mode=0o555)
-    assert "choose another --dest" in refused(source, dest=tmp_path / "locked" / "out")
-
-
 def test_unwritable_dest(tmp_path, refused):
-    assert "/proc" in refused(formats.layout_zip(tmp_path), dest="/proc/nowhere/out")
+    source = formats.layout_zip(tmp_path)
+    assert "/proc" in refused(source, dest="/proc/nowhere/out")
+    if os.geteuid() != 0:  # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=0o555)
+        assert "locked" in refused(source, dest=tmp_path / "locked" / "out")
 
 
-@pytest.mark.parametrize("form", SOURCES)
-@pytest.mark.parametrize(
-    ("limit", "said"), [(0, "free some space"), (700, "no room on the disk: free some space")]
-)
-def test_disk_that_fills_up(form, limit, said, tmp_path):
+@pytest.mark.parametrize("form", ["layout_folder", "layout_zip", "cache_pickles"])
+@pytest.mark.parametrize("limit", [0, 700])
+def test_disk_that_fills_up(form, limit, tmp_path):
     source = getattr(formats, form)(tmp_path)
     argv = [sys.executable, PREPARE, source, "--dest", tmp_path / "out"]
 
@@ -503,13 +487,8 @@ def test_disk_that_fills_up(form, limit, said, tmp_path):
 
     full = subprocess.run(argv, capture_output=True, text=True, preexec_fn=fill_up)
     assert (full.returncode, full.stderr.count("\n")) == (2, 1)
-    assert said in full.stderr
-    assert (
-        limit == 0
-        or f"run the same command again; it resumes from {tmp_path}/.out.part" in full.stderr
-    )
+    assert "free some space" in full.stderr
     assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.rglob(".*.jpg.part"))
     roomy = subprocess.run(argv, capture_output=True, text=True)
     assert (roomy.returncode, roomy.stderr) == (0, "")
     assert formats.pixels(tree(tmp_path / "out")) == formats.pixels(dataset())
@@ -527,21 +506,17 @@ def test_loops_litter_and_odd_files(tmp_path, capsys):
     assert prepare.main([str(source), "--dest", str(tmp_path / "öut put")]) == 0
     assert tree(tmp_path / "öut put") == dataset()
     out = capsys.readouterr().out
-    assert "links that lead in a circle, 1" in out
-    assert "links that lead nowhere" in out
-    assert "notes.docx" in out
+    assert all(name in out for name in ("loop", "gone.jpg", "notes.docx"))
 
 
-def test_names_that_are_no_text(tmp_path, capsys):
+def test_names_that_are_no_text(tmp_path):
     source = tmp_path / "bytes"
     for cls in (b"\xff\xfe", b"b", b"c"):
         (source / os.fsdecode(cls)).mkdir(parents=True)
         (source / os.fsdecode(cls) / "1.jpg").write_bytes(formats.photograph(list(cls)))
     argv = [str(source), "--split", "1/1/1", "--dest", str(tmp_path / "out")]
     assert prepare.main(argv) == 0
-    assert (
-        sorted(os.listdir(tmp_path / "out" / "train") + os.listdir(tmp_path / "out" / "val")) != []
-    )
+    assert len(tree(tmp_path / "out")) == 3
     assert prepare.main(["--check", str(tmp_path / "out")]) == 0
 
 
@@ -553,64 +528,5 @@ def test_two_at_once(tmp_path, capsys):
     with (work / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert prepare.main([str(source), "--dest", str(tmp_path / "out")]) == 2
-    assert "in use by another process" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        ([], "SOURCE"),
-        ([""], "SOURCE"),
-        (["x", "--check", "y"], "SOURCE"),
-        (["x", "--link", "magic"], "--link"),
-        (["x", "--seed", "a"], "--seed"),
-        (["x", "--seed", "-1"], "--seed"),
-        (["x", "--nonsense"], "--nonsense"),
-        (["x", "--split", "1/1/1"], "--dest"),
-        (["x", "--csv", "/nowhere"], "x"),
-        (["--check", "/nowhere"], "/nowhere"),
-    ],
-)
-def test_wrong_flags(argv, said, capsys):
-    code = prepare.main(argv)
-    err = capsys.readouterr().err
-    assert (code, err.count("\n")) == (2, 1)
-    assert said in err
-
-
-def test_flags_that_do_not_fit_the_source(tmp_path, refused):
-    source = formats.layout_zip(tmp_path)
-    assert "only files of a folder can be linked" in refused(source, "--link", "hard")
-    (tmp_path / "flat").mkdir()
-    formats.write(tmp_path / "flat", {"images/a.jpg": b"x"})
-    assert "no train.csv" in refused(tmp_path / "flat", "--csv", tmp_path / "flat")
-    assert "--csv" in refused(tmp_path / "flat" / "images")
-    assert "/nowhere" in refused(source, "--class-names", "/nowhere")
-
-
-@pytest.mark.parametrize(
-    "form", ["layout_tar_gz", "layout_zip", "ilsvrc_tar", "cache_pickles", "category_pickles"]
-)
-def test_bytes_changed_anywhere_end_in_a_data_set_or_in_one_line(form, tmp_path, capsys):
-    source = getattr(formats, form)(tmp_path)
-    target = source if source.is_file() else next(source.glob("*train.p*"))
-    sound = target.read_bytes()
-    random = np.random.default_rng(0)
-    codes = set()
-    for _ in range(8):
-        content = bytearray(sound)
-        at = (
-            int(random.integers(len(content) - 100))
-            if random.random() < 0.5
-            else int(random.integers(90))
-        )
-        content[at : at + 8] = random.bytes(8)
-        target.write_bytes(content)
-        codes.add(prepare.main([str(source), "--dest", str(tmp_path / "out")]))
-        err = capsys.readouterr().err
-        assert (tmp_path / "out").exists() == (err == "")
-        assert err.count("\n") <= 1
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        assert not list(tmp_path.glob(".out*"))
-    assert 2 in codes
-    assert codes <= {0, 2}
+    assert str(work) in capsys.readouterr().err
+    assert (work / ".lock").exists()
