@@ -1,0 +1,33 @@
+"""benchmarks/counts.py: launches and host copies of a training episode, counted without a GPU."""
+
+import pytest
+import torch
+from helpers import table
+
+pytest.importorskip("triton")
+
+import counts
+
+# nodes of the CUDA graph, by shots; where a change makes them fewer, lower the number here
+LAUNCHES = {5: 547, 1: 775}
+
+
+@pytest.mark.parametrize("n_shot", LAUNCHES)
+def test_launches_and_host_copies_of_a_training_episode(n_shot, tmp_path):
+    parts = counts.parts(n_shot, tmp_path)
+    episode = counts.count(parts[counts.EPISODE], triton=True)
+    assert (episode.launches, episode.copies) == (LAUNCHES[n_shot], 0)
+    assert counts.count(parts[counts.AUGMENTATION], triton=True).copies == 1
+
+
+def test_what_counts():
+    x = torch.zeros(3, device="meta")
+    assert counts.count(lambda: (x + 1, x.view(3, 1))) == (1, 24, 0)
+    assert counts.count(lambda: torch.ones(3).to("meta")).copies == 1
+    assert counts.count(lambda: x.copy_(torch.ones(3))).copies == 1
+
+
+def test_the_table(capsys):
+    rows = table(counts, capsys)
+    assert len(rows) == 10
+    assert {row["copies from the host"] for row in rows} == {"0", "1"}
