@@ -1,9 +1,7 @@
-"""One training or test on many processes, which PyTorch's ``torchrun`` starts: what they exchange,
-and how they end together.
+"""One training or test on several processes that ``torchrun`` starts.
 
-Each process is a rank. Rank r of N takes episodes r, r + N, r + 2 N, ..., and rank 0 alone writes
-and speaks. Before the work begins, all go on or all refuse; in it, the decision to stop is taken by
-all at the same update.
+Rank r of N takes episodes r, r + N, r + 2 N, ...; only rank 0 logs and writes. Errors of the
+start-up are collective: all ranks go on or all refuse. Later, all stop at the same update.
 """
 
 from __future__ import annotations
@@ -91,10 +89,9 @@ class Ranks:
         ) as e:  # variables are missing; the port is in use, or nobody answers
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             why = str(e).splitlines()[0]
-            raise UserError(
-                f"rank {self.rank} of {self.size}: cannot meet the others at {place} ({why}); start all by torchrun, "
-                "or choose another --master-port"
-            ) from e
+            meet = f"rank {self.rank} of {self.size}: cannot meet the others at {place} ({why})"
+            advice = "start all by torchrun, or choose another --master-port"
+            raise UserError(f"{meet}; {advice}") from e
         if self.rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
 
@@ -187,9 +184,8 @@ class Ranks:
             function(*args, **kwargs)
         except RuntimeError as e:
             why = str(e).splitlines()[0]
-            raise PeerLost(
-                f"another rank has ended or does not answer ({why}); continue from the last snapshot"
-            ) from e
+            lost = f"another rank has ended or does not answer ({why})"
+            raise PeerLost(f"{lost}; continue from the last snapshot") from e
 
     # ---- Before the work begins ----
 
@@ -221,9 +217,8 @@ class Ranks:
             values = [facts.get(name, "the default") for facts in of_all]
             for rank, value in enumerate(values):
                 if value != values[0]:
-                    raise CollectiveError(
-                        f"{name}: {values[0]} on rank 0, but {value} on rank {rank}; give all ranks the same"
-                    )
+                    differ = f"{values[0]} on rank 0, but {value} on rank {rank}"
+                    raise CollectiveError(f"{name}: {differ}; give all ranks the same")
 
     def compare_start(self, given: dict[str, object]) -> None:
         """Check that all ranks run the same code with the same flags."""
@@ -241,7 +236,7 @@ class Ranks:
             self.compare({**flags, **versions, "kind of processor": processor})
 
     def begin(self, facts: dict[str, object]) -> None:
-        """``compare``, and from now on the ranks work: none waits to hear of another one's errors."""
+        """``compare``, and end the start-up phase, in which errors are collective."""
         self.compare(facts)
         self._begun = True
 
