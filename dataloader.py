@@ -315,7 +315,7 @@ def _torchvision():
 def train_image(image: Image.Image, drawn: Augmentation, k: int, image_size: int) -> Image.Image:
     """Apply row ``k`` of the augmentation: crop and resize, flip, jitter in the drawn order."""
     TF = _torchvision()
-    if drawn.box is None:
+    if drawn.box is None or drawn.jitter is None or drawn.order is None:
         image = eval_image(image, image_size, "flip")
         return TF.hflip(image) if drawn.flip[k] else image
     top, left, height, width = (int(v) for v in drawn.box[k])

@@ -20,7 +20,7 @@ from typing import IO, NoReturn
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 SPLITS = ("train", "val", "test")
 _JUNK = {"__macosx", "thumbs.db", "desktop.ini", "icon\r"}
@@ -174,12 +174,10 @@ def file_lock(path: Path, wait: bool = False) -> Iterator[None]:
             ) from e
         except OSError:
             pass
-        with contextlib.suppress(
-            OSError
-        ):  # a full disk shows when something that matters is written
+        with contextlib.suppress(OSError):  # a full disk shows when something that matters is lost
             file.truncate(0)
-            who = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-            file.write(who.encode())
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
         _locks.append(file)
         try:
             yield

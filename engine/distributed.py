@@ -20,15 +20,14 @@ import torch
 from torch import Tensor
 
 from engine.flags import ROOT
+from engine.process import end_with_parent
 from utils import UserError, print_error
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-TIMEOUT = timedelta(
-    minutes=30
-)  # the longest that a rank waits for another one that lives but does not answer
-OWN = ("data_root", "cache_dir", "n_workers")  # flags that may be each machine's own
+TIMEOUT = timedelta(minutes=30)  # the longest wait for a rank that lives but does not answer
+PER_MACHINE = ("data_root", "cache_dir", "n_workers")  # flags that may differ between machines
 
 
 class CollectiveError(UserError):
@@ -40,10 +39,9 @@ class PeerLost(Exception):
 
 
 class Ranks:
-    """This process's place among all: rank 0 of 1 unless torchrun has started it. One process needs
-    no network and no waiting.
+    """This process's place among those that ``torchrun`` started; rank 0 of 1 without it.
 
-    Used as a context manager: an exception that leaves it ends all ranks, and one of them says why.
+    A context manager: an exception that leaves it ends all ranks, and one of them says why.
 
     Attributes:
         rank, size: this process's number, and that of all processes.
@@ -56,8 +54,7 @@ class Ranks:
 
     @classmethod
     def started(cls) -> Ranks:
-        """As torchrun's environment variables say; connected with the others, of which each waits
-        for all.
+        """Read torchrun's environment variables, and connect with the other ranks.
 
         Raises:
             UserError: the variables are incomplete, or the others cannot be reached.
@@ -74,6 +71,7 @@ class Ranks:
         import torch.distributed as dist
 
         self._dist = dist
+        end_with_parent()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, torch.get_num_threads() // self.local[1]))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -83,10 +81,7 @@ class Ranks:
             dist.init_process_group(
                 backend, store=self._store, rank=self.rank, world_size=self.size, timeout=TIMEOUT
             )
-        except (
-            ValueError,
-            RuntimeError,
-        ) as e:  # variables are missing; the port is in use, or nobody answers
+        except (ValueError, RuntimeError) as e:  # no variables, port in use, or no answer
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             why = str(e).splitlines()[0]
             meet = f"rank {self.rank} of {self.size}: cannot meet the others at {place} ({why})"
@@ -96,22 +91,17 @@ class Ranks:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
 
     def _meet(self, store: Store) -> str:
-        """A name that the ranks of this start share, and none of an earlier one knows.
+        """Agree on a name that the ranks of this start share, and no earlier start knows.
 
-        torchrun's restarts share one store, which still holds what the ranks that have ended wrote,
-        their addresses among it, and its agents on several machines may count the starts
-        differently. So each rank signs in under a name made anew. Rank 0 announces its name
-        together with those that it has read, again and again until each of the others has found
-        itself in the announcement, and said so.
+        torchrun's restarts share one store, which still holds the addresses of ranks that have
+        ended. So each rank signs in under a new name, and rank 0 announces the names that it has
+        read until each of the others has found its own among them.
 
         Raises:
             RuntimeError: one of the others does not come within TIMEOUT.
         """
-        mine, others, deadline = (
-            uuid.uuid4().hex,
-            range(1, self.size),
-            time.monotonic() + TIMEOUT.total_seconds(),
-        )
+        mine, others = uuid.uuid4().hex, range(1, self.size)
+        deadline = time.monotonic() + TIMEOUT.total_seconds()
         store.set(f"signed in {self.rank}", mine)
         announced: list[str] = []
         while True:
@@ -140,9 +130,8 @@ class Ranks:
         if error is None or isinstance(error, SystemExit):
             self._dist.destroy_process_group()
             return
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # torchrun's, for the first rank that ends: each has its own exit code
+        # torchrun sends it when the first rank ends, but each has an exit code of its own
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if isinstance(error, UserError) and not isinstance(error, CollectiveError):
             error = self._told(error)
         if isinstance(error, CollectiveError):
@@ -169,6 +158,7 @@ class Ranks:
             self.exchange(None, str(error))
         except (CollectiveError, PeerLost) as e:
             return e
+        return error
 
     def _first(self, code: int) -> tuple[int, int]:
         """The rank that has ended first, and its exit code: it alone speaks."""
@@ -177,7 +167,8 @@ class Ranks:
             first = self._store.compare_set("end", "", mine).decode()
         except RuntimeError:  # with the process that held the store
             first = mine
-        return tuple(map(int, first.split()))
+        rank, its_code = map(int, first.split())
+        return rank, its_code
 
     def _call(self, function: Callable, *args: object, **kwargs: object) -> None:
         try:
@@ -226,7 +217,7 @@ class Ranks:
             flags = {
                 f"--{name.replace('_', '-')}": value
                 for name, value in given.items()
-                if name not in OWN
+                if name not in PER_MACHINE
             }
             processor = torch.backends.cpu.get_cpu_capability()
             versions = {
