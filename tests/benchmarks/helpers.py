@@ -1,5 +1,6 @@
-"""What the tests of benchmarks/ share; it makes their scripts importable."""
+"""What the tests of benchmarks/ share, the scripts included."""
 
+import importlib
 import sys
 
 from conftest import ROOT
@@ -7,6 +8,8 @@ from conftest import ROOT
 import main
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+SCRIPTS = ("compare_runs", "counts", "linear_probe", "run", "validate")
+compare_runs, counts, linear_probe, run, validate = map(importlib.import_module, SCRIPTS)
 
 SMALL = "--cpu --image-size 16 --n-shot 1 --n-eval 2 --hidden-size 4 --episode 4 --val-freq 2"
 SMALL = [*SMALL.split(), "--log-freq", "1", "--n-workers", "0", "--plots", "false"]

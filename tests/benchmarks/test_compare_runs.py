@@ -2,10 +2,9 @@
 
 import json
 
-import compare_runs
 import pytest
 import torch
-from helpers import table, train
+from helpers import compare_runs, table, train
 
 from engine.checkpoint import LAST
 from utils import UserError

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from helpers import table
+from helpers import counts, table
 
 pytest.importorskip("triton")
 
-import counts
 
 # nodes of the CUDA graph, by shots; where a change makes them fewer, lower the number here
 LAUNCHES = {5: 547, 1: 775}

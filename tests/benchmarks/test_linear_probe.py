@@ -1,11 +1,10 @@
 """benchmarks/linear_probe.py: simple classifiers on pre-trained features."""
 
-import linear_probe
 import numpy as np
 import pytest
 import torch
 from conftest import photograph
-from helpers import table, train
+from helpers import linear_probe, table, train
 from PIL import Image
 from torch.nn.functional import cross_entropy
 

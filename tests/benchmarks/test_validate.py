@@ -3,8 +3,7 @@
 import json
 
 import pytest
-import validate
-from helpers import table, train
+from helpers import table, train, validate
 
 from engine.checkpoint import LAST
 from utils import UserError
