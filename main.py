@@ -11,18 +11,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import sys
 from pathlib import Path
 
 from engine.process import Stopped, Terminal, exit_process, lower_priority
 from utils import UserError, missing_package, print_error, run_main
 
-# Deterministic cuBLAS needs a workspace of fixed size before CUDA starts.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# By default OpenMP's threads spin while they wait, which slows down whatever runs beside them.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if __name__ == "__main__":
     lower_priority()  # before PyTorch starts threads
 if name := missing_package("torch", "torchvision", "PIL", "tqdm", "numpy"):
