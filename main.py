@@ -14,11 +14,16 @@ import copy
 import sys
 from pathlib import Path
 
+from engine.flags import check, parse, resolve
 from engine.process import Stopped, Terminal, exit_process, lower_priority
 from utils import UserError, missing_package, print_error, run_main
 
 if __name__ == "__main__":
+    Terminal.take_over()
     lower_priority()  # before PyTorch starts threads
+    # --help and wrong flags are answered before the slow imports; by several ranks, together
+    if "WORLD_SIZE" not in os.environ and (code := run_main(check, sys.argv[1:])):
+        sys.exit(code)
 if name := missing_package("torch", "torchvision", "PIL", "tqdm", "numpy"):
     sys.exit(print_error(f"{name} is missing; run: pip install -r requirements.txt"))
 
@@ -29,7 +34,6 @@ from engine.backend import Backend, adam, dataset, make_reproducible, select_bac
 from engine.checkpoint import load_for_test, load_weights
 from engine.distributed import Ranks
 from engine.evaluation import Evaluator, run_test
-from engine.flags import parse, resolve
 from engine.folder import RunFolder
 from engine.model import Model
 from engine.parallel import make_train_step
@@ -145,5 +149,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    Terminal.take_over()
     exit_process(lambda: run_main(main, sys.argv[1:]))

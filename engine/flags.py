@@ -1,14 +1,16 @@
-"""The command line: flags, their bounds, and which of them a checkpoint carries."""
+"""The command line: flags, their bounds, and which of them a checkpoint carries.
+
+Imports no PyTorch, so that ``--help`` and errors come at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from learner import MIN_IMAGE_SIZE
-from metalearner import INPUT_SIZE
 from utils import Parser, UserError, float_range, int_range
 
+MIN_IMAGE_SIZE, INPUT_SIZE = 16, 4  # learner.py's and metalearner.py's, which import PyTorch
 ROOT = Path(__file__).resolve().parent.parent
 MODES = {
     "train": "train the meta-learner",
@@ -225,6 +227,11 @@ def resolve(
     if args.transductive and args.mode == "predict":
         raise UserError("--transductive true: a prediction must not depend on the other images")
     return args
+
+
+def check(argv: list[str]) -> None:
+    """Answer ``--help``, and raise ``UserError`` for flags that cannot be."""
+    resolve(parse(argv))
 
 
 def check_hyper_parameters(path: Path, stored: dict[str, object]) -> None:
