@@ -18,13 +18,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from paired import difference, interval
-from tools.markdown import markdown_table
-from tools.metrics import read_metrics
-from tools.recipes import text
 
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST, find_checkpoint
 from engine.flags import HYPER_PARAMETERS, spelled
+from tools.markdown import markdown_table
+from tools.metrics import read_metrics
+from tools.recipes import text
 from utils import Parser, UserError, int_range, run_main, summary
 
 EPISODES = ("seed", "n_class", "n_shot", "n_eval")  # which episodes a run is validated on

@@ -30,9 +30,6 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.markdown import markdown_table
-from tools.recipes import recipes
-
 from dataloader import scan_split
 from engine.backend import adam, dataset, select_backend
 from engine.distributed import SINGLE_PROCESS
@@ -43,6 +40,8 @@ from episode import learned
 from fast import gpu
 from fast.images import FastEpisodeDataset
 from main import build
+from tools.markdown import markdown_table
+from tools.recipes import recipes
 from utils import Parser, UserError, run_main
 
 META = torch.device("meta")

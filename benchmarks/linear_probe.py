@@ -23,15 +23,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from baselines.linear_head import MEASURED, build_linear_head, load_backbone
 from paired import difference, interval
-from tools.markdown import markdown_table
 
+from baselines.linear_head import MEASURED, build_linear_head, load_backbone
 from dataloader import eval_image, load_image, scan_split, to_input
 from engine import checkpoint as checkpoints
 from engine.backend import dataset, select_backend
 from engine.checkpoint import BEST, LAST, resolve_checkpoint
 from engine.flags import DEFAULTS, resolve
+from tools.markdown import markdown_table
 from utils import Parser, run_main
 
 N_CLASS, N_EVAL, N_STEPS = 5, 15, 8

@@ -24,8 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from engine.provenance import commit, cpu_name
-from tools.markdown import markdown_table
 
 from dataloader import episodes, scan_split
 from engine.backend import adam, dataset, select_backend
@@ -34,12 +32,14 @@ from engine.evaluation import Evaluator
 from engine.flags import resolve
 from engine.parallel import make_train_step
 from engine.process import begin_worker
+from engine.provenance import commit, cpu_name
 from episode import Episode, learned
 from fast import native
 from fast.graphs import CHECKED, WARM_UP
 from fast.library import library
 from fast.threads import keep_freed_memory
 from main import build
+from tools.markdown import markdown_table
 from utils import Parser, UserError, int_range, run_main
 
 TURN = 4  # episodes of a round, end to end

@@ -17,7 +17,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from paired import difference, interval
-from tools.markdown import markdown_table
 
 from dataloader import scan_split
 from engine.backend import dataset, select_backend
@@ -26,6 +25,7 @@ from engine.distributed import SINGLE_PROCESS
 from engine.evaluation import Evaluator
 from engine.flags import DEFAULTS, boolean, parse
 from main import build
+from tools.markdown import markdown_table
 from utils import Parser, UserError, run_main
 
 EPISODES = ("n_class", "n_shot", "n_eval", "image_size")  # with the seed, what episodes are
