@@ -1,7 +1,6 @@
 """Train the LSTM meta-learner, test it, look into it and use it.
 
     python main.py --mode train --data-root data/miniImagenet
-    python main.py --mode test
 
 ``train`` is the paper's algorithm 1; its inner loop is in episode.py, the networks in learner.py
 and metalearner.py.
@@ -137,7 +136,7 @@ def main(argv: list[str]) -> int:
         with Ranks.started() as ranks:
             cli_args = parse(argv)
             ranks.compare_start(cli_args)
-            mode = cli_args.get("mode", "train")
+            mode = str(cli_args.get("mode", "train"))
             if mode not in ("train", "test") and ranks.size > 1:
                 raise UserError(f"--mode {mode}: is for one process; start it without torchrun")
             MODES[mode](cli_args, ranks)
