@@ -29,18 +29,17 @@ from episode import Episode
 from utils import SPLITS, UserError, is_junk
 
 CROP_RATIO = (3 / 4, 4 / 3)
-CROPS = {  # by --augment: share of the image's area in a crop; brightness, contrast, saturation and hue jitter
+# by --augment: share of the image's area in a crop; jitter of brightness, contrast, saturation, hue
+CROPS = {
     "port": ((0.08, 1.0), (0.4, 0.4, 0.4, 0.2)),
     "zoom": ((0.22, 1.0), (0.2, 0.2, 0.4, 0.2)),
     "mild": ((0.6, 1.0), (0.2, 0.2, 0.2, 0.05)),
 }
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of pixels in [0, 1]
 STD = (0.229, 0.224, 0.225)
-PIXELS = {
-    "imagenet": (MEAN, STD),
-    "unit": ((0.0,) * 3, (1.0,) * 3),
-}  # mean and deviation by --pixels
-_PICK, _AUGMENT, _ORDER = range(3)  # one stream each, so that changing one leaves the others alone
+# by --pixels: mean and deviation
+PIXELS = {"imagenet": (MEAN, STD), "unit": ((0.0,) * 3, (1.0,) * 3)}
+_PICK, _AUGMENT, _ORDER = range(3)  # one random stream each, so that none depends on another
 
 
 # ---- Files ----
@@ -56,17 +55,14 @@ class Split(NamedTuple):
 
 
 def scan_split(root: Path, split: str) -> Split:
-    """List ``root/<split>/<class>/<image>``; hidden files and litter of operating systems are
-    ignored.
+    """List ``root/<split>/<class>/<image>``; hidden and operating systems' files are ignored.
 
     Raises:
         UserError: the folder is missing or empty, or it holds something unexpected.
     """
     if not root.is_dir():
-        raise UserError(
-            f"--data-root {root}: no such folder; make it with data/prepare.py (data/README.md says from what), or try "
-            "scripts/quickstart.sh, which needs no download"
-        )
+        advice = "make it with data/prepare.py (see data/README.md), or try scripts/quickstart.sh"
+        raise UserError(f"--data-root {root}: no such folder; {advice}")
     folder = root / split
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; --data-root should hold train/, val/ and test/")
@@ -91,13 +87,9 @@ def scan_classes(folder: Path, what: str) -> tuple[list[str], list[list[Path]]]:
         images = _visible(Path(entry.path))
         for image in images:
             if _is_folder(image):
-                raise UserError(
-                    f"{image.path}: a folder where an image should be; expected {folder}/<class>/<image>"
-                )
+                raise UserError(f"{image.path}: a folder; expected {folder}/<class>/<image>")
             if os.path.splitext(image.name)[1].lower() not in known:
-                raise UserError(
-                    f"{image.path}: not an image by its name; remove it or give it its format's ending"
-                )
+                raise UserError(f"{image.path}: not an image by its suffix; remove or rename it")
         classes.append(entry.name)
         files.append([Path(image.path) for image in images])
     if not classes:
@@ -122,15 +114,13 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def relative_names(files: list[Path], root: Path) -> list[str]:
-    """The files' paths within ``root``; ``Path.relative_to`` would take seconds for tens of
-    thousands of files.
-    """
+    """The files' paths within ``root``; ``Path.relative_to`` takes seconds for 60,000 files."""
     folder = "" if root == Path() else os.path.join(str(root), "")
     return [str(path).removeprefix(folder) for path in files]
 
 
 def stats_of(files: list[Path]) -> list[os.stat_result]:
-    """What the file system knows of each file.
+    """The files' ``os.stat``.
 
     Raises:
         UserError: a file cannot be read; it is named.
@@ -159,32 +149,49 @@ def check_splits(root: Path) -> None:
 
 
 def load_image(path: Path) -> Image.Image:
-    """Decode one file to RGB, whatever its mode, turned as its EXIF orientation says.
+    """Decode one file to RGB: upright by its EXIF orientation, transparency on white.
 
     Raises:
-        UserError: it cannot be decoded, or is implausibly large; it is named.
+        UserError: it cannot be decoded, is implausibly large, or has pixels of unknown range.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith(
-                    "I"
-                ):  # 16 bits; older versions of Pillow call it "I" and would clip it at 255
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                return image.convert("RGB")
+                image.load()
+                return _to_rgb(_upright(image))
     except Exception as e:  # Pillow's decoders raise nearly anything on damaged files
-        reason = (
-            str(e).replace(repr(str(path)), "").replace(str(path), "").strip(" :")
-            or type(e).__name__
-        )
-        raise UserError(
-            f"{path}: not a readable image ({reason.splitlines()[0]}); remove or replace it"
-        ) from e
+        reason = str(e).replace(repr(str(path)), "").replace(str(path), "").strip(" :")
+        reason = (reason or type(e).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a readable image ({reason}); remove or replace it") from e
 
 
-# ---- Chance ----
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # its EXIF block is damaged, not its pixels
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        values = np.asarray(image)
+        if image.mode == "F":
+            if not (values.min() >= 0 and values.max() <= 1):
+                raise ValueError("floats outside 0 to 1")
+            values = values * 255
+        elif values.min() < 0 or values.max() > 65535:
+            raise ValueError("integers outside 0 to 65535")
+        else:  # 16 bits, which older versions of Pillow call "I"
+            values = values >> 8
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# ---- Random draws ----
 
 
 def check_split(split: Split, n_class: int, n_shot: int, n_eval: int) -> None:
@@ -194,15 +201,13 @@ def check_split(split: Split, n_class: int, n_shot: int, n_eval: int) -> None:
         UserError: there are too few classes, or a class has too few images; it is named.
     """
     if len(split.classes) < n_class:
-        raise UserError(
-            f"--n-class {n_class}: the {split.name} split has only {len(split.classes)} classes"
-        )
+        found = f"the {split.name} split has only {len(split.classes)} classes"
+        raise UserError(f"--n-class {n_class}: {found}")
     for name, images in zip(split.classes, split.files, strict=True):
         if len(images) < n_shot + n_eval:
-            raise UserError(
-                f"{split.name}/{name}: {len(images)} images, but an episode takes {n_shot + n_eval} "
-                f"(--n-shot {n_shot} + --n-eval {n_eval})"
-            )
+            needs = f"{n_shot + n_eval} (--n-shot {n_shot} + --n-eval {n_eval})"
+            found = f"{len(images)} images, but an episode takes {needs}"
+            raise UserError(f"{split.root / split.name / name}: {found}")
 
 
 def _generator(seed: int, split: str, index: int, purpose: int) -> np.random.Generator:
@@ -213,7 +218,7 @@ def _generator(seed: int, split: str, index: int, purpose: int) -> np.random.Gen
 def draw_images(
     seed: int, split: Split, index: int, n_class: int, n_image: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Classes without replacement, then different images of each.
+    """Draw classes without replacement, then images of each without replacement.
 
     Returns:
         Class numbers [n_class] and image numbers within their class [n_class, n_image], int64.
@@ -227,38 +232,37 @@ def draw_images(
 def draw_order(
     seed: int, split: str, index: int, n_pass: int, n_support: int, shuffle: str = "pass"
 ) -> np.ndarray:
-    """Order of the support images in each pass over them, [n_pass, n_support] int64.
+    """Draw the order of the support images in each pass, [n_pass, n_support] int64.
 
     Args:
         shuffle: "pass" for a new order in each pass, "episode" for one in all of them.
     """
-    order = np.argsort(
-        _generator(seed, split, index, _ORDER).random((n_pass, n_support)), axis=1, kind="stable"
-    )
+    keys = _generator(seed, split, index, _ORDER).random((n_pass, n_support))
+    order = np.argsort(keys, axis=1, kind="stable")
     return order if shuffle == "pass" else np.broadcast_to(order[:1], order.shape).copy()
 
 
 class Augmentation(NamedTuple):
-    """One row per image: what RandomResizedCrop, RandomHorizontalFlip and ColorJitter draw, in the
-    order of application.
+    """Parameters of RandomResizedCrop, RandomHorizontalFlip and ColorJitter, one row per image.
 
-    Where images are only mirrored, all but ``flip`` is None.
+    Attributes:
+        box: [B, 4] int64: top, left, height, width of the crop in pixels; None for no crop.
+        flip: [B] bool.
+        jitter: [B, 4] float64: factors of brightness, contrast and saturation, and the shift of
+            the hue in turns; None for no jitter.
+        order: [B, 4] int64: the order in which those four are applied, or None.
     """
 
-    box: (
-        np.ndarray | None
-    )  # [B, 4] int64: top, left, height, width of the crop in pixels of the source
-    flip: np.ndarray  # [B] bool
-    jitter: (
-        np.ndarray | None
-    )  # [B, 4] float64: brightness, contrast, saturation factors, hue shift in turns
-    order: np.ndarray | None  # [B, 4] int64: the order in which those four are applied
+    box: np.ndarray | None
+    flip: np.ndarray
+    jitter: np.ndarray | None
+    order: np.ndarray | None
 
 
 def draw_augmentation(
     seed: int, split: str, index: int, sizes: np.ndarray, augment: str = "port"
 ) -> Augmentation:
-    """The training augmentation's parameters, distributed as torchvision draws them.
+    """Draw the training augmentation's parameters, distributed as in torchvision.
 
     Args:
         augment: a key of ``CROPS``.
@@ -267,16 +271,13 @@ def draw_augmentation(
     rng = _generator(seed, split, index, _AUGMENT)
     n = len(sizes)
     height, width = sizes[:, :1], sizes[:, 1:]
-    # RandomResizedCrop: the first of ten boxes that fits, else the largest centred one of an
-    # allowed shape
+    # RandomResizedCrop: the first of ten boxes that fits, else the largest centred one
     (least, most), spread = CROPS[augment]
     area = height * width * (least + (most - least) * rng.random((n, 10)))
     low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
     ratio = np.exp(low + (high - low) * rng.random((n, 10)))
-    w, h = (
-        np.rint(np.sqrt(area * ratio)).astype(np.int64),
-        np.rint(np.sqrt(area / ratio)).astype(np.int64),
-    )
+    w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = np.argmax(fits, axis=1)[:, None]
     w, h = np.take_along_axis(w, first, 1)[:, 0], np.take_along_axis(h, first, 1)[:, 0]
@@ -297,8 +298,8 @@ def draw_augmentation(
     return Augmentation(np.stack((top, left, h, w), axis=1), flip, jitter, order)
 
 
-def draw_mirrored(seed: int, split: str, index: int, n: int) -> Augmentation:
-    """Which of n images are mirrored: each with probability 1/2."""
+def draw_flips(seed: int, split: str, index: int, n: int) -> Augmentation:
+    """Draw which of n images are mirrored, each with probability 1/2."""
     return Augmentation(None, _generator(seed, split, index, _AUGMENT).random(n) < 0.5, None, None)
 
 
@@ -306,25 +307,21 @@ def draw_mirrored(seed: int, split: str, index: int, n: int) -> Augmentation:
 
 
 def _torchvision():
-    from torchvision.transforms import (
-        functional,  # takes a second to load, which fast/ need not wait for
-    )
+    from torchvision.transforms import functional  # loads for a second; fast/ does without it
 
     return functional
 
 
 def train_image(image: Image.Image, drawn: Augmentation, k: int, image_size: int) -> Image.Image:
-    """Apply row ``k`` of the training augmentation: crop and resize, flip, then the four colours in
-    their drawn order.
-    """
+    """Apply row ``k`` of the augmentation: crop and resize, flip, jitter in the drawn order."""
     TF = _torchvision()
-    if drawn.box is None:
+    if drawn.box is None or drawn.jitter is None or drawn.order is None:
         image = eval_image(image, image_size, "flip")
         return TF.hflip(image) if drawn.flip[k] else image
     top, left, height, width = (int(v) for v in drawn.box[k])
-    image = TF.resized_crop(
-        image, top, left, height, width, [image_size, image_size], TF.InterpolationMode.BILINEAR
-    )
+    square = [image_size, image_size]
+    bilinear = TF.InterpolationMode.BILINEAR
+    image = TF.resized_crop(image, top, left, height, width, square, bilinear)
     if drawn.flip[k]:
         image = TF.hflip(image)
     adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
@@ -334,11 +331,11 @@ def train_image(image: Image.Image, drawn: Augmentation, k: int, image_size: int
 
 
 def eval_image(image: Image.Image, image_size: int, augment: str) -> Image.Image:
-    """Resize without chance.
+    """Resize to a square: the transform of validation and test.
 
     Args:
-        augment: "port" for the shorter side to image_size * 8 // 7, then the centre; all others for
-            the whole image squashed to a square, as the authors do in training, too.
+        augment: "port": the shorter side to image_size * 8 // 7, then a centre crop; any other:
+            the whole image squashed, as the authors do in training, too.
     """
     TF = _torchvision()
     if augment != "port":
@@ -348,11 +345,10 @@ def eval_image(image: Image.Image, image_size: int, augment: str) -> Image.Image
 
 
 def to_input(images: list[Image.Image], pixels: str) -> Tensor:
-    """What the learner reads: [B, 3, H, W] float32.
+    """Turn images into the learner's input [B, 3, H, W], float32.
 
     Args:
-        pixels: "imagenet" for [0, 1] less ImageNet's mean, divided by its deviation; "unit" for [0,
-            1].
+        pixels: "imagenet" to normalise by ImageNet's mean and deviation; "unit" for [0, 1].
     """
     TF, (mean, std) = _torchvision(), PIXELS[pixels]
     return torch.stack([TF.normalize(TF.to_tensor(image), mean, std) for image in images])
@@ -370,15 +366,13 @@ class EpisodeDataset(Dataset):
         n_class, n_shot, n_eval: shape of the episode.
         n_pass: passes over the support set in the inner loop (``--epoch``).
         image_size: height and width of the result in pixels.
-        augment: "port" for the older port's transforms (random ones for the train split), "none" to
-            squash each image, "flip" to squash each and mirror those of the train split at
-            random; "zoom" and "mild" for crops, mirroring and colours of the train split, see
-            ``CROPS``, and the whole image in the others.
+        augment: of the train split: "none", "flip" (mirrored at random), or crops, flips and
+            colours by ``CROPS``; the others are resized by ``eval_image``.
         length: number of episodes.
         pixels: "imagenet" or "unit", see ``to_input``.
         shuffle: "pass" or "episode", see ``draw_order``.
-        in_order: whether an episode's classes come in the order of their names instead of the order
-            in which they are drawn; then episodes of all classes give each class the same label.
+        in_order: sort an episode's classes by name, so that episodes of all classes give each
+            class the same label.
 
     Raises:
         UserError: the split cannot serve such episodes.
@@ -402,13 +396,8 @@ class EpisodeDataset(Dataset):
         check_split(split, n_class, n_shot, n_eval)
         self.split, self.seed, self.length = split, seed, length
         self.n_class, self.n_shot, self.n_eval, self.n_pass = n_class, n_shot, n_eval, n_pass
-        self.image_size, self.augment, self.pixels, self.shuffle = (
-            image_size,
-            augment,
-            pixels,
-            shuffle,
-        )
-        self.in_order = in_order
+        self.image_size, self.augment, self.pixels = image_size, augment, pixels
+        self.shuffle, self.in_order = shuffle, in_order
         self.files = [path for of_class in split.files for path in of_class]
         self._first = np.cumsum([0] + [len(of_class) for of_class in split.files])
 
@@ -423,9 +412,7 @@ class EpisodeDataset(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over the files' names, classes and sizes: two data sets that share it are
-        the same.
-        """
+        """16 hex digits that identify the data set by its files' names, classes and sizes."""
         digest = hashlib.sha256()
         for name, size in zip(self.names, self.file_sizes(), strict=True):
             digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
@@ -441,38 +428,39 @@ class EpisodeDataset(Dataset):
         return some
 
     def numbers(self, index: int) -> np.ndarray:
-        """The places in ``files`` of an episode's images, support set first: [n_class * (n_shot +
-        n_eval)] int64.
+        """Indices in ``files`` of an episode's images, support set first.
+
+        Returns:
+            [n_class * (n_shot + n_eval)] int64.
         """
-        classes, picks = draw_images(
-            self.seed, self.split, index, self.n_class, self.n_shot + self.n_eval
-        )
+        n_image = self.n_shot + self.n_eval
+        classes, picks = draw_images(self.seed, self.split, index, self.n_class, n_image)
         numbers = self._first[classes][:, None] + picks
         if self.in_order:
             numbers = numbers[np.argsort(classes)]
-        return np.concatenate(
-            (numbers[:, : self.n_shot].reshape(-1), numbers[:, self.n_shot :].reshape(-1))
-        )
+        support, query = numbers[:, : self.n_shot], numbers[:, self.n_shot :]
+        return np.concatenate((support.reshape(-1), query.reshape(-1)))
 
     def order(self, index: int) -> Tensor:
         """See ``Episode.order``."""
         n_support = self.n_class * self.n_shot
-        return torch.from_numpy(
-            draw_order(self.seed, self.split.name, index, self.n_pass, n_support, self.shuffle)
-        )
+        shape = (self.n_pass, n_support, self.shuffle)
+        return torch.from_numpy(draw_order(self.seed, self.split.name, index, *shape))
 
     def augmentation(self, index: int, sizes: np.ndarray) -> Augmentation | None:
-        """The episode's random transforms, if its split and ``augment`` ask for them; ``sizes`` as
-        in ``draw_augmentation``.
+        """Draw the episode's augmentation, if its split and ``augment`` ask for one.
+
+        Args:
+            sizes: [B, 2] int64, height and width of each source image in pixels.
         """
         if self.augment == "none" or self.split.name != "train":
             return None
         if self.augment == "flip":
-            return draw_mirrored(self.seed, self.split.name, index, len(sizes))
+            return draw_flips(self.seed, self.split.name, index, len(sizes))
         return draw_augmentation(self.seed, self.split.name, index, sizes, self.augment)
 
     def episode(self, x: Tensor, order: Tensor) -> Episode:
-        """An episode of the images ``x``, support set first."""
+        """Make an episode of the images ``x``, support set first."""
         n_support = self.n_class * self.n_shot
         y = torch.arange(self.n_class, device=x.device)
         y_support, y_query = y.repeat_interleave(self.n_shot), y.repeat_interleave(self.n_eval)
@@ -480,19 +468,16 @@ class EpisodeDataset(Dataset):
 
     def __getitem__(self, index: int) -> Episode:
         images = [load_image(self.files[number]) for number in self.numbers(index)]
-        drawn = self.augmentation(
-            index, np.array([(image.height, image.width) for image in images])
-        )
+        sizes = np.array([(image.height, image.width) for image in images])
+        drawn, size = self.augmentation(index, sizes), self.image_size
         if drawn is None:
-            images = [eval_image(image, self.image_size, self.augment) for image in images]
+            images = [eval_image(image, size, self.augment) for image in images]
         else:
-            images = [
-                train_image(image, drawn, k, self.image_size) for k, image in enumerate(images)
-            ]
+            images = [train_image(image, drawn, k, size) for k, image in enumerate(images)]
         return self.episode(to_input(images, self.pixels), self.order(index))
 
     def deliver(self, item: Episode, device: torch.device) -> Episode:
-        """Bring what ``__getitem__`` made in a worker process to the device that trains."""
+        """Move what ``__getitem__`` made in a worker process to the device that trains."""
         return Episode(*(t.to(device, non_blocking=True) for t in item))
 
 
@@ -505,21 +490,20 @@ def episodes(
     worker_init: Callable[[int], None] | None = None,
     step: int = 1,
 ) -> Iterator[Episode]:
-    """Yield episodes ``start``, ``start + step``, ... of a data set in order, on ``device``; worker
-    processes run ahead.
+    """Yield episodes ``start``, ``start + step``, ... on ``device``; worker processes run ahead.
 
     Raises:
         UserError: an image cannot be read.
     """
     loader = DataLoader(
-        _Told(dataset),
+        _ReturnsErrors(dataset),
         batch_size=None,
         sampler=range(start, len(dataset), step),
         num_workers=n_workers,
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         pin_memory=pin_memory and device.type != "cpu",
         worker_init_fn=worker_init,
-        generator=torch.Generator(),  # or it draws from the global one, which belongs to the training
+        generator=torch.Generator(),  # the global one belongs to the training
     )
     for item in loader:
         if isinstance(item, UserError):
@@ -527,10 +511,8 @@ def episodes(
         yield dataset.deliver(item, device)
 
 
-class _Told(Dataset):
-    """A data set that returns its errors; raised in a worker, they would come with a traceback,
-    which keeps workers alive.
-    """
+class _ReturnsErrors(Dataset):
+    """Returns a data set's errors: raised in a worker, they would keep the workers alive."""
 
     def __init__(self, dataset: EpisodeDataset):
         self.dataset = dataset
@@ -542,5 +524,5 @@ class _Told(Dataset):
             return error
 
 
-def _as_it_is(item: object) -> object:
+def _identity(item: object) -> object:
     return item

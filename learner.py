@@ -19,6 +19,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 N_BLOCKS = 4
 MIN_IMAGE_SIZE = 2**N_BLOCKS
@@ -120,7 +121,7 @@ class FlatModule(nn.Module):
     def reset_batch_stats(self) -> None:
         """Reset batch norm's running statistics to mean 0 and variance 1, before an episode."""
         for m in self.modules():
-            if hasattr(m, "reset_running_stats"):
+            if isinstance(m, _NormBase):
                 m.reset_running_stats()
 
     def loss_and_grad(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

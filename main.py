@@ -1,17 +1,15 @@
 """Train the LSTM meta-learner, test it, look into it and use it.
 
     python main.py --mode train --data-root data/miniImagenet
-    python main.py --mode test
 
-``python main.py --help`` lists the flags. ``train`` is the paper's algorithm 1: its inner loop is
-in episode.py, the two networks are in learner.py and metalearner.py.
+``train`` is the paper's algorithm 1; its inner loop is in episode.py, the networks in learner.py
+and metalearner.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import os
 import sys
 from pathlib import Path
 
@@ -19,25 +17,19 @@ from engine.flags import check, parse, resolve
 from engine.process import Stopped, Terminal, exit_process, lower_priority
 from utils import UserError, missing_package, print_error, run_main
 
-# Deterministic cuBLAS needs a workspace of fixed size before CUDA starts.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# By default OpenMP's threads spin while they wait, which slows down whatever runs beside them.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if __name__ == "__main__":
     Terminal.take_over()
     lower_priority()  # before PyTorch starts threads
-    # --help and wrong flags are answered before the slow imports; by several ranks, together
-    if "WORLD_SIZE" not in os.environ and (code := run_main(check, sys.argv[1:])):
+    if code := run_main(check, sys.argv[1:]):  # before the slow imports
         sys.exit(code)
 if name := missing_package("torch", "torchvision", "PIL", "tqdm", "numpy"):
     sys.exit(print_error(f"{name} is missing; run: pip install -r requirements.txt"))
 
-from baselines.linear_head import build_linear_head, load_backbone
+from baselines.linear_head import build_linear_head, initialise
 from baselines.pretrain import pretrain
-from dataloader import EpisodeDataset, check_splits, scan_split
+from dataloader import check_splits, scan_split
 from engine.backend import Backend, adam, dataset, make_reproducible, select_backend
-from engine.checkpoint import load_for_test, load_init, load_weights
+from engine.checkpoint import load_for_test, load_weights
 from engine.distributed import Ranks
 from engine.evaluation import Evaluator, run_test
 from engine.folder import RunFolder
@@ -49,9 +41,7 @@ from tools import export, plots, predict, results, tables, trace
 
 
 def build(args: argparse.Namespace, backend: Backend) -> Model:
-    """Line 1 of algorithm 1: the learner pair, and the meta-learner, whose cI starts as the
-    learner's parameters.
-    """
+    """Line 1 of algorithm 1: the learner pair; the meta-learner, whose cI starts as theirs."""
     if args.method == "linear-head":
         return build_linear_head(args, backend)
     make_reproducible(args.seed)
@@ -99,43 +89,33 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
             plots.draw(folder.path)
 
 
-def initialise(
-    args: argparse.Namespace,
-    model: Model,
-    origin: tuple[Path, dict] | None,
-    train_set: EpisodeDataset,
-) -> None:
-    """Start from the weights of another training (``--init-from``), if there is one."""
-    if origin is not None and args.method == "linear-head":
-        load_backbone(model, *reversed(origin), args, train_set)
-    elif origin is not None:
-        load_init(model, *reversed(origin))
-    elif args.method == "linear-head":
-        raise UserError("--method linear-head: needs --init-from, a run of --mode pretrain")
+def load_model(
+    cli_args: dict[str, object], ranks: Ranks
+) -> tuple[argparse.Namespace, dict, Backend, Model]:
+    """Load what is tested or predicts: its flags, checkpoint, backend and networks."""
+    args, checkpoint = load_for_test(cli_args, ranks)
+    backend = select_backend(args, ranks.local)
+    model = build(args, backend)
+    load_weights(model.saved, checkpoint, Path(args.resume))
+    return args, checkpoint, backend, model
 
 
 def test(cli_args: dict[str, object], ranks: Ranks) -> None:
     """Report a checkpoint's accuracy on episodes of the test classes, and keep it in the run."""
-    args, checkpoint = load_for_test(cli_args, ranks)
-    backend, path = select_backend(args, ranks.local), Path(args.resume)
+    args, checkpoint, backend, model = load_model(cli_args, ranks)
+    path, trained_on = Path(args.resume), checkpoint.get("hyper_parameters", {}).get("n_shot")
     print(f"{backend.description}\ntesting {path} after {checkpoint['episode']} episodes")
     check_splits(args.data_root)
-    model = build(args, backend)
-    load_weights(model.saved, checkpoint, path)
     for note in results.contradiction_notes(args, checkpoint):
         print(note)
-    trained_on = checkpoint.get("hyper_parameters", {}).get("n_shot", args.n_shot)
-    tests = run_test(args, backend, model, trained_on, ranks)
+    tests = run_test(args, backend, model, trained_on or args.n_shot, ranks)
     if ranks.rank == 0:
         results.record(path, args, checkpoint, tests, backend.device, ranks.size)
 
 
 def answer(cli_args: dict[str, object], ranks: Ranks) -> None:
     """Adapt to the user's examples and classify images (``--mode predict``)."""
-    args, checkpoint = load_for_test(cli_args)
-    backend = select_backend(args)
-    model = build(args, backend)
-    load_weights(model.saved, checkpoint, Path(args.resume))
+    args, _, backend, model = load_model(cli_args, ranks)
     predict.predict(args, backend, model)
 
 
@@ -151,12 +131,12 @@ MODES = {
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; the exit code."""
     try:
         with Ranks.started() as ranks:
             cli_args = parse(argv)
             ranks.compare_start(cli_args)
-            mode = resolve(cli_args).mode
+            mode = str(cli_args.get("mode", "train"))
             if mode not in ("train", "test") and ranks.size > 1:
                 raise UserError(f"--mode {mode}: is for one process; start it without torchrun")
             MODES[mode](cli_args, ranks)

@@ -100,8 +100,7 @@ class MetaLSTMCell(nn.Module):
 
 
 class MetaLearner(nn.Module):
-    """The whole meta-learner: an LSTM that reads loss and gradient, and the cell that updates the
-    learner.
+    """The LSTM that reads loss and gradient, and the cell that updates the learner.
 
     Args:
         input_size: numbers that the LSTM reads per coordinate; always 4.
@@ -131,9 +130,7 @@ class MetaLearner(nn.Module):
     ):
         super().__init__()
         if input_size != INPUT_SIZE:
-            raise ValueError(
-                f"input_size is {input_size}, but prep(loss) and prep(grad) make {INPUT_SIZE} numbers"
-            )
+            raise ValueError(f"input_size is {input_size}, but prep makes {INPUT_SIZE} inputs")
         self.grad_divisor = grad_divisor
         self.lstm = nn.LSTMCell(input_size, hidden_size)
         if lstm_init == "authors":

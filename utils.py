@@ -1,12 +1,9 @@
-"""What every part needs: errors, exit codes, flags, junk files, whole files, locks and statistics.
-Imports no PyTorch.
-"""
+"""Errors, command lines, files written whole, locks, statistics. Imports no PyTorch."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import importlib
 import math
 import os
@@ -23,7 +20,7 @@ from typing import IO, NoReturn
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 SPLITS = ("train", "val", "test")
 _JUNK = {"__macosx", "thumbs.db", "desktop.ini", "icon\r"}
@@ -82,16 +79,15 @@ def float_range(low: float, high: float, low_open: bool = False) -> Callable[[st
 
 
 def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
-    """Run a command: 0 or what it returns; 2 and one line on stderr for whatever the user can mend."""
+    """Run a command; its exit code, or 2 and one line on stderr for what the user can mend."""
     try:
         return main(argv) or 0
     except UserError as error:
         return print_error(error)
     except BrokenPipeError:  # the reader of the output has gone, as `| head` does after ten lines
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or the flush at exit fails once more
-        return 128 + signal.SIGPIPE
+        # or the flush at exit fails once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + getattr(signal, "SIGPIPE", 13)
     except OSError as error:  # such as a name that is too long, or a folder without permission
         if error.filename is None:
             raise
@@ -101,10 +97,8 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
 
 
 def print_error(error: object) -> int:
-    """One line on stderr; returns the exit code 2."""
-    print(
-        "error: " + str(error).replace("\n", "\\n"), file=sys.stderr
-    )  # file names may hold newlines
+    """Print one line on stderr (file names may hold newlines); returns the exit code 2."""
+    print("error: " + str(error).replace("\n", "\\n"), file=sys.stderr)
     return 2
 
 
@@ -180,12 +174,10 @@ def file_lock(path: Path, wait: bool = False) -> Iterator[None]:
             ) from e
         except OSError:
             pass
-        with contextlib.suppress(
-            OSError
-        ):  # a full disk shows when something that matters is written
+        with contextlib.suppress(OSError):  # a full disk shows when something that matters is lost
             file.truncate(0)
-            who = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-            file.write(who.encode())
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
         _locks.append(file)
         try:
             yield

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import update_bn
 
 from dataloader import EpisodeDataset, episodes
 from engine.backend import Backend, make_reproducible
-from engine.checkpoint import load_weights
+from engine.checkpoint import load_init, load_weights
 from engine.model import Model
 from learner import N_BLOCKS, FlatModule
 from utils import UserError
@@ -78,3 +78,22 @@ def load_backbone(
     backbone.eval()
     norm = backbone.get_submodule(f"norm{N_BLOCKS}")
     norm.bias.add_(args.bn_shift * norm.weight.abs())
+
+
+def initialise(
+    args: argparse.Namespace,
+    model: Model,
+    origin: tuple[Path, dict] | None,
+    train_set: EpisodeDataset,
+) -> None:
+    """Start from the checkpoint that ``--init-from`` names, if there is one.
+
+    Raises:
+        UserError: it does not fit, or a linear head has none.
+    """
+    if origin is not None and args.method == "linear-head":
+        load_backbone(model, *reversed(origin), args, train_set)
+    elif origin is not None:
+        load_init(model, *reversed(origin))
+    elif args.method == "linear-head":
+        raise UserError("--method linear-head: needs --init-from, a run of --mode pretrain")

@@ -1,97 +1,103 @@
-"""Trials of a recipe side by side: what each run changes, its best validation, and how that differs
-from the first run's.
+"""Compare trainings by their logs: what each changes, its speed, and its validation against the
+first run's.
 
-The difference is taken episode by episode, from runs that validate on the same episodes: of one
-seed, ways and shots, on one data set. Minutes are counted as for time to accuracy, without the
-training that a run begins with (--start).
+    python benchmarks/compare_runs.py RUN... [--at EPISODE]
+
+The paired difference is taken episode by episode, between runs that validate on the same episodes:
+of one seed, number of classes, shots and queries, on one data set. ``--at`` compares the
+validations after EPISODE training episodes instead of each run's best. A training episode takes
+what it takes in the fastest tenth of the log: validations, pauses and other programs do not count.
 """
 
 from __future__ import annotations
 
-import argparse
+import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from to_accuracy import logged, seconds_each, training
+from paired import difference, interval
 
-from engine.flags import HYPER_PARAMETERS
-from tools.results import begun_with, spelled
-from utils import UserError, print_error, summary
+from engine import checkpoint as checkpoints
+from engine.checkpoint import BEST, LAST, find_checkpoint
+from engine.flags import HYPER_PARAMETERS, spelled
+from tools.markdown import markdown_table
+from tools.metrics import read_metrics
+from tools.recipes import text
+from utils import Parser, UserError, int_range, run_main, summary
 
 EPISODES = ("seed", "n_class", "n_shot", "n_eval")  # which episodes a run is validated on
 
 
-def interval(values: list[float], sign: str = "") -> str:
-    found = summary(values)
-    return f"{found['mean']:{sign}.2f} ± {found['ci95']:.2f}"
+def seconds_per_episode(events: list[dict]) -> float:
+    """Seconds of a training episode where nothing disturbs the run."""
+    times = [1 / e["time"]["episodes_per_second"] for e in events if e["event"] == "train"]
+    return statistics.quantiles(times, n=10, method="inclusive")[0] if len(times) > 1 else times[0]
 
 
-def changes(stored: dict[str, object], first: dict[str, object]) -> str:
-    """The hyper-parameters that are not the first run's, as flags."""
-    names = [name for name in HYPER_PARAMETERS if stored.get(name) != first.get(name)]
-    return ", ".join(f"`--{name.replace('_', '-')} {spelled(stored.get(name))}`" for name in names)
-
-
-def table(folders: list[Path], kept: list[Path]) -> str:
-    """A row for each run.
+def validation(folder: Path, events: list[dict], at: int | None) -> dict:
+    """The best validation of a log, or the one after ``at`` episodes.
 
     Raises:
-        UserError: a folder is not a run's, or keeps no validation by episode.
+        UserError: there is none.
     """
-    abouts, rows, before = [training(folder) for folder in folders], [], None
-    for folder, about in zip(folders, abouts, strict=True):
-        events = logged(folder)
-        validations = [event for event in events if event["event"] == "val"]
-        if not all("accuracies" in event for event in validations):
-            raise UserError(
-                f"{folder}/metrics.jsonl: of an older version, without the accuracy of each validation episode"
-            )
-        best = max(validations, key=lambda event: summary(event["accuracies"])["mean"])
-        found = best["accuracies"]
-        if before and len(before) != len(found):
-            n = f"{len(found)} episodes, {folders[0]} on {len(before)}"
-            raise UserError(f"{folder}: validated on {n}; name runs of one kind")
-        stored, first = about["hyper_parameters"], abouts[0]["hyper_parameters"]
-        seconds, n = seconds_each(events), events[-1]["episode"]
-        cells = [folder.name, begun_with(about), changes(stored, first)]
-        cells += [f"{best['episode']:,} of {n:,}", f"{n * seconds / 60:.0f}", interval(found)]
-        paired = before and all(stored.get(name) == first.get(name) for name in EPISODES)
-        cells += [
-            interval([a - b for a, b in zip(found, before, strict=True)], "+") if paired else ""
-        ]
-        rows.append("| " + " | ".join([*cells, "yes" if folder in kept else ""]) + " |")
-        before = before or found
-    heads = ["run", "begins with", "change", "episodes", "minutes"]
-    heads += [f"validation on {len(before)} episodes, %", "against the first", "kept"]
-    return "\n".join(["| " + " | ".join(heads) + " |", "|" + "-|" * len(heads), *rows])
+    found = [e for e in events if e["event"] == "val" and e["episode"] == (at or e["episode"])]
+    if not found:
+        raise UserError(f"{folder}: no validation {f'after {at} episodes' if at else 'yet'}")
+    return max(found, key=lambda event: summary(event["accuracies"])["mean"])
 
 
-def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="a run folder; the first one is what others change",
+def flags(stored: dict[str, object], first: dict[str, object]) -> str:
+    """The hyper-parameters that differ from the first run's, as flags."""
+    words = []
+    for name in HYPER_PARAMETERS:
+        if stored.get(name) != first.get(name):
+            words.append(f"`{spelled(name)} {text(stored.get(name))}`")
+    return ", ".join(words)
+
+
+def compare(folders: list[Path], at: int | None = None) -> str:
+    """The table: a row for each run.
+
+    Raises:
+        UserError: a folder is no run, or validates on another number of episodes.
+    """
+    rows, first, accuracies = [], None, []
+    for folder in folders:
+        path = find_checkpoint(folder, LAST, BEST)
+        if path is None:
+            raise UserError(f"{folder}: no checkpoint there; name a run folder")
+        content, events = checkpoints.load(path), read_metrics(folder)
+        stored = content.get("hyper_parameters", {})
+        begins_with = (content.get("about", {}).get("started_from") or {}).get("checkpoint", "")
+        val = validation(folder, events, at)
+        found = val["accuracies"]
+        first, accuracies = first or stored, accuracies or found
+        if len(found) != len(accuracies):
+            n = f"{len(found)} episodes, {folders[0]} on {len(accuracies)}"
+            raise UserError(f"{folder}: validated on {n}; compare runs of one kind")
+        paired = folder != folders[0] and all(stored.get(k) == first.get(k) for k in EPISODES)
+        seconds = seconds_per_episode(events)
+        cells = [folder.name, begins_with.split("/")[0], flags(stored, first)]
+        cells += [f"{val['episode']:,} of {events[-1]['episode']:,}", f"{seconds * 1e3:.0f}"]
+        rows.append([*cells, interval(found), difference(found, accuracies) if paired else ""])
+    header = ["run", "starts from", "changes", "validated after", "ms per episode"]
+    return markdown_table(
+        [*header, f"validation, {len(accuracies)} episodes, %", "difference"], rows
     )
-    parser.add_argument(
-        "--kept",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="RUN",
-        help="those whose change a recipe keeps",
-    )
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(description=__doc__.partition("\n\n")[0])
+    words = "a run folder; the others are compared with the first one"
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=words)
+    words = "compare after this many training episodes (default: each run's best)"
+    parser.add_argument("--at", type=int_range(1), metavar="EPISODE", help=words)
     args = parser.parse_args(argv)
-    try:
-        print(table(args.runs, args.kept))
-    except UserError as e:
-        return print_error(e)
+    print(compare(args.runs, args.at))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run_main(main, sys.argv[1:]))

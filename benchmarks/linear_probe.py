@@ -1,19 +1,18 @@
-"""What a pre-trained learner's features are worth to classifiers of five new classes, on the same
-validation episodes for all.
+"""Compare pre-trained features by simple classifiers of five new classes, on the same validation
+episodes.
 
-    python benchmarks/features.py --data-root data/miniImagenet logs-pretrain-719 other-run-719 ...
+    python benchmarks/linear_probe.py --data-root data/miniImagenet logs-pretrain-719 other-719
 
-Each validation image is seen once, normalised as ``--adapt classifier`` has it, so that a thousand
-episodes take a minute. The table has, for each run and ``--shifts`` (``--bn-shift``), the share of
-features that are not zero, the accuracy in % of the nearest class mean by cosine, and of a
-classifier that starts empty and takes 8 steps of gradient descent, as long as the features allow:
-1.3 times the number of shots, divided by their mean squared length. In brackets, the descent's
-paired difference from the first row of the same number of shots.
+Each validation image is seen once, normalised as for ``--method linear-head``, so that a thousand
+episodes take a minute. For each run and each of ``--shifts`` (``--bn-shift``) the table has the
+share of features that are not zero, and the accuracy in % of two classifiers: the nearest class
+mean by cosine, and a linear head that starts at zero and takes 8 steps of gradient descent. Their
+length is 1.3 times the number of shots divided by the mean squared length of the features. The last
+column is the paired difference of gradient descent from the first row of the same number of shots.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,119 +23,106 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from baselines.pretrain import MEASURED, fold_statistics
-from dataloader import scan_split
+from paired import difference, interval
+
+from baselines.linear_head import MEASURED, build_linear_head, load_backbone
+from dataloader import eval_image, load_image, scan_split, to_input
 from engine import checkpoint as checkpoints
-from engine.backend import choose, dataset
-from engine.flags import parse, settle
-from engine.run import checkpoint_of
-from main import build
-from tools.predict import prepare
-from tools.results import BEST, LAST
-from utils import run_main, summary
+from engine.backend import dataset, select_backend
+from engine.checkpoint import BEST, LAST, resolve_checkpoint
+from engine.flags import DEFAULTS, resolve
+from tools.markdown import markdown_table
+from utils import Parser, run_main
 
 N_CLASS, N_EVAL, N_STEPS = 5, 15, 8
-SEED = 719
+SEED = DEFAULTS["seed"]
 
 
 @torch.no_grad()
 def features(path: Path, data_root: Path, shift: float) -> list[Tensor]:
-    """The features of all validation images, by class: [images, D] each."""
+    """Compute the features of all validation images: [images, D] for each class."""
     content = checkpoints.load(path)
-    given = {
-        "data_root": str(data_root),
-        "n_class": N_CLASS,
-        "adapt": "classifier",
-        "bn_shift": shift,
-        "cpu": True,
-    }
-    args = settle(given, parse([])[1], content.get("hyper_parameters"))
-    way = choose(args)
-    (learner, _), metalearner = build(args, way)
-    checkpoints.load_start(metalearner, content, path, args)
-    fold_statistics(args, metalearner, dataset(args, way, scan_split(data_root, "train"), MEASURED))
-    learner.eval().copy_flat_params(metalearner.metalstm.cI)
-    learner.reset_batch_stats()
-    classes = scan_split(data_root, "val").files
-    images = (
-        torch.stack([prepare(p, args) for p in files]).contiguous(memory_format=torch.channels_last)
-        for files in classes
-    )
-    return [learner.features(x).clone() for x in images]
+    flags = {"method": "linear-head", "bn_shift": shift, "n_class": N_CLASS, "cpu": True}
+    args = resolve({**flags, "data_root": str(data_root)}, content.get("hyper_parameters"))
+    backend = select_backend(args)
+    model = build_linear_head(args, backend)
+    train_set = dataset(args, backend, scan_split(data_root, "train"), MEASURED)
+    load_backbone(model, content, path, args, train_set)
+    found = []
+    for files in scan_split(data_root, "val").files:
+        images = [eval_image(load_image(p), args.image_size, args.augment) for p in files]
+        x = to_input(images, args.pixels).contiguous(memory_format=torch.channels_last)
+        found.append(model.inputs(x).clone())
+    return found
 
 
-def drawn(sizes: list[int], n_shot: int, n: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Which classes, [5], and which of their images, [5, n_shot + 15], make up each of n episodes."""
+def draw_episodes(sizes: list[int], n_shot: int, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the classes [5] of each of n episodes and their images [5, n_shot + 15]."""
     generator = torch.Generator().manual_seed(SEED)
     for _ in range(n):
-        chosen = torch.randperm(len(sizes), generator=generator)[:N_CLASS]
-        picks = [torch.randperm(sizes[c], generator=generator)[: n_shot + N_EVAL] for c in chosen]
-        yield chosen, torch.stack(picks)
+        classes = torch.randperm(len(sizes), generator=generator)[:N_CLASS]
+        picks = [torch.randperm(sizes[c], generator=generator)[: n_shot + N_EVAL] for c in classes]
+        yield classes, torch.stack(picks)
 
 
 def nearest_mean(support: Tensor, query: Tensor) -> Tensor:
-    """Scores [Q, 5] of queries [Q, D] by the cosine to each class's mean direction; support [5,
-    n_shot, D].
+    """Scores [Q, 5] of queries [Q, D]: the cosine to each class's mean direction.
+
+    Args:
+        support: [5, n_shot, D].
     """
     return F.normalize(query) @ F.normalize(F.normalize(support, dim=2).mean(1)).t()
 
 
-def descent(support: Tensor, query: Tensor, step: float) -> Tensor:
-    """Scores [Q, 5] of an empty linear classifier after ``N_STEPS`` steps on the cross entropy of
-    the support set.
+def gradient_descent(support: Tensor, query: Tensor, rate: float) -> Tensor:
+    """Scores [Q, 5] of a linear head that starts at zero and takes ``N_STEPS`` steps on the cross
+    entropy of the support set.
     """
     x = F.pad(support.flatten(0, 1), (0, 1), value=1.0)  # the bias is the weight of a feature of 1
-    answers = torch.eye(N_CLASS).repeat_interleave(support.shape[1], 0)
+    targets = torch.eye(N_CLASS).repeat_interleave(support.shape[1], 0)
     weight = torch.zeros(N_CLASS, x.shape[1])
     for _ in range(N_STEPS):
-        weight -= step * ((x @ weight.t()).softmax(1) - answers).t() @ x / len(x)
+        weight -= rate * ((x @ weight.t()).softmax(1) - targets).t() @ x / len(x)
     return F.pad(query, (0, 1), value=1.0) @ weight.t()
 
 
 def accuracies(found: list[Tensor], n_shot: int, n: int) -> tuple[list[float], list[float]]:
-    """In percent, by the nearest mean and by descent, of each of n episodes."""
-    step = 1.3 * n_shot / float(torch.cat(found).square().sum(1).mean())
-    y, rows = torch.arange(N_CLASS).repeat_interleave(N_EVAL), ([], [])
-    for chosen, picks in drawn([len(x) for x in found], n_shot, n):
-        x = torch.stack([found[c][p] for c, p in zip(chosen, picks, strict=True)])
+    """Accuracies in % of the nearest mean and of gradient descent on n episodes."""
+    rate = 1.3 * n_shot / float(torch.cat(found).square().sum(1).mean())
+    y, by_mean, by_descent = torch.arange(N_CLASS).repeat_interleave(N_EVAL), [], []
+    for classes, picks in draw_episodes([len(x) for x in found], n_shot, n):
+        x = torch.stack([found[c][p] for c, p in zip(classes, picks, strict=True)])
         support, query = x[:, :n_shot], x[:, n_shot:].flatten(0, 1)
-        for row, scores in zip(
-            rows, (nearest_mean(support, query), descent(support, query, step)), strict=True
-        ):
-            row.append(float((scores.argmax(1) == y).double().mean() * 100))
-    return rows
+        scores = nearest_mean(support, query), gradient_descent(support, query, rate)
+        for results, s in zip((by_mean, by_descent), scores, strict=True):
+            results.append(float((s.argmax(1) == y).double().mean() * 100))
+    return by_mean, by_descent
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("runs", nargs="+", help="pre-training's run folders or checkpoints")
-    parser.add_argument(
-        "--data-root", type=Path, required=True, help="folder with train/ and val/ of class folders"
-    )
-    parser.add_argument(
-        "--shifts", type=float, nargs="+", default=[0.0, 0.3], help="values of --bn-shift"
-    )
+    parser = Parser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("runs", nargs="+", help="run folders or checkpoints of a pre-training")
+    words = "folder with train/ and val/ of class folders"
+    parser.add_argument("--data-root", type=Path, required=True, help=words)
+    words = "values of --bn-shift"
+    parser.add_argument("--shifts", type=float, nargs="+", default=[0.0, 0.3], help=words)
     parser.add_argument("--episodes", type=int, default=1000, help="validation episodes")
     args = parser.parse_args(argv)
-    print("| run | shots | shift | not zero, % | nearest mean, % | descent, % |\n|-|-|-|-|-|-|")
     first: dict[int, list[float]] = {}
+    rows = []
     for run in args.runs:
+        path = Path(resolve_checkpoint(run, SEED, BEST, LAST, flag="RUN"))
         for shift in args.shifts:
-            found = features(Path(checkpoint_of(run, SEED, BEST, LAST)), args.data_root, shift)
+            found = features(path, args.data_root, shift)
             share = float((torch.cat(found) != 0).double().mean() * 100)
             for n_shot in (5, 1):
-                mean, descended = accuracies(found, n_shot, args.episodes)
-                cells = [
-                    f"{s['mean']:.1f} ± {s['ci95']:.1f}" for s in map(summary, (mean, descended))
-                ]
-                if n_shot in first:
-                    by = summary([a - b for a, b in zip(descended, first[n_shot], strict=True)])
-                    cells[-1] += f" ({by['mean']:+.1f} ± {by['ci95']:.1f})"
-                first.setdefault(n_shot, descended)
-                print(
-                    f"| {Path(run).name} | {n_shot} | {shift:g} | {share:.0f} | {' | '.join(cells)} |",
-                    flush=True,
-                )
+                mean, descent = accuracies(found, n_shot, args.episodes)
+                paired = difference(descent, first[n_shot]) if n_shot in first else ""
+                cells = [Path(run).name, n_shot, f"{shift:g}", f"{share:.0f}"]
+                rows.append([*cells, interval(mean), interval(descent), paired])
+                first.setdefault(n_shot, descent)
+    header = ["run", "shots", "shift", "not zero, %", "nearest mean, %", "gradient descent, %"]
+    print(markdown_table([*header, "difference"], rows))
     return 0
 
 

@@ -1,14 +1,14 @@
-"""Time and memory of training and testing: fast/ against --plain, turn by turn in one process.
+"""Measure time and memory of training and testing: fast/ against --plain, in one process.
 
-Every figure is the median of several rounds; a round runs each way once, so that a machine's moods
-hit both.
+    bash benchmarks/run.sh --data-root data/miniImagenet
+
+Each time is the median over several rounds. A round runs each backend once, so that other load on
+the machine slows down all of them alike. The table also goes to benchmarks/results/.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,210 +25,189 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from dataloader import draw_augmentation, episodes, load_image, scan_split
-from engine.backend import choose, dataset
+from dataloader import episodes, scan_split
+from engine.backend import adam, dataset, select_backend
+from engine.distributed import SINGLE_PROCESS
 from engine.evaluation import Evaluator
-from engine.flags import parse, settle
-from engine.run import begin_worker
-from episode import Episode, train_episode
+from engine.flags import resolve
+from engine.parallel import make_train_step
+from engine.process import begin_worker
+from engine.provenance import commit, cpu_name
+from episode import Episode, learned
 from fast import native
 from fast.graphs import CHECKED, WARM_UP
-from fast.images import reduced_size
 from fast.library import library
 from fast.threads import keep_freed_memory
 from main import build
-from utils import UserError
+from tools.markdown import markdown_table
+from utils import Parser, UserError, int_range, run_main
 
-TURN = 4  # episodes
+TURN = 4  # episodes of a round, end to end
+LARGEST = 20  # kernels of a table
+VARIANTS = [{}, {"n_class": 10}, {"n_class": 20}, {"n_shot": 1}, {"n_shot": 10}, {"epoch": 4}]
+VARIANTS += [{"epoch": 16}, {"image_size": 42}, {"image_size": 112}]
+VARIANTS += [{"filters": 16}, {"filters": 64}]
 
 
 class Model:
-    """What main.py trains and tests with these flags; the others are those of the 5-way 5-shot
-    recipe.
+    """What main.py trains and tests, by default with the port's 5-way 5-shot recipe.
+
+    Args:
+        plain: whether to leave out fast/.
+        capture: whether episodes become a CUDA graph.
+        flags: those that differ from main.py's defaults.
     """
 
-    def __init__(self, device: torch.device, plain: bool, **flags):
-        self.args = args = settle(
-            {"cpu": device.type == "cpu", "plain": plain, **flags}, parse([])[1]
-        )
-        self.way = choose(args)
-        learners, self.meta = build(args, self.way)
-        self.learner = learners[0].train()
-        self.optimizer = self.way.adam(self.meta.parameters(), lr=args.lr)
-        self.test = Evaluator(args, self.way, learners, self.meta).lanes.one
+    def __init__(self, device: torch.device, plain: bool, capture: bool = True, **flags):
+        self.args = args = resolve({"cpu": device.type == "cpu", "plain": plain, **flags})
+        self.backend = select_backend(args)
+        if not capture:
+            self.backend = self.backend._replace(capture=lambda function, *_: function)
+        self.networks = build(args, self.backend)
+        self.optimizer = adam(args, self.backend, learned(self.networks.metalearner))
+        how = (args, self.backend, self.networks)
+        self.test = Evaluator(*how).pool.run_one
+        self._train_step = make_train_step(*how, self.optimizer, SINGLE_PROCESS)
 
-        def train(episode: Episode) -> tuple[torch.Tensor, ...]:
-            more = (self.meta, self.optimizer, args.batch_size, args.grad_clip, self.way.step)
-            return train_episode(episode, *learners, *more)
-
-        self.train = self.way.recorded(train, (*learners, self.meta), self.optimizer)
+    def train(self, episode: Episode) -> tuple[torch.Tensor, ...]:
+        """Update the meta-learner by one episode."""
+        return self._train_step(1, [episode])
 
 
 @contextlib.contextmanager
 def without_kernels():
-    """PyTorch alone, as where there is no C++ compiler."""
+    """Run PyTorch's code alone, as where there is no C++ compiler."""
     with mock.patch.object(native, "library", return_value=mock.Mock(functions={})):
         yield
 
 
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def turns(
+def median_seconds(
     functions: dict[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, float]:
-    """Median seconds of each function, all of them once a round.
+    """Time functions, by backend, turn by turn.
 
-    One round is not counted; on a GPU those are not, in which graphs are recorded and checked.
-
-    What is called plain runs with the C library's own setting of the allocator, as with
-    ``--plain``; what is said to have no compiler runs without the kernels.
+    The first round does not count; on a GPU, nor do those that capture and check a CUDA graph.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     uncounted = WARM_UP + CHECKED if device.type == "cuda" else 1
-    for round_ in range(uncounted + rounds):
+    for n in range(uncounted + rounds):
         for name, function in functions.items():
-            keep_freed_memory(name != "plain")
+            keep_freed_memory(name != "plain")  # plain: the C library's own allocator
             with without_kernels() if "no compiler" in name else contextlib.nullcontext():
-                spent = seconds(function, device)
-            if round_ >= uncounted:
-                times[name].append(spent)
+                start = time.perf_counter()
+                function()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+            if n >= uncounted:
+                times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def ways(device: torch.device, bf16: bool = False) -> list[str]:
-    """The columns or rows of a table."""
-    without = ["fast, no compiler"] if device.type == "cpu" else []
-    return ["plain", "fast", *(["fast bf16"] if bf16 else []), *without]
+def table(header: list[str], rows: list[list[object]]) -> list[str]:
+    """A table's lines, with numbers of three digits."""
+
+    def text(cell: object) -> object:
+        if not isinstance(cell, float):
+            return cell
+        return f"{cell:.0f}" if cell >= 1000 else f"{cell:.3g}"
+
+    return ["", *markdown_table(header, [list(map(text, row)) for row in rows]).splitlines()]
 
 
-def row(*cells: object) -> str:
-    def text(cell: object) -> str:
-        return (
-            str(cell)
-            if not isinstance(cell, float)
-            else f"{cell:.0f}"
-            if cell >= 1000
-            else f"{cell:.3g}"
-        )
-
-    return "| " + " | ".join(map(text, cells)) + " |"
-
-
-def table(*head: str) -> list[str]:
-    return ["", row(*head), "|" + "-|" * len(head)]
+def backends(device: torch.device) -> list[str]:
+    return ["plain", "fast", *(["fast, no compiler"] if device.type == "cpu" else [])]
 
 
 def end_to_end(root: Path, rounds: int, workers: int, device: torch.device) -> list[str]:
-    """Episodes from images on disk through to the update, each way with its own data pipeline
-    running ahead.
-    """
-    names, spent = ways(device, bf16=True), {}
-    for what in ("train", "test"):
+    """Episodes from images on disk to the update, each backend with its own data pipeline."""
+    names = [*backends(device), "fast bf16"]
+    spent = {}
+    for split in ("train", "test"):
 
-        def stepper(name: str, what: str = what) -> Callable[[], object]:
-            model = Model(
-                device,
-                name == "plain",
-                precision="bf16" if "bf16" in name else "fp32",
-                data_root=root,
-            )
-            data = dataset(
-                model.args, model.way, scan_split(root, what), TURN * (rounds + WARM_UP + CHECKED)
-            )
+        def stepper(name: str, split: str = split) -> Callable[[], object]:
+            precision = "bf16" if "bf16" in name else "fp32"
+            model = Model(device, name == "plain", precision=precision, data_root=root)
+            length = TURN * (rounds + WARM_UP + CHECKED)
+            data = dataset(model.args, model.backend, scan_split(root, split), length)
             stream = episodes(data, 0, workers, device, True, begin_worker)
-            step, together = (model.train, map) if what == "train" else (model.test, model.way.map)
-            return lambda: list(together(step, islice(stream, TURN)))
+            if split == "train":
+                return lambda: [model.train(episode) for episode in islice(stream, TURN)]
+            return lambda: list(model.backend.map(model.test, islice(stream, TURN)))
 
-        spent[what] = turns({name: stepper(name) for name in names}, rounds, device)
-    lines = table(
-        "end to end",
-        "training, ms an episode",
-        "times plain's speed",
-        "testing, ms",
-        "times plain's speed",
-    )
+        steppers = {name: stepper(name) for name in names}
+        spent[split] = median_seconds(steppers, rounds, device)
+    rows = []
     for name in names:
-        cells = [
-            x for of in spent.values() for x in (of[name] * 1e3 / TURN, of["plain"] / of[name])
-        ]
-        lines.append(row(name, *cells))
-    return lines
+        ratios = [(s[name] * 1e3 / TURN, s["plain"] / s[name]) for s in spent.values()]
+        rows.append([name, *(value for pair in ratios for value in pair)])
+    header = ["end to end", "training, ms an episode", "speed relative to plain"]
+    return table([*header, "testing, ms an episode", "speed relative to plain"], rows)
 
 
-def synthetic(device: torch.device, args: argparse.Namespace) -> Episode:
-    """An episode of noise in the shape that the flags ask for."""
+def synthetic(device: torch.device, args) -> Episode:
+    """An episode of noise of the shape that the flags ask for."""
     generator = torch.Generator().manual_seed(0)
+    layout = torch.contiguous_format if args.plain else torch.channels_last
+
+    def images(n: int) -> torch.Tensor:
+        x = torch.randn(args.n_class * n, 3, args.image_size, args.image_size, generator=generator)
+        return x.to(device).contiguous(memory_format=layout)
+
     y = torch.arange(args.n_class, device=device)
-    support, query = (
-        torch.randn(args.n_class * k, 3, args.image_size, args.image_size, generator=generator)
-        .to(device)
-        .contiguous(memory_format=torch.contiguous_format if args.plain else torch.channels_last)
-        for k in (args.n_shot, args.n_eval)
-    )
     order = torch.arange(args.n_class * args.n_shot, device=device).repeat(args.epoch, 1)
-    return Episode(
-        support, y.repeat_interleave(args.n_shot), query, y.repeat_interleave(args.n_eval), order
-    )
+    support = images(args.n_shot), y.repeat_interleave(args.n_shot)
+    return Episode(*support, images(args.n_eval), y.repeat_interleave(args.n_eval), order)
 
 
 def parts(root: Path, rounds: int, device: torch.device) -> list[str]:
     """Where the time of an episode goes."""
 
-    def of(plain: bool) -> dict[str, Callable[[], object]]:
+    def functions(plain: bool) -> dict[str, Callable[[], object]]:
         model = Model(device, plain, data_root=root)
-        data = dataset(model.args, model.way, scan_split(root, "train"), 10**6)
+        learner, _, metalearner, _ = model.networks
+        learner.train()
+        data = dataset(model.args, model.backend, scan_split(root, "train"), 10**6)
         index, episode = iter(range(10**6)), synthetic(device, model.args)
-        grad, loss = (
-            torch.randn_like(model.meta.metalstm.cI) * 1e-3,
-            torch.tensor(1.5, device=device),
-        )
+        grad = torch.randn_like(metalearner.metalstm.cI) * 1e-3
+        loss = torch.tensor(1.5, device=device)
 
         def unroll() -> None:
-            state = model.meta.initial_state()
+            state = metalearner.initial_state()
             for _ in range(model.args.epoch):
-                state = model.meta(loss, grad, state)
+                state = metalearner(loss, grad, state)
             state.c.sum().backward()
 
+        images, labels = episode.support, episode.support_y
         return {
-            "one inner update of the learner": lambda: model.learner.loss_and_grad(
-                episode.support, episode.support_y
-            ),
+            "one inner update of the learner": lambda: learner.loss_and_grad(images, labels),
             "meta-learner, 8 updates forward and back": unroll,
             "data of a training episode, one thread": lambda: data.deliver(
                 data[next(index)], device
             ),
-            "training, data aside": lambda: model.train(episode),
-            "testing, data aside": lambda: model.test(episode),
+            "training without data": lambda: model.train(episode),
+            "testing without data": lambda: model.test(episode),
         }
 
-    plain, fast, names = of(True), of(False), ways(device)
-    lines = table("part, ms", *names, "plain : fast")
+    plain, fast, names, rows = functions(True), functions(False), backends(device), []
     for part in plain:
         n_threads = torch.get_num_threads()
         torch.set_num_threads(1 if "one thread" in part else n_threads)
-        spent = turns(
-            {name: (plain if name == "plain" else fast)[part] for name in names}, rounds, device
-        )
+        choice = {name: (plain if name == "plain" else fast)[part] for name in names}
+        spent = median_seconds(choice, rounds, device)
         torch.set_num_threads(n_threads)
-        lines.append(row(part, *(v * 1e3 for v in spent.values()), spent["plain"] / spent["fast"]))
-    return lines
+        rows.append([part, *(s * 1e3 for s in spent.values()), spent["plain"] / spent["fast"]])
+    return table(["part, ms", *names, "plain : fast"], rows)
 
 
 MEMORY = """
 import resource, sys, threading
 sys.path[:0] = [{root!r}, {root!r} + "/benchmarks"]
 import torch, run, fast.threads
-fast.threads.keep_freed_memory = lambda: None  # or what the first episode frees would not be counted again
+fast.threads.keep_freed_memory = lambda: None  # or the next episode would reuse what one frees
 device = torch.device({device!r})
 model = run.Model(device, {plain}, epoch={epoch})
 episode = run.synthetic(device, model.args)
-model.{what}(episode._replace(order=episode.order[:1]))  # what loads once
+model.{what}(episode._replace(order=episode.order[:1]))  # loads libraries
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 base, peak, stop = resident(), 0, threading.Event()
@@ -247,251 +226,113 @@ print((torch.cuda.max_memory_reserved() if device.type == "cuda" else peak - bas
 
 
 def memory(device: torch.device) -> list[str]:
-    """Peak memory above what a process starts with, one process each, and its growth with the
-    number of updates.
-    """
-    lines = table("peak memory, MiB", "8 updates", "24 updates", "each update more")
+    """Peak memory above a process's start, and its growth with the number of updates."""
+    rows = []
     for name in ("plain", "fast"):
         for what in ("train", "test"):
+            how = {"root": str(ROOT), "device": str(device), "plain": name == "plain", "what": what}
             peaks = []
             for epoch in (8, 24):
-                code = MEMORY.format(
-                    root=str(ROOT),
-                    device=str(device),
-                    plain=name == "plain",
-                    what=what,
-                    epoch=epoch,
-                )
-                found = subprocess.run(
-                    [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
-                )
-                peaks.append(float(found.stdout.split()[-1]))
-            lines.append(
-                row(
-                    f"{name}, {what}",
-                    *(f"{p:.0f}" for p in peaks),
-                    f"{(peaks[1] - peaks[0]) / 16:.1f}",
-                )
-            )
-    return lines
-
-
-VARIANTS = [
-    {},
-    {"n_class": 10},
-    {"n_class": 20},
-    {"n_shot": 1},
-    {"n_shot": 10},
-    {"epoch": 4},
-    {"epoch": 16},
-]
-VARIANTS += [{"image_size": 42}, {"image_size": 112}, {"filters": 16}, {"filters": 64}]
+                command = [sys.executable, "-c", MEMORY.format(**how, epoch=epoch)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                peaks.append(float(done.stdout.split()[-1]))
+            growth = f"{(peaks[1] - peaks[0]) / 16:.1f}"
+            rows.append([f"{name}, {what}", *(f"{p:.0f}" for p in peaks), growth])
+    return table(["peak memory, MiB", "8 updates", "24 updates", "per update"], rows)
 
 
 def scaling(rounds: int, device: torch.device) -> list[str]:
-    """Cost of a training episode as each size changes, the others being the recipe's; a minibatch
-    is the whole support set.
-    """
-    lines = table(
-        "training episode, data aside",
-        "learner parameters",
-        "plain, ms",
-        "fast, ms",
-        "plain : fast",
-    )
+    """A training episode as one size changes; a minibatch is the whole support set."""
+    rows = []
     for variant in VARIANTS:
-        models = {
-            k: Model(device, k == "plain", **{"batch_size": 10**6, **variant})
-            for k in ("plain", "fast")
-        }
-        spent = turns(
-            {k: partial(m.train, synthetic(device, m.args)) for k, m in models.items()},
-            rounds,
-            device,
-        )
+        flags = {"batch_size": 10**6, **variant}
+        models = {name: Model(device, name == "plain", **flags) for name in ("plain", "fast")}
+        steps = {k: partial(m.train, synthetic(device, m.args)) for k, m in models.items()}
+        spent = median_seconds(steps, rounds, device)
         name = ", ".join(f"{k} {v}" for k, v in variant.items()) or "the recipe"
         if "filters" in variant and device.type == "cpu":
-            name += " (PyTorch's blocks: the kernels are for 32)"
-        n_params = models["fast"].meta.metalstm.cI.numel()
-        lines.append(
-            row(
-                name,
-                n_params,
-                spent["plain"] * 1e3,
-                spent["fast"] * 1e3,
-                spent["plain"] / spent["fast"],
-            )
-        )
-    return lines
+            name += " (PyTorch's code: the kernels are for 32)"
+        n_params = models["fast"].networks.learner_w_grad.size()
+        times = [spent["plain"] * 1e3, spent["fast"] * 1e3, spent["plain"] / spent["fast"]]
+        rows.append([name, n_params, *times])
+    header = ["training without data", "learner parameters", "plain, ms", "fast, ms"]
+    return table([*header, "plain : fast"], rows)
 
 
 def start(root: Path, rounds: int, device: torch.device) -> list[str]:
-    """From the command to the end of its first episode; for the fast way the images are decoded
-    already.
-    """
-    n_images = sum(map(len, scan_split(root, "train").files))
+    """From the command to the end of its first episode, with images decoded before."""
     times: dict[str, list[float]] = {"plain": [], "fast": []}
     for _ in range(rounds):
         for name, spent in times.items():
             with tempfile.TemporaryDirectory() as folder:
-                command = [
-                    sys.executable,
-                    str(ROOT / "main.py"),
-                    "--data-root",
-                    str(root),
-                    "--save",
-                    f"{folder}/logs",
-                ]
-                command += [
-                    "--mode",
-                    "train",
-                    "--episode",
-                    "2",
-                    "--log-freq",
-                    "1",
-                    "--val-freq",
-                    "0",
-                    "--plots",
-                    "false",
-                ]
-                command += [
-                    *(["--cpu"] if device.type == "cpu" else []),
-                    *(["--plain"] if name == "plain" else []),
-                ]
+                command = [sys.executable, ROOT / "main.py", "--mode", "train", "--data-root", root]
+                command += ["--save", f"{folder}/logs", "--episode", "2", "--log-freq", "1"]
+                command += ["--val-freq", "0", "--plots", "false"]
+                command += ["--cpu"] if device.type == "cpu" else []
+                command += ["--plain"] if name == "plain" else []
                 begun = time.perf_counter()
-                with subprocess.Popen(
-                    command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-                ) as process:
+                pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+                with subprocess.Popen(command, **pipes) as process:
                     next(line for line in process.stdout if line.startswith("["))
                     spent.append(time.perf_counter() - begun)
-    lines = table("a run's start, to the end of its first episode, s", *times)
-    return [*lines, row(f"{n_images} images to train on", *map(statistics.median, times.values()))]
-
-
-def reduction() -> list[str]:
-    """What reducing a large photograph to 2 x 84 px changes in random crops of it, in grey levels."""
-    import matplotlib
-    import numpy as np
-    from PIL import Image
-
-    photograph = load_image(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg")
-    small = photograph.resize(reduced_size(*photograph.size, 84), Image.Resampling.LANCZOS)
-    drawn = draw_augmentation(
-        0, "train", 0, np.tile((photograph.height, photograph.width), (500, 1))
-    )
-    scale = small.height / photograph.height
-    differences, areas = [], []
-    for top, left, height, width in drawn.box.tolist():
-        large = photograph.resize(
-            (84, 84), Image.Resampling.BILINEAR, (left, top, left + width, top + height)
-        )
-        box = (
-            left * scale,
-            top * scale,
-            min((left + width) * scale, small.width),
-            min((top + height) * scale, small.height),
-        )
-        reduced = small.resize((84, 84), Image.Resampling.BILINEAR, box)
-        differences.append(np.abs(np.asarray(large, float) - np.asarray(reduced, float)).mean())
-        areas.append(height * width / (photograph.height * photograph.width))
-    differences, areas = np.array(differences), np.array(areas)
-    lines = table("area of the crop", "mean absolute difference, grey levels")
-    for low, high in ((0.08, 0.25), (0.25, 0.5), (0.5, 1.01)):
-        inside = (areas >= low) & (areas < high)
-        lines.append(row(f"{low:.0%} to {min(high, 1):.0%}", f"{differences[inside].mean():.2f}"))
-    return [
-        *lines,
-        row(
-            f"all (a photograph of {photograph.width}x{photograph.height} px)",
-            f"{differences.mean():.2f}",
-        ),
-    ]
-
-
-LARGEST = 20  # kernels of a table
+    row = [statistics.median(spent) for spent in times.values()]
+    n_images = sum(map(len, scan_split(root, "train").files))
+    header = ["start to the end of the first episode, s", *times]
+    return table(header, [[f"{n_images} training images", *row]])
 
 
 def kernels(device: torch.device) -> list[str]:
-    """A GPU's time for one training episode by kernel, as the profiler sees it where the episode is
-    not recorded.
-    """
-    model = Model(device, plain=False)
+    """A GPU's time for one training episode, by kernel, without a CUDA graph."""
+    model = Model(device, plain=False, capture=False)
     episode = synthetic(device, model.args)
     for _ in range(2):
-        model.train.function(episode)
+        model.train(episode)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        model.train.function(episode)
+        model.train(episode)
         torch.cuda.synchronize()
     found = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
     found = [event for event in found if event.self_device_time_total > 0]
-    lines = table("kernel", "launches", "ms")
-    for event in found[:LARGEST]:
-        lines.append(
-            row(event.key[:90].replace("|", " "), event.count, event.self_device_time_total / 1e3)
-        )
-    total = sum(event.self_device_time_total for event in found)
-    return [*lines, row("all", sum(event.count for event in found), total / 1e3)]
+    rows = [[e.key[:90], e.count, e.self_device_time_total / 1e3] for e in found[:LARGEST]]
+    total = sum(e.self_device_time_total for e in found) / 1e3
+    return table(["kernel", "launches", "ms"], [*rows, ["all", sum(e.count for e in found), total]])
 
 
 def machine(device: torch.device) -> str:
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = next(
-        (x.split(":")[1].strip() for x in info.splitlines() if x.startswith("model name")),
-        platform.processor(),
-    )
-    name = f"{cpu}, {torch.get_num_threads()} threads, {library().state}"
+    name = f"{cpu_name()}, {torch.get_num_threads()} threads, {library().state}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
-    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True, check=False)
-    return f"{name}; torch {torch.__version__}; commit {commit.stdout.strip() or 'unknown'}; {time.strftime('%Y-%m-%d')}"
+    return f"{name}; torch {torch.__version__}; commit {commit()}; {time.strftime('%Y-%m-%d')}"
 
 
 SECTIONS = {
-    "end-to-end": lambda args, device: end_to_end(
-        args.data_root, args.rounds, args.n_workers, device
-    ),
-    "parts": lambda args, device: parts(args.data_root, args.rounds, device),
-    "kernels": lambda args, device: kernels(device) if device.type == "cuda" else [],
-    "memory": lambda args, device: memory(device),
-    "scaling": lambda args, device: scaling(max(1, args.rounds // 2), device),
-    "start": lambda args, device: start(args.data_root, 3, device),
-    "reduction": lambda args, device: reduction(),
+    "end-to-end": lambda args, on: end_to_end(args.data_root, args.rounds, args.n_workers, on),
+    "parts": lambda args, on: parts(args.data_root, args.rounds, on),
+    "kernels": lambda args, on: kernels(on) if on.type == "cuda" else [],
+    "memory": lambda args, on: memory(on),
+    "scaling": lambda args, on: scaling(max(1, args.rounds // 2), on),
+    "start": lambda args, on: start(args.data_root, 3, on),
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Benchmarks of the 5-way 5-shot recipe, fast/ against --plain."
-    )
-    glyphs = ROOT / "data" / "glyphs"
-    parser.add_argument(
-        "--data-root", type=Path, default=glyphs, help="images to time with (default: data/glyphs)"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=7, help="rounds of which the median is reported (default: 7)"
-    )
-    parser.add_argument(
-        "--n-workers",
-        type=int,
-        default=2,
-        help="worker processes of each data pipeline (default: 2)",
-    )
-    parser.add_argument("--cpu", action="store_true", help="the CPU even where there is a GPU")
-    parser.add_argument(
-        "--sections",
-        nargs="+",
-        choices=SECTIONS,
-        default=SECTIONS,
-        help="which of them (default: all)",
-    )
-    parser.add_argument(
-        "--name",
-        default=None,
-        help="name of the table in benchmarks/results (default: cpu or cuda)",
-    )
-    args = parser.parse_args()
+def main(argv: list[str]) -> int:
+    parser = Parser(description=__doc__.partition("\n")[0])
+    words = "data set to time with (default: data/glyphs)"
+    parser.add_argument("--data-root", type=Path, default=ROOT / "data" / "glyphs", help=words)
+    positive, words = int_range(1), "rounds, of which the median is reported (default: 7)"
+    parser.add_argument("--rounds", type=positive, default=7, metavar="N", help=words)
+    words = "worker processes of each data pipeline (default: 2)"
+    parser.add_argument("--n-workers", type=int_range(0), default=2, metavar="N", help=words)
+    words = "use the CPU even where there is a GPU"
+    parser.add_argument("--cpu", action="store_true", help=words)
+    words = "what to measure (default: everything)"
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help=words)
+    words = "writes OUT (default: benchmarks/results/cpu.md or cuda.md)"
+    parser.add_argument("--out", type=Path, help=words)
+    args = parser.parse_args(argv)
     device = torch.device("cpu" if args.cpu or not torch.cuda.is_available() else "cuda")
+    out = args.out or ROOT / "benchmarks" / "results" / f"{device.type}.md"
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
     command = f"bash benchmarks/run.sh --rounds {args.rounds} --n-workers {args.n_workers}"
     if args.sections != SECTIONS:
         command += f" --sections {' '.join(args.sections)}"
@@ -501,15 +342,10 @@ def main() -> None:
         found = SECTIONS[name](args, device)
         print("\n".join(found), flush=True)
         lines += found
-    place = ROOT / "benchmarks" / "results" / f"{args.name or device.type}.md"
-    place.parent.mkdir(exist_ok=True)
-    place.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"\nwritten to {place}")
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"\nwritten to {out}")
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_main(main, sys.argv[1:]))

@@ -177,12 +177,12 @@ def load_for_test(
         if own and path is None:
             place = f"{run_folder(args)}/ckpts"
             raise UserError(f"{place}: no checkpoint there; train first, or give --resume")
-        path = str(path or resolve_checkpoint(args.resume, args.seed, BEST, LAST))
-        found = path, load(Path(path))
-    path, checkpoint = ranks.exchange(found)[0]
+        resume = str(path or resolve_checkpoint(args.resume, args.seed, BEST, LAST))
+        found = resume, load(Path(resume))
+    resume, checkpoint = ranks.exchange(found)[0]
     if checkpoint.get("mode") == "pretrain":
-        raise UserError(f"{path}: is only pre-trained; train a model with --init-from {path}")
-    args = resolve({**cli_args, "resume": path}, checkpoint.get("hyper_parameters"))
+        raise UserError(f"{resume}: is only pre-trained; train a model with --init-from {resume}")
+    args = resolve({**cli_args, "resume": resume}, checkpoint.get("hyper_parameters"))
     if not {"data", "data_root"} & cli_args.keys() and "data_root" in checkpoint:
         args.data_root = Path(checkpoint["data_root"])
     return args, checkpoint

@@ -1,9 +1,7 @@
-"""One training or test on many processes, which PyTorch's ``torchrun`` starts: what they exchange,
-and how they end together.
+"""One training or test on several processes that ``torchrun`` starts.
 
-Each process is a rank. Rank r of N takes episodes r, r + N, r + 2 N, ..., and rank 0 alone writes
-and speaks. Before the work begins, all go on or all refuse; in it, the decision to stop is taken by
-all at the same update.
+Rank r of N takes episodes r, r + N, r + 2 N, ...; only rank 0 logs and writes. Errors of the
+start-up are collective: all ranks go on or all refuse. Later, all stop at the same update.
 """
 
 from __future__ import annotations
@@ -22,15 +20,14 @@ import torch
 from torch import Tensor
 
 from engine.flags import ROOT
+from engine.process import end_with_parent
 from utils import UserError, print_error
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-TIMEOUT = timedelta(
-    minutes=30
-)  # the longest that a rank waits for another one that lives but does not answer
-OWN = ("data_root", "cache_dir", "n_workers")  # flags that may be each machine's own
+TIMEOUT = timedelta(minutes=30)  # the longest wait for a rank that lives but does not answer
+PER_MACHINE = ("data_root", "cache_dir", "n_workers")  # flags that may differ between machines
 
 
 class CollectiveError(UserError):
@@ -42,10 +39,9 @@ class PeerLost(Exception):
 
 
 class Ranks:
-    """This process's place among all: rank 0 of 1 unless torchrun has started it. One process needs
-    no network and no waiting.
+    """This process's place among those that ``torchrun`` started; rank 0 of 1 without it.
 
-    Used as a context manager: an exception that leaves it ends all ranks, and one of them says why.
+    A context manager: an exception that leaves it ends all ranks, and one of them says why.
 
     Attributes:
         rank, size: this process's number, and that of all processes.
@@ -58,8 +54,7 @@ class Ranks:
 
     @classmethod
     def started(cls) -> Ranks:
-        """As torchrun's environment variables say; connected with the others, of which each waits
-        for all.
+        """Read torchrun's environment variables, and connect with the other ranks.
 
         Raises:
             UserError: the variables are incomplete, or the others cannot be reached.
@@ -76,6 +71,7 @@ class Ranks:
         import torch.distributed as dist
 
         self._dist = dist
+        end_with_parent()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, torch.get_num_threads() // self.local[1]))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -85,36 +81,27 @@ class Ranks:
             dist.init_process_group(
                 backend, store=self._store, rank=self.rank, world_size=self.size, timeout=TIMEOUT
             )
-        except (
-            ValueError,
-            RuntimeError,
-        ) as e:  # variables are missing; the port is in use, or nobody answers
+        except (ValueError, RuntimeError) as e:  # no variables, port in use, or no answer
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             why = str(e).splitlines()[0]
-            raise UserError(
-                f"rank {self.rank} of {self.size}: cannot meet the others at {place} ({why}); start all by torchrun, "
-                "or choose another --master-port"
-            ) from e
+            meet = f"rank {self.rank} of {self.size}: cannot meet the others at {place} ({why})"
+            advice = "start all by torchrun, or choose another --master-port"
+            raise UserError(f"{meet}; {advice}") from e
         if self.rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
 
     def _meet(self, store: Store) -> str:
-        """A name that the ranks of this start share, and none of an earlier one knows.
+        """Agree on a name that the ranks of this start share, and no earlier start knows.
 
-        torchrun's restarts share one store, which still holds what the ranks that have ended wrote,
-        their addresses among it, and its agents on several machines may count the starts
-        differently. So each rank signs in under a name made anew. Rank 0 announces its name
-        together with those that it has read, again and again until each of the others has found
-        itself in the announcement, and said so.
+        torchrun's restarts share one store, which still holds the addresses of ranks that have
+        ended. So each rank signs in under a new name, and rank 0 announces the names that it has
+        read until each of the others has found its own among them.
 
         Raises:
             RuntimeError: one of the others does not come within TIMEOUT.
         """
-        mine, others, deadline = (
-            uuid.uuid4().hex,
-            range(1, self.size),
-            time.monotonic() + TIMEOUT.total_seconds(),
-        )
+        mine, others = uuid.uuid4().hex, range(1, self.size)
+        deadline = time.monotonic() + TIMEOUT.total_seconds()
         store.set(f"signed in {self.rank}", mine)
         announced: list[str] = []
         while True:
@@ -143,9 +130,8 @@ class Ranks:
         if error is None or isinstance(error, SystemExit):
             self._dist.destroy_process_group()
             return
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # torchrun's, for the first rank that ends: each has its own exit code
+        # torchrun sends it when the first rank ends, but each has an exit code of its own
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if isinstance(error, UserError) and not isinstance(error, CollectiveError):
             error = self._told(error)
         if isinstance(error, CollectiveError):
@@ -172,6 +158,7 @@ class Ranks:
             self.exchange(None, str(error))
         except (CollectiveError, PeerLost) as e:
             return e
+        return error
 
     def _first(self, code: int) -> tuple[int, int]:
         """The rank that has ended first, and its exit code: it alone speaks."""
@@ -180,16 +167,16 @@ class Ranks:
             first = self._store.compare_set("end", "", mine).decode()
         except RuntimeError:  # with the process that held the store
             first = mine
-        return tuple(map(int, first.split()))
+        rank, its_code = map(int, first.split())
+        return rank, its_code
 
     def _call(self, function: Callable, *args: object, **kwargs: object) -> None:
         try:
             function(*args, **kwargs)
         except RuntimeError as e:
             why = str(e).splitlines()[0]
-            raise PeerLost(
-                f"another rank has ended or does not answer ({why}); continue from the last snapshot"
-            ) from e
+            lost = f"another rank has ended or does not answer ({why})"
+            raise PeerLost(f"{lost}; continue from the last snapshot") from e
 
     # ---- Before the work begins ----
 
@@ -221,9 +208,8 @@ class Ranks:
             values = [facts.get(name, "the default") for facts in of_all]
             for rank, value in enumerate(values):
                 if value != values[0]:
-                    raise CollectiveError(
-                        f"{name}: {values[0]} on rank 0, but {value} on rank {rank}; give all ranks the same"
-                    )
+                    differ = f"{values[0]} on rank 0, but {value} on rank {rank}"
+                    raise CollectiveError(f"{name}: {differ}; give all ranks the same")
 
     def compare_start(self, given: dict[str, object]) -> None:
         """Check that all ranks run the same code with the same flags."""
@@ -231,7 +217,7 @@ class Ranks:
             flags = {
                 f"--{name.replace('_', '-')}": value
                 for name, value in given.items()
-                if name not in OWN
+                if name not in PER_MACHINE
             }
             processor = torch.backends.cpu.get_cpu_capability()
             versions = {
@@ -241,7 +227,7 @@ class Ranks:
             self.compare({**flags, **versions, "kind of processor": processor})
 
     def begin(self, facts: dict[str, object]) -> None:
-        """``compare``, and from now on the ranks work: none waits to hear of another one's errors."""
+        """``compare``, and end the start-up phase, in which errors are collective."""
         self.compare(facts)
         self._begun = True
 

@@ -45,11 +45,12 @@ class Evaluator:
         augmented = len(permutations) > 1 or args.tta_flip
 
         def evaluate(episode: Episode, *pair: FlatModule) -> tuple[Tensor, Tensor]:
+            size, transductive = args.batch_size, args.transductive
             if augmented:
-                how = (args.batch_size, permutations, args.tta_flip, args.transductive)
+                how = (size, permutations, args.tta_flip, transductive)
                 return evaluate_tta(episode, *pair, model, *how)
-            how = (args.batch_size, args.transductive)
-            return evaluate_episode(model.embed(episode), *pair, model.metalearner, *how)
+            embedded, metalearner = model.embed(episode), model.metalearner
+            return evaluate_episode(embedded, *pair, metalearner, size, transductive)
 
         self.args, self.device, self.ranks = args, backend.device, ranks
         self.pool = EpisodePool(evaluate, backend, model)
@@ -66,8 +67,8 @@ class Evaluator:
             return [], []
         args, device, rank, size = self.args, self.device, self.ranks.rank, self.ranks.size
         rows = torch.zeros(-(-len(dataset) // size), 2, device=device)
-        how = {"unit": "ep", "leave": False, "disable": rank > 0 or None}
-        bar = tqdm(total=len(dataset), desc=dataset.split.name, **how)
+        look = {"unit": "ep", "leave": False, "disable": rank > 0 or None}
+        bar = tqdm(total=len(dataset), desc=dataset.split.name, **look)
         how = (args.n_workers, device, args.pin_mem, begin_worker)
         with contextlib.closing(episodes(dataset, rank, *how, step=size)) as stream:
             for k, result in enumerate(self.pool(stream)):

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: a log for people, metrics for programs, and TensorBoard's files."""
+"""A run's log: console.log for people, metrics.jsonl for programs, TensorBoard's files."""
 
 from __future__ import annotations
 
@@ -15,52 +15,46 @@ from tqdm import tqdm
 from utils import UserError, summary
 
 
-def result_line(what: str, losses: list[float], accuracies: list[float]) -> str:
-    """Mean, 95 % interval and standard deviation of many episodes' results, in words."""
+def result_line(name: str, losses: list[float], accuracies: list[float]) -> str:
+    """Mean, 95 % interval and standard deviation over episodes, as one line of text."""
     loss, accuracy = summary(losses), summary(accuracies)
-    return (
-        f"{what}, {accuracy['n']} episodes: accuracy {accuracy['mean']:.2f} ± {accuracy['ci95']:.2f} % "
-        f"(std {accuracy['std']:.2f}), loss {loss['mean']:.4f}"
-    )
+    mean = f"accuracy {accuracy['mean']:.2f} ± {accuracy['ci95']:.2f} %"
+    rest = f"(std {accuracy['std']:.2f}), loss {loss['mean']:.4f}"
+    return f"{name}, {accuracy['n']} episodes: {mean} {rest}"
 
 
 class Logger:
-    """One run's console and files: ``console.log`` for people, ``metrics.jsonl`` (one object per
-    event) for programs.
+    """Appends to ``console.log`` and to ``metrics.jsonl``, which has one JSON object per event.
 
     Args:
         folder: the run's folder.
-        at: from ``position``: whatever stands beyond it was written by a process that was killed,
-            and is cut off.
+        end_at: the files' lengths at the snapshot, from ``position``; what a killed process wrote
+            beyond is cut off.
 
     Raises:
-        UserError: a file cannot be written, or is shorter than ``at`` says.
+        UserError: a file cannot be written, or is shorter than ``end_at`` says.
     """
 
     NAMES = ("console.log", "metrics.jsonl")
 
-    def __init__(self, folder: Path, at: dict[str, int]):
+    def __init__(self, folder: Path, end_at: dict[str, int]):
         self.folder = folder
+        how = {"encoding": "utf-8", "errors": "backslashreplace"}  # file names are any bytes
         try:
-            how = {
-                "encoding": "utf-8",
-                "errors": "backslashreplace",
-            }  # file names may hold bytes of any kind
             self._console, self._metrics = ((folder / name).open("a", **how) for name in self.NAMES)
             for file, name in zip((self._console, self._metrics), self.NAMES, strict=True):
                 size = (folder / name).stat().st_size
-                if size < at.get(name, 0):
-                    raise UserError(
-                        f"{file.name}: {size} bytes, but the snapshot saw {at[name]}; choose another --save"
-                    )
-                file.truncate(at.get(name, size))
+                if size < end_at.get(name, 0):
+                    found = f"{size} bytes, but the snapshot saw {end_at[name]}"
+                    raise UserError(f"{file.name}: {found}; choose another --save")
+                file.truncate(end_at.get(name, size))
         except OSError as e:
             raise UserError(
-                f"{folder}: cannot be written ({e.strerror}); choose another folder with --save"
+                f"{folder}: cannot be written ({e.strerror}); choose another --save"
             ) from e
 
     def position(self) -> dict[str, int]:
-        """The length of the two files in bytes, once they are safely on disk."""
+        """The lengths of the two files in bytes, once they are safely on disk."""
         for file in (self._console, self._metrics):
             os.fsync(file.fileno())
         return {name: (self.folder / name).stat().st_size for name in self.NAMES}
@@ -71,11 +65,7 @@ class Logger:
         _append(self._console, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def event(self, kind: str, **values) -> None:
-        """Append one JSON object to ``metrics.jsonl``; wall-clock quantities go under the key
-        ``time``.
-
-        A number that is not finite becomes null: JSON has no other word for it.
-        """
+        """Append one JSON object; wall-clock times go under ``time``, infinities become null."""
         values = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in values.items()
@@ -94,14 +84,11 @@ def _append(file: IO[str], text: str) -> None:
         file.write(text)
         file.flush()
     except OSError as e:
-        raise UserError(
-            f"{file.name}: cannot be written ({e.strerror}); free some space or choose another --save"
-        ) from e
+        raise UserError(f"{file.name}: cannot be written ({e.strerror}); free some space") from e
 
 
-def open_tensorboard(folder: Path, done: int):
-    """A writer that hides the numbers after episode ``done``, which a killed process may have
-    written.
+def open_tensorboard(folder: Path, episode: int):
+    """Open a writer that hides what a killed process may have written after ``episode``.
 
     Raises:
         UserError: TensorBoard is not installed.
@@ -109,7 +96,5 @@ def open_tensorboard(folder: Path, done: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
-        raise UserError(
-            "--tensorboard: the package is not installed; pip install tensorboard"
-        ) from e
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        raise UserError("--tensorboard: not installed; run: pip install tensorboard") from e
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=episode + 1)

@@ -120,8 +120,8 @@ def _meta_batch_step(
     pool = EpisodePool(gradient, backend, model)
 
     def step(batch: list[Episode]) -> tuple[Tensor, Tensor, Tensor]:
-        rows = [torch.cat([t.view(-1) for t in results]) for results in pool(batch)]
-        rows = ranks.gather(torch.stack(rows))  # [M, G + 2]
+        own = [torch.cat([t.view(-1) for t in results]) for results in pool(batch)]
+        rows = ranks.gather(torch.stack(own))  # [M, G + 2]
         return next(backend.map(update, [rows]))  # on one core, for the same bits
 
     return step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import io
 import os
@@ -104,6 +105,12 @@ def begin_worker(_worker: int = 0) -> None:
     release_locks()
 
 
+def end_with_parent() -> None:
+    """Ask Linux to send this process SIGTERM when its parent ends, even if that is killed."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def exit_process(run: Callable[[], int]) -> None:
     """End this process with the exit code that ``run`` returns or raises.
 
@@ -112,8 +119,8 @@ def exit_process(run: Callable[[], int]) -> None:
     try:
         code = run()
     except SystemExit as e:
-        code = e.code
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and isinstance(code, int):
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,10 @@ class Run:
         self._stack = contextlib.ExitStack()
         self.signals, self.saved_at = Signals(), time.monotonic()
         self._stack.callback(self.signals.restore)
-        self.tensorboard = self.logger = self.bar = None
+        # of rank 0 only
+        self.logger: Any = None
+        self.tensorboard: Any = None
+        self.bar: Any = None
         with contextlib.ExitStack() as on_error:
             on_error.callback(self._stack.close)
             self.ranks.begin({f"{split} images": value for split, value in data.items()})
@@ -125,7 +129,7 @@ class Run:
     def _description(self) -> str:
         args = self.args
         classes = ", ".join(f"{len(d.split.classes)} {s}" for s, d in self.datasets.items())
-        module = next(iter(self.modules.values()))
+        module: Any = next(iter(self.modules.values()))
         size = module.metalstm.cI.numel() if hasattr(module, "metalstm") else module.size()
         return (
             f"{args.n_class}-way {args.n_shot}-shot, {args.image_size} px, {size} learner "
@@ -186,7 +190,7 @@ class Run:
         finite = [v for v in state.losses if math.isfinite(v)]
         loss, accuracy = state.losses[-1], state.accuracies[-1]
         mean_loss = summary(finite)["mean"] if finite else math.nan
-        mean_accuracy = summary(state.accuracies)["mean"]
+        mean_accuracy = summary(map(float, state.accuracies))["mean"]
         rate, n_skipped = max(n - self.logged, 1) / seconds, int(sum(state.skipped))
         self.logger.event(
             "train",

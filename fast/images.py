@@ -37,7 +37,7 @@ from fast.augment import Windows, table, transform
 from utils import UserError, file_lock
 
 FOLDER = ".decoded"
-FORMAT = 2  # raise it whenever the same files would give other bytes
+FORMAT = 3  # raise it whenever the same files would give other bytes
 
 
 def reduced_size(width: int, height: int, image_size: int) -> tuple[int, int]:

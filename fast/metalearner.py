@@ -28,12 +28,12 @@ class FastMetaLearner(MetaLearner):
         if native.handles(grad):
             return self._apply_kernel(native.MetaStep, loss, grad, state)
         kernel, eager = FastMetaLearner._in_triton, FastMetaLearner._in_pytorch
-        size = self.lstm.hidden_size
+        size, variant = self.lstm.hidden_size, f"{self.lstm.hidden_size} hidden units"
 
         def results(implementation: Callable[..., MetaState]) -> list[Tensor]:
             return self._two_updates(implementation, loss, grad, state)
 
-        if meta.handles(grad, size) and gpu.works(kernel, eager, 1e-3, grad, results, size):
+        if meta.handles(grad, size) and gpu.works(kernel, eager, 1e-3, grad, results, variant):
             return self._in_triton(loss, grad, state)
         return self._in_pytorch(loss, grad, state)
 

@@ -269,6 +269,7 @@ def movement(name: str, trace: dict[str, np.ndarray]) -> Figure:
         look |= {"marker": "os^Dv"[k % 5], "markersize": 4, "label": shorten(str(layer), 24)}
         axis.plot(np.arange(1, len(moved) + 1), 100 * moved[:, k], **look)
     axis.set(xlabel="update", title=f"{shorten(name, 36)}: movement, layer by layer", yscale="log")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     ylabel = r"$|\mathit{c_t} - \mathit{cI}|\ /\ |\mathit{cI}|$, %"
     axis.set_ylabel(ylabel, parse_math=True)
     axis.yaxis.set_major_formatter("{x:g}")
@@ -293,6 +294,7 @@ def adaptation(name: str, trace: dict[str, np.ndarray]) -> Figure:
         axis.plot(t, mean, look, color=colour, markersize=3, label=f"{key} set")
     axis.set(ylabel="accuracy, %", ylim=(0, 102))
     axis.set_xlabel(f"update (0: the learner at {CI})", parse_math=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_title(
         f"{shorten(name, 30)}: the learner in {len(trace['query'])} validation episodes, ± 95 %"
     )

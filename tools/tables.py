@@ -20,7 +20,7 @@ PUBLISHED = {
         ("paper", "", "", "60.60 ± 0.71"),
         ("the authors' code as the port's writer ran it", "", "", "about 53"),
         *(
-            (f"the port, seed {seed}", f"best, {episode} of 50,000 episodes", val, test)
+            (f"the port, seed {seed}", f"after {episode} of 50,000 episodes", val, test)
             for seed, episode, val, test in (
                 (719, "41,000", "59.08 (std 9.9)", "57.76 (std 8.6)"),
                 (53, "44,000", "58.04 (std 9.1)", "58.14 (std 8.5)"),

@@ -1,83 +1,59 @@
-"""benchmarks/trials.py: runs side by side, compared episode by episode."""
+"""benchmarks/compare_runs.py: logs side by side, paired episode by episode."""
 
 import json
 
-from conftest import benchmark, refused, rows_printed
-from test_cli import train
+import pytest
+import torch
+from helpers import compare_runs, table, train
+
+from engine.checkpoint import LAST
+from utils import UserError
 
 
-def write_run(folder, accuracies, **about):
+def write_run(folder, accuracies, about=None, **hyper_parameters):
     """A run of 300 episodes of 0.2 s with a validation after 200 and a worse one after 300."""
-    folder.mkdir()
-    events = [
-        {"event": "train", "episode": n, "time": {"episodes_per_second": 5}}
-        for n in (100, 200, 300)
-    ]
+    (folder / "ckpts").mkdir(parents=True)
+    content = {"episode": 300, "metalearner": {"cI": torch.zeros(1)}, "about": about or {}}
+    torch.save({**content, "hyper_parameters": hyper_parameters}, folder / "ckpts" / LAST)
+    time = {"episodes_per_second": 5}
+    events = [{"event": "train", "episode": n, "time": time} for n in (100, 200, 300)]
     for n, worse in ((200, 0), (300, 1)):
-        mean = sum(accuracies) / len(accuracies) - worse
-        events.append(
-            {
-                "event": "val",
-                "episode": n,
-                "accuracy": {"mean": mean},
-                "accuracies": [v - worse for v in accuracies],
-            }
-        )
+        each = [v - worse for v in accuracies]
+        events.append({"event": "val", "episode": n, "accuracies": each})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    (folder / "results.json").write_text(json.dumps({"training": about, "tests": []}))
+    return folder
 
 
-def run(*argv):
-    return benchmark("trials.py", *argv)
+def test_changes_and_the_paired_difference(tmp_path, capsys):
+    a = write_run(tmp_path / "a", [40.0, 60.0, 50.0, 70.0], lr=1e-3, bi_init=[-5.0, -4.0])
+    about = {"started_from": {"checkpoint": "pre-719/meta-learner-last.pth.tar", "episode": 4}}
+    changed = {"lr": 1e-4, "bi_init": [-1.5, -1.0]}
+    b = write_run(tmp_path / "b", [41.0, 62.0, 51.0, 72.0], about, **changed)
+    first, second = table(compare_runs, capsys, a, b)
+    assert (first["changes"], first["starts from"], first["difference"]) == ("", "", "")
+    assert (first["validated after"], first["ms per episode"]) == ("200 of 300", "200")
+    assert first["validation, 4 episodes, %"].startswith("55.00 ± ")
+    assert second["changes"] == "`--bi-init -1.5 -1`, `--lr 0.0001`"
+    assert second["starts from"] == "pre-719"
+    assert second["difference"] == "+1.50 ± 0.49"  # the episodes themselves vary by 11
+    first, second = table(compare_runs, capsys, a, b, "--at", "300")
+    assert first["validated after"] == "300 of 300"
+    assert first["validation, 4 episodes, %"].startswith("54.00 ± ")
 
 
-def rows(*argv):
-    return rows_printed(run(*argv))
+def test_episodes_of_another_seed_are_not_paired(tmp_path, capsys):
+    runs = [write_run(tmp_path / f"{seed}", [40.0, 60.0], seed=seed) for seed in (719, 53)]
+    assert [row["difference"] for row in table(compare_runs, capsys, *runs)] == ["", ""]
 
 
-def test_what_changed_and_the_paired_difference(tmp_path):
-    write_run(
-        tmp_path / "a",
-        [40.0, 60.0, 50.0, 70.0],
-        hyper_parameters={"lr": 1e-3, "bi_init": [-5.0, -4.0]},
-    )
-    origin = {"checkpoint": "pre-719/meta-learner-last.pth.tar", "episode": 4}
-    hyper_parameters = {"lr": 1e-4, "bi_init": [-1.5, -1.0]}
-    write_run(
-        tmp_path / "b",
-        [41.0, 62.0, 51.0, 72.0],
-        hyper_parameters=hyper_parameters,
-        started_from=origin,
-    )
-    a, b = rows(tmp_path / "a", tmp_path / "b", "--kept", tmp_path / "b")
-    assert (a["change"], a["begins with"], a["against the first"], a["kept"]) == ("", "", "", "")
-    assert (a["episodes"], a["minutes"]) == ("200 of 300", "1")
-    assert a["validation on 4 episodes, %"].startswith("55.00 ± ")
-    assert b["change"] == "`--lr 0.0001`, `--bi-init -1.5 -1`"
-    assert (b["begins with"], b["kept"]) == ("pre-719", "yes")
-    assert b["against the first"] == "+1.50 ± 0.49"  # the episodes themselves vary by 11
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    a, b = write_run(tmp_path / "a", [40.0, 60.0]), write_run(tmp_path / "b", [40.0, 60.0, 50.0])
+    for argv in ([a, b], [b, "--at", "100"], [b, tmp_path / "none"]):
+        with pytest.raises(UserError, match=str(argv[-1] if "none" in str(argv[-1]) else b)):
+            compare_runs.main([str(word) for word in argv])
 
 
-def test_episodes_of_another_seed_are_not_paired(tmp_path):
-    write_run(tmp_path / "a", [40.0, 60.0], hyper_parameters={"seed": 719})
-    write_run(tmp_path / "b", [40.0, 60.0], hyper_parameters={"seed": 53})
-    assert [row["against the first"] for row in rows(tmp_path / "a", tmp_path / "b")] == ["", ""]
-
-
-def test_runs_validated_on_other_episodes_are_refused(tmp_path):
-    write_run(tmp_path / "a", [40.0, 60.0], hyper_parameters={})
-    write_run(tmp_path / "b", [40.0, 60.0, 50.0], hyper_parameters={})
-    assert f"{tmp_path}/b: validated on 3 episodes" in refused(run(tmp_path / "a", tmp_path / "b"))
-
-
-def test_a_log_without_each_episode_is_refused(tmp_path):
-    write_run(tmp_path / "a", [40.0, 60.0], hyper_parameters={})
-    path = tmp_path / "a" / "metrics.jsonl"
-    path.write_text(path.read_text().replace('"accuracies"', '"other"'))
-    assert f"{path}: " in refused(run(tmp_path / "a"))
-
-
-def test_a_run_of_this_version(master, tmp_path):
-    assert train(master, tmp_path / "logs") == 0
-    (row,) = rows(tmp_path / "logs-719")
+def test_a_run_of_this_version(master, tmp_path, capsys):
+    train(master, tmp_path / "logs", "--n-class", "3", "--episode-val", "2")
+    (row,) = table(compare_runs, capsys, tmp_path / "logs-719")
     assert row["run"] == "logs-719"

@@ -1,197 +1,218 @@
-"""Answers averaged over orders of the classes and mirror images, and a learning rate that decays."""
+"""Test-time augmentation, and evaluation with and without it."""
 
+import copy
 import json
-from functools import partial
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import WAYS
-from test_cli import do_test, expect, metrics, tensors, train
-from test_episode import make
-from test_resume import assert_same
+from torch import nn
 
-import main
-from engine.tta import class_orders, evaluate_averaged, mirrored
-from episode import evaluate_episode
+from dataloader import scan_split
+from engine.backend import dataset, select_backend
+from engine.evaluation import CROSS_SCHEDULE, Evaluator, is_mini_imagenet, run_test
+from engine.flags import ROOT, parse, resolve
+from engine.model import Model
+from engine.tta import class_permutations, evaluate_tta
+from episode import Episode, evaluate_episode
+from learner import FlatModule
 
-
-@pytest.fixture(scope="module")
-def trained(master, tmp_path_factory):
-    save = tmp_path_factory.mktemp("averaging") / "logs"
-    assert train(master, save, "--lr-decay", "0.5", "--lr", "0.01") == 0
-    return save
+SMALL = "--cpu --image-size 16 --n-class 3 --n-shot 2 --n-eval 2 --epoch 2 --hidden-size 4 "
+SMALL += "--n-workers 0 --bi-init -2 -1"
 
 
-# ---- Averaging ----
+class Head(FlatModule):
+    def __init__(self):
+        super().__init__()
+        self.cls = nn.Linear(48, 3)
+
+    def forward(self, x):
+        return self.cls(x)
 
 
-def test_one_order_is_the_ordinary_evaluation(way):
-    episode, *models = make(way)
-    ordinary = evaluate_episode(episode, *models, 100)
-    averaged = evaluate_averaged(episode, *models, 100, class_orders(3, 1, 0), False)
-    for a, b in zip(averaged, ordinary, strict=True):
+class Pool(nn.Module):
+    """A backbone that knows left from right."""
+
+    def forward(self, x):
+        return F.adaptive_avg_pool2d(x, 4).flatten(1)
+
+
+def make_args(*flags):
+    return resolve(parse([*SMALL.split(), *flags]))
+
+
+def make_model(method, args):
+    backend = select_backend(args)
+    torch.manual_seed(0)
+    if method == "linear-head":
+        learner, backbone = Head(), Pool()
+    else:
+        learner, backbone = backend.learner(16, 1e-3, 0.95, 3), None
+    meta = backend.metalearner(4, 4, learner.size(), (-2.0, -1.0))
+    meta.metalstm.init_cI(learner.get_flat_params())
+    return Model(learner, copy.deepcopy(learner), meta, backbone)
+
+
+@pytest.fixture(params=["plain", "fast", "linear-head"])
+def setup(request):
+    """An episode and a model, as arguments of ``evaluate_tta``."""
+    if request.param == "fast":
+        pytest.importorskip("fast")
+    args = make_args(*(["--plain"] if request.param == "plain" else []))
+    model = make_model(request.param, args)
+    y = torch.arange(3).repeat_interleave(2)
+    order = torch.stack([torch.randperm(6) for _ in range(2)])
+    images = [torch.randn(6, 3, 16, 16) for _ in range(2)]
+    return Episode(images[0], y, images[1], y, order), *model.learners, model, 100
+
+
+def flipped(x):
+    return x.flip(3).contiguous(memory_format=torch.channels_last)
+
+
+def plain(episode, w_grad, wo_grad, model, batch_size, transductive=False):
+    """``evaluate_episode`` of an episode of images."""
+    pair = (w_grad, wo_grad, model.metalearner)
+    return evaluate_episode(model.embed(episode), *pair, batch_size, transductive)
+
+
+def test_one_permutation_is_the_ordinary_evaluation(setup):
+    found = evaluate_tta(*setup, class_permutations(3, 1, 0), False)
+    for a, b in zip(found, plain(*setup), strict=True):
         assert torch.allclose(a, b, rtol=1e-5)
 
 
-def test_the_probability_is_the_mean_of_each_view(way):
-    episode, *models = make(way)
-    flipped = episode._replace(support=mirrored(episode.support))
+def test_probabilities_are_the_mean_over_the_views(setup):
+    episode, _, wo_grad, model, _ = setup
     found = []
-    for support, query in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        shown = (flipped if support else episode)._replace(
-            query=mirrored(episode.query) if query else episode.query
-        )
-        evaluate_episode(shown, *models, 100)
-        with torch.no_grad():
-            found.append(models[1](shown.query).softmax(1))
+    for support in (episode.support, flipped(episode.support)):
+        for query in (episode.query, flipped(episode.query)):
+            plain(episode._replace(support=support, query=query), *setup[1:])
+            with torch.no_grad():
+                found.append(wo_grad(model.inputs(query)).softmax(1))
     rows = torch.stack(found).mean(0)
-    loss, percent = evaluate_averaged(episode, *models, 100, class_orders(3, 1, 0), True)
-    assert float(loss) == pytest.approx(
-        -float(rows[range(6), episode.query_y].log().mean()), rel=1e-5
-    )
-    assert float(percent) == pytest.approx(
-        100 * float((rows.argmax(1) == episode.query_y).float().mean())
-    )
+    loss, percent = evaluate_tta(*setup, class_permutations(3, 1, 0), True)
+    expected = -rows[range(6), episode.query_y].log().mean()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    right = (rows.argmax(1) == episode.query_y).float().mean()
+    assert float(percent) == pytest.approx(100 * float(right))
 
 
-def test_an_answer_of_probability_0_is_not_an_infinite_loss(way):
-    episode, *models = make(way)
-    models[2].metalstm.cI.data.mul_(1e4)
-    orders = class_orders(3, 1, 0)
-    loss, _ = evaluate_averaged(episode, *models, 100, orders, False)
-    assert 50 < float(loss) < 90  # -log of the smallest float32 is 87
+def test_a_probability_of_0_has_a_finite_loss(setup):
+    setup[3].metalearner.metalstm.cI.data.mul_(1e4)
+    loss, _ = evaluate_tta(*setup, class_permutations(3, 1, 0), False)
+    assert 10 < float(loss) < 90  # -log of the smallest float32 is 87
 
 
-def test_over_all_orders_no_class_has_a_place_of_its_own(way):
-    episode, *models = make(way)
-    places = torch.tensor([2, 0, 1])
+def test_with_all_permutations_the_classes_order_is_nothing(setup):
+    episode, places = setup[0], torch.tensor([2, 0, 1])
     other = episode._replace(support_y=places[episode.support_y], query_y=places[episode.query_y])
-    all_orders = partial(evaluate_averaged, orders=class_orders(3, 6, 0), mirror=False)
-    for evaluate, alike in ((all_orders, True), (evaluate_episode, False)):
-        losses = [float(evaluate(shown, *models, 100)[0]) for shown in (episode, other)]
+
+    def tta(*args):
+        return evaluate_tta(*args, class_permutations(3, 6, 0), False)
+
+    for evaluate, alike in ((tta, True), (plain, False)):
+        losses = [float(evaluate(shown, *setup[1:])[0]) for shown in (episode, other)]
         assert (losses[0] == pytest.approx(losses[1], rel=1e-4)) == alike
 
 
-def test_with_mirror_images_left_and_right_are_alike(way):
-    episode, *models = make(way)
-    other = episode._replace(support=mirrored(episode.support), query=mirrored(episode.query))
-    both = partial(evaluate_averaged, orders=class_orders(3, 1, 0), mirror=True)
-    assert float(both(episode, *models, 100)[0]) == pytest.approx(
-        float(both(other, *models, 100)[0]), rel=1e-5
-    )
+def test_with_flips_left_and_right_are_alike(setup):
+    episode, one = setup[0], class_permutations(3, 1, 0)
+    other = episode._replace(support=flipped(episode.support), query=flipped(episode.query))
+    losses = [float(evaluate_tta(e, *setup[1:], one, True)[0]) for e in (episode, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_transductive_answers_are_normalised_by_the_query_images_themselves(way):
-    episode, *models = make(way)
+@pytest.mark.parametrize("setup", ["plain", "fast"], indirect=True)
+def test_transductive_uses_the_query_sets_statistics(setup):
+    episode, _, wo_grad, *_ = setup
     few = episode._replace(query=episode.query[:4], query_y=episode.query_y[:4])
-    for averaged in (False, True):
-        how = {"orders": class_orders(3, 1, 0), "mirror": False} if averaged else {}
-        evaluate = partial(evaluate_averaged if averaged else evaluate_episode, **how)
-        loss, _ = evaluate(episode, *models, 100, transductive=True)
-        models[1].train()
-        with torch.no_grad():
-            assert float(loss) == pytest.approx(
-                float(F.cross_entropy(models[1](episode.query), episode.query_y)), rel=1e-5
-            )
+    one = class_permutations(3, 1, 0)
+
+    def tta(*args, transductive=False):
+        return evaluate_tta(*args, one, False, transductive)
+
+    for evaluate in (plain, tta):
         for transductive in (True, False):
-            evaluate(episode, *models, 100, transductive=transductive)
-            answers = [models[1](shown.query).detach()[:4] for shown in (episode, few)]
-            assert torch.allclose(*answers, atol=1e-6) != transductive
-        assert float(evaluate(episode, *models, 100)[0]) != pytest.approx(float(loss), rel=1e-3)
+            loss, _ = evaluate(*setup, transductive=transductive)
+            wo_grad.train(transductive)
+            with torch.no_grad():
+                logits = [wo_grad(e.query)[:4] for e in (episode, few)]
+                expected = F.cross_entropy(wo_grad(episode.query), episode.query_y)
+            assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+            assert torch.allclose(*logits, atol=1e-6) != transductive
 
 
-def test_results_say_so_and_keep_both(trained, capsys):
-    flags = ("--episode-test", "4")
-    assert do_test(None, trained, *flags) == 0
-    assert do_test(None, trained, *flags, "--orders", "3", "--mirror", "true") == 0
-    table = capsys.readouterr().out.split("written to")[-1]
-    tests = json.loads((trained.with_name("logs-719") / "results.json").read_text())["tests"]
-    assert [test["averaged"] for test in tests] == [
-        {"orders": 1, "mirror": False},
-        {"orders": 3, "mirror": True},
-    ]
-    assert tests[0]["losses"] != tests[1]["losses"]
-    assert table.count("averaged over 3 orders of the classes and mirror images") == 1
-    assert do_test(None, trained, *flags, "--transductive", "true") == 0
-    table = capsys.readouterr().out.split("written to")[-1]
-    assert table.count(", transductive |") == 1
-    assert (
-        len(json.loads((trained.with_name("logs-719") / "results.json").read_text())["tests"]) == 3
-    )
-    assert (
-        do_test(None, trained, *flags, "--orders", "3", "--mirror", "true") == 0
-    )  # replaces its like
-    assert (
-        len(json.loads((trained.with_name("logs-719") / "results.json").read_text())["tests"]) == 3
-    )
+def test_class_permutations_are_balanced_and_distinct():
+    found = class_permutations(5, 120, 719)
+    assert len({tuple(row) for row in found.tolist()}) == len(found) == 120
+    assert found[0].tolist() == [0, 1, 2, 3, 4]
+    for start in range(0, 120, 5):
+        columns = found[start : start + 5].t().tolist()
+        assert all(sorted(column) == [0, 1, 2, 3, 4] for column in columns)
+    assert len(class_permutations(4, 1000, 719)) == math.factorial(4)
+    assert class_permutations(30, 7, 719).shape == (7, 30)
+    assert torch.equal(class_permutations(6, 20, 3), class_permutations(6, 100, 3)[:20])
 
 
-def test_refusals(trained, capsys):
-    expect(capsys, do_test(None, trained, "--orders", "0"), "--orders", "from 1 to 1000")
-    expect(capsys, do_test(None, trained, "--mirror", "perhaps"), "--mirror", "true or false")
-    code = do_test(None, trained, "--transductive", "true", "--adapt", "classifier")
-    expect(capsys, code, "--transductive true", "--adapt all only")
-    expect(
-        capsys,
-        main.run(["--mode", "predict", "--transductive", "true"]),
-        "--transductive true",
-        "for tests",
-    )
+# ---- Many episodes ----
 
 
-# ---- The learning rate ----
+def run_small(master, *flags, method="lstm", trained_on=2):
+    args = make_args("--mode", "test", "--data-root", str(master), *flags)
+    backend = select_backend(args)
+    return run_test(args, backend, make_model(method, args), trained_on)
 
 
-def test_it_falls_evenly_at_the_end(master, tmp_path, monkeypatch):
-    rates, original = [], main.train_episode
-
-    def watched(episode, w_grad, wo_grad, meta, optimizer, *rest):
-        rates.append(float(optimizer.param_groups[0]["lr"]))
-        return original(episode, w_grad, wo_grad, meta, optimizer, *rest)
-
-    monkeypatch.setattr(main, "train_episode", watched)
-    assert train(master, tmp_path / "logs", "--lr-decay", "0.5", "--lr", "0.01", val_freq=0) == 0
-    assert rates == pytest.approx([0.01, 0.01, 0.01, 0.005])
-    rates.clear()
-    assert train(master, tmp_path / "constant", "--lr", "0.01", val_freq=0) == 0
-    assert rates == [0.01] * 4
+def test_no_data_set_gives_no_results():
+    args = make_args()
+    assert Evaluator(args, select_backend(args), make_model("lstm", args))(None) == ([], [])
 
 
-def test_adam_takes_it(master, trained, tmp_path):
-    """The first three updates are those of a constant rate, to the bit; the fourth is not."""
-    assert train(master, tmp_path / "logs", "--lr", "0.01") == 0
-    assert metrics(trained, "train") == metrics(tmp_path / "logs", "train")
-    name = "meta-learner-2.pth.tar"
-    assert_same(
-        tensors(trained, name)["metalearner"], tensors(tmp_path / "logs", name)["metalearner"]
-    )
-    found, constant = (
-        tensors(save)["metalearner"]["metalstm.cI"] for save in (trained, tmp_path / "logs")
-    )
-    middle = tensors(trained, name)["metalearner"]["metalstm.cI"]
-    assert 0 < (found - middle).norm() < (constant - middle).norm()
+@pytest.mark.parametrize("method", ["lstm", "linear-head"])
+def test_evaluator_equals_one_episode_at_a_time(master, method):
+    args = make_args("--data-root", str(master))
+    backend, model = select_backend(args), make_model(method, args)
+    episodes = dataset(args, backend, scan_split(master, "val"), 3)
+    calls = []
+    found = Evaluator(args, backend, model)(episodes, lambda: calls.append(1))
+    expected = [plain(episodes[k], *model.learners, model, 25) for k in range(3)]
+    for values, of in zip(found, zip(*expected, strict=True), strict=True):
+        assert values == pytest.approx([float(x) for x in of], rel=1e-4)
+    assert len(calls) == 3
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_run_continues_where_it_was(master, tmp_path, way):
-    flags = ("--lr-decay", "0.5", "--meta-batch", "2", *(["--plain"] if way == "plain" else []))
-    assert train(master, tmp_path / "whole", *flags, episode=8, val_freq=4) == 0
-    middle = tmp_path / "whole-719" / "ckpts" / "meta-learner-4.pth.tar"
-    assert (
-        train(master, tmp_path / "rest", *flags, "--resume", str(middle), episode=8, val_freq=4)
-        == 0
-    )
-    whole, rest = (tensors(tmp_path / name) for name in ("whole", "rest"))
-    assert_same(whole["metalearner"], rest["metalearner"])
-    assert_same(whole["optim"], rest["optim"])
+def test_counts_are_of_the_same_episodes(master, capsys):
+    (both,) = run_small(master, "--episode-test", "6", "3")
+    out = capsys.readouterr().out
+    (first,) = run_small(master, "--episode-test", "3")
+    assert "3 episodes" in out
+    assert "6 episodes" in out
+    assert (both["counts"], first["counts"]) == ([3, 6], [3])
+    assert both["losses"][:3] == first["losses"]
+    assert both["mini_imagenet"] is False
 
 
-def test_a_checkpoint_that_does_not_say_has_a_constant_rate(master, tmp_path, capsys):
-    save = tmp_path / "logs"
-    assert train(master, save) == 0
-    content = tensors(save)
-    del content["hyper_parameters"]["lr_decay"]
-    torch.save(content, tmp_path / "logs-719" / "ckpts" / "meta-learner-last.pth.tar")
-    code = train(master, save, "--lr-decay", "0.5", "--resume", "auto", episode=6)
-    expect(capsys, code, "--lr-decay 0.5", "was begun with --lr-decay 0.0")
+def test_other_shots_take_the_authors_schedule(master):
+    tests = run_small(master, "--episode-test", "2", "--shots", "1", "2")
+    schedules = {t["n_shot"]: (t["epoch"], t["batch_size"]) for t in tests}
+    assert schedules == {1: tuple(CROSS_SCHEDULE.values()), 2: (2, 25)}
+
+
+@pytest.mark.parametrize("method", ["lstm", "linear-head"])
+def test_a_test_says_how_it_was_augmented(master, method):
+    flags = ("--tta-permutations", "3", "--tta-flip", "true")
+    (one,) = run_small(master, "--episode-test", "2", method=method)
+    (many,) = run_small(master, "--episode-test", "2", *flags, method=method)
+    assert one["tta"] == {"permutations": 1, "flip": False}
+    assert many["tta"] == {"permutations": 3, "flip": True}
+    assert one["losses"] != many["losses"]
+    assert one["fingerprint"] == many["fingerprint"]
+
+
+def test_the_classes_decide_what_is_mini_imagenet():
+    lists = json.loads((ROOT / "data" / "splits" / "mini-imagenet.json").read_text())
+    assert is_mini_imagenet(lists["test"][::-1])
+    assert not is_mini_imagenet(lists["test"][1:])
+    assert not is_mini_imagenet(lists["val"])

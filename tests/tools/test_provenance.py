@@ -1,0 +1,134 @@
+"""Provenance, class names, Markdown, metrics and recipes."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from engine import provenance as provenance_module
+from engine.flags import DEFAULTS, HYPER_PARAMETERS, ROOT
+from engine.provenance import commit, cpu_name, provenance
+from tools.class_names import display_name
+from tools.markdown import markdown_table
+from tools.metrics import read_metrics
+from tools.recipes import recipe_name, recipes, starts_from
+from utils import UserError
+
+PORT = {k: DEFAULTS[k] for k in HYPER_PARAMETERS}
+CPU = torch.device("cpu")
+
+
+def missing(*args, **kwargs):
+    raise importlib.metadata.PackageNotFoundError("nothing")
+
+
+def test_provenance_names_code_and_machine(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/main.py", "--data-root", "/images/x y", "--cpu"])
+    about = provenance(CPU)
+    assert about["command"] == "python main.py --data-root 'x y' --cpu"
+    assert about["versions"].keys() == {"python", "torch", "torchvision", "numpy", "pillow"}
+    assert cpu_name() in about["device"]
+    assert "processes" not in about
+    assert provenance(CPU, 2)["processes"] == 2
+
+
+def test_what_is_missing_is_unknown(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert provenance(CPU)["versions"]["torchvision"] == "unknown"
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: None)
+    assert provenance(CPU)["versions"]["torchvision"] == "unknown"
+
+    def no_git(*args, **kwargs):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", no_git)
+    assert commit() == "unknown"
+    monkeypatch.setattr(provenance_module, "open", no_git, raising=False)
+    assert isinstance(cpu_name(), str)
+
+
+def test_wordnet_numbers_have_distinct_names():
+    paths = [ROOT / "data" / "splits" / f"{name}.json" for name in ("mini-imagenet", "tiny64")]
+    lists = [json.loads(path.read_text()) for path in paths]
+    numbers = {n for splits in lists for members in splits.values() for n in members}
+    assert len(numbers) > 170
+    assert len({display_name(n) for n in numbers} - numbers) == len(numbers)
+    assert display_name("n01532829") == "house finch"
+    assert display_name("my cat") == "my cat"
+
+
+def test_markdown_cells_keep_their_columns():
+    text = markdown_table(["a", "b"], [["x|y", 1], ["two\nlines", ""]])
+    assert text.splitlines() == ["| a | b |", "|-|-|", r"| x\|y | 1 |", "| two lines |  |"]
+
+
+def test_metrics_without_cut_off_lines(tmp_path):
+    lines = [json.dumps({"event": kind, "episode": k}) for k, kind in enumerate(("train", "val"))]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "3", '{"event": "tra']))
+    assert [e["episode"] for e in read_metrics(tmp_path)] == [0, 1]
+
+
+@pytest.mark.parametrize("content", [None, "", '{"event": "val"}', "\0"])
+def test_metrics_without_training_are_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        read_metrics(tmp_path)
+
+
+# ---- Recipes ----
+
+
+def test_each_script_is_a_recipe_of_its_own():
+    found = recipes()
+    assert {name for name, _ in found} >= {"port", "authors", "pretrained"}
+    assert {shots for _, shots in found} == {1, 5}
+    assert found["port", 5] == PORT
+    for (name, shots), values in found.items():
+        assert values["n_shot"] == shots
+        assert recipe_name(values | {"seed": 3}) == name
+    assert found["pretrained", 5]["method"] == "linear-head"
+    assert starts_from("pretrained", 5)
+    assert not starts_from("port", 5)
+
+
+def test_differences_from_a_recipe_are_named():
+    assert recipe_name({}) == "unknown"
+    assert recipe_name(PORT | {"augment": "none"}) == "port, but augment none"
+    assert recipe_name(recipes()["authors", 5] | {"bn_scale": "one"}) == "authors, but bn-scale one"
+    changed = PORT | {"bi_init": [0.0, 0.5], "image_size": 32}
+    assert recipe_name(changed) == "port, but image-size 32, bi-init 0 0.5"
+    late = recipe_name(PORT | {"lr_decay": 0.2}, ["lr_decay", "epoch"], 2000)
+    assert "lr-decay 0.2 only after 2,000 episodes" in late
+    assert "epoch 8 only after 2,000 episodes" in late
+
+
+OTHER = {"augment": "none", "pixels": "unit", "shuffle": "episode", "bn_scale": "one"}
+OTHER |= {"lstm_init": "authors", "method": "linear-head", "precision": "bf16"}
+OTHER |= {"bi_init": [0.0, 1.0], "bf_init": [0.0, 1.0]}
+NO_PART = {"n_class", "n_shot", "seed", "input_size"}
+
+
+@pytest.mark.parametrize("name", sorted(set(HYPER_PARAMETERS) - NO_PART))
+def test_every_hyper_parameter_is_part_of_the_name(name):
+    assert recipe_name(PORT | {name: OTHER.get(name, 7)}) != "port"
+
+
+def test_a_script_with_an_unknown_flag_is_named(tmp_path, monkeypatch):
+    from tools import recipes as module
+
+    (tmp_path / "scripts").mkdir()
+    script = tmp_path / "scripts" / "train_5s_5c_mine.sh"
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    module.scripts.cache_clear()
+    try:
+        script.write_text('exec python "$ROOT/main.py" --lrr 3 \\\n  "$@"\n')
+        with pytest.raises(UserError, match=r"train_5s_5c_mine\.sh"):
+            recipes()
+        script.write_text('exec python "$ROOT/main.py" --lr 0.5 \\\n  # why\n  "$@"\n')
+        assert recipes()["mine", 5]["lr"] == 0.5
+    finally:
+        module.scripts.cache_clear()
