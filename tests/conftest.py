@@ -1,5 +1,8 @@
+import contextlib
 import copy
 import importlib.util
+import io
+import json
 import os
 import re
 import shutil
@@ -8,6 +11,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,11 +21,13 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import main
 from dataloader import EpisodeDataset, episodes, scan_split
 from engine.backend import make_reproducible
 from episode import evaluate_episode, step_if_finite, train_episode
 from learner import Conv4
 from metalearner import MetaLearner
+from utils import run_main
 
 for number in (
     signal.SIGINT,
@@ -47,10 +53,9 @@ if importlib.util.find_spec("fast") is not None:
     LEARNERS["fast"], METALEARNERS["fast"] = FastConv4, FastMetaLearner
     DATASETS["fast"] = partial(FastEpisodeDataset, device=CPU)
 else:  # the folder is gone: what tests it goes with it
-    tests = Path(__file__).parent.glob("test_*.py")
     collect_ignore = [
-        path.name
-        for path in tests
+        str(path.relative_to(Path(__file__).parent))
+        for path in Path(__file__).parent.rglob("test_*.py")
         if re.search(r"^(from|import) fast", path.read_text(), re.MULTILINE)
     ]
 WAYS = tuple(LEARNERS)
@@ -179,10 +184,95 @@ def rows_printed(done, alone=True):
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 
-def refused(done):
-    """The one line with which a script has refused its input."""
+def refused(done, *culprits):
+    """The one line with which a command has refused its input; it names all the culprits."""
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert all(str(culprit) in done.stderr for culprit in culprits), done.stderr
     return done.stderr
+
+
+# ---- The command line, in this process ----
+
+
+class Done(NamedTuple):
+    """What a command has come to; names as in ``subprocess.CompletedProcess``."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_cli(*argv):
+    """Run ``python main.py ARGV`` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = run_main(main.main, [str(word) for word in argv])
+        except SystemExit as e:  # --help
+            code = e.code or 0
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+_small = "--cpu --image-size 16 --n-class 3 --n-shot 1 --n-eval 2 --epoch 2 --hidden-size 4 "
+_small += "--log-freq 1 --n-workers 0 --plots false"
+SMALL = _small.split()
+
+
+def training(data, save, *flags, episode=4, val_freq=2):
+    """The words of a small training, 3-way 1-shot on 16 pixels; later flags win."""
+    run = ["--mode", "train", "--data-root", data, "--save", save, "--episode", episode]
+    run += ["--val-freq", val_freq, "--episode-val", 2, *SMALL, *flags]
+    return [str(word) for word in run]
+
+
+def train(data, save, *flags, episode=4, val_freq=2):
+    """Run a small training."""
+    return run_cli(*training(data, save, *flags, episode=episode, val_freq=val_freq))
+
+
+def run_test(data, save, *flags):
+    """Test a run; without ``data`` the run has to know where its images are."""
+    root = [] if data is None else ["--data-root", data]
+    return run_cli("--mode", "test", *root, "--save", save, "--cpu", "--n-workers", 0, *flags)
+
+
+def succeeded(done):
+    """What a command that has succeeded has printed."""
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def metrics(save, event=None, seed=719):
+    """A run's ``metrics.jsonl`` without what the clock says; of one kind of event, or all."""
+    lines = Path(f"{save}-{seed}", "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    kept = [e for e in events if event in (None, e["event"])]
+    return [{k: v for k, v in e.items() if k != "time"} for e in kept]
+
+
+def tensors(save, name="meta-learner-last.pth.tar", seed=719):
+    """The content of a run's checkpoint."""
+    path = Path(f"{save}-{seed}", "ckpts", name)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def assert_same(a, b, but=("about", "data_root", "logs_end_at")):
+    """Two checkpoints, or parts of them, are equal to the bit, but for what a run's place and
+    clock decide.
+    """
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for k in a.keys() - set(but):
+            assert_same(a[k], b[k], but)
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y, but)
+    else:
+        assert a == b
 
 
 def drawn(root, image_size, length, dtype=torch.float32, device=CPU):
