@@ -5,16 +5,14 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import BEST, LAST, SMALL, metrics, refused, run_cli, run_test, run_train
-from commands import succeeded, tensors
-from conftest import ROOT
+from conftest import ROOT, SMALL, metrics, refused, run_cli, run_test, succeeded, tensors, train
 from PIL import Image
 
+from engine.checkpoint import BEST, LAST
 from engine.run import Run
 
 
@@ -22,12 +20,12 @@ from engine.run import Run
 def trained(master, tmp_path_factory):
     """A run of four episodes."""
     save = tmp_path_factory.mktemp("run") / "logs"
-    assert "plain" not in succeeded(run_train(master, save)).splitlines()[0]
+    assert "plain" not in succeeded(train(master, save)).splitlines()[0]
     return save
 
 
 def test_a_run_is_a_folder(trained):
-    folder = Path(f"{trained}-719")
+    folder = trained.with_name("logs-719")
     files = {p.name for p in folder.iterdir()}
     assert files == {"ckpts", "console.log", "lock", "metrics.jsonl"}
     names = {f"meta-learner-{n}.pth.tar" for n in (2, 4, "best", "last")}
@@ -44,25 +42,25 @@ def test_the_rate_counts_what_a_gpu_still_has_to_do(master, tmp_path, monkeypatc
     """The program only hands episodes over; their numbers come when the GPU is done."""
     to_floats = Run._to_floats
     monkeypatch.setattr(Run, "_to_floats", lambda run: time.sleep(0.2) or to_floats(run))
-    succeeded(run_train(master, tmp_path / "logs", "--val-freq", 0, "--episode", 1))
+    succeeded(train(master, tmp_path / "logs", "--val-freq", 0, "--episode", 1))
     line = (tmp_path / "logs-719" / "metrics.jsonl").read_text().splitlines()[0]
     assert float(line.split('"seconds": ')[1].split(",")[0]) > 0.2
 
 
 @pytest.mark.parametrize("flags", [("--n-workers", 2), ("--val-freq", 0)])
 def test_same_seed_same_metrics(master, trained, tmp_path, flags):
-    succeeded(run_train(master, tmp_path / "logs", *flags))
-    events = ("train",) if "--val-freq" in flags else ()
-    assert metrics(tmp_path / "logs", *events) == metrics(trained, *events)
+    succeeded(train(master, tmp_path / "logs", *flags))
+    event = "train" if "--val-freq" in flags else None
+    assert metrics(tmp_path / "logs", event) == metrics(trained, event)
 
 
 def test_another_seed_is_another_run(master, trained, tmp_path):
-    succeeded(run_train(master, tmp_path / "logs", "--seed", 53, "--episode", 1))
+    succeeded(train(master, tmp_path / "logs", "--seed", 53, "--episode", 1))
     assert metrics(tmp_path / "logs", seed=53)[0]["loss"] != metrics(trained)[0]["loss"]
 
 
 def test_running_mean_is_of_the_episodes_since_the_last_line(master, trained, tmp_path):
-    succeeded(run_train(master, tmp_path / "logs", "--log-freq", 3))
+    succeeded(train(master, tmp_path / "logs", "--log-freq", 3))
     each = [m["loss"] for m in metrics(trained, "train")]
     lines = metrics(tmp_path / "logs", "train")
     assert [m["episode"] for m in lines] == [3, 4]
@@ -72,8 +70,8 @@ def test_running_mean_is_of_the_episodes_since_the_last_line(master, trained, tm
 
 def test_resumed_training_reaches_the_same_bits(master, trained, tmp_path):
     save = tmp_path / "logs"
-    succeeded(run_train(master, save, "--episode", 2))
-    succeeded(run_train(master, save, "--resume", "auto"))
+    succeeded(train(master, save, "--episode", 2))
+    succeeded(train(master, save, "--resume", "auto"))
     assert metrics(save) == metrics(trained)
     whole, resumed = tensors(trained), tensors(save)
     assert whole["best"] == resumed["best"]
@@ -84,24 +82,24 @@ def test_resumed_training_reaches_the_same_bits(master, trained, tmp_path):
 def test_a_test_needs_no_flag_of_the_training(trained):
     lines = set()
     for workers in (0, 2):
-        out = succeeded(run_test(trained, "--n-workers", workers))
+        out = succeeded(run_test(None, trained, "--n-workers", workers, "--episode-test", 3))
         assert BEST in out
         lines |= {line for line in out.splitlines() if line.startswith("test, 3 episodes")}
     assert len(lines) == 1
-    refused(run_test(trained, "--n-eval", 9), "--n-eval 9")  # a given flag comes first
+    refused(run_test(None, trained, "--n-eval", 9), "--n-eval 9")  # a given flag comes first
 
 
 def test_without_validation_the_last_is_tested(master, tmp_path):
-    succeeded(run_train(master, tmp_path / "logs", "--val-freq", 0, "--episode", 1))
-    assert LAST in succeeded(run_test(tmp_path / "logs"))
+    succeeded(train(master, tmp_path / "logs", "--val-freq", 0, "--episode", 1))
+    assert LAST in succeeded(run_test(None, tmp_path / "logs", "--episode-test", 2))
 
 
 def test_a_checkpoint_of_the_port(master, trained, tmp_path):
     content = tensors(trained)
     theirs = {k: content[k] for k in ("episode", "metalearner", "optim")}
     torch.save(theirs, tmp_path / "port.pth.tar")
-    flags = ("--resume", tmp_path / "port.pth.tar", "--data-root", master, *SMALL)
-    assert "after 4 episodes" in succeeded(run_test("nowhere", *flags))
+    flags = ("--resume", tmp_path / "port.pth.tar", *SMALL, "--episode-test", 2)
+    assert "after 4 episodes" in succeeded(run_test(master, "nowhere", *flags))
 
 
 def test_what_is_worth_publishing(master, trained, tmp_path, monkeypatch):
@@ -110,7 +108,7 @@ def test_what_is_worth_publishing(master, trained, tmp_path, monkeypatch):
     (tmp_path / "run-719" / "results.json").unlink(missing_ok=True)
     export = ("--mode", "export", "--save", tmp_path / "run")
     refused(run_cli(*export), "run-719")
-    succeeded(run_test(tmp_path / "run"))
+    succeeded(run_test(None, tmp_path / "run", "--episode-test", 2))
     succeeded(run_cli(*export))
     (folder,) = (tmp_path / "results").iterdir()
     files = {"console.log", "meta-learner.pth.tar", "metrics.jsonl", "results.json"}
@@ -118,7 +116,7 @@ def test_what_is_worth_publishing(master, trained, tmp_path, monkeypatch):
     for path in folder.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes()
         assert str(master.parent).encode() not in path.read_bytes()
-    succeeded(run_test("nowhere", "--resume", folder, "--data-root", master))
+    succeeded(run_test(master, "nowhere", "--resume", folder, "--episode-test", 2))
     refused(run_cli(*export), str(folder))
 
 
@@ -129,35 +127,20 @@ def test_the_images_of_the_training_are_found_again(data, tmp_path, monkeypatch)
     """Also when training was told a relative path, and testing starts elsewhere."""
     save = tmp_path / "logs"
     monkeypatch.chdir(data.parent)
-    succeeded(run_train(data.name, save, "--episode", 1))
+    succeeded(train(data.name, save, "--episode", 1))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert f"{data}\n" in succeeded(run_test(save))
+    succeeded(run_test(None, save, "--episode-test", 2))
     data.rename(tmp_path / "moved")
-    refused(run_test(save), str(data))
-    succeeded(run_test(save, "--data-root", tmp_path / "moved"))
-    refused(run_test(save, "--data", "nothing"), "nothing")  # what is given counts
-
-
-def test_an_image_in_two_splits_is_noted(data, tmp_path):
-    def notes(save):
-        out = succeeded(run_train(data, tmp_path / save, "--episode", 1))
-        return [line for line in out.splitlines() if line.startswith("note: ")]
-
-    ours, theirs = data / "val" / "val class 1" / "3.jpg", data / "train" / "class 4" / "3.jpg"
-    ours.write_bytes(theirs.read_bytes()[:-1] + b"\0")  # same name and size only
-    assert notes("a") == []
-    shutil.copy(theirs, ours)
-    (note,) = notes("b")
-    assert str(ours) in note
-    assert str(theirs) in note
+    refused(run_test(None, save), str(data))
+    succeeded(run_test(tmp_path / "moved", save, "--episode-test", 2))
+    refused(run_test(None, save, "--data", "nothing"), "nothing")  # what is given counts
 
 
 def test_images_of_every_kind(data, tmp_path):
     folder = data / "train" / "class 1"
-    kinds = "L.jpg CMYK.jpg P.png RGBA.png I;16.png RGB.webp P.gif 1.bmp".split()
-    for number, kind in enumerate(kinds):
-        mode, ending = kind.split(".")
+    kinds = {"L": "jpg", "CMYK": "jpg", "P": "png", "RGBA": "png", "I;16": "png", "1": "bmp"}
+    for number, (mode, ending) in enumerate([*kinds.items(), ("RGB", "webp"), ("P", "gif")]):
         image = Image.open(folder / f"{number}.jpg")
         if mode == "I;16":
             image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
@@ -165,8 +148,8 @@ def test_images_of_every_kind(data, tmp_path):
             image = image.convert(mode)
         (folder / f"{number}.jpg").unlink()
         image.save(folder / f"new {number} ü\n猫.{ending.upper()}")
-    succeeded(run_train(data, tmp_path / "a", "--episode", 1))
-    succeeded(run_train(data, tmp_path / "b", "--episode", 8, "--plain"))  # so that all are drawn
+    succeeded(train(data, tmp_path / "a", "--episode", 1))
+    succeeded(train(data, tmp_path / "b", "--episode", 8, "--plain"))  # so that all are drawn
 
 
 # ---- Plain ----
@@ -175,14 +158,17 @@ def test_images_of_every_kind(data, tmp_path):
 def test_plain_is_plain(master, trained, tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "fast"]:
         monkeypatch.setitem(sys.modules, name, None)  # any import of it fails
-    for done in (run_train(master, tmp_path / "a", "--plain"), run_test(trained, "--plain")):
+    for done in (
+        train(master, tmp_path / "a", "--plain"),
+        run_test(None, trained, "--plain", "--episode-test", 2),
+    ):
         assert "(--plain)" in succeeded(done).splitlines()[0]
-    refused(run_train(master, tmp_path / "b", "--plain", "--precision", "bf16"), "--precision")
+    refused(train(master, tmp_path / "b", "--plain", "--precision", "bf16"), "--precision")
     assert not (tmp_path / "b-719").exists()
 
 
 def test_plain_decodes_nothing_in_advance(data, tmp_path):
-    succeeded(run_train(data, tmp_path / "logs", "--plain", "--episode", 1))
+    succeeded(train(data, tmp_path / "logs", "--plain", "--episode", 1))
     assert {path.name for path in data.iterdir()} == {"test", "train", "val"}
 
 
@@ -203,12 +189,12 @@ def test_help_and_wrong_flags_come_before_pytorch():
     assert (done.returncode, done.stderr) == (0, "")
     assert "--tta-permutations" in done.stdout
     done = start(sys.executable, "-c", code, "--lr", "7")
-    refused((done.returncode, done.stdout, done.stderr), "--lr")
+    refused(done, "--lr")
 
 
 def test_without_pytorch_one_line_says_so():
     done = start(sys.executable, "-S", "main.py")  # -S leaves out all installed packages
-    refused((done.returncode, done.stdout, done.stderr), "torch", "pip install")
+    refused(done, "torch", "pip install")
 
 
 @pytest.mark.parametrize(
