@@ -11,7 +11,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 SCRIPTS = ("compare_runs", "counts", "linear_probe", "run", "validate")
 compare_runs, counts, linear_probe, run, validate = map(importlib.import_module, SCRIPTS)
 
-SMALL = [
+SMALL = ["--cpu", "--epoch", "2", "--image-size", "16", "--n-shot", "1", "--n-eval", "2"]
+SMALL += ["--hidden-size", "4", "--episode", "4"]
     "--cpu",
     "--epoch",
     "2",

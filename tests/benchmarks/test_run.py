@@ -4,6 +4,8 @@ import helpers  # noqa: F401  (makes benchmarks/ importable)
 import pytest
 import run
 
+from engine.flags import DEFAULTS
+
 
 @pytest.mark.parametrize("section", ["end-to-end", "parts", "scaling"])
 def test_a_section(section, master, tmp_path, monkeypatch, capsys):
