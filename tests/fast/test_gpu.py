@@ -34,9 +34,8 @@ on_both = (lambda test: test) if INTERPRETED else pytest.mark.gpu
 
 
 @pytest.mark.skipif(INTERPRETED, reason="it is this run")
-@pytest.mark.parametrize(
-    "marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)], ids=["quick", "slow"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("marks", ["not slow", "slow"])
 def test_in_the_interpreter(marks):
     """In another process, because Triton chooses when it is imported."""
     command = [sys.executable, "-m", "pytest", __file__, "-k", "matches_pytorch", "-m", marks]

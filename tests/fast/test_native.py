@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.backend import choose
-from engine.flags import parse, settle
+from engine.backend import select_backend
+from engine.flags import resolve
 from episode import Episode, evaluate_episode, train_episode
 from fast import augment, library, native
 from fast.learner import FastConv4, eval_block, train_block
@@ -644,5 +644,5 @@ def test_cache_that_cannot_be_written(probe, tmp_path):
 )
 def test_slow_bf16_is_noted(monkeypatch, capability, precision, noted):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    way = choose(settle({"cpu": True, "precision": precision}, parse([])[1]))
+    way = select_backend(resolve({"cpu": True, "precision": precision}))
     assert ("note: --precision bf16" in way.description) == noted
