@@ -1,17 +1,15 @@
 """Train the LSTM meta-learner, test it, look into it and use it.
 
     python main.py --mode train --data-root data/miniImagenet
-    python main.py --mode test
 
-``python main.py --help`` lists the flags. ``train`` is the paper's algorithm 1: its inner loop is
-in episode.py, the two networks are in learner.py and metalearner.py.
+``train`` is the paper's algorithm 1; its inner loop is in episode.py, the networks in learner.py
+and metalearner.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import os
 import sys
 from pathlib import Path
 
@@ -22,8 +20,7 @@ from utils import UserError, missing_package, print_error, run_main
 if __name__ == "__main__":
     Terminal.take_over()
     lower_priority()  # before PyTorch starts threads
-    # --help and wrong flags are answered before the slow imports; by several ranks, together
-    if "WORLD_SIZE" not in os.environ and (code := run_main(check, sys.argv[1:])):
+    if code := run_main(check, sys.argv[1:]):  # before the slow imports
         sys.exit(code)
 if name := missing_package("torch", "torchvision", "PIL", "tqdm", "numpy"):
     sys.exit(print_error(f"{name} is missing; run: pip install -r requirements.txt"))
@@ -106,12 +103,12 @@ def load_model(
 def test(cli_args: dict[str, object], ranks: Ranks) -> None:
     """Report a checkpoint's accuracy on episodes of the test classes, and keep it in the run."""
     args, checkpoint, backend, model = load_model(cli_args, ranks)
-    path, trained_with = Path(args.resume), checkpoint.get("hyper_parameters", {})
+    path, trained_on = Path(args.resume), checkpoint.get("hyper_parameters", {}).get("n_shot")
     print(f"{backend.description}\ntesting {path} after {checkpoint['episode']} episodes")
     check_splits(args.data_root)
     for note in results.contradiction_notes(args, checkpoint):
         print(note)
-    tests = run_test(args, backend, model, trained_with.get("n_shot", args.n_shot), ranks)
+    tests = run_test(args, backend, model, trained_on or args.n_shot, ranks)
     if ranks.rank == 0:
         results.record(path, args, checkpoint, tests, backend.device, ranks.size)
 
@@ -134,12 +131,12 @@ MODES = {
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; the exit code."""
     try:
         with Ranks.started() as ranks:
             cli_args = parse(argv)
             ranks.compare_start(cli_args)
-            mode = resolve(cli_args).mode
+            mode = str(cli_args.get("mode", "train"))
             if mode not in ("train", "test") and ranks.size > 1:
                 raise UserError(f"--mode {mode}: is for one process; start it without torchrun")
             MODES[mode](cli_args, ranks)

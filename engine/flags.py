@@ -6,6 +6,7 @@ Imports no PyTorch, so that ``--help`` and errors come at once.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from utils import Parser, UserError, float_range, int_range
@@ -230,8 +231,12 @@ def resolve(
 
 
 def check(argv: list[str]) -> None:
-    """Answer ``--help``, and raise ``UserError`` for flags that cannot be."""
-    resolve(parse(argv))
+    """Answer ``--help``, and raise ``UserError`` for flags that cannot be.
+
+    Under torchrun it does nothing: there, all ranks refuse together.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        resolve(parse(argv))
 
 
 def check_hyper_parameters(path: Path, stored: dict[str, object]) -> None:

@@ -33,7 +33,7 @@ def test_changes_and_the_paired_difference(tmp_path, capsys):
     assert (first["changes"], first["starts from"], first["difference"]) == ("", "", "")
     assert (first["validated after"], first["ms per episode"]) == ("200 of 300", "200")
     assert first["validation, 4 episodes, %"].startswith("55.00 ± ")
-    assert second["changes"] == "`--lr 0.0001`, `--bi-init -1.5 -1`"
+    assert second["changes"] == "`--bi-init -1.5 -1`, `--lr 0.0001`"
     assert second["starts from"] == "pre-719"
     assert second["difference"] == "+1.50 ± 0.49"  # the episodes themselves vary by 11
     first, second = table(compare_runs, capsys, a, b, "--at", "300")

@@ -159,7 +159,7 @@ def test_class_permutations_are_balanced_and_distinct():
 # ---- Many episodes ----
 
 
-def tested(master, *flags, method="lstm", trained_on=2):
+def run_small(master, *flags, method="lstm", trained_on=2):
     args = make_args("--mode", "test", "--data-root", str(master), *flags)
     backend = select_backend(args)
     return run_test(args, backend, make_model(method, args), trained_on)
@@ -184,9 +184,9 @@ def test_evaluator_equals_one_episode_at_a_time(master, method):
 
 
 def test_counts_are_of_the_same_episodes(master, capsys):
-    (both,) = tested(master, "--episode-test", "6", "3")
+    (both,) = run_small(master, "--episode-test", "6", "3")
     out = capsys.readouterr().out
-    (first,) = tested(master, "--episode-test", "3")
+    (first,) = run_small(master, "--episode-test", "3")
     assert "3 episodes" in out
     assert "6 episodes" in out
     assert (both["counts"], first["counts"]) == ([3, 6], [3])
@@ -195,7 +195,7 @@ def test_counts_are_of_the_same_episodes(master, capsys):
 
 
 def test_other_shots_take_the_authors_schedule(master):
-    tests = tested(master, "--episode-test", "2", "--shots", "1", "2")
+    tests = run_small(master, "--episode-test", "2", "--shots", "1", "2")
     schedules = {t["n_shot"]: (t["epoch"], t["batch_size"]) for t in tests}
     assert schedules == {1: tuple(CROSS_SCHEDULE.values()), 2: (2, 25)}
 
@@ -203,8 +203,8 @@ def test_other_shots_take_the_authors_schedule(master):
 @pytest.mark.parametrize("method", ["lstm", "linear-head"])
 def test_a_test_says_how_it_was_augmented(master, method):
     flags = ("--tta-permutations", "3", "--tta-flip", "true")
-    (one,) = tested(master, "--episode-test", "2", method=method)
-    (many,) = tested(master, "--episode-test", "2", *flags, method=method)
+    (one,) = run_small(master, "--episode-test", "2", method=method)
+    (many,) = run_small(master, "--episode-test", "2", *flags, method=method)
     assert one["tta"] == {"permutations": 1, "flip": False}
     assert many["tta"] == {"permutations": 3, "flip": True}
     assert one["losses"] != many["losses"]
