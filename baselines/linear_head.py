@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from dataloader import EpisodeDataset, episodes
 from engine.backend import Backend, make_reproducible
@@ -62,7 +61,7 @@ def load_backbone(
 
     ``--bn-shift`` then raises the shift of the last batch norm by so many standard deviations of
     its output: a long pre-training leaves 85 % of the features at zero, and a higher shift brings
-    some back (docs/reproducing.md).
+    some back (docs/pretrained.md).
 
     Raises:
         UserError: the checkpoint is no pre-training, or its network does not fit.
@@ -73,11 +72,17 @@ def load_backbone(
     kept = {k: v for k, v in content["network"].items() if not k.startswith("cls.")}
     load_weights({"network": backbone}, {"network": kept}, path)
     device = next(backbone.parameters()).device
-    some = episodes(train_set.first(MEASURED), 0, 0, device, False)
-    update_bn((torch.cat((episode.support, episode.query)) for episode in some), backbone)
+    norms = [backbone.get_submodule(f"norm{b}") for b in range(1, N_BLOCKS + 1)]
+    momentum = norms[0].momentum
+    backbone.train()
+    for k, episode in enumerate(episodes(train_set.first(MEASURED), 0, 0, device, False), 1):
+        for norm in norms:
+            norm.momentum = 1 / k  # a plain average over the batches
+        backbone(torch.cat((episode.support, episode.query)))
+    for norm in norms:
+        norm.momentum = momentum
     backbone.eval()
-    norm = backbone.get_submodule(f"norm{N_BLOCKS}")
-    norm.bias.add_(args.bn_shift * norm.weight.abs())
+    norms[-1].bias.add_(args.bn_shift * norms[-1].weight.abs())
 
 
 def initialise(

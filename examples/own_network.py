@@ -44,6 +44,9 @@ def draw_episode(k_shot=5, n_query=15, n_updates=5):
 torch.manual_seed(0)
 learners = MLP(), MLP()  # learner_w_grad and learner_wo_grad
 theta = learners[0].get_flat_params()
+# bI sets the first step, sigmoid(bI) of the gradient, which is divided by the batch size. main.py's
+# default, --bi-init -5 -4, gives about 1/100, for tens of thousands of episodes; a small network
+# that trains for hundreds learns faster from (0, 0), a half.
 metalearner = MetaLearner(4, 20, len(theta), bi_range=(0, 0))
 metalearner.metalstm.init_cI(theta)
 optimizer = torch.optim.Adam(metalearner.parameters(), lr=1e-2)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import main
 from dataloader import EpisodeDataset, episodes, scan_split
 from engine.backend import make_reproducible
-from episode import evaluate_episode, step_if_finite, train_episode
+from episode import Episode, evaluate_episode, step_if_finite, train_episode
 from learner import Conv4
 from metalearner import MetaLearner
 from utils import run_main
@@ -164,6 +164,35 @@ def data(master, tmp_path):
     return Path(
         shutil.copytree(master, tmp_path / "data", ignore=shutil.ignore_patterns(".decoded"))
     )
+
+
+def make(way, n_class=3, n_shot=2, n_eval=2, n_pass=2, size=16, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    w_grad = LEARNERS[way](size, 1e-3, 0.95, n_class).to(dtype)
+    wo_grad = copy.deepcopy(w_grad)
+    meta = METALEARNERS[way](4, 5, w_grad.get_flat_params().numel(), (-2.0, -1.0)).to(dtype)
+    meta.metalstm.init_cI(w_grad.get_flat_params())
+    return new_episode(n_class, n_shot, n_eval, n_pass, size, dtype), w_grad, wo_grad, meta
+
+
+def new_episode(n_class=3, n_shot=2, n_eval=2, n_pass=2, size=16, dtype=torch.float32):
+    y = torch.arange(n_class)
+    return Episode(
+        torch.randn(n_class * n_shot, 3, size, size, dtype=dtype),
+        y.repeat_interleave(n_shot),
+        torch.randn(n_class * n_eval, 3, size, size, dtype=dtype),
+        y.repeat_interleave(n_eval),
+        torch.stack([torch.randperm(n_class * n_shot) for _ in range(n_pass)]),
+    )
+
+
+def dataset(way, root, split="train", length=6, **kwargs):
+    settings = dict(n_class=3, n_shot=2, n_eval=3, n_pass=2, image_size=16, augment="port") | kwargs
+    return DATASETS[way](scan_split(root, split), 719, length=length, **settings)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def benchmark(script, *argv):

@@ -11,22 +11,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 SCRIPTS = ("compare_runs", "counts", "linear_probe", "run", "validate")
 compare_runs, counts, linear_probe, run, validate = map(importlib.import_module, SCRIPTS)
 
-SMALL = [
-    "--cpu",
-    "--epoch",
-    "2",
-    "--image-size",
-    "16",
-    "--n-shot",
-    "1",
-    "--n-eval",
-    "2",
-    "--hidden-size",
-    "4",
-    "--episode",
-    "4",
-]
-SMALL += ["--val-freq", "2", "--log-freq", "1", "--n-workers", "0", "--plots", "false"]
+SMALL = ["--cpu", "--epoch", "2", "--image-size", "16", "--n-shot", "1", "--n-eval", "2"]
+SMALL += ["--hidden-size", "4", "--episode", "4", "--val-freq", "2", "--log-freq", "1"]
+SMALL += ["--n-workers", "0", "--plots", "false"]
 
 
 def train(data, save, *flags, mode="train"):

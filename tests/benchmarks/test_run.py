@@ -1,8 +1,9 @@
-"""benchmarks/run.py: sections of it run on the CPU and reports its times."""
+"""benchmarks/run.py: its sections run on the CPU and report times."""
 
-import helpers  # noqa: F401  (makes benchmarks/ importable)
 import pytest
-import run
+from helpers import run
+
+from engine.flags import DEFAULTS
 
 
 @pytest.mark.parametrize("section", ["end-to-end", "parts", "scaling"])

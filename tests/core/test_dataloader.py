@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, DATASETS, photograph
+from conftest import CPU, DATASETS, dataset, photograph, same
 from PIL import Image
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
@@ -10,12 +10,15 @@ from dataloader import (
     STD,
     Split,
     check_split,
+    check_splits,
     draw_augmentation,
     draw_images,
     draw_order,
     episodes,
+    eval_image,
     load_image,
     scan_split,
+    to_input,
 )
 from utils import UserError
 
@@ -28,15 +31,6 @@ PINNED = {
     "jitter": [0.7532890033976217, 1.0110292056703787, 0.6268533608825444, -0.14045899455008767],
     "passes": [[4, 1, 3, 0, 2], [0, 3, 1, 2, 4]],
 }
-
-
-def dataset(way, root, split="train", length=6, **kwargs):
-    settings = dict(n_class=3, n_shot=2, n_eval=3, n_pass=2, image_size=16, augment="port") | kwargs
-    return DATASETS[way](scan_split(root, split), 719, length=length, **settings)
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_shape_and_order_of_an_episode(way, master):
@@ -155,28 +149,6 @@ def test_the_same_picture_in_every_form(tmp_path, name, mode, close):
     assert np.abs(np.asarray(loaded) - expected).mean() <= close
 
 
-@pytest.mark.parametrize(
-    ("mode", "ending"),
-    [
-        ("L", "png"),
-        ("CMYK", "jpg"),
-        ("P", "png"),
-        ("RGBA", "png"),
-        ("1", "png"),
-        ("I;16", "png"),
-        ("RGB", "webp"),
-    ],
-)
-def test_every_mode_becomes_rgb(tmp_path, mode, ending):
-    image = (
-        Image.fromarray(np.full((20, 20), 1000, dtype=np.uint16))
-        if mode == "I;16"
-        else Image.new(mode, (20, 20))
-    )
-    image.save(tmp_path / f"x.{ending}")
-    assert load_image(tmp_path / f"x.{ending}").mode == "RGB"
-
-
 def test_orientation_of_cameras_is_followed(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
@@ -233,6 +205,17 @@ def test_too_few_classes_or_images(master, tmp_path):
     check_split(Split("train", ["a"], [[tmp_path] * 3], tmp_path), 1, 1, 2)
 
 
+@pytest.mark.parametrize("pair", [("train", "val"), ("train", "test"), ("val", "test")])
+def test_a_class_in_two_splits_is_refused(tmp_path, pair):
+    for split in ("train", "val", "test"):
+        (tmp_path / split / f"of {split}").mkdir(parents=True)
+    check_splits(tmp_path)
+    for split in pair:
+        (tmp_path / split / "twice").mkdir()
+    with pytest.raises(UserError, match="twice"):
+        check_splits(tmp_path)
+
+
 def test_no_augmentation_squashes_every_split_alike(way, master):
     data = dataset(way, master, "train", augment="none")
     assert data.augmentation(0, np.array([[20, 30]])) is None
@@ -262,3 +245,39 @@ def test_pixels_from_zero_to_one(way, master):
     assert 0 <= unit.min() < unit.max() <= 1
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     assert torch.allclose((unit - mean) / std, normalised, atol=1e-5)
+
+
+def test_training_images_are_flipped_at_random(way, master):
+    ours = dataset(way, master, augment="flip", pixels="unit")
+    plain = dataset(way, master, augment="none", pixels="unit")
+    same_side = []
+    for a, b in zip(
+        episodes(ours, 0, 0, CPU, False), episodes(plain, 0, 0, CPU, False), strict=True
+    ):
+        for x, y in zip(
+            torch.cat((a.support, a.query)), torch.cat((b.support, b.query)), strict=True
+        ):
+            same_side.append((x - y).abs().max() < 1e-6)
+            assert same_side[-1] or (x - y.flip(2)).abs().max() < 1e-2  # Pillow rounds
+    assert 0.3 < np.mean(same_side) < 0.7
+    for split in ("val", "test"):
+        a, b = (
+            next(episodes(dataset(way, master, split, augment=how), 0, 0, CPU, False))
+            for how in ("flip", "none")
+        )
+        assert same(a, b)
+
+
+def test_both_ways_flip_the_same_images(master):
+    found = [
+        next(episodes(dataset(way, master, augment="flip"), 0, 0, CPU, False)) for way in DATASETS
+    ]
+    assert all(
+        (a - b).abs().mean() < 0.02 for a, b in zip(found[0][:1], found[-1][:1], strict=True)
+    )
+
+
+def test_evaluation_squashes(master):
+    path = scan_split(master, "val").files[0][0]
+    a, b = (to_input([eval_image(load_image(path), 16, how)], "unit") for how in ("flip", "none"))
+    assert torch.equal(a, b)

@@ -1,17 +1,20 @@
 import copy
+import math
 import random
 import threading
 
 import numpy as np
 import pytest
 import torch
-from conftest import LEARNERS, METALEARNERS
+from conftest import LEARNERS, METALEARNERS, make, new_episode
 from torch import nn
 
+from baselines.linear_head import LinearHead
 from dataloader import scan_split
-from engine.backend import choose, dataset
+from engine.backend import dataset, select_backend
 from engine.evaluation import Evaluator
-from engine.flags import parse, settle
+from engine.flags import resolve
+from engine.model import Model
 from episode import (
     Episode,
     adapt,
@@ -23,27 +26,7 @@ from episode import (
 )
 from fast.graphs import step_without_sync
 from fast.threads import parallel_map
-from learner import Classifier, FlatModule
-
-
-def make(way, n_class=3, n_shot=2, n_eval=2, n_pass=2, size=16, dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    w_grad = LEARNERS[way](size, 1e-3, 0.95, n_class).to(dtype)
-    wo_grad = copy.deepcopy(w_grad)
-    meta = METALEARNERS[way](4, 5, w_grad.get_flat_params().numel(), (-2.0, -1.0)).to(dtype)
-    meta.metalstm.init_cI(w_grad.get_flat_params())
-    return new_episode(n_class, n_shot, n_eval, n_pass, size, dtype), w_grad, wo_grad, meta
-
-
-def new_episode(n_class=3, n_shot=2, n_eval=2, n_pass=2, size=16, dtype=torch.float32):
-    y = torch.arange(n_class)
-    return Episode(
-        torch.randn(n_class * n_shot, 3, size, size, dtype=dtype),
-        y.repeat_interleave(n_shot),
-        torch.randn(n_class * n_eval, 3, size, size, dtype=dtype),
-        y.repeat_interleave(n_eval),
-        torch.stack([torch.randperm(n_class * n_shot) for _ in range(n_pass)]),
-    )
+from learner import FlatModule
 
 
 def test_no_gradient_reaches_learner_w_grad_or_the_inputs(way):
@@ -118,57 +101,32 @@ def test_gradient_agrees_with_finite_differences(way):
             )
 
 
-def classifier_only(way, dtype=torch.float64):
-    episode, w_grad, wo_grad, meta = make(way, dtype=dtype)
-    for learner in (w_grad, wo_grad):
-        learner.adapt = "classifier"
-        learner.train()
-    return episode, w_grad, wo_grad, meta
-
-
-def test_a_classifier_can_adapt_alone(way):
-    """As an episode of a linear learner whose inputs are the features, and whose meta-learner has
-    the end of cI.
-    """
-    episode, w_grad, wo_grad, meta = classifier_only(way)
-    n, cI = 3 * (32 + 1), meta.metalstm.cI.detach()
-    alone = METALEARNERS[way](4, 5, n).double()
-    alone.load_state_dict(meta.state_dict() | {"metalstm.cI": cI[-n:]})
+@pytest.mark.parametrize("batch_size", [6, 4])
+def test_an_episode_of_a_linear_head_is_gradient_descent_by_hand(way, batch_size):
+    """With the gates shut to f = 1 and i = rate, on given features: softmax regression in NumPy."""
+    head, meta = LinearHead(7, 3).double(), METALEARNERS[way](4, 5, 24).double()
     with torch.no_grad():
-        images = wo_grad.eval().features(torch.cat((episode.support, episode.query)))
-    linear = episode._replace(
-        support=images[: len(episode.support)], query=images[len(episode.support) :]
-    )
-    pair = [Classifier(32, 3).double() for _ in range(2)]
-    for batch_size in (100, 4):
-        found, losses = adapt(episode, w_grad, meta, batch_size)
-        expected, theirs = adapt(linear, pair[0], alone, batch_size)
-        assert torch.allclose(torch.stack(losses), torch.stack(theirs), rtol=1e-9)
-        assert torch.equal(found[:-n], cI[:-n])
-        assert torch.allclose(found[-n:], expected, rtol=1e-9)
-        loss, _ = query_loss(episode, w_grad, wo_grad.train(), found)
-        gradient = torch.autograd.grad(loss, list(meta.parameters()))
-        gradients = torch.autograd.grad(
-            query_loss(linear, *pair, expected)[0], list(alone.parameters())
-        )
-        for (name, _), a, b in zip(meta.named_parameters(), gradient, gradients, strict=True):
-            assert torch.allclose(a[-len(b) :], b, rtol=1e-6, atol=1e-15), name
-            assert not a[: -len(b)].any(), name
-
-
-def test_then_an_image_is_judged_alone(way):
-    """Nothing before the classifier depends on the other images of a batch, in train mode as in
-    eval mode.
-    """
-    episode, w_grad, wo_grad, meta = classifier_only(way)
-    cI, _ = adapt(episode, w_grad, meta, 100)
-    for learner in (wo_grad.train(), wo_grad.eval()):
-        _, logits = query_loss(episode, w_grad, learner, cI)
-        one = episode._replace(query=episode.query[:1].clone(), query_y=episode.query_y[:1])
-        assert torch.allclose(query_loss(one, w_grad, learner, cI)[1], logits[:1], rtol=1e-9)
-    assert all(
-        (norm.running_mean == 0).all() and (norm.running_var == 1).all() for norm in norms(wo_grad)
-    )
+        for weights in (meta.metalstm.WF, meta.metalstm.WI):
+            weights.zero_()
+        meta.metalstm.bF.fill_(50)
+        meta.metalstm.bI.fill_(math.log(0.5 / (1 - 0.5)))
+        meta.metalstm.cI.normal_()
+    flat = meta.metalstm.cI.detach().numpy()[:, 0].copy()
+    y = torch.arange(3).repeat_interleave(2)
+    x = torch.randn(6, 7, dtype=torch.float64)
+    order = torch.stack([torch.randperm(6) for _ in range(3)])
+    found, losses = adapt(Episode(x, y, x, y, order), head, meta, batch_size)
+    expected = []
+    for images, labels in minibatches(Episode(x, y, x, y, order), batch_size):
+        images, labels = images.numpy(), np.eye(3)[labels]
+        logits = images @ flat[:21].reshape(3, 7).T + flat[21:]
+        p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        expected.append(-np.log((p * labels).sum(axis=1)).mean())
+        wrong = (p - labels) / len(images)
+        gradient = np.concatenate(((wrong.T @ images).reshape(-1), wrong.sum(axis=0)))
+        flat -= 0.5 * gradient / len(images)
+    assert np.allclose(torch.stack(losses), expected, rtol=1e-9)
+    assert np.allclose(found.detach().numpy()[:, 0], flat, rtol=1e-9)
 
 
 def norms(learner):
@@ -226,12 +184,12 @@ def test_a_validation_leaves_training_as_it_was(way, master):
         "n_workers": 1,
         "data_root": str(master),
     }
-    args = settle({**given, "cpu": True, "plain": way == "plain"}, parse([])[1])
-    chosen = choose(args)
-    val_set = dataset(args, chosen, scan_split(args.data_root, "val"), 3)
+    args = resolve({**given, "cpu": True, "plain": way == "plain"})
+    backend = select_backend(args)
+    val_set = dataset(args, backend, scan_split(args.data_root, "val"), 3)
     episode, w_grad, wo_grad, meta = make(way)
     optimizer = torch.optim.Adam(meta.parameters(), fused=way == "fast")
-    evaluate = Evaluator(args, chosen, (w_grad, wo_grad), meta)
+    evaluate = Evaluator(args, backend, Model(w_grad, wo_grad, meta))
     train_episode(episode, w_grad, wo_grad, meta, optimizer, 100, 0.25)
     states, original = [], meta.forward
     meta.forward = lambda *inputs: states.append(original(*inputs)) or states[-1]

@@ -19,7 +19,7 @@ from tools.predict import predict
 from tools.trace import NAME, QUANTILES, read_trace, write_trace
 from utils import UserError
 
-SMALL = "--cpu --image-size 16 --n-class 3 --n-shot 1 --n-eval 2 --epoch 2 --n-workers 0".split()
+SMALL = "--cpu --image-size 16 --n-class 3 --n-shot 1 --n-eval 2 --epoch 2 --n-workers 0"
 
 
 def make_model(backend):
@@ -35,7 +35,7 @@ def traced(master, tmp_path_factory):
     """A run folder with metrics and a trace."""
     folder = tmp_path_factory.mktemp("traced") / "run"
     folder.mkdir()
-    args = resolve(parse([*SMALL, "--data-root", str(master)]))
+    args = resolve(parse([*SMALL.split(), "--data-root", str(master)]))
     backend = select_backend(args)
     val_set = dataset(args, backend, scan_split(master, "val"), 4)
     write_trace(folder, val_set, make_model(backend), 25, backend.device)
@@ -105,7 +105,7 @@ def photographs(master, tmp_path):
 
 
 def answers(place, master, *flags, out="answer"):
-    argv = [*SMALL, "--mode", "predict", "--support", str(place / "support"), "--query"]
+    argv = [*SMALL.split(), "--mode", "predict", "--support", str(place / "support"), "--query"]
     argv += [str(master / "test" / "test class 1"), "--out", str(place / out), *flags]
     args = resolve(parse(argv))
     backend = select_backend(args)
