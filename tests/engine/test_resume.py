@@ -28,7 +28,7 @@ from fast import images
 from utils import UserError
 
 LAST = "meta-learner-last.pth.tar"
-LONG = {"episode": 24, "val_freq": 8}
+LONG = {"episode": 12, "val_freq": 4}
 ALWAYS = ("--resume", "auto", "--save-minutes", "0")  # a snapshot after each episode
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 slow = pytest.mark.slow
@@ -123,7 +123,7 @@ INSTANTS = {
     "writing a snapshot": (torch, "save", 5),
     "metrics": (logger, "_append", 9),
     "first validation": (evaluation, "evaluate_episode", 2),
-    "end of a validation": (run, "summary", 17),
+    "end of a validation": (run, "summary", 9),
     "decoding": (images, "_decode", 30),
 }
 RARE = {
@@ -214,7 +214,7 @@ def test_a_terminal_that_goes_away_costs_no_episode(data, tmp_path, undisturbed,
     process = subprocess.Popen(command_line(data, save), env=ONE_THREAD, **streams)
     os.close(its)
     seen = b""
-    while b"/24] loss" not in seen:
+    while b"/12] loss" not in seen:
         seen += os.read(ours, 1000)
     os.close(ours)
     assert process.wait(300) == (0 if hang_up == signal.SIG_IGN else 128 + signal.SIGHUP)
