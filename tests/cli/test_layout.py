@@ -109,7 +109,7 @@ def test_main_is_short():
 
 OLD = {"around", "Way", "settle", "judge", "lanes", "Lanes", "Lost", "Agreed", "ALONE", "Captured"}
 OLD |= {"to_adapt", "Classifier", "say_done", "checkpoint_of", "OLD_FINGERPRINT"}
-OLD |= {"OLDER", "RETIRED", "recorded", "averaging", "recognise", "unpickle", "cellar", "WAYS"}
+OLD |= {"OLDER", "RETIRED", "averaging", "recognise", "unpickle", "cellar"}
 
 
 def identifiers(tree):
