@@ -37,7 +37,7 @@ from engine.model import Model
 from engine.parallel import make_train_step
 from engine.run import Run
 from episode import learned
-from tools import export, plots, predict, results, tables, trace
+from tools import export, plots, predict, report, results, tables, trace
 
 
 def build(args: argparse.Namespace, backend: Backend) -> Model:
@@ -110,7 +110,7 @@ def test(cli_args: dict[str, object], ranks: Ranks) -> None:
         print(note)
     tests = run_test(args, backend, model, trained_on or args.n_shot, ranks)
     if ranks.rank == 0:
-        results.record(path, args, checkpoint, tests, backend.device, ranks.size)
+        report.record(path, args, checkpoint, tests, backend.device, ranks.size)
 
 
 def answer(cli_args: dict[str, object], ranks: Ranks) -> None:

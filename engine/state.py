@@ -37,6 +37,8 @@ class TrainingState:
         """
         best, run = content.get("best"), content.get("run", {})
         state = cls(episode=content["episode"], best=best, **run)
+        if run and run.keys() != state.to_checkpoint()["run"].keys():
+            raise KeyError("a part of the run's state")
         counts = [state.validated, state.skipped_in_a_row, state.asked_for]
         counts += state.logs_end_at.values()
         numbers = [*state.losses, *state.accuracies, *state.skipped]

@@ -7,12 +7,9 @@ import contextlib
 import json
 from pathlib import Path
 
-import torch
-
 from engine import checkpoint as checkpoints
 from engine.checkpoint import LAST
 from engine.flags import spelled
-from engine.provenance import provenance
 from tools.metrics import read_metrics
 from utils import UserError, atomic_write, file_lock
 
@@ -43,30 +40,6 @@ def contradiction_notes(args: argparse.Namespace, checkpoint: dict) -> list[str]
         f"note: tested with {spelled(k)} {value}, but trained with {stored[k]}"
         for k, value in contradictions(args, stored).items()
     ]
-
-
-def record(
-    path: Path,
-    args: argparse.Namespace,
-    checkpoint: dict,
-    tests: list[dict],
-    device: torch.device,
-    n_processes: int,
-) -> None:
-    """Keep tests of a run's checkpoint in the run's folder, and print and draw them.
-
-    A checkpoint at another place than a run's ``ckpts/`` has no folder for them.
-    """
-    from tools import plots, tables  # which read what this module writes
-
-    if path.resolve().parent.name != "ckpts":
-        return
-    folder = path.resolve().parent.parent
-    about = provenance(device, n_processes)
-    written = write_results(folder, args, checkpoint, tests, about)
-    print(f"written to {written}\n\n{tables.tables([folder])}")
-    if args.plots and (folder / "plots").is_dir():
-        plots.draw(folder, "histogram")
 
 
 def write_results(

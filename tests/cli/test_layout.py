@@ -1,39 +1,37 @@
-"""The house's rule: the root is the paper in plain PyTorch, fast/ is the same, faster, and around/
-is everything else. Imports run one way, main -> around -> fast -> the root's four -> utils, and
-without fast/ everything still works.
+"""The rules of the packages: main -> tools, baselines -> engine -> fast -> the root; without fast/
+everything works.
 """
 
 import ast
 import importlib.util
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL, assert_same, metrics, run_test, succeeded, tensors, train
 
-import main
-from engine.backend import choose
-from engine.flags import parse, settle
+import learner
+import metalearner
+from engine import flags
+from engine.backend import select_backend
 from utils import UserError
 
-FOUR = {"learner", "metalearner", "episode", "dataloader"}
-PACKAGES = ("fast", "around")
+FLOORS = dict.fromkeys(("learner", "metalearner", "episode", "dataloader"), 1)
+FLOORS |= {"utils": 0, "fast": 2, "engine": 3, "tools": 4, "baselines": 4, "main": 5}
+PACKAGES = ("fast", "engine", "tools", "baselines")
 
 
 def modules():
     """Our modules by dotted name."""
-    files = [
-        *ROOT.glob("*.py"),
-        *(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")),
-    ]
-    return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-        for path in files
-    }
+    files = [*ROOT.glob("*.py"), *(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
+    return dict(zip((name.removesuffix(".__init__") for name in names), files, strict=True))
 
 
 def imported(path, known):
@@ -58,174 +56,150 @@ def graph():
 
 
 def floor(name):
-    """From the cellar to the roof."""
-    package = name.split(".")[0]
-    return (
-        0
-        if package == "utils"
-        else 1
-        if package in FOUR
-        else {"fast": 2, "around": 3, "main": 4}[package]
-    )
+    """The height of a module's package."""
+    return FLOORS[name.split(".")[0]]
+
+
+def tracked(*patterns):
+    """Files that git knows."""
+    listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True)
+    if listed.returncode:
+        pytest.skip("not a git repository")
+    return [ROOT / os.fsdecode(name) for name in listed.stdout.splitlines()]
+
+
+# ---- Imports ----
 
 
 def test_the_root_holds_six_modules():
-    assert {path.stem for path in ROOT.glob("*.py")} == {"main", "utils", *FOUR}
+    assert {path.stem for path in ROOT.glob("*.py")} == FLOORS.keys() - set(PACKAGES)
 
 
 def test_imports_run_one_way():
     arrows = {(name, other) for name, others in graph().items() for other in others}
-    assert {(name, other) for name, other in arrows if floor(other) > floor(name)} == set()
-    assert not {other for name, other in arrows if name == "utils"}
-    assert not {(name, other) for name, other in arrows if other == "main"}
-    some = {
-        ("main", "engine.run"),
-        ("engine.backend", "fast.learner"),
-        ("fast.learner", "learner"),
-        ("dataloader", "episode"),
-    }
-    assert some <= arrows  # they are seen
-
-
-def test_one_module_alone_chooses_the_fast_way():
-    above = {name: others for name, others in graph().items() if floor(name) > 2}
-    assert {
-        name for name, others in above.items() if any(floor(other) == 2 for other in others)
-    } == {"engine.backend"}
+    assert {(a, b) for a, b in arrows if floor(b) > floor(a)} == set()
+    assert not {(a, b) for a, b in arrows if a == "utils" or b == "main"}
+    sides = {(a, b) for a, b in arrows if {a.split(".")[0], b.split(".")[0]} == {*PACKAGES[2:]}}
+    assert sides == set()  # neither of tools and baselines needs the other
+    assert {a for a, b in arrows if floor(b) == 2 < floor(a)} == {"engine.backend"}
+    assert {("engine.backend", "fast.learner"), ("main", "engine.run")} <= arrows  # they are seen
 
 
 def test_no_module_imports_itself_through_others():
     reached = {name: set(others) for name, others in graph().items()}
     for _ in reached:
-        reached = {
-            name: others.union(*(reached[other] for other in others))
-            for name, others in reached.items()
-        }
+        reached = {a: bs.union(*(reached[b] for b in bs)) for a, bs in reached.items()}
     assert {name for name, others in reached.items() if name in others} == set()
 
 
-def test_utils_needs_the_standard_library_only():
-    assert imported(ROOT / "utils.py", modules().keys()) <= sys.stdlib_module_names
+def test_what_needs_the_standard_library_only():
+    known = modules()
+    assert imported(ROOT / "utils.py", known.keys()) <= sys.stdlib_module_names
+    ours = {"utils"}  # --help does not wait for PyTorch
+    assert imported(ROOT / "engine" / "flags.py", known.keys()) <= sys.stdlib_module_names | ours
+    assert flags.MIN_IMAGE_SIZE == learner.MIN_IMAGE_SIZE
+    assert flags.INPUT_SIZE == metalearner.INPUT_SIZE
 
 
-def test_the_checks_above_see_an_import_in_a_function(tmp_path):
-    path = tmp_path / "x.py"
-    path.write_text(
-        "def f():\n    from fast import native, no_module\n    import engine.run, os.path\n"
-    )
-    assert imported(path, modules().keys()) == {"fast.native", "engine.run", "os"}
+def test_main_is_short():
+    assert len((ROOT / "main.py").read_text().splitlines()) <= 170
+
+
+# ---- Words ----
+
+OLD = {"around", "Way", "settle", "judge", "lanes", "Lanes", "Lost", "Agreed", "ALONE", "Captured"}
+OLD |= {"to_adapt", "Classifier", "say_done", "checkpoint_of", "OLD_FINGERPRINT"}
+OLD |= {"OLDER", "RETIRED", "averaging", "recognise", "unpickle", "cellar"}
+
+
+def identifiers(tree):
+    """Names in a syntax tree, those of modules and keyword arguments included."""
+    for node in ast.walk(tree):
+        for field in ("id", "attr", "arg", "name", "module"):
+            value = getattr(node, field, None)
+            if isinstance(value, str):
+                yield from value.split(".")
+
+
+def test_no_identifier_is_an_old_word():
+    found = {}
+    for path in tracked("*.py"):
+        if path.exists() and (words := OLD & set(identifiers(ast.parse(path.read_text())))):
+            found[str(path.relative_to(ROOT))] = words
+    assert found == {}
+
+
+def test_each_flag_is_read_somewhere():
+    read = set()
+    for path in tracked("main.py", "engine", "tools", "baselines"):
+        if path.suffix == ".py" and path.exists():
+            tree = ast.parse(path.read_text())
+            read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            if path.name != "flags.py":
+                read |= {node.value for node in ast.walk(tree) if type(node) is ast.Constant}
+    assert flags.DEFAULTS.keys() - read == set()
+
+
+def commands():
+    """The commands of the README's blocks of code, without comments."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL):
+        for line in block.splitlines():
+            if words := shlex.split(line, comments=True):
+                yield words
+
+
+def test_the_commands_of_the_readme_exist():
+    assert len(list(commands())) > 5
+    for words in commands():
+        if words[0] in ("bash", "sbatch", "python") and not words[1].startswith("-"):
+            assert (ROOT / words[1]).is_file(), words
+        own = words[1:2] == ["main.py"] or re.match(r"scripts/(train|eval|pretrain)", words[1])
+        if own and "--help" not in words:
+            flags.check(words[2:])
 
 
 # ---- Without fast/ ----
 
-SMALL = [
-    "--cpu",
-    "--image-size",
-    "16",
-    "--n-class",
-    "3",
-    "--n-shot",
-    "1",
-    "--n-eval",
-    "2",
-    "--epoch",
-    "2",
-]
-SMALL += [
-    "--hidden-size",
-    "4",
-    "--log-freq",
-    "1",
-    "--val-freq",
-    "2",
-    "--episode-val",
-    "2",
-    "--n-workers",
-    "0",
-]
-SMALL += ["--plots", "false"]
-TEST = ["--mode", "test", "--cpu", "--episode-test", "3", "--n-workers", "0"]
 
-
-@pytest.fixture(scope="module")
-def without_fast(tmp_path_factory):
-    """A copy of the repository's code without fast/."""
-    place = tmp_path_factory.mktemp("without fast")
+@pytest.mark.slow
+def test_without_fast_all_works_and_is_what_plain_gives(master, tmp_path):
+    """Training, resuming and testing: the same numbers, bit for bit."""
+    place = tmp_path / "without fast"
+    place.mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, place)
-    for folder in ("around", "data/splits"):
+    for folder in ("engine", "tools", "baselines", "data/splits"):
         shutil.copytree(ROOT / folder, place / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    return place
-
-
-def results(folder):
-    """What a run leaves, without what depends on the clock or the place."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    lines = [{k: v for k, v in line.items() if k != "time"} for line in lines]
-    checkpoint = torch.load(folder / "ckpts" / "meta-learner-last.pth.tar", weights_only=True)
-    tests = json.loads((folder / "results.json").read_text())["tests"]
-    tests = [{k: v for k, v in test.items() if k != "about"} for test in tests]
-    known = [checkpoint[name] for name in ("hyper_parameters", "metalearner", "optim")]
-    return lines, tests, checkpoint["run"]["data"], *known
-
-
-def test_without_fast_all_works_and_is_what_plain_gives(
-    master, without_fast, tmp_path, monkeypatch, capsys
-):
-    """Training, resuming and testing: the same numbers, bit for bit."""
-    train = ["--mode", "train", "--data-root", str(master), *SMALL]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-
-    def in_the_copy(*argv):
-        command = [sys.executable, str(without_fast / "main.py"), *argv]
-        how = {
-            "cwd": without_fast,
-            "env": environment,
-            "capture_output": True,
-            "text": True,
-            "timeout": 120,
-        }
-        done = subprocess.run(command, check=False, **how)
-        assert done.returncode == 0, done.stderr
-        assert "plain PyTorch (there is no folder fast/)" in done.stdout
-        return done.stdout
-
-    in_the_copy(*train, "--episode", "2")
-    assert "resuming after episode 2 of 4" in in_the_copy(
-        *train, "--episode", "4", "--resume", "auto"
+    (place / "start.py").write_text(
+        "import json, sys, main\nassert not any(map(main.main, json.loads(sys.argv[1])))\n"
     )
-    in_the_copy(*TEST)
-    monkeypatch.chdir(tmp_path)
-    assert main.run([*train, "--episode", "4", "--plain"]) == 0
-    assert main.run([*TEST, "--plain"]) == 0
-    assert capsys.readouterr().out.count("plain PyTorch (--plain)") == 2
-    *here, weights, adam = results(tmp_path / "logs-719")
-    *there, other_weights, other_adam = results(without_fast / "logs-719")
+    words = ["--data-root", str(master), "--val-freq", "2", "--episode-val", "2", *SMALL]
+    begin, resume = ["--episode", "2"], ["--episode", "4", "--resume", "auto"]
+    test = ["--mode", "test", "--cpu", "--episode-test", "3", "--n-workers", "0"]
+    argv = json.dumps([words + begin, words + resume, test])
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "start.py", argv]
+    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=300)
+    assert succeeded(done).count("plain PyTorch") == 3
+    succeeded(train(master, tmp_path / "logs", "--plain"))
+    succeeded(run_test(master, tmp_path / "logs", "--plain", "--episode-test", 3))
+    assert metrics(place / "logs") == metrics(tmp_path / "logs")
+    assert_same(tensors(place / "logs"), tensors(tmp_path / "logs"))
+    paths = [where / "logs-719" / "results.json" for where in (place, tmp_path)]
+    here, there = (json.loads(path.read_text())["tests"][0]["accuracies"] for path in paths)
     assert here == there
-    assert len(here[0]) == 4 + 2
-    assert weights.keys() == other_weights.keys()
-    assert all(torch.equal(value, other_weights[name]) for name, value in weights.items())
-    moments = [
-        [t for state in optim["state"].values() for t in state.values()]
-        for optim in (adam, other_adam)
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("plain", "why"),
-    [(True, "which --plain leaves out"), (False, "but there is no folder fast/")],
-    ids=["plain", "no folder"],
-)
-def test_without_fast_bfloat16_is_refused(monkeypatch, plain, why):
+@pytest.mark.parametrize("plain", [True, False], ids=["--plain", "no folder"])
+def test_without_fast_bfloat16_is_refused(monkeypatch, plain):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    args = settle({"cpu": True, "precision": "bf16", "plain": plain}, parse([])[1])
-    with pytest.raises(
-        UserError, match=f"--precision bf16: needs fast/, {why}; give --precision fp32"
-    ):
-        choose(args)
+    args = flags.resolve({"cpu": True, "precision": "bf16", "plain": plain})
+    with pytest.raises(UserError, match="--precision bf16"):
+        select_backend(args)
 
 
+@pytest.mark.slow
 def test_without_triton_fast_works():
     """As with PyTorch for a CPU alone, which does not bring it."""
     code = (
@@ -234,64 +208,17 @@ def test_without_triton_fast_works():
         "assert not gpu.works(None, None, 0, torch.ones(1), None)\n"
         "print(*learner.FastConv4(16, 1e-3, 0.9, 3)(torch.ones(2, 3, 16, 16)).shape)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert (done.stdout, done.returncode) == ("2 3\n", 0), done.stderr
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert succeeded(done) == "2 3\n"
 
 
-def test_plain_decodes_nothing_in_advance(data, tmp_path):
-    flags = [
-        "--mode",
-        "train",
-        "--data-root",
-        str(data),
-        *SMALL,
-        "--episode",
-        "1",
-        "--save",
-        str(tmp_path / "logs"),
-    ]
-    assert main.run([*flags, "--plain"]) == 0
-    assert sorted(path.name for path in data.iterdir()) == ["test", "train", "val"]
-
-
-def test_a_run_can_change_its_way(master, tmp_path):
-    """A checkpoint knows nothing of plain or fast: begun with one, continued with the other, equal
-    to rounding.
-    """
-    found = {}
-    for first, second in (("plain", "fast"), ("fast", "plain"), ("plain", "plain")):
-        flags = [
-            "--mode",
-            "train",
-            "--data-root",
-            str(master),
-            *SMALL,
-            "--save",
-            str(tmp_path / f"{first}-{second}"),
-        ]
-        for n, way in ((1, first), (2, second)):
-            assert (
-                main.run(
-                    [
-                        *flags,
-                        "--episode",
-                        str(n),
-                        "--resume",
-                        "auto",
-                        *(["--plain"] if way == "plain" else []),
-                    ]
-                )
-                == 0
-            )
-        lines = (tmp_path / f"{first}-{second}-719" / "metrics.jsonl").read_text().splitlines()
-        found[first, second] = [e["loss"] for e in map(json.loads, lines) if e["event"] == "train"]
-    assert all(
-        losses == pytest.approx(found["plain", "plain"], rel=0.02) for losses in found.values()
-    )
+@pytest.mark.parametrize("order", [("--plain", "--cpu"), ("--cpu", "--plain")])
+def test_a_run_can_change_its_backend(master, tmp_path, order):
+    """A checkpoint knows nothing of it; the numbers are equal to rounding."""
+    for save, backends in (("a", order), ("b", ("--plain", "--plain"))):
+        for n, backend in enumerate(backends, start=1):
+            done = train(master, tmp_path / save, backend, "--resume", "auto", episode=n)
+            succeeded(done)
+    here, there = ([m["loss"] for m in metrics(tmp_path / s, "train")] for s in "ab")
+    assert here == pytest.approx(there, rel=0.02)
