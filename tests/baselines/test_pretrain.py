@@ -176,6 +176,8 @@ def test_its_backbone_is_the_pretrained_network(pretrained, head, master):
     expected = {k: v for k, v in learner.state_dict().items() if not k.startswith("cls.")}
     assert expected.keys() == backbone.keys()
     for name, value in expected.items():
+        if name.endswith("num_batches_tracked"):
+            continue
         close = {"rtol": 0.05, "atol": 0.05} if "running" in name else {}  # grey levels are whole
         assert torch.allclose(backbone[name].float(), value.float(), **close), name
 

@@ -141,7 +141,7 @@ def test_two_and_three_ranks_give_the_bits_of_one(master, short, tmp_path):
     assert metrics(save) == metrics(short)
     argv = f"--mode test --data-root {master} --save {save} --episode-test 4 7 --cpu --n-workers 0"
     assert together(tmp_path / "t", 3, lambda rank: argv.split())[0] == [0, 0, 0]
-    assert results_of(save) == tests_of(short)
+    assert results_of(save) == results_of(short)
 
 
 @slow
@@ -152,7 +152,7 @@ def test_torchrun_gives_the_bits_of_one(master, short, tmp_path):
     assert_as_alone(save, short)
     test = f"--mode test --data-root {master} --save {save} --episode-test 4 7 --cpu --n-workers 0"
     succeeded(completed(torchrun(2, test.split())))
-    assert results_of(save) == tests_of(short)
+    assert results_of(save) == results_of(short)
 
 
 def test_fewer_episodes_than_ranks(master, tmp_path):
