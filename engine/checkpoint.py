@@ -204,7 +204,7 @@ def load_init(model: Model, content: dict, path: Path) -> None:
     for name, tensor in learner.state_dict().items():
         stored = network[name] if name.startswith("cls.") and name in network else tensor
         # a classifier of the same features, but of another number of classes
-        if stored.shape[1:] == tensor.shape[1:] and len(stored) != len(tensor):
+        if stored.shape[:1] != tensor.shape[:1] and stored.shape[1:] == tensor.shape[1:]:
             network[name] = torch.zeros_like(tensor)
     load_weights({"network": learner}, {"network": network}, path)
     model.metalearner.metalstm.init_cI(learner.get_flat_params())
