@@ -202,9 +202,9 @@ def load_init(model: Model, content: dict, path: Path) -> None:
         return
     learner, network = model.learner_w_grad, dict(content["network"])
     for name, tensor in learner.state_dict().items():
-        # a classifier of the same features, but of other classes
-        if name.startswith("cls.") and name in network:
-            if network[name].shape[1:] == tensor.shape[1:] and len(network[name]) != len(tensor):
-                network[name] = torch.zeros_like(tensor)
+        stored = network[name] if name.startswith("cls.") and name in network else tensor
+        # a classifier of the same features, but of another number of classes
+        if stored.shape[:1] != tensor.shape[:1] and stored.shape[1:] == tensor.shape[1:]:
+            network[name] = torch.zeros_like(tensor)
     load_weights({"network": learner}, {"network": network}, path)
     model.metalearner.metalstm.init_cI(learner.get_flat_params())

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, metrics, run_cli, succeeded
+from conftest import ROOT, WAYS, metrics, run_cli, succeeded
 from PIL import Image
 
 N_EPISODE = 80
@@ -42,6 +42,7 @@ def learn(root, save, *flags):
     return train[:, 0], train[:, 1], next(e for e in events if e["event"] == "val")
 
 
+@pytest.mark.parametrize("way", [pytest.param("plain", marks=pytest.mark.slow), *WAYS[1:]])
 def test_the_loss_falls_and_the_accuracy_rises(way, colours, tmp_path):
     """New classes of colours are learned from one image each: better from episode to episode, and
     with classes never seen.
