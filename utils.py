@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import math
 import os
 import secrets
@@ -103,10 +104,16 @@ def print_error(error: object) -> int:
 
 
 def missing_package(*packages: str) -> str | None:
-    """The first package, of these and of those that they import, that is not installed."""
+    """The first package, of these and of those that they import, that is not installed.
+
+    torchvision is looked for but not imported, since that takes a second and fast/ does without.
+    """
     try:
         for package in packages:
-            importlib.import_module(package)
+            if package != "torchvision":
+                importlib.import_module(package)
+            elif importlib.util.find_spec(package) is None:
+                return package
     except ModuleNotFoundError as error:
         return error.name
     return None
