@@ -13,7 +13,10 @@ if [ "${1-}" = --write ]; then
   [ -f "$file" ] || fail "--write $file: no such file"
   shift 2
 fi
-[ $# -gt 0 ] || set -- "$ROOT"/results/*/
+if [ $# = 0 ]; then # all tested runs of results/
+  set -- "$ROOT"/results/*/results.json
+  set -- "${@%/results.json}"
+fi
 [ -n "$file" ] || exec "$PYTHON" "$ROOT/main.py" --mode results --runs "$@"
 tables=$("$PYTHON" "$ROOT/main.py" --mode results --runs "$@")
 "$PYTHON" -c 'import pathlib, re, sys
