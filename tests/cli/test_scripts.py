@@ -302,6 +302,8 @@ def test_results_are_written_between_two_markers(repository, tmp_path):
     log = stub(repository, then="print('| a \\\\1 |\\n| b |')\n")
     environment(tmp_path / "active")
     (repository / "results" / "a-719").mkdir(parents=True)
+    (repository / "results" / "a-719" / "results.json").touch()
+    (repository / "results" / "trials").mkdir()  # not tested
     page, script = tmp_path / "page.md", repository / "scripts" / "results.sh"
     page.write_text(f"before\n{TABLES}after\n")
     active = {"VIRTUAL_ENV": str(tmp_path / "active")}
@@ -310,7 +312,7 @@ def test_results_are_written_between_two_markers(repository, tmp_path):
     written = TABLES.replace("old", "| a \\1 |\n| b |")
     assert page.read_text() == f"before\n{written}after\n"
     argv = log.read_text().rstrip("\n").split("\t")[1:]
-    assert argv == ["--mode", "results", "--runs", f"{repository}/results/a-719/"]
+    assert argv == ["--mode", "results", "--runs", f"{repository}/results/a-719"]
     assert bash(script, "--write", "page.md", cwd=tmp_path, **active).returncode == 0
     assert page.read_text() == f"before\n{written}after\n"
     page.write_text("no markers")
