@@ -281,3 +281,35 @@ def test_evaluation_squashes(master):
     path = scan_split(master, "val").files[0][0]
     a, b = (to_input([eval_image(load_image(path), 16, how)], "unit") for how in ("flip", "none"))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_are_white(tmp_path, mode):
+    """Whatever colour lies under them."""
+    images = []
+    for k, hidden in enumerate((10, 200)):
+        pixels = np.full((4, 4, 4), 60, dtype=np.uint8)
+        pixels[..., 3] = 255
+        pixels[:2] = (hidden, hidden, hidden, 0)
+        image = Image.fromarray(pixels)
+        image = image.quantize(4) if mode == "P" else image.convert(mode)
+        image.save(tmp_path / f"{k}.png")
+        images.append(np.asarray(load_image(tmp_path / f"{k}.png")))
+    assert (images[0] == images[1]).all()
+    assert images[0][0, 0].tolist() == [255, 255, 255]
+
+
+def test_depths_are_scaled_or_refused(tmp_path):
+    ramp = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
+    for name, values in (("float.tif", ramp), ("int.tif", (ramp * 65535).astype(np.int32))):
+        Image.fromarray(values).save(tmp_path / name)
+        pixels = np.asarray(load_image(tmp_path / name))
+        assert (pixels[0, 0, 0], pixels[3, 3, 0]) == (0, 255)
+    Image.fromarray(ramp * 9).save(tmp_path / "wide.tif")
+    with pytest.raises(UserError, match=r"wide\.tif"):
+        load_image(tmp_path / "wide.tif")
+
+
+def test_a_damaged_exif_block_is_ignored(tmp_path):
+    Image.new("RGB", (4, 6), "red").save(tmp_path / "a.jpg", exif=b"Exif\0\0garbage!")
+    assert load_image(tmp_path / "a.jpg").size == (4, 6)
