@@ -28,7 +28,7 @@ if name := missing_package("torch", "torchvision", "PIL", "tqdm", "numpy"):
 from baselines.linear_head import build_linear_head, initialise
 from baselines.pretrain import pretrain
 from dataloader import check_splits, scan_split
-from engine.backend import Backend, adam, dataset, make_reproducible, select_backend
+from engine.backend import Backend, adam, dataset, make_learner, make_metalearner, select_backend
 from engine.checkpoint import load_for_test, load_weights
 from engine.distributed import Ranks
 from engine.evaluation import Evaluator, run_test
@@ -44,15 +44,10 @@ def build(args: argparse.Namespace, backend: Backend) -> Model:
     """Line 1 of algorithm 1: the learner pair; the meta-learner, whose cI starts as theirs."""
     if args.method == "linear-head":
         return build_linear_head(args, backend)
-    make_reproducible(args.seed)
-    shape = (args.image_size, args.bn_eps, args.bn_momentum, args.n_class, args.bn_scale)
-    learner_w_grad = backend.learner(*shape, args.filters).to(backend.device)
+    learner_w_grad = make_learner(args, backend)
     learner_wo_grad = copy.deepcopy(learner_w_grad)
-    ranges = (tuple(args.bi_init), tuple(args.bf_init))
-    sizes = (args.input_size, args.hidden_size, learner_w_grad.size())
-    metalearner = backend.metalearner(*sizes, *ranges, args.lstm_init, args.grad_divisor)
-    metalearner.metalstm.init_cI(learner_w_grad.get_flat_params())
-    return Model(learner_w_grad, learner_wo_grad, metalearner.to(backend.device))
+    metalearner = make_metalearner(args, backend, learner_w_grad)
+    return Model(learner_w_grad, learner_wo_grad, metalearner)
 
 
 def train(cli_args: dict[str, object], ranks: Ranks) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dataloader import EpisodeDataset, episodes
-from engine.backend import Backend, make_reproducible
+from engine.backend import Backend, make_learner, make_metalearner
 from engine.checkpoint import load_init, load_weights
 from engine.model import Model
 from learner import N_BLOCKS, FlatModule
@@ -41,16 +41,11 @@ class LinearHead(FlatModule):
 
 def build_linear_head(args: argparse.Namespace, backend: Backend) -> Model:
     """Make the pair of heads, their meta-learner, and a backbone with random weights."""
-    make_reproducible(args.seed)
-    shape = (args.image_size, args.bn_eps, args.bn_momentum, args.n_class, args.bn_scale)
-    backbone = backend.learner(*shape, args.filters)
+    backbone = make_learner(args, backend)
     head = LinearHead(backbone.cls.in_features, args.n_class).to(backend.device)
     backbone.cls = nn.Identity()
-    backbone = backbone.to(backend.device).eval().requires_grad_(False)
-    ranges = (tuple(args.bi_init), tuple(args.bf_init))
-    how = (*ranges, args.lstm_init, args.grad_divisor)
-    metalearner = backend.metalearner(args.input_size, args.hidden_size, head.size(), *how)
-    return Model(head, copy.deepcopy(head), metalearner.to(backend.device), backbone)
+    backbone.eval().requires_grad_(False)
+    return Model(head, copy.deepcopy(head), make_metalearner(args, backend, head), backbone)
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataloader import scan_split
-from engine.backend import adam, dataset, make_reproducible, select_backend
+from engine.backend import adam, dataset, make_learner, select_backend
 from engine.distributed import Ranks
-from engine.flags import resolve
+from engine.flags import resolve, spelled
 from engine.folder import RunFolder
 from engine.parallel import learning_rate
 from engine.run import Run
@@ -80,8 +80,7 @@ def pretrain(cli_args: dict[str, object], ranks: Ranks) -> None:
         raise UserError(f"--n-class {args.n_class}: --mode pretrain takes all {n_classes} classes")
     for flag, default in (("method", "lstm"), ("meta_batch", 1)):
         if getattr(args, flag) != default:
-            name = flag.replace("_", "-")
-            raise UserError(f"--{name} {getattr(args, flag)}: not for --mode pretrain")
+            raise UserError(f"{spelled(flag)} {getattr(args, flag)}: not for --mode pretrain")
     with RunFolder({**cli_args, "n_class": n_classes}, ranks) as folder:
         args = folder.args
         if folder.finished:
@@ -90,9 +89,7 @@ def pretrain(cli_args: dict[str, object], ranks: Ranks) -> None:
         backend = select_backend(args, ranks.local)
         print(f"{backend.description}\npre-training on {args.data_root}, into {folder.path}")
         train_set = dataset(args, backend, train_files, args.episode, in_order=True)
-        make_reproducible(args.seed)
-        shape = (args.image_size, args.bn_eps, args.bn_momentum, n_classes, args.bn_scale)
-        network = backend.learner(*shape, args.filters).to(backend.device)
+        network = make_learner(args, backend)
         optimizer = adam(args, backend, list(network.parameters()))
         train_step = backend.capture(
             lambda batch: pretrain_batch(batch, network, optimizer, args.grad_clip, backend.step),

@@ -116,6 +116,25 @@ def _fast(args: argparse.Namespace, device: torch.device, name: str) -> Backend:
     )
 
 
+def make_learner(args: argparse.Namespace, backend: Backend) -> FlatModule:
+    """Make the learner that the flags ask for, from their seed, on the device."""
+    make_reproducible(args.seed)
+    shape = (args.image_size, args.bn_eps, args.bn_momentum, args.n_class, args.bn_scale)
+    return backend.learner(*shape, args.filters).to(backend.device)
+
+
+def make_metalearner(
+    args: argparse.Namespace, backend: Backend, learner: FlatModule
+) -> MetaLearner:
+    """Make the meta-learner, whose cI starts as the learner's parameters, on the device."""
+    ranges = (tuple(args.bi_init), tuple(args.bf_init))
+    sizes = (args.input_size, args.hidden_size, learner.size())
+    metalearner = backend.metalearner(*sizes, *ranges, args.lstm_init, args.grad_divisor)
+    metalearner = metalearner.to(backend.device)
+    metalearner.metalstm.init_cI(learner.get_flat_params())
+    return metalearner
+
+
 def adam(args: argparse.Namespace, backend: Backend, parameters: list[Tensor]) -> torch.optim.Adam:
     """Make Adam with rate ``--lr``: a tensor if ``--lr-decay`` changes it, for a CUDA graph."""
     if not args.lr_decay:

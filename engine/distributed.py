@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from engine.flags import ROOT
+from engine.flags import ROOT, spelled
 from engine.process import end_with_parent
 from utils import UserError, print_error
 
@@ -215,9 +215,7 @@ class Ranks:
         """Check that all ranks run the same code with the same flags."""
         if self.size > 1:
             flags = {
-                f"--{name.replace('_', '-')}": value
-                for name, value in given.items()
-                if name not in PER_MACHINE
+                spelled(name): value for name, value in given.items() if name not in PER_MACHINE
             }
             processor = torch.backends.cpu.get_cpu_capability()
             versions = {
