@@ -62,6 +62,14 @@ def test_product(size, n_shot, update):
 
 
 @needs_kernels
+def test_a_product_with_zero_is_zero():
+    fast, _ = learners(20)
+    x, y, c = torch.randn(5, 3, 20, 20), torch.arange(5), fast.get_flat_params().unsqueeze(1)
+    _, grad, of_c = product(fast, x, y, c, torch.zeros_like(c))
+    assert torch.equal(of_c, torch.tensor(0.3) * grad)
+
+
+@needs_kernels
 def test_frozen_switches_are_obeyed_and_statistics_left_alone():
     fast, _ = learners(20)
     x, y = torch.randn(5, 3, 20, 20), torch.arange(5)
