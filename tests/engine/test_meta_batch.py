@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from conftest import (
-    WAYS,
+    BACKENDS,
     assert_same,
     make,
     metrics,
@@ -37,8 +37,8 @@ def moments(optimizer):
     return [t.clone() for state in optimizer.state.values() for t in state.values()]
 
 
-def test_it_is_the_gradient_of_the_mean_loss(way):
-    first, w_grad, wo_grad, meta = make(way, dtype=torch.float64)
+def test_it_is_the_gradient_of_the_mean_loss(backend):
+    first, w_grad, wo_grad, meta = make(backend, dtype=torch.float64)
     group = [first, new_episode(dtype=torch.float64), new_episode(dtype=torch.float64)]
     optimizer = torch.optim.SGD(meta.parameters(), lr=0)
     update_metalearner(*stacked(group, w_grad, wo_grad, meta), meta, optimizer, 1e6)
@@ -61,11 +61,11 @@ def test_it_is_the_gradient_of_the_mean_loss(way):
         assert torch.allclose(p.grad, theirs / 2, rtol=1e-4, atol=1e-12)
 
 
-def test_one_episode_an_update_is_train_episode(way):
-    episode, w_grad, wo_grad, meta = make(way)
+def test_one_episode_an_update_is_train_episode(backend):
+    episode, w_grad, wo_grad, meta = make(backend)
     optimizer = torch.optim.Adam(meta.parameters())
     update_metalearner(*stacked([episode], w_grad, wo_grad, meta), meta, optimizer, 0.25)
-    others = make(way)
+    others = make(backend)
     other = torch.optim.Adam(others[3].parameters())
     train_episode(*others, other, 100, 0.25)
     assert_same(list(meta.parameters()), list(others[3].parameters()))
@@ -73,10 +73,10 @@ def test_one_episode_an_update_is_train_episode(way):
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
-def test_an_update_is_skipped_if_one_episode_is_not_finite(way, broken):
-    episode, w_grad, wo_grad, meta = make(way)
-    optimizer = torch.optim.Adam(meta.parameters(), fused=way == "fast")
-    step = {"step": step_without_sync} if way == "fast" else {}
+def test_an_update_is_skipped_if_one_episode_is_not_finite(backend, broken):
+    episode, w_grad, wo_grad, meta = make(backend)
+    optimizer = torch.optim.Adam(meta.parameters(), fused=backend == "fast")
+    step = {"step": step_without_sync} if backend == "fast" else {}
     gradients, losses = stacked([episode, new_episode()], w_grad, wo_grad, meta)
     assert not update_metalearner(gradients, losses, meta, optimizer, 0.25, **step)
     before = [t.clone() for t in (*meta.parameters(), *moments(optimizer))]
@@ -117,8 +117,8 @@ def test_the_same_bits_on_any_number_of_cores(master, trained, tmp_path, n_threa
     assert_same(tensors(tmp_path / "logs"), tensors(trained))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_signal_waits_for_the_end_of_the_update(master, trained, tmp_path, monkeypatch, way):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_signal_waits_for_the_end_of_the_update(master, trained, tmp_path, monkeypatch, backend):
     """It comes in the second update's first episode; resumed, the run has the bits and logs of an
     undisturbed one, and plain PyTorch nearly so.
     """
@@ -131,11 +131,11 @@ def test_a_signal_waits_for_the_end_of_the_update(master, trained, tmp_path, mon
         return original(*args)
 
     monkeypatch.setattr(parallel, "meta_gradient", signalled)
-    flags = (*M2, "--resume", "auto", *(["--plain"] if way == "plain" else []))
+    flags = (*M2, "--resume", "auto", *(["--plain"] if backend == "plain" else []))
     assert train(master, save, *flags, **LONG).returncode == 128 + signal.SIGTERM
     assert tensors(save)["episode"] == 4
     succeeded(train(master, save, *flags, **LONG))
-    if way == "fast":
+    if backend == "fast":
         assert metrics(save) == metrics(trained)
         assert_same(tensors(save), tensors(trained))
     else:  # later ones drift apart: 16 px, whole grey levels or not

@@ -644,5 +644,5 @@ def test_cache_that_cannot_be_written(probe, tmp_path):
 )
 def test_slow_bf16_is_noted(monkeypatch, capability, precision, noted):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    way = select_backend(resolve({"cpu": True, "precision": precision}))
-    assert ("note: --precision bf16" in way.description) == noted
+    backend = select_backend(resolve({"cpu": True, "precision": precision}))
+    assert ("note: --precision bf16" in backend.description) == noted
