@@ -61,7 +61,7 @@ BACKENDS = tuple(LEARNERS)
 def pytest_configure(config):
     """Leave the GPU to ``pytest -m gpu``; one thread, since forks lose those of OpenMP."""
     if config.option.markexpr != "gpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["CUDA_VISIBLE_DEVICES"] = ONE_THREAD["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONE_THREAD, ROOT
+from conftest import ROOT
 from test_scripts import bash, environment, executable, one_line, repository  # noqa: F401
 
 from engine.flags import parse, resolve
@@ -187,7 +187,8 @@ real = pytest.mark.skipif(
 
 
 def begin(script, *flags, cwd, **env):
-    env = ONE_THREAD | {"VIRTUAL_ENV": sys.prefix, "PIP_NO_INDEX": "1"} | env
+    ours = {"VIRTUAL_ENV": sys.prefix, "PIP_NO_INDEX": "1", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **ours, **env}
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = ["bash", str(script), *flags]
     return subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **how)
@@ -204,9 +205,8 @@ def interrupted(process, folders, number):
     """Send a signal when all are at work: what was said, once nothing of it runs any more."""
     metrics = [folder / "metrics.jsonl" for folder in folders]
     wait_for(lambda: all(path.exists() and path.stat().st_size for path in metrics), process)
-    ours = [
-        n for n in children(process.pid) if b"main.py" in Path(f"/proc/{n}/cmdline").read_bytes()
-    ]
+    below = {n: Path(f"/proc/{n}/cmdline").read_text() for n in children(process.pid)}
+    ours = [n for n in below if "main.py" in below[n]]
     assert len(ours) >= len(folders)
     process.send_signal(number)
     _, err = ended(process, 128 + number)
