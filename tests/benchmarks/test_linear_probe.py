@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import photograph
-from helpers import linear_probe, table, train
+from conftest import photograph, succeeded, train
+from helpers import linear_probe, table
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
@@ -48,7 +48,8 @@ def classes(tmp_path):
 
 def test_a_table_of_runs(classes, tmp_path, capsys):
     save = tmp_path / "logs"
-    train(classes, save, "--lr", "1e-2", "--episode", "20", mode="pretrain")
+    flags = ("--n-class", "5", "--lr", "1e-2", "--episode", "20", "--mode", "pretrain")
+    succeeded(train(classes, save, *flags))
     flags = ["--data-root", classes, "--episodes", "5"]
     rows = table(linear_probe, capsys, f"{save}-719", *flags)
     keys = [(row["run"], row["shots"], row["shift"]) for row in rows]

@@ -142,7 +142,8 @@ def test_two_and_three_ranks_give_the_bits_of_one(master, short, tmp_path):
         argv = training(master, save, *M6, episode=episode, val_freq=12)
         codes, err = together(tmp_path / f"{n}", n, argv)
         assert (codes, err) == ([0] * n, "")
-    assert_as_alone(save, short)
+    assert_same(tensors(save), tensors(short))
+    assert metrics(save) == metrics(short)
     argv = f"--mode test --data-root {master} --save {save} --episode-test 4 7 --cpu --n-workers 0"
     assert together(tmp_path / "t", 3, argv.split())[0] == [0, 0, 0]
     assert results_of(save) == results_of(short)

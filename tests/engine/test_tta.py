@@ -38,6 +38,7 @@ def make_model(method, args):
     torch.manual_seed(0)
     if method == "linear-head":
         learner, backbone = LinearHead(48, 3), Pool()
+        nn.init.normal_(learner.cls.weight, std=0.1)
     else:
         learner, backbone = backend.learner(16, 1e-3, 0.95, 3), None
     meta = backend.metalearner(4, 4, learner.size(), (-2.0, -1.0))

@@ -32,9 +32,7 @@ def test_consecutive_episodes_in_float64(master, batch_size, length):
     [(42, 3), pytest.param(42, 20, marks=SLOW), pytest.param(84, 3, marks=SLOW)],
 )
 def test_single_episodes_in_float32(master, image_size, length):
-    """Each from the plain parameters, since rounding grows from episode to episode: in 20 episodes
-    in a row the two end 2e-3 to 3e-2 apart, and plain float32 3e-3 from plain float64.
-    """
+    """Each from the plain parameters: rounding grows to 2e-3 or 3e-2 in 20 episodes in a row."""
     plain, fast = (Model(w, image_size) for w in ("plain", "fast"))
     for episode in drawn(master, image_size, length):
         fast.meta.load_state_dict(plain.meta.state_dict())
