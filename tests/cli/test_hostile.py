@@ -256,7 +256,7 @@ def test_checkpoints(master, trained, tmp_path, name):
     content, path = alter(tensors(trained)), tmp_path / "bad.pth.tar"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     before = listing(tmp_path)
-    refused(train(master, tmp_path / "logs", "--resume", path), path, culprit)
+    refused(train(master, tmp_path / "logs", "--resume", path, episode=6), path, culprit)
     assert listing(tmp_path) == before
 
 
@@ -356,13 +356,10 @@ def test_a_path_that_is_no_text_an_ascii_console_and_no_home(master, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("redirection", "codes"), [(">&-", [0]), ("| head -n 1", [0, 141])])
-def test_an_output_that_nobody_reads(master, tmp_path, redirection, codes):
+def test_a_closed_output(master, tmp_path):
     command = shlex.join([sys.executable, f"{ROOT}/main.py", *training(master, "logs", episode=1)])
-    line = f"set -o pipefail; {command} {redirection}"
-    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode in codes
-    assert done.stderr == ""
+    done = subprocess.run(f"{command} >&-", shell=True, cwd=tmp_path, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.slow

@@ -100,8 +100,9 @@ def test_a_complete_active_environment_is_used_without_pip(repository, tmp_path,
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("line", ["nosuchpackage>=1", "numpy>=999", "-r more.txt"])
-@pytest.mark.parametrize("status", [0, 1])
+@pytest.mark.parametrize(
+    ("line", "status"), [("nosuchpackage>=1", 0), ("numpy>=999", 1), ("-r more.txt", 0)]
+)
 def test_an_active_environment_that_lacks_something(repository, tmp_path, line, status):
     (repository / "requirements.txt").write_text(f"pillow>=2\n{line}\n")
     (repository / "more.txt").write_text("nosuchpackage>=1\n")

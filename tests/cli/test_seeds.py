@@ -120,7 +120,6 @@ def test_another_recipe_with_its_own_folders(clone, given):
         (2, "5,3", (), "5 3 5"),
         (8, "GPU-a,GPU-b,GPU-c", (), "GPU-a GPU-b GPU-c"),
         (1, None, (), None),
-        (8, None, ("--cpu",), None),
         (8, None, ("--gpu", "1"), None),
     ],
 )
@@ -305,6 +304,7 @@ def test_several_gpus_share_the_episodes_of_an_update(clone, slurm, nodes, gpus)
     assert "--nodes=1 --ntasks=1" in calls_of(slurm)[-1]  # one process tests
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_recipe_as_so_many_ranks(clone, slurm):
     root, calls = clone
     environment(root.parent / "active")

@@ -30,15 +30,6 @@ def test_numbers_of_filters(backend, n_filters, size):
     assert learner.eval()(torch.randn(2, 3, 84, 84)).shape == (2, 5)
 
 
-def test_order_of_the_flat_vector(backend):
-    learner = LEARNERS[backend](**SHAPE)
-    names = [name for name, _ in learner.named_parameters()]
-    assert names[:4] == ["conv1.weight", "conv1.bias", "norm1.weight", "norm1.bias"]
-    assert names[-2:] == ["cls.weight", "cls.bias"]
-    expected = torch.cat([p.detach().reshape(-1) for p in learner.parameters()])
-    assert torch.equal(learner.get_flat_params(), expected)
-
-
 def test_scale_of_batch_normalisation_starts_as_in_the_earlier_codes(backend):
     uniform, one = LEARNERS[backend](**SHAPE), LEARNERS[backend](**SHAPE, bn_scale="one")
     scales = torch.cat([getattr(uniform, f"norm{b}").weight.detach() for b in (1, 2, 3, 4)])
@@ -98,17 +89,6 @@ def test_transferred_parameters_are_slices_of_the_cell_state(backend):
     assert torch.equal(wo_grad.get_flat_params(), cI.detach().squeeze(1))
     wo_grad.train()(torch.randn(4, 3, 21, 21)).sum().backward()
     assert cI.grad.abs().sum() > 0
-
-
-def test_reset_batch_stats(backend):
-    learner = LEARNERS[backend](**SHAPE).train()
-    learner(torch.randn(4, 3, 21, 21))
-    assert learner.norm4.running_mean.abs().sum() > 0
-    learner.reset_batch_stats()
-    for b in (1, 2, 3, 4):
-        norm = getattr(learner, f"norm{b}")
-        assert (norm.running_mean == 0).all()
-        assert (norm.running_var == 1).all()
 
 
 def test_what_does_not_fit_is_refused(backend):

@@ -35,33 +35,6 @@ def test_unwritable_place_is_one_line(tmp_path):
         Logger(tmp_path / "file" / "run", {})
 
 
-def test_log_and_metrics_go_on_where_they_were(tmp_path):
-    for k in range(2):
-        logger = Logger(tmp_path, {})
-        logger.info(f"line {k}")
-        logger.event("train", episode=k, loss=0.1)
-        logger.close()
-    console, events = ((tmp_path / name).read_text().splitlines() for name in Logger.NAMES)
-    assert [line.split(" ", 2)[2] for line in console] == ["line 0", "line 1"]
-    expected = [{"event": "train", "episode": k, "loss": 0.1} for k in range(2)]
-    assert [json.loads(line) for line in events] == expected
-
-
-def test_what_was_logged_beyond_a_snapshot_is_cut_off(tmp_path):
-    logger = Logger(tmp_path, {})
-    logger.info("kept")
-    at = logger.position()
-    logger.info("written by a process that was killed")
-    logger.event("train", episode=1)
-    logger.close()
-    Logger(tmp_path, at).close()
-    assert (tmp_path / "console.log").read_text().endswith(" kept\n")
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
-    (tmp_path / "console.log").write_text("")
-    with pytest.raises(UserError, match=r"console\.log: 0 bytes"):
-        Logger(tmp_path, at)
-
-
 def test_numbers_that_are_not_finite_are_null_in_json(tmp_path):
     logger = Logger(tmp_path, {})
     logger.event("train", loss=float("nan"), accuracy=float("inf"), episode=1)

@@ -30,7 +30,6 @@ from torch.distributed import TCPStore
 
 from engine import checkpoint, distributed, parallel
 from engine.backend import select_backend
-from engine.distributed import Ranks
 from engine.flags import parse, resolve
 from engine.folder import RunFolder
 from engine.run import Run
@@ -179,17 +178,6 @@ def test_plain_ranks_agree_too(master, tmp_path):
     assert metrics(tmp_path / "run2") == metrics(tmp_path / "run1")
 
 
-def test_one_process_needs_no_network():
-    alone = Ranks.started()
-    assert (alone.rank, alone.size, alone.local) == (0, 1, (0, 1))
-    rows = torch.zeros(2, 3)
-    assert alone.gather(rows) is rows
-    assert alone.exchange(7) == [7]
-    assert alone.largest(3, 0) == [3, 0]
-    alone.begin({})
-    assert not any("store" in name or "dist" in name for name in vars(alone))
-
-
 # ---- Ends ----
 
 
@@ -234,24 +222,6 @@ def test_a_rank_that_dies_takes_the_others_down(master, long, tmp_path):
     assert re.findall("^error: rank (\\d)", err, re.MULTILINE) == ["0"]
     assert 18 <= tensors(save)["episode"] < LONG["episode"]
     succeeded(run_cli(*command))
-    assert_as_alone(save, long)
-
-
-@slow
-def test_torchrun_starts_them_again(master, long, tmp_path):
-    """The second start reads nothing of the first, though torchrun keeps one store for both."""
-    save, command = tmp_path / "logs", training(master, tmp_path / "logs", *M6, **LONG)
-    launcher, first = begun(torchrun(2, command, "--max-restarts", "2", *PATIENT), save, 3)
-    log = Path(f"{save}-719", "metrics.jsonl")
-    os.kill(first[1], signal.SIGKILL)  # so rank 0 speaks
-    while len(second := workers(launcher)) < 2 or set(first) & set(second):
-        assert launcher.poll() is None
-        time.sleep(0.1)
-    wait_for(log, log.read_text().count("\n") + 3, launcher)
-    os.kill(second[0], signal.SIGKILL)  # so rank 1 does
-    _, err = launcher.communicate(timeout=600)
-    assert launcher.returncode == 0, err
-    assert re.findall("^error: rank (\\d)", err, re.MULTILINE) == ["0", "1"]
     assert_as_alone(save, long)
 
 

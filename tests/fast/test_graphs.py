@@ -169,7 +169,7 @@ def one_line(capsys):
 
 @pytest.mark.parametrize(
     ("batch_size", "conv_dtype"),
-    [(25, None), (6, None), pytest.param(4, torch.bfloat16, marks=SLOW)],
+    [(6, None), pytest.param(25, None, marks=SLOW), pytest.param(4, torch.bfloat16, marks=SLOW)],
 )
 def test_captured_episodes_match_eager_bits(device, batch_size, conv_dtype, capsys):
     """Training and testing by turns, from the warm-up into the replays."""
@@ -238,19 +238,6 @@ def test_graph_skips_a_nonfinite_update(device, at, capsys):
     assert not train(last)[2]
     assert not torch.equal(before[0], model.everything()[0])
     assert capsys.readouterr().out == ""
-
-
-def test_capture_converts_the_images_itself(tape):
-    """Although the learners keep the images that they converted last."""
-    test = Model("fast", 16, conv_dtype=torch.bfloat16).captured("test")
-    for episode in episodes(WARM_UP + 1):
-        test(episode)
-    converted = {
-        storage(args[0])._cdata
-        for func, args, kwargs, *_ in test.graph.operations
-        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16
-    }
-    assert {storage(t)._cdata for t in (test.inputs.support, test.inputs.query)} <= converted
 
 
 @pytest.mark.parametrize("begin", ["reset_batch_stats", "copy_buffers"])

@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import DATASETS, LEARNERS, Model, drawn
+from conftest import DATASETS, Model, drawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataloader import scan_split
@@ -145,34 +145,6 @@ def test_assembling_an_episode_does_not_wait(master, split):
     assert copies.n == 1
     assert episode.query.device.type == "meta"
     assert episode.query.shape == (15, 3, 32, 32)
-
-
-class Operations(TorchDispatchMode):
-    """Lists the operations and the dtypes in their lists of tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.names, self.dtypes = [], []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name.removeprefix("aten::"))
-        lists = [tensors(a) for a in args if isinstance(a, list | tuple)]
-        self.dtypes.append({t.dtype for of_list in lists for t in of_list})
-        return func(*args, **(kwargs or {}))
-
-
-def test_statistics_and_zero_gradients_take_few_launches():
-    """On a GPU a list of one dtype is one launch, a list of two is a launch for each tensor."""
-    one, other = (LEARNERS["fast"](16, 1e-3, 0.95, 5).to("meta").train() for _ in range(2))
-    with Operations() as copying:
-        one.copy_buffers(other)
-    assert (copying.names, copying.dtypes) == (["_foreach_copy_"], [{torch.float32}])
-    with Operations() as resetting:
-        one.reset_batch_stats()
-    assert resetting.names == ["_foreach_zero_", "_foreach_add_"]
-    with Operations() as update:
-        one.loss_and_grad(torch.empty(5, 3, 16, 16, device="meta"), torch.arange(5).to("meta"))
-    assert update.names.count("zeros") + update.names.count("zeros_like") <= 1
 
 
 def test_gpu_augments_on_its_own_stream(master):
