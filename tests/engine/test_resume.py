@@ -256,11 +256,9 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 @pytest.mark.parametrize(("number", "during"), [*((n, "train") for n in SIGNALS), (15, "val")])
 def test_a_signal_saves_and_ends(master, trained, tmp_path, monkeypatch, number, during):
     """During a validation it ends at once, and the validation is repeated."""
-    module, name = (
-        (parallel, "train_episode") if during == "train" else (evaluation, "evaluate_episode")
-    )
+    at = {"train": (parallel, "train_episode"), "val": (evaluation, "evaluate_episode")}[during]
     save, handler = tmp_path / "logs", signal.getsignal(number)
-    before_call(monkeypatch, module, name, lambda: os.kill(os.getpid(), number))
+    before_call(monkeypatch, *at, lambda: os.kill(os.getpid(), number))
     done = train(master, save)
     assert (done.returncode, done.stderr.count("\n")) == (128 + number, 1)
     named = (signal.Signals(number).name, "--resume auto", "logs-719")
