@@ -73,28 +73,21 @@ def modes(calls):
 
 
 def test_seeds_one_after_the_other(clone):
-    run = seeds(clone, "719", "53", "--data-root", "my images", "--save", "a b")
-    assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout == "the table\n"
+    """Finished ones are not tested again, unless they are trained further."""
+    flags = ("--data-root", "my images", "--save", "a b")
+    run = seeds(clone, "719", "53", *flags)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "the table\n", "")
     *calls, table = clone[1]()
     assert modes(calls) == [("train", 719), ("test", 719), ("train", 53), ("test", 53)]
     for call in calls:
         args = resolve(parse(call[2:]))
         assert (args.save, args.data_root) == ("a b", Path("my images"))
     assert table[2:] == ["--mode", "results", "--runs", "a b-719", "a b-53"]
-
-
-def test_finished_seeds_are_not_tested_again(clone):
-    assert seeds(clone, "719").returncode == 0
-    before = len(clone[1]())
-    run = seeds(clone, "719", "53")
-    assert "logs-719: tested already" in run.stdout
-    assert modes(clone[1]()[before:]) == [("train", 719), ("train", 53), ("test", 53)]
     time.sleep(0.05)
-    (clone[0].parent / "logs-719" / "ckpts" / LAST).touch()  # trained further
-    before = len(clone[1]())
-    assert seeds(clone, "719").returncode == 0
-    assert modes(clone[1]()[before:]) == [("train", 719), ("test", 719)]
+    (clone[0].parent / "a b-53" / "ckpts" / LAST).touch()
+    run = seeds(clone, "719", "53", *flags)
+    assert "a b-719: tested already" in run.stdout
+    assert modes(clone[1]()[5:]) == [("train", 719), ("train", 53), ("test", 53)]
 
 
 @pytest.mark.parametrize("given", ["--recipe {}", "--recipe={}"])
