@@ -12,6 +12,7 @@ from conftest import ROOT, SMALL, metrics, refused, run_cli, run_test, succeeded
 from PIL import Image
 
 from engine.checkpoint import BEST, LAST
+from engine.evaluation import Evaluator
 from engine.run import Run
 
 
@@ -25,8 +26,14 @@ def test_a_run_is_a_folder(trained):
     assert [m["episode"] for m in metrics(trained, "val")] == [2, 4]
     assert tensors(trained)["episode"] == 4
     assert tensors(trained)["hyper_parameters"]["n_shot"] == 1
-    best = max(metrics(trained, "val"), key=lambda m: m["accuracy"]["mean"])
-    assert tensors(trained, BEST)["episode"] == best["episode"]
+
+
+def test_the_best_checkpoint_is_the_best_by_validation(master, tmp_path, monkeypatch):
+    """The first of equals."""
+    accuracies = iter([[40.0, 60.0], [70.0, 50.0], [50.0, 70.0], [50.0, 40.0]])
+    monkeypatch.setattr(Evaluator, "__call__", lambda *_: ([1.0, 1.0], next(accuracies)))
+    succeeded(train(master, tmp_path / "logs", "--val-freq", 1))
+    assert tensors(tmp_path / "logs", BEST)["episode"] == 2
 
 
 def test_the_rate_counts_what_a_gpu_still_has_to_do(master, tmp_path, monkeypatch):
