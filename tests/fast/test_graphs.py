@@ -206,9 +206,7 @@ def test_captured_gradients_match_eager_bits(device, capsys):
 
 
 def test_memory_of_the_calls(device):
-    """All read the same memory: other alignment could mean another algorithm of cuDNN. The results
-    are copies, and another shape is refused.
-    """
+    """All read the same (cuDNN's choice depends on alignment); the results are copies."""
     seen = []
     captured = CUDAGraphFunction(
         lambda episode: seen.append([t.data_ptr() for t in episode]) or query_sum(episode)

@@ -467,9 +467,7 @@ def test_steps_with_any_strides(compiled):
 
 @pytest.mark.parametrize("image_size", [16, 37, 50])
 def test_windows_of_any_size(compiled, image_size):
-    """Narrower than a vector, with fewer rows than a filter, enlarged, reduced and mirrored;
-    pixels outside the windows do not matter.
-    """
+    """Of any size, enlarged, reduced and mirrored; pixels outside them do not matter."""
     sizes = [(2, 2), (3, 90), (100, 3), (20, 20), (7, 8), (1, 9), (99, 1), (40, 65), (12, 89)]
     n, extent = 2 * len(sizes), torch.tensor(sizes).repeat(2, 1)
     start = torch.tensor([100, 90]) - extent  # up to the last row and column
