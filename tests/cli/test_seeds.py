@@ -23,7 +23,7 @@ LAST = "meta-learner-last.pth.tar"
 # a main.py that leaves the files of a training or a test, and says how it was called
 STUB = """import os, signal, sys, time
 argv = sys.argv[1:]
-given = dict(zip(argv, argv[1:]))
+given = dict(zip(argv, argv[1:])) | dict(word.split("=") for word in argv if "=" in word)
 folder = given.get("--save", "") + "-" + given.get("--seed", "")
 where = [os.environ.get(name, "") for name in ("CUDA_VISIBLE_DEVICES", "RANK")]
 print(os.environ.get("OMP_NUM_THREADS"), file=open(LOG + ".threads", "a"))
