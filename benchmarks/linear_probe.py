@@ -26,11 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from paired import difference, interval
 
 from baselines.linear_head import MEASURED, build_linear_head, load_backbone
-from dataloader import eval_image, load_image, scan_split, to_input
+from dataloader import eval_image, scan_split, to_input
 from engine import checkpoint as checkpoints
 from engine.backend import dataset, select_backend
 from engine.checkpoint import BEST, LAST, resolve_checkpoint
 from engine.flags import DEFAULTS, resolve
+from imagefiles import load_image
 from tools.markdown import markdown_table
 from utils import Parser, run_main
 

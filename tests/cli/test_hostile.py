@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import main
-from dataloader import load_image
 from engine import checkpoint as checkpoints
 from engine.checkpoint import LAST
 from engine.flags import parse, resolve
 from fast import images
+from imagefiles import load_image
 from utils import UserError, file_lock
 
 FEW = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
@@ -124,7 +124,6 @@ IMAGES = {  # in the place of one image: name -> content
     "page.jpg": lambda: b"<html>404</html>",
     "bomb.gif": lambda: b"GIF89a" + struct.pack("<HH", 20000, 10000) + encoded("GIF")[10:],
     "кот 猫.jpg": lambda: b"hello",
-    "notes.txt": lambda: b"hello",
 }
 DATA = {  # what is done to the data -> the culprit
     "root is a file": (lambda d: replace(d, b""), "data"),
@@ -186,6 +185,13 @@ def test_a_class_in_two_splits_is_refused_in_tests(data, trained):
     (data / "test/test class 1").rename(data / "test/class 3")
     refused(run_test(data, trained), "class 3")
     assert not (data / ".decoded").exists()  # before images are decoded
+
+
+def test_a_class_that_the_checkpoint_was_trained_on_is_refused_in_tests(data, trained):
+    """Also where the data set has no training classes."""
+    shutil.rmtree(data / "train")
+    (data / "test/test class 1").rename(data / "test/class 3")
+    refused(run_test(data, trained), "class 3")
 
 
 def test_a_missing_test_split(data, trained):
