@@ -20,12 +20,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from imagefiles import is_image
 from utils import SPLITS, UserError, atomic_write, file_lock
 
 from . import DATA
 from .check import Report, examine
 from .manifest import Item, Manifest
-from .sources import Folder, intact, is_image, some
+from .sources import intact, open_source, some
 
 RECORD = "prepared.json"  # in the data set: what it was made from, and its fingerprints
 _BATCH = 64
@@ -82,7 +83,7 @@ def is_built(dest: Path, settings: dict[str, Any]) -> bool:
 
 def _images(folder: Path) -> dict[str, int]:
     """{<split>/<class>/<image>: bytes} of a data set."""
-    files = Folder(folder).files
+    files = open_source(folder).files
     return {
         name: size
         for name, size in files.items()
@@ -116,7 +117,7 @@ def build(manifest: Manifest, dest: Path, settings: dict[str, Any], link: str = 
             _write_record(work, {"settings": settings})
             try:
                 _fill(work, manifest, link, settings["source"])
-                report = examine(work, progress=True)
+                report = examine(work)
                 _refuse_unreadable(report, manifest, settings["source"])
             except UserError:
                 shutil.rmtree(work, ignore_errors=True)
@@ -126,7 +127,7 @@ def build(manifest: Manifest, dest: Path, settings: dict[str, Any], link: str = 
                 "found": manifest.found,
                 "published": manifest.published,
                 "images": len(manifest.items),
-                "fingerprints": {split: report.splits[split].fingerprint for split in SPLITS},
+                "fingerprints": report.fingerprints,
             }
             _write_record(work, record)
             for hidden in work.glob(".*"):  # the lock, and what a killed run has half-written
@@ -159,16 +160,11 @@ def _clear(work: Path, settings: dict[str, Any]) -> None:
 
 
 def _refuse_unreadable(report: Report, manifest: Manifest, source: str) -> None:
-    if not report.unreadable:
-        return
-    bad = dict(report.unreadable)
+    bad = report.unreadable
     bad |= {os.path.splitext(name)[0]: why for name, why in bad.items()}  # items without a suffix
-    lines = []
-    for item in manifest.items:
-        if item.path in bad:
-            key = item.key if isinstance(item.key, str) else f"{item.key[0]}, row {item.key[1]}"
-            lines.append(f"{key} ({bad[item.path]})")
-    raise UserError(f"{source}: not a sound image: {some(lines, 10)}: get other copies")
+    lines = [f"{item.key} ({bad[item.path]})" for item in manifest.items if item.path in bad]
+    if lines:
+        raise UserError(f"{source}: unsound: {some(lines, 10)}")
 
 
 def _fill(work: Path, manifest: Manifest, link: str, source: str) -> None:
@@ -189,7 +185,8 @@ def _fill(work: Path, manifest: Manifest, link: str, source: str) -> None:
     if link == "copy":
         images = manifest.reader.stream(set(wanted))
     else:
-        images = ((key, (manifest.reader.path / key).resolve()) for key in wanted)
+        files = manifest.reader.stream(set(wanted))
+        images = ((key, Path(file.name).resolve()) for key, file in files)
     left = dict(wanted)
     bar = tqdm(None, "writing", total, initial=done, unit=" images", disable=None)
     with bar, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
