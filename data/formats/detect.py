@@ -12,8 +12,7 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import PurePosixPath
-from typing import Any
+from pathlib import Path, PurePosixPath
 
 from imagefiles import is_image, nfc, read_text, unknown_formats
 from utils import SPLITS, UserError
@@ -37,30 +36,26 @@ Tables = dict[str, tuple[str, bytes]]  # {split: (the CSV file's shown name, its
 
 
 def detect(source: Source, args: argparse.Namespace) -> Manifest:
-    """Find the format of an open source.
+    """Find the format of an open source; its manifest is not yet validated.
 
     Args:
         args: the flags csv, split, seed and class_names.
-
-    Returns:
-        The manifest, not yet validated.
 
     Raises:
         UserError: it is in no known format, or has a fault.
     """
     hits = {
-        what: {name: match for name in source.files if (match := pattern.fullmatch(_base(name)))}
-        for what, (pattern, _) in ARRAYS.items()
+        what: {name: found for name in source.files if (found := re.fullmatch(p, _base(name)))}
+        for what, (p, _) in ARRAYS.items()
     }
     hits = {what: matches for what, matches in hits.items() if matches}
     images = sum(map(is_image, source.files))
     if len(hits) > 1 or (hits and images > _STRAY):
         there = [*hits, *([f"{images} images"] if images > _STRAY else [])]
         raise source.error(f"holds {' and '.join(there)}: give the folder of one of them")
-    for what, matches in hits.items():
-        reader = ARRAYS[what][1](source, matches, args)
-        manifest = _from_arrays(source, what, reader, args)
-        break
+    if hits:
+        ((what, matches),) = hits.items()
+        manifest = _from_arrays(source, what, ARRAYS[what][1](source, matches, args), args)
     else:
         tables = _find_tables(source, args)
         source = _unpacked(source, args)
@@ -122,16 +117,11 @@ def _shards(source: Source, matches: dict[str, re.Match], args: argparse.Namespa
     return reader
 
 
+_CATEGORY = r"miniImageNet_category_split_(?:train_phase_(train)|(val|test))\.pickle"
 ARRAYS = {  # what it is: the pattern of its files' names, and what opens it
-    "mini-imagenet-cache pickles": (
-        re.compile(r"mini-imagenet-cache-(train|val|test)\.pkl"),
-        _pickles,
-    ),
-    "miniImageNet_category_split pickles": (
-        re.compile(r"miniImageNet_category_split_(?:train_phase_(train)|(val|test))\.pickle"),
-        _pickles,
-    ),
-    "Parquet shards": (re.compile(r".*\.parquet", re.I), _shards),
+    "mini-imagenet-cache pickles": (r"mini-imagenet-cache-(train|val|test)\.pkl", _pickles),
+    "miniImageNet_category_split pickles": (_CATEGORY, _pickles),
+    "Parquet shards": (r"(?i:.*\.parquet)", _shards),
 }
 
 
@@ -183,7 +173,7 @@ def _from_images(source: Source, tables: Tables | None, args: argparse.Namespace
     groups = _by_folder(images)
     parts = _layout(source, groups)
     if tables and not parts:
-        manifest = _from_tables(source, groups, images, tables, args)
+        manifest = _from_tables(source, groups, tables, args)
     else:
         manifest = from_parts(source, parts or _class_folders(source, groups, args), args)
     used = {item.key for item in manifest.items}
@@ -227,7 +217,7 @@ def _layout(source: Source, groups: Groups) -> dict[str, Classes] | None:
     layouts: dict[str, dict[str, Classes]] = {}
     used: dict[str, list[str]] = {}
     for parent, classes in groups.items():
-        folders = PurePosixPath(parent).parts
+        folders = parent.split("/")
         at = [n for n, folder in enumerate(folders) if folder.lower() in SPLIT_NAMES]
         if at:
             above, split = "/".join(folders[: at[0]]), SPLIT_NAMES[folders[at[-1]].lower()]
@@ -255,7 +245,7 @@ def _class_folders(source: Source, groups: Groups, args: argparse.Namespace) -> 
         raise source.error(f"holds images, but neither class folders nor CSV files: {advice}")
     lists = [set(MINI.split_of), set(TINY.split_of)]
     if args.split:
-        lists = [] if is_numbers(args.split) else [set(read_split_file(args.split))]
+        lists = [] if is_numbers(args.split) else [set(read_split_file(Path(args.split)))]
     for wanted in lists if len(groups) > 1 else ():
         fitting = {parent: classes for parent, classes in groups.items() if wanted <= set(classes)}
         if len(fitting) == 1:
@@ -310,21 +300,18 @@ def _rows(tables: Tables) -> Iterator[tuple[str, str, str, str]]:
         except (UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{shown}: is not a CSV file ({error})") from None
         head = [cell.strip().lower() for cell in lines[0]] if lines else []
-        columns: list[Any] = [
-            next((n for n, cell in enumerate(head) if cell in known), None)
-            for known in (_FILE_COLUMNS, _LABEL_COLUMNS)
-        ]
-        width = len(head)
-        if None in columns:
-            head, columns, width = [], [0, 1], 2
+        file = next((n for n, cell in enumerate(head) if cell in _FILE_COLUMNS), None)
+        cls = next((n for n, cell in enumerate(head) if cell in _LABEL_COLUMNS), None)
+        if file is None or cls is None:
+            head, file, cls = [], 0, 1
         for number, line in enumerate(lines, 1):
             line = [cell.strip() for cell in line]
             if not any(line) or (number == 1 and head):
                 continue
             where = f"{shown}: line {number}"
-            if len(line) != width or not all(line[column] for column in columns):
+            if len(line) != (len(head) or 2) or not (line[file] and line[cls]):
                 raise UserError(f"{where}: {','.join(line)[:80]!r} is not a file name and a label")
-            name, label = (line[column] for column in columns)
+            name, label = line[file], line[cls]
             told = WNID.match(name)
             if told and WNID.fullmatch(label) and told.group() != label:
                 raise UserError(f"{where}: wrong label {label} for {name}")
@@ -332,7 +319,7 @@ def _rows(tables: Tables) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _from_tables(
-    source: Source, groups: Groups, images: list[str], tables: Tables, args: argparse.Namespace
+    source: Source, groups: Groups, tables: Tables, args: argparse.Namespace
 ) -> Manifest:
     """Images that CSV files name: in one folder, or in class folders as ILSVRC-2012 has them.
 
@@ -346,7 +333,7 @@ def _from_tables(
     fitting = [classes for classes in groups.values() if labels <= set(classes)]
     classes = fitting[0] if len(fitting) == 1 else {}
     at: dict[str, list[str]] = {}
-    for name in images:
+    for name in filter(is_image, source.files):
         at.setdefault(_base(name), []).append(name)
     items, faults, ranked = [], [], 0
     for split, where, name, label in rows:

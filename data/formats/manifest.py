@@ -105,21 +105,15 @@ class Manifest:
         for item in self.items:
             other = split_of.setdefault(item.cls, item.split)
             unsafe = [name for name in (item.cls, item.name) if not _is_plain(name)]
-            fault = (
-                f"{unsafe[0][:80]!r} cannot be the name of a class or file"
-                if unsafe
-                else f"class {item.cls} is in {other} and in {item.split}: one split for each class"
-                if other != item.split
-                else f"{item.key} is listed twice"
-                if item.key in keys
-                else f"has two images for {item.path}"
-                if item.path in paths
-                else f"{item.key} has {item.size} bytes: that is not an image"
-                if (item.size or 0) > _LARGEST
-                else None
-            )
-            if fault:
-                raise UserError(f"{source}: {fault}")
+            for wrong, why in (
+                (unsafe, f"{str(unsafe)[:80]} cannot be the name of a class or file"),
+                (other != item.split, f"class {item.cls} is in {other} and in {item.split}"),
+                (item.key in keys, f"{item.key} is listed twice"),
+                (item.path in paths, f"has two images for {item.path}"),
+                ((item.size or 0) > _LARGEST, f"{item.key} has {item.size} bytes: no image"),
+            ):
+                if wrong:
+                    raise UserError(f"{source}: {why}")
             paths.add(item.path)
             keys.add(item.key)
         for split in SPLITS:
