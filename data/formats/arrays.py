@@ -23,13 +23,10 @@ Key = tuple[str, int]  # an image: (pickle or shard, row)
 
 
 class Pickles:
-    """One pickle for each split, with one of these contents:
-
-    image_data uint8 [N, H, W, 3] and class_dict {class: indices};
+    """One pickle for each split: image_data uint8 [N, H, W, 3] and class_dict {class: indices}; or
     data uint8 [N, H, W, 3] and labels [N], numbers or names.
 
     Args:
-        source: where the pickles are.
         names: {the pickle's name in ``source``: split}.
 
     Attributes:
@@ -124,15 +121,12 @@ class Shards:
     """Parquet shards with a column of images {bytes, path} and one of labels, numbers or names.
 
     Args:
-        source: where the shards are.
-        names: their names in it.
         class_names: the names of labels 0, 1, ...; None takes them from the shards' metadata, or
             else from the images' paths.
 
     Attributes:
         keys: {split: {class: [key of each image]}}; a class without a name is a number of 3 digits.
-        named: whether the classes have names.
-        files: {key: file name} of the images whose paths are known.
+        named, files: whether the classes have names; {key: file name} where the path is known.
 
     Raises:
         UserError: pyarrow or a column is missing, a shard is damaged, or a label is wrong.
@@ -151,8 +145,7 @@ class Shards:
         rows: dict[tuple[str, str | int], list[Key]] = {}
         for name, shard in self._open(set(names)):
             image, label = self._columns(name, shard)
-            for number, row in enumerate(self._rows(name, shard, 4096, [f"{image}.path", label])):
-                key = (name, number)
+            for key, row in self._rows(name, shard, 4096, [f"{image}.path", label]):
                 rows.setdefault((_split_of(name), self._class(row[label], key)), []).append(key)
                 if path := (row.get(image) or {}).get("path"):
                     self.files[key] = nfc(PurePosixPath(path.replace("\\", "/")).name)
@@ -180,11 +173,14 @@ class Shards:
                     shard = self._arrow.parquet.ParquetFile(file)
                 yield name, shard
 
-    def _rows(self, name: str, shard: Any, batch: int, columns: list[str]) -> Iterator[dict]:
-        """Yield a shard's rows as dicts, ``batch`` of them in memory."""
+    def _rows(
+        self, name: str, shard: Any, batch: int, columns: list[str]
+    ) -> Iterator[tuple[Key, dict]]:
+        """Yield the key and the columns of each of a shard's rows, ``batch`` of them in memory."""
         with self._intact(name):
-            for table in shard.iter_batches(batch, columns=columns):
-                yield from table.to_pylist()
+            tables = shard.iter_batches(batch, columns=columns)
+            rows = (row for table in tables for row in table.to_pylist())
+            yield from (((name, number), row) for number, row in enumerate(rows))
 
     @contextlib.contextmanager
     def _intact(self, name: str) -> Iterator[None]:
@@ -231,12 +227,11 @@ class Shards:
         """Yield (key, bytes of the image file) of the wanted keys."""
         for name, shard in self._open({name for name, _ in wanted}):
             image, _ = self._columns(name, shard)
-            for number, row in enumerate(self._rows(name, shard, 64, [f"{image}.bytes"])):
-                if (name, number) in wanted:
-                    content = (row[image] or {}).get("bytes")
-                    if not content:
-                        raise self._source.error(f"{name}: row {number} has no image")
-                    yield (name, number), content
+            for key, row in self._rows(name, shard, 64, [f"{image}.bytes"]):
+                if key in wanted:
+                    if not (content := (row[image] or {}).get("bytes")):
+                        raise self._source.error(f"{name}: row {key[1]} has no image")
+                    yield key, content
 
 
 def file_names(cls: str, keys: list[Key], files: dict[Key, str], suffix: str) -> list[str]:

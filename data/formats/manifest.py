@@ -25,37 +25,28 @@ _LARGEST = 1 << 28  # bytes; a larger file is not an image of a data set
 Classes = dict[str, list]  # {class: [key of each image]}
 
 
-@dataclass
 class Known:
-    """A published data set: its classes {split: [class]}, images per class, the usual name of its
-    folder, and the fingerprints {split: 16 hex digits} of the published copies.
+    """A published data set.
+
+    Args:
+        name: for messages.
+        per_class: images of each class.
+        folder: its usual name.
+        lists: the file of its class lists in data/splits.
+        fingerprints: {split: 16 hex digits} of the published copies.
     """
 
-    name: str
-    per_class: int
-    folder: str
-    splits: dict[str, list[str]]
-    fingerprints: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def split_of(self) -> dict[str, str]:
-        """{class: split}"""
-        return {cls: split for split, classes in self.splits.items() for cls in classes}
+    def __init__(self, name: str, per_class: int, folder: str, lists: str, **fingerprints: str):
+        self.name, self.per_class, self.folder = name, per_class, folder
+        self.fingerprints = fingerprints
+        splits = json.loads((DATA / "splits" / lists).read_text("utf-8"))
+        self.split_of = {cls: split for split, classes in splits.items() for cls in classes}
 
 
-def _class_lists(name: str) -> dict[str, list[str]]:
-    return json.loads((DATA / "splits" / name).read_text("utf-8"))
-
-
-MINI = Known(
-    "mini-ImageNet",
-    600,
-    "miniImagenet",
-    _class_lists("mini-imagenet.json"),
-    # the JPEG files of 84 px under Ravi & Larochelle's names: github.com/Deo0330/split_minidataset
-    {"train": "a0f6099e953b59a0", "val": "47092cf1f09ba147", "test": "8b64ff4d6c3030ef"},
-)
-TINY = Known("tiny64", 450, "tiny64", _class_lists("tiny64.json"))
+# the JPEG files of 84 px under Ravi & Larochelle's names: github.com/Deo0330/split_minidataset
+_PUBLISHED = {"train": "a0f6099e953b59a0", "val": "47092cf1f09ba147", "test": "8b64ff4d6c3030ef"}
+MINI = Known("mini-ImageNet", 600, "miniImagenet", "mini-imagenet.json", **_PUBLISHED)
+TINY = Known("tiny64", 450, "tiny64", "tiny64.json")
 
 
 @dataclass
@@ -164,7 +155,7 @@ def split_parts(parts: dict[str, Classes], source: Source, args: argparse.Namesp
             raise UserError(f"--split: {source.path} is split by class already: {advice}")
         return Split(parts, "split already")
     if args.split:
-        split_of, how = split_classes(set(everything), args, source.path)
+        split_of, how = _split_classes(set(everything), args, source.path)
         return Split(_by_split(everything, split_of), how)
     if all(classes == set(everything) for classes in sets.values()):
         for known in (MINI, TINY):
@@ -203,17 +194,10 @@ def is_numbers(flag: str | None) -> bool:
     return bool(flag and re.fullmatch(r"\d+/\d+/\d+", flag))
 
 
-def split_classes(
+def _split_classes(
     classes: Collection[str], args: argparse.Namespace, path: Path
 ) -> tuple[dict[str, str], str]:
-    """Split classes as --split says.
-
-    Returns:
-        ({class: split}, how, for the user).
-
-    Raises:
-        UserError: the flag does not fit the classes.
-    """
+    """Split classes as --split says: {class: split}, and how, for the user."""
     flag = args.split
     if is_numbers(flag):
         counts = [int(n) for n in flag.split("/")]
