@@ -134,9 +134,10 @@ class Run:
         classes = ", ".join(f"{len(d.split.classes)} {s}" for s, d in self.datasets.items())
         module: Any = next(iter(self.modules.values()))
         size = module.metalstm.cI.numel() if hasattr(module, "metalstm") else module.size()
+        data = args.data_root.absolute().name  # "" for "."
         return (
             f"{args.n_class}-way {args.n_shot}-shot, {args.image_size} px, {size} learner "
-            f"parameters; {args.data_root.name}: {classes} classes; {args.episode} episodes"
+            f"parameters; {data}: {classes} classes; {args.episode} episodes"
         )
 
     def __enter__(self) -> Run:

@@ -183,7 +183,11 @@ def _differences(report: Report, known: Known) -> list[str]:
     lost = [f"{path} ({-n})" for path, n in more.items() if n < 0]
     extra = [f"{path} ({n})" for path, n in more.items() if n > 0]
     lines = {"missing images": lost, "images too many": extra}
-    return [f"classes with {what}: {some(paths, 10)}" for what, paths in lines.items() if paths]
+    return [
+        f"{len(paths)} classes with {what}: {some(paths, 10)}"
+        for what, paths in lines.items()
+        if paths
+    ]
 
 
 def _first_ten(lines: list[str]) -> list[str]:
