@@ -56,6 +56,8 @@ def examine(folder: Path) -> Report:
     Raises:
         UserError: ``folder`` does not have the layout {train,val,test}/<class>/<image>.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
     source, report, files = open_source(folder), Report(), []
     if lacking := [split for split in SPLITS if split not in source.dirs]:
         raise UserError(f"{folder}: has no folder {' and no '.join(lacking)}")
@@ -109,6 +111,8 @@ def _read_image(path: Path) -> tuple[bytes, bytes, tuple[int, int]] | UserError:
         image = load_image(path, io.BytesIO(content))
     except UserError as error:
         return error
+    except OSError as error:
+        return UserError(f"{path}: cannot be read ({error.strerror})")
     pixels = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()[:16]
     lossy = content.startswith(_LOSSY)
     return hashlib.sha256(content).digest()[:16] if lossy else pixels, pixels, image.size

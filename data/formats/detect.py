@@ -265,28 +265,23 @@ def _find_tables(source: Source, args: argparse.Namespace) -> Tables | None:
     """train.csv, val.csv and test.csv of --csv, inside of the source, or beside it; None if there
     are none.
     """
-    wanted = {f"{split}.csv": split for split in SPLITS}
-    folders: dict[str, list[str]] = {}
-    for name in source.files:
-        if _base(name) in wanted:
-            folders.setdefault(name.rpartition("/")[0], []).append(name)
-    inside = [names for names in folders.values() if len(names) == 3]
-    beside = args.csv or source.path.absolute().parent
-    lacking = [name for name in wanted if not (beside / name).is_file()]
-    if args.csv and lacking:
-        raise UserError(f"--csv {args.csv}: has no {' and no '.join(lacking)}")
-    if inside and not args.csv:
+    names = [f"{split}.csv" for split in SPLITS]
+    if not args.csv:
+        folders = [PurePosixPath(name).parent for name in source.files if _base(name) == names[0]]
+        inside = [{str(folder / name) for name in names} for folder in folders]
+        inside = [tables for tables in inside if tables <= source.files.keys()]
         if len(inside) > 1:
             raise source.error(f"holds train.csv in {len(inside)} places: give --csv DIR")
-        return {
-            wanted[_base(name)]: (f"{source.path}: {name}", file.read())
-            for name, file in source.stream(set(inside[0]))
-        }
+        for tables in inside:
+            read = source.stream(tables)
+            return {_base(n)[:-4]: (f"{source.path}: {n}", file.read()) for n, file in read}
+    beside = args.csv or source.path.absolute().parent
+    lacking = [name for name in names if not (beside / name).is_file()]
+    if args.csv and lacking:
+        raise UserError(f"--csv {args.csv}: has no {' and no '.join(lacking)}")
     if lacking or (args.split and not args.csv):
         return None
-    return {
-        split: (str(beside / name), (beside / name).read_bytes()) for name, split in wanted.items()
-    }
+    return {name[:-4]: (str(beside / name), (beside / name).read_bytes()) for name in names}
 
 
 def _rows(tables: Tables) -> Iterator[tuple[str, str, str, str]]:

@@ -83,8 +83,7 @@ class Source:
     """Named files.
 
     Args:
-        path: the folder or archive.
-        kind: what it is, for messages.
+        path, kind: the folder or archive, and what it is, for messages.
         members: lists its entries; a file can be opened until the next entry is asked for.
 
     Attributes:
