@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import main
-from dataloader import load_image
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST
 from fast import images
+from imagefiles import load_image
 from utils import UserError
 
 FEW = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
@@ -97,7 +97,6 @@ IMAGES = {  # a file beside the images -> its content
     "page.jpg": b"<html>404</html>",
     "bomb.gif": b"GIF89a" + struct.pack("<HH", 20000, 10000) + encoded("GIF")[10:],
     "кот 猫.jpg": b"hello",
-    "notes.txt": b"hello",
     "a\nb.jpg": b"hello",
 }
 DATA = {  # what is done to the data -> the culprit
@@ -150,6 +149,13 @@ def test_a_test_split(data, trained, old, new, culprit):
     (data / old).rename(data / new)
     refused(run_test(data, trained), culprit)
     assert not (data / ".decoded").exists()  # before images are decoded
+
+
+def test_a_class_that_the_checkpoint_was_trained_on_is_refused_in_tests(data, trained):
+    """Also where the data set has no training classes."""
+    shutil.rmtree(data / "train")
+    (data / "test/test class 1").rename(data / "test/class 3")
+    refused(run_test(data, trained), "class 3")
 
 
 def test_files_that_vanish_while_training_are_not_missed(data, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from engine import flags
 from engine.backend import select_backend
 from utils import UserError
 
-FLOORS = dict.fromkeys(("learner", "metalearner", "episode", "dataloader"), 1)
+FLOORS = dict.fromkeys(("learner", "metalearner", "episode", "dataloader", "imagefiles"), 1)
 FLOORS |= {"utils": 0, "fast": 2, "engine": 3, "tools": 4, "baselines": 4, "main": 5}
 PACKAGES = ("fast", "engine", "tools", "baselines")
 
