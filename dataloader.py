@@ -10,6 +10,7 @@ higher samplers may change between NumPy releases.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import math
@@ -159,21 +160,21 @@ def load_image(path: Path) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 image.load()
-                return _to_rgb(_upright(image))
+                return to_rgb(image)
     except Exception as e:  # Pillow's decoders raise nearly anything on damaged files
         reason = str(e).replace(repr(str(path)), "").replace(str(path), "").strip(" :")
         reason = (reason or type(e).__name__).splitlines()[0]
         raise UserError(f"{path}: not a readable image ({reason}); remove or replace it") from e
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # its EXIF block is damaged, not its pixels
-        return image
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB, upright by its EXIF orientation, transparency on white.
 
-
-def _to_rgb(image: Image.Image) -> Image.Image:
+    Raises:
+        ValueError: its pixels have no known range.
+    """
+    with contextlib.suppress(Exception):  # its EXIF block is damaged, not its pixels
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         values = np.asarray(image)
         if image.mode == "F":

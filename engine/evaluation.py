@@ -23,8 +23,23 @@ from engine.tta import class_permutations, evaluate_tta
 from episode import Episode, evaluate_episode
 from learner import FlatModule
 
-# the authors', for a number of shots that the model was not trained on
-CROSS_SCHEDULE = {"epoch": 5, "batch_size": 5}
+
+def step_divisor(args: argparse.Namespace, trained_on: int, n_support: int) -> int:
+    """``MetaLearner.grad_divisor`` to adapt with, and a note if ``n_support`` images are not what
+    the model was trained on.
+
+    The schedule stays that of the flags, and so does the size of a step: divided by 5 images where
+    training divides by 25, five times as large a gradient would bring the learner to chance.
+
+    Args:
+        trained_on: images per class.
+        n_support: images of all classes.
+    """
+    usual = args.n_class * trained_on
+    if n_support == usual:
+        return args.grad_divisor
+    print(f"note: adapts to {n_support} examples, trained on {usual}; steps are as in training")
+    return args.grad_divisor or min(args.batch_size, usual)
 
 
 class Evaluator:
@@ -96,8 +111,7 @@ def run_test(
     """Test on each of ``--shots`` (or on ``--n-shot``) and print the accuracy for each count in
     ``--episode-test``.
 
-    All counts are of the same episodes: the first 100 of the 600 are the 100. A number of shots
-    other than ``trained_on`` is tested with ``CROSS_SCHEDULE``.
+    All counts are of the same episodes: the first 100 of the 600 are the 100.
 
     Returns:
         For each number of shots: the episodes' shape and schedule, ``tta`` and ``transductive``,
@@ -107,9 +121,9 @@ def run_test(
     counts, tests = sorted(set(args.episode_test)), []
     for n_shot in args.shots or [args.n_shot]:
         schedule = {"epoch": args.epoch, "batch_size": args.batch_size}
-        if args.shots and n_shot != trained_on:
-            schedule = CROSS_SCHEDULE
-        these = argparse.Namespace(**{**vars(args), "n_shot": n_shot, **schedule})
+        these = argparse.Namespace(**{**vars(args), "n_shot": n_shot})
+        divisor = step_divisor(args, trained_on, args.n_class * n_shot)
+        model.metalearner.grad_divisor = divisor
         test_set = dataset(these, backend, scan_split(args.data_root, "test"), counts[-1])
         ranks.begin({"device": backend.description, "test images": test_set.fingerprint})
         losses, accuracies = Evaluator(these, backend, model, ranks)(test_set)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 from pathlib import Path
 
 from engine import checkpoint as checkpoints
@@ -73,7 +74,7 @@ def write_results(
             "asked_for": _asked_for(folder, checkpoint),
         },
         "validation": best if best.get("episode") == checkpoint["episode"] else None,
-        "data": args.data_root.name,
+        "data": Path(os.path.abspath(args.data_root)).name,  # also of --data-root .
         "episodes_drawn_by_seed": args.seed,
         "contradicts_training": contradictions(args, stored),
         "about": about,

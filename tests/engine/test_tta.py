@@ -11,7 +11,7 @@ from torch import nn
 
 from dataloader import scan_split
 from engine.backend import dataset, select_backend
-from engine.evaluation import CROSS_SCHEDULE, Evaluator, is_mini_imagenet, run_test
+from engine.evaluation import Evaluator, is_mini_imagenet, run_test
 from engine.flags import ROOT, parse, resolve
 from engine.model import Model
 from engine.tta import class_permutations, evaluate_tta
@@ -194,10 +194,14 @@ def test_counts_are_of_the_same_episodes(master, capsys):
     assert both["mini_imagenet"] is False
 
 
-def test_other_shots_take_the_authors_schedule(master):
-    tests = run_small(master, "--episode-test", "2", "--shots", "1", "2")
-    schedules = {t["n_shot"]: (t["epoch"], t["batch_size"]) for t in tests}
-    assert schedules == {1: tuple(CROSS_SCHEDULE.values()), 2: (2, 25)}
+def test_other_shots_keep_the_schedule_and_the_size_of_a_step(master, capsys):
+    one, two = run_small(master, "--episode-test", "2", "--shots", "1", "2")
+    assert capsys.readouterr().out.count("note: ") == 1
+    assert {(t["epoch"], t["batch_size"]) for t in (one, two)} == {(2, 25)}
+    (as_trained,) = run_small(master, "--episode-test", "2", "--n-shot", "1", "--grad-divisor", "6")
+    (by_three,) = run_small(master, "--episode-test", "2", "--n-shot", "1", "--grad-divisor", "3")
+    assert one["losses"] == as_trained["losses"] != by_three["losses"]
+    assert two["losses"] == run_small(master, "--episode-test", "2")[0]["losses"]
 
 
 @pytest.mark.parametrize("method", ["lstm", "linear-head"])
