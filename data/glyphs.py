@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+os.environ["MPLBACKEND"] = "Agg"  # a notebook's own may not exist here
+
 import matplotlib
 import numpy as np
 import PIL

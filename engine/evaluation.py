@@ -24,22 +24,22 @@ from episode import Episode, evaluate_episode
 from learner import FlatModule
 
 
-def step_divisor(args: argparse.Namespace, trained_on: int, n_support: int) -> int:
-    """``MetaLearner.grad_divisor`` to adapt with, and a note if ``n_support`` images are not what
-    the model was trained on.
-
-    The schedule stays that of the flags, and so does the size of a step: divided by 5 images where
-    training divides by 25, five times as large a gradient would bring the learner to chance.
+def schedule(args: argparse.Namespace, trained_on: int, n_support: int) -> tuple[int, int]:
+    """How to adapt to ``n_support`` images in all: in as many updates as in training, with steps of
+    the same size. A note says if the model was trained on another number of images.
 
     Args:
         trained_on: images per class.
-        n_support: images of all classes.
+
+    Returns:
+        The images of a minibatch, and ``MetaLearner.grad_divisor``.
     """
     usual = args.n_class * trained_on
     if n_support == usual:
-        return args.grad_divisor
-    print(f"note: adapts to {n_support} examples, trained on {usual}; steps are as in training")
-    return args.grad_divisor or min(args.batch_size, usual)
+        return args.batch_size, args.grad_divisor
+    print(f"note: adapts to {n_support} examples, trained on {usual}; updates are as in training")
+    n_minibatches = -(-usual // args.batch_size)
+    return -(-n_support // n_minibatches), args.grad_divisor or min(args.batch_size, usual)
 
 
 class Evaluator:
@@ -120,17 +120,17 @@ def run_test(
     """
     counts, tests = sorted(set(args.episode_test)), []
     for n_shot in args.shots or [args.n_shot]:
-        schedule = {"epoch": args.epoch, "batch_size": args.batch_size}
-        these = argparse.Namespace(**{**vars(args), "n_shot": n_shot})
-        divisor = step_divisor(args, trained_on, args.n_class * n_shot)
+        size, divisor = schedule(args, trained_on, args.n_class * n_shot)
         model.metalearner.grad_divisor = divisor
+        these = argparse.Namespace(**{**vars(args), "n_shot": n_shot, "batch_size": size})
         test_set = dataset(these, backend, scan_split(args.data_root, "test"), counts[-1])
         ranks.begin({"device": backend.description, "test images": test_set.fingerprint})
         losses, accuracies = Evaluator(these, backend, model, ranks)(test_set)
-        name = f"test {n_shot}-shot ({schedule['epoch']} x {schedule['batch_size']})"
+        name = f"test {n_shot}-shot ({args.epoch} x {size})"
         for count in counts:
             print(result_line(name if args.shots else "test", losses[:count], accuracies[:count]))
-        test = {"n_class": args.n_class, "n_shot": n_shot, "n_eval": args.n_eval, **schedule}
+        test = {"n_class": args.n_class, "n_shot": n_shot, "n_eval": args.n_eval}
+        test |= {"epoch": args.epoch, "batch_size": size}
         test["tta"] = {"permutations": args.tta_permutations or 1, "flip": args.tta_flip}
         test["transductive"] = args.transductive
         test["fingerprint"] = test_set.fingerprint

@@ -68,7 +68,11 @@ def table(classes: list[str], files: list[Path], probabilities: np.ndarray) -> b
         writer.writerow(
             [file, classes[row.argmax()], f"{row.max():.4f}", *(f"{p:.4f}" for p in row)]
         )
-    return text.getvalue().encode("utf-8", "backslashreplace")  # names may hold bytes of any kind
+    return _printable(text.getvalue()).encode()
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()  # names may hold bytes of any kind
 
 
 def picture(
@@ -165,12 +169,13 @@ def predict(predictor: Predictor) -> None:
         raise UserError(f"--query {query}: none of the {len(files)} files is a readable image")
     with atomic_write(csv_path) as file:
         file.write(table(classes, read, shares))
-    width = max(len(str(file)) for file in read)
+    names = [_printable(str(file)).replace("\n", "\\n") for file in read]
+    width = max(map(len, names))
     averaged = f"mean over {len(predictor.adapted)} adaptations"
     print(f"{'image':<{width}}  class, probability ({averaged})")
     shown = {c: c if display_name(c) == c else f"{c} ({display_name(c)})" for c in classes}
-    for file, row in zip(read, shares, strict=True):
-        print(f"{file!s:<{width}}  {shown[classes[row.argmax()]]}, {row.max():.2f}")
+    for name, row in zip(names, shares, strict=True):
+        print(f"{name:<{width}}  {shown[classes[row.argmax()]]}, {row.max():.2f}")
     print(f"written to {csv_path}")
     with optional():
         drawn = picture(classes, support, read, shares)

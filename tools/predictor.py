@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dataloader import draw_order, eval_image, to_input, to_rgb
 from engine.backend import Backend
-from engine.evaluation import step_divisor
+from engine.evaluation import schedule
 from engine.model import Model
 from engine.tta import View, adapt_view, class_permutations, probabilities, sides, views
 from episode import Episode
@@ -79,13 +79,11 @@ class Predictor:
         drawn = draw_order(args.seed, "test", 0, args.epoch, len(y), args.shuffle)
         nothing = torch.empty(0, device=device)
         episode = Episode(support[0], y, nothing, nothing, torch.from_numpy(drawn).to(device))
-        model.metalearner.grad_divisor = step_divisor(args, self.trained_on, len(y))
+        size, model.metalearner.grad_divisor = schedule(args, self.trained_on, len(y))
         self.classes, self.adapted = classes, []
         for view in views(permutations, args.tta_flip):
             learner = copy.deepcopy(model.learner_wo_grad)
-            adapt_view(
-                episode, support, view, model.learner_w_grad, learner, model, args.batch_size
-            )
+            adapt_view(episode, support, view, model.learner_w_grad, learner, model, size)
             self.adapted.append((view, learner))
 
     @torch.no_grad()

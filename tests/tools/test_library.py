@@ -71,8 +71,9 @@ def by_command(name, data, tmp_path, monkeypatch, *flags):
 
 @pytest.mark.parametrize("name", [HEAD, LSTM])
 def test_it_answers_as_the_command_to_the_bit(name, data, tmp_path, monkeypatch):
-    expected = by_command(name, data, tmp_path, monkeypatch, "--tta-flip", "true")
-    model = adapted(name, data, "--tta-flip", "true", open=Image.open)
+    flags = ("--tta-flip", "true", "--tta-permutations", "2", "--epoch", "2")
+    expected = by_command(name, data, tmp_path, monkeypatch, *flags)
+    model = adapted(name, data, *flags, open=Image.open)
     assert model.classes == list("abcde")
     images = [Image.open(path) for path in sorted(data.glob("*/*"))]
     tensors = [torch.from_numpy(np.array(to_rgb(i))).permute(2, 0, 1) for i in images]
@@ -112,7 +113,7 @@ def test_what_cannot_be_is_refused(data):
     for call in (model.predict, model.features):
         with pytest.raises(UserError, match="adapt"):
             call([image])
-    with pytest.raises(UserError, match="2 images.*1 label"):
+    with pytest.raises(UserError, match=r"2 images.*1 label"):
         model.adapt([image, image], ["a"])
     with pytest.raises(UserError, match="2 classes"):
         model.adapt([image, image], ["a", "b"])
@@ -122,7 +123,7 @@ def test_what_cannot_be_is_refused(data):
 
 
 def test_another_number_of_examples_is_noted(data, capsys):
-    adapted(LSTM, data)
+    adapted(LSTM, data, "--tta-permutations", "1", "--epoch", "1")
     assert "10 examples, trained on 5" in capsys.readouterr().out
 
 

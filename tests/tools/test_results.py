@@ -10,7 +10,7 @@ import pytest
 
 from engine.checkpoint import BEST, LAST
 from engine.flags import DEFAULTS, HYPER_PARAMETERS, parse, resolve
-from tools import export as export_module
+from tools.export import export
 from tools.recipes import recipes
 from tools.results import NAME, contradiction_notes, read_results, write_results
 from tools.tables import interval, results_mode, t_quantile, tables
@@ -198,9 +198,16 @@ def test_damaged_results_are_refused(tmp_path, name, value):
         read_results(tmp_path / "a")
 
 
-def test_export_needs_a_test_and_a_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(export_module, "ROOT", tmp_path)
+def test_export_needs_a_test_and_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
-        export_module.export(tmp_path / "nowhere")
+        export(tmp_path / "nowhere", tmp_path)
     with pytest.raises(UserError, match="ckpts"):
-        export_module.export(with_test(tmp_path / "a"))
+        export(with_test(tmp_path / "a"), tmp_path)
+
+
+def test_a_data_set_in_the_working_directory_has_a_name(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    for root in (".", "train/.."):
+        folder = with_test(tmp_path / "a", flags=("--data-root", root))
+        assert tables([folder]).startswith("mine, 5-way")
