@@ -89,6 +89,20 @@ def test_a_validation_before_the_log_has_no_time(run):
     assert lines[1][1] == pytest.approx(2)
 
 
+def test_words_and_numbers_of_the_pictures(run):
+    figures = plots.load_figures()
+    trace = read_trace(run)
+    with figures.style([]):
+        gates = figures.gates("run", {**trace, "forget": 0.997 + trace["forget"] * 1e-5})
+    gates.canvas.draw()
+    titles = [axes.get_title() for axes in gates.axes[:5]]
+    assert titles == [f"convolution {k}" for k in range(1, 5)] + ["classifier"]
+    assert gates.axes[0].yaxis.get_offset_text().get_text() == ""
+    mean, std = figures.smooth(np.array([8.0, 4.0, 2.0, 2.0, 5.0]), 3)
+    assert list(mean) == pytest.approx([8, 14 / 3, 8 / 3, 3, 3.5])  # no leap at the end
+    assert std[0] == 0
+
+
 def test_a_damaged_trace_is_named(run):
     (run / NAME).write_bytes(b"junk")
     with pytest.raises(UserError, match=r"trace\.npz"):
@@ -121,11 +135,11 @@ def without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
-@pytest.mark.parametrize("module", ["tools.figures", "glyphs"])
-def test_the_backend_of_a_notebook_is_not_looked_for(module):
+@pytest.mark.parametrize(
+    "command", [["data/glyphs.py", "--help"], ["-c", "from tools.figures import plt; plt.figure()"]]
+)
+def test_the_backend_of_a_notebook_is_not_looked_for(command):
+    """It is inherited by what a notebook starts, also in an environment without Jupyter."""
     env = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    code = "import sys; sys.path[:0] = ['.', 'data']; sys.modules['matplotlib_inline'] = None; "
-    code += f"import {module}; import matplotlib.pyplot as plt; plt.figure(); print('drawn')"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert succeeded(done) == "drawn\n"
+    command = [sys.executable, *command]
+    succeeded(subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True))

@@ -12,7 +12,7 @@ from engine.checkpoint import BEST, LAST
 from engine.flags import DEFAULTS, HYPER_PARAMETERS, parse, resolve
 from tools.export import export
 from tools.recipes import recipes
-from tools.results import NAME, contradiction_notes, read_results, write_results
+from tools.results import NAME, contradiction_notes, read_results, variant, write_results
 from tools.tables import interval, results_mode, t_quantile, tables
 from utils import UserError
 
@@ -164,6 +164,13 @@ def test_untested_folders_are_skipped_or_refused(tmp_path, capsys):
     assert "nowhere" in capsys.readouterr().out.splitlines()[-1]
     with pytest.raises(UserError, match="nowhere"):
         tables([tmp_path / "nowhere"])
+
+
+def test_a_test_with_flags_of_its_own_says_so(tmp_path):
+    folder = with_test(tmp_path / "a", flags=("--epoch", "5", "--grad-divisor", "5"))
+    (test,) = read_results(folder)["tests"]
+    assert variant(test) == "tested with epoch 5, grad-divisor 5"
+    assert variant(test) in rows_of(tables([folder]))[1][0]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"tests": 3}', "\0"])
