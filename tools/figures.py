@@ -170,8 +170,8 @@ def settings(folder: Path) -> dict[str, object]:
     """A run's hyper-parameters and its mode, from its checkpoint or else from its tests; empty if
     it has neither.
     """
-    if (folder / "ckpts" / LAST).is_file():
-        content = checkpoints.load(folder / "ckpts" / LAST)
+    if path := checkpoints.find_checkpoint(folder, LAST):
+        content = checkpoints.load(path)
         return {"mode": content.get("mode", "train"), **content.get("hyper_parameters", {})}
     return (
         read_results(folder)["training"]["hyper_parameters"] if (folder / RESULTS).exists() else {}
@@ -222,7 +222,7 @@ def curves(folder: Path) -> Figure:
                 look = {"color": ORANGE, "fmt": "s--", "markersize": 3, "linewidth": 1}
                 axis.errorbar(at, centre, half, capsize=2, **look, label="validation, ± 95 %")
         axes[row, 0].set_ylabel(label)
-    axes[1, 0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes[1, 0].xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
     axes[1, 0].xaxis.set_major_formatter("{x:,.0f}")
     axes[1, 0].set_xlabel("batches" if known.get("mode") == "pretrain" else "episodes")
     axes[1, 1].set_xlabel(f"{unit} of training, without validations and pauses")
@@ -273,7 +273,7 @@ def gates(name: str, trace: dict[str, np.ndarray]) -> Figure:
 def movement(name: str, trace: dict[str, np.ndarray]) -> Figure:
     """How far each layer has moved from cI."""
     moved = trace["moved"].mean(0)
-    figure, axis = plt.subplots(figsize=(6, 3.6))
+    figure, axis = plt.subplots(figsize=(7, 3.6))
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(trace["layers"])))
     for k, (layer, colour) in enumerate(zip(trace["layers"], colours, strict=True)):
         look = {"color": colour, "linestyle": ("-", "--", "-.", ":")[k % 4]}

@@ -89,6 +89,13 @@ def test_a_validation_before_the_log_has_no_time(run):
     assert lines[1][1] == pytest.approx(2)
 
 
+def test_an_exported_pre_training_counts_batches(run):
+    content = {"episode": 6, "mode": "pretrain", "network": {"weight": torch.ones(1)}}
+    torch.save(content, run / "meta-learner.pth.tar")
+    labels = [axes.get_xlabel() for axes in plots.load_figures().curves(run).axes]
+    assert "batches" in labels
+
+
 def test_words_and_numbers_of_the_pictures(run):
     figures = plots.load_figures()
     trace = read_trace(run)
