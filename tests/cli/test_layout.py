@@ -159,6 +159,14 @@ def test_the_commands_of_the_readme_exist():
             flags.check(words[2:])
 
 
+def test_git_ignores_what_the_readme_makes():
+    tracked("README.md")  # in a git repository
+    made = ["logs-authors-719/", "short-719/", "predictions.csv", "predictions.png", "exported/"]
+    command = ["git", "check-ignore", "--stdin"]
+    done = subprocess.run(command, cwd=ROOT, input="\n".join(made), capture_output=True, text=True)
+    assert done.stdout.splitlines() == made
+
+
 # ---- Without fast/ ----
 
 
