@@ -12,7 +12,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "Agg"  # a notebook's own may not exist here
@@ -35,7 +35,7 @@ from tools.metrics import read_metrics
 from tools.results import NAME as RESULTS
 from tools.results import read_results, variant
 from tools.trace import QUANTILES
-from utils import summary
+from utils import UserError, summary
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 STYLE = {
@@ -170,8 +170,8 @@ def settings(folder: Path) -> dict[str, object]:
     """A run's hyper-parameters and its mode, from its checkpoint or else from its tests; empty if
     it has neither.
     """
-    if path := checkpoints.find_checkpoint(folder, LAST):
-        content = checkpoints.load(path)
+    with suppress(UserError):  # there is none, or it is not readable any more
+        content = checkpoints.load(checkpoints.find_checkpoint(folder, LAST) or folder)
         return {"mode": content.get("mode", "train"), **content.get("hyper_parameters", {})}
     return (
         read_results(folder)["training"]["hyper_parameters"] if (folder / RESULTS).exists() else {}
