@@ -30,7 +30,7 @@ from baselines.pretrain import pretrain
 from dataloader import check_splits, scan_split
 from engine.backend import Backend, adam, dataset, make_learner, make_metalearner, select_backend
 from engine.checkpoint import load_for_test, load_weights
-from engine.distributed import Ranks
+from engine.distributed import SINGLE_PROCESS, Ranks
 from engine.evaluation import Evaluator, run_test
 from engine.folder import RunFolder
 from engine.model import Model
@@ -38,6 +38,7 @@ from engine.parallel import make_train_step
 from engine.run import Run
 from episode import learned
 from tools import export, plots, predict, report, results, tables, trace
+from tools.predictor import Predictor
 
 
 def build(args: argparse.Namespace, backend: Backend) -> Model:
@@ -85,7 +86,7 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
 
 
 def load_model(
-    cli_args: dict[str, object], ranks: Ranks
+    cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS
 ) -> tuple[argparse.Namespace, dict, Backend, Model]:
     """Load what is tested or predicts: its flags, checkpoint, backend and networks."""
     args, checkpoint = load_for_test(cli_args, ranks)
@@ -108,18 +109,29 @@ def test(cli_args: dict[str, object], ranks: Ranks) -> None:
         report.record(path, args, checkpoint, tests, backend.device, ranks.size)
 
 
-def answer(cli_args: dict[str, object], ranks: Ranks) -> None:
-    """Adapt to the user's examples and classify images (``--mode predict``)."""
-    args, _, backend, model = load_model(cli_args, ranks)
-    predict.predict(args, backend, model)
+def load_predictor(cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS) -> Predictor:
+    """Load a model that adapts to the user's examples and classifies images."""
+    args, checkpoint, backend, model = load_model(cli_args, ranks)
+    trained_on = checkpoint.get("hyper_parameters", {}).get("n_shot", args.n_shot)
+    return Predictor(args, backend, model, trained_on)
+
+
+def plot(cli_args: dict[str, object], _: Ranks) -> None:
+    """Draw a run. Given the data, also the updates of one that has no record of them."""
+    folder = plots.run_to_draw(resolve(cli_args))
+    if {"data", "data_root"} & cli_args.keys() and not (folder / trace.NAME).exists():
+        args, _, backend, model = load_model({**cli_args, "resume": str(folder)})
+        val_set = dataset(args, backend, scan_split(args.data_root, "val"), trace.N_EPISODES)
+        trace.write_trace(folder, val_set, model, args.batch_size, backend.device)
+    plots.plot(folder)
 
 
 MODES = {
     "train": train,
     "test": test,
     "pretrain": pretrain,
-    "predict": answer,
-    "plot": lambda cli_args, _: plots.plot_mode(resolve(cli_args)),
+    "predict": lambda *loaded: predict.predict(load_predictor(*loaded)),
+    "plot": plot,
     "results": lambda cli_args, _: tables.results_mode(resolve(cli_args)),
     "export": lambda cli_args, _: export.export_mode(resolve(cli_args)),
 }

@@ -23,8 +23,23 @@ from engine.tta import class_permutations, evaluate_tta
 from episode import Episode, evaluate_episode
 from learner import FlatModule
 
-# the authors', for a number of shots that the model was not trained on
-CROSS_SCHEDULE = {"epoch": 5, "batch_size": 5}
+
+def schedule(args: argparse.Namespace, trained_on: int, n_support: int) -> tuple[int, int]:
+    """How to adapt to ``n_support`` images in all: in as many updates as in training, with steps of
+    the same size. A note says if the model was trained on another number of images.
+
+    Args:
+        trained_on: images per class.
+
+    Returns:
+        The images of a minibatch, and ``MetaLearner.grad_divisor``.
+    """
+    usual = args.n_class * trained_on
+    if n_support == usual:
+        return args.batch_size, args.grad_divisor
+    print(f"note: adapts to {n_support} examples, trained on {usual}; updates are as in training")
+    n_minibatches = -(-usual // args.batch_size)
+    return -(-n_support // n_minibatches), args.grad_divisor or min(args.batch_size, usual)
 
 
 class Evaluator:
@@ -96,8 +111,7 @@ def run_test(
     """Test on each of ``--shots`` (or on ``--n-shot``) and print the accuracy for each count in
     ``--episode-test``.
 
-    All counts are of the same episodes: the first 100 of the 600 are the 100. A number of shots
-    other than ``trained_on`` is tested with ``CROSS_SCHEDULE``.
+    All counts are of the same episodes: the first 100 of the 600 are the 100.
 
     Returns:
         For each number of shots: the episodes' shape and schedule, ``tta`` and ``transductive``,
@@ -106,17 +120,17 @@ def run_test(
     """
     counts, tests = sorted(set(args.episode_test)), []
     for n_shot in args.shots or [args.n_shot]:
-        schedule = {"epoch": args.epoch, "batch_size": args.batch_size}
-        if args.shots and n_shot != trained_on:
-            schedule = CROSS_SCHEDULE
-        these = argparse.Namespace(**{**vars(args), "n_shot": n_shot, **schedule})
+        size, divisor = schedule(args, trained_on, args.n_class * n_shot)
+        model.metalearner.grad_divisor = divisor
+        these = argparse.Namespace(**{**vars(args), "n_shot": n_shot, "batch_size": size})
         test_set = dataset(these, backend, scan_split(args.data_root, "test"), counts[-1])
         ranks.begin({"device": backend.description, "test images": test_set.fingerprint})
         losses, accuracies = Evaluator(these, backend, model, ranks)(test_set)
-        name = f"test {n_shot}-shot ({schedule['epoch']} x {schedule['batch_size']})"
+        name = f"test {n_shot}-shot ({args.epoch} x {size})"
         for count in counts:
             print(result_line(name if args.shots else "test", losses[:count], accuracies[:count]))
-        test = {"n_class": args.n_class, "n_shot": n_shot, "n_eval": args.n_eval, **schedule}
+        test = {"n_class": args.n_class, "n_shot": n_shot, "n_eval": args.n_eval}
+        test |= {"epoch": args.epoch, "batch_size": size}
         test["tta"] = {"permutations": args.tta_permutations or 1, "flip": args.tta_flip}
         test["transductive"] = args.transductive
         test["fingerprint"] = test_set.fingerprint

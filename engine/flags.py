@@ -18,9 +18,9 @@ MODES = {
     "test": "test a checkpoint on episodes of the test classes",
     "predict": "classify your own images",
     "pretrain": "train the learner alone, on batches of all training classes, for --init-from",
-    "plot": "draw a run",
+    "plot": "draw a run; with --data or --data-root also the updates of one that was not finished",
     "results": "print a table of tested runs",
-    "export": "copy what is worth publishing of a run into results/",
+    "export": "copy what is worth publishing of a run",
 }
 
 
@@ -75,6 +75,7 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     words = "minutes between two snapshots"
     add("--save-minutes", 5.0, words, "X", type=float_range(0, 1e6))
     add("--runs", None, "results: run folders", "DIR", nargs="+")
+    add("--to", "exported", "export: the folder in which a run's new folder is made", "DIR")
     add("--means", False, "results: one row per recipe, the mean over seeds where there are three")
 
     add = group("data")
@@ -199,9 +200,9 @@ def parse(argv: list[str]) -> dict[str, object]:
     cli_args = vars(_parser.parse_args(argv))
     if cli_args.get("cpu") and cli_args.get("gpu") is not None:
         raise UserError(f"--cpu and --gpu {cli_args['gpu']}: give one of the two")
-    for name in ("save", "resume", "data_root", "cache_dir", "init_from", "support", "out"):
+    for name in ("save", "resume", "data_root", "cache_dir", "init_from", "support", "out", "to"):
         if cli_args.get(name):
-            cli_args[name] = str(Path(cli_args[name]).expanduser())
+            cli_args[name] = os.path.expanduser(str(cli_args[name]))  # keeps the / of --out DIR/
     return cli_args
 
 

@@ -6,6 +6,8 @@ Importing this module does not need Matplotlib; ``tools/figures.py`` does.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -31,32 +33,33 @@ def load_figures() -> ModuleType:
     return figures
 
 
-def plot_mode(args: argparse.Namespace) -> None:
-    """Draw the run that ``--resume``, or else ``--save`` and ``--seed``, names."""
-    folder = run_folder(args)
-    if args.resume not in (None, "auto"):
-        place = Path(resolve_checkpoint(args.resume, args.seed, LAST))
-        folder = place if place.is_dir() else place.parent  # a run's checkpoints are in its ckpts/
-        folder = folder.resolve().parent if folder.resolve().name == "ckpts" else folder
-    _print(plot(folder))
+def run_to_draw(args: argparse.Namespace) -> Path:
+    """The folder of the run that ``--resume``, or else ``--save`` and ``--seed``, names."""
+    if args.resume in (None, "auto"):
+        return run_folder(args)
+    place = Path(resolve_checkpoint(args.resume, args.seed, LAST))
+    folder = place if place.is_dir() else place.parent  # a run's checkpoints are in its ckpts/
+    return folder.resolve().parent if folder.resolve().name == "ckpts" else folder
+
+
+@contextmanager
+def optional() -> Iterator[None]:
+    """Draw if that is possible: a broken Matplotlib costs pictures only, and a note says so."""
+    try:
+        yield
+    except Exception as e:  # a broken package raises nearly anything
+        why = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
+        print(f"note: pictures are left out: {why}")
 
 
 def draw(folder: Path, name: str | None = None) -> None:
-    """Draw a run; without Matplotlib a line says that the pictures are left out."""
-    try:
-        load_figures()
-    except UserError as e:
-        print(f"note: pictures are left out: {e}")
-        return
-    _print(plot(folder, name))
-
-
-def _print(paths: list[Path]) -> None:
-    print("drawn: " + " ".join(str(path) for path in paths))
+    """Draw a run, if it can be drawn."""
+    with optional():
+        plot(folder, name)
 
 
 def plot(folder: Path, wanted: str | None = None) -> list[Path]:
-    """Draw everything that a run folder has the numbers for.
+    """Draw everything that a run folder has the numbers for, and print what.
 
     Args:
         wanted: draw only the picture of this name.
@@ -87,4 +90,5 @@ def plot(folder: Path, wanted: str | None = None) -> list[Path]:
                 except OSError as e:
                     why = f"cannot be written ({e.strerror}); free some space"
                     raise UserError(f"{folder / 'plots'}: {why}") from e
+    print("drawn: " + " ".join(map(str, written)))
     return written

@@ -23,10 +23,15 @@ ARRAYS = ("layers", "classes", "forget", "input", "moved", "support", "query", "
 def write_trace(
     folder: Path, dataset: EpisodeDataset, model: Model, batch_size: int, device: torch.device
 ) -> None:
-    """Record the first ``N_EPISODES`` of a data set into a run folder, as ``trace.npz``."""
-    some = dataset.first(N_EPISODES)
+    """Record the first ``N_EPISODES`` of a data set into a run folder, as ``trace.npz``.
+
+    In an exported run's folder it holds no photographs.
+    """
+    arrays = record(dataset.first(N_EPISODES), model, batch_size, device)
+    if not (folder / "ckpts").is_dir():
+        del arrays["images"]
     with atomic_write(folder / NAME) as file:
-        np.savez_compressed(file, **record(some, model, batch_size, device))
+        np.savez_compressed(file, **arrays)
 
 
 def read_trace(folder: Path) -> dict[str, np.ndarray] | None:
