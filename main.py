@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from engine.flags import check, parse, resolve
-from engine.process import Stopped, Terminal, exit_process, lower_priority
+from engine.process import Stopped, Terminal, exit_process, explain_failures, lower_priority
 from utils import UserError, missing_package, print_error, run_main
 
 if __name__ == "__main__":
@@ -128,7 +128,7 @@ MODES = {
 def main(argv: list[str]) -> int:
     """Run the command line; the exit code."""
     try:
-        with Ranks.started() as ranks:
+        with Ranks.started() as ranks, explain_failures():
             cli_args = parse(argv)
             ranks.compare_start(cli_args)
             mode = str(cli_args.get("mode", "train"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import importlib.util
 import math
@@ -95,6 +96,14 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
         return print_error(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of Python, PyTorch, CUDA or Triton says that memory is exhausted."""
+    words = ("out of memory", "defaultcpuallocator", "alloc_failed", "can't start new thread")
+    text = str(error).lower()
+    no_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    return no_memory or (isinstance(error, RuntimeError) and any(word in text for word in words))
 
 
 def print_error(error: object) -> int:

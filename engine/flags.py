@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from utils import Parser, UserError, float_range, int_range
 
 MIN_IMAGE_SIZE, INPUT_SIZE = 16, 4  # learner.py's and metalearner.py's, which import PyTorch
 ROOT = Path(__file__).resolve().parent.parent
+PATHS = ("save", "resume", "data_root", "cache_dir", "init_from", "support", "query", "out", "runs")
+# which a checkpoint carries for a resumed run: its length, and what its validations depend on
+VALIDATION_FLAGS = ("episode_val", "transductive", "tta_permutations", "tta_flip")
+RUN_FLAGS = ("episode", "val_freq", *VALIDATION_FLAGS)
 MODES = {
     "train": "train the meta-learner",
     "test": "test a checkpoint on episodes of the test classes",
@@ -196,10 +201,23 @@ def parse(argv: list[str]) -> dict[str, object]:
     cli_args = vars(_parser.parse_args(argv))
     if cli_args.get("cpu") and cli_args.get("gpu") is not None:
         raise UserError(f"--cpu and --gpu {cli_args['gpu']}: give one of the two")
-    for name in ("save", "resume", "data_root", "cache_dir", "init_from", "support", "out"):
-        if cli_args.get(name):
-            cli_args[name] = str(Path(cli_args[name]).expanduser())
+    for name in PATHS:
+        value = cli_args.get(name)
+        if isinstance(value, list):
+            cli_args[name] = [_expanded(name, path) for path in value]
+        elif value:
+            cli_args[name] = _expanded(name, value)
     return cli_args
+
+
+def _expanded(name: str, path: str) -> str:
+    """The path with the home folder for "~", which no shell replaces after "="."""
+    if path != "~" and not path.startswith("~/"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as e:  # no HOME, and a user without an entry in the list of users
+        raise UserError(f"{spelled(name)} {path}: there is no home folder; set HOME") from e
 
 
 def resolve(
@@ -209,13 +227,12 @@ def resolve(
 
     Args:
         cli_args: from ``parse``.
-        checkpoint_args: the hyper-parameters that a checkpoint carries.
+        checkpoint_args: the flags that a checkpoint carries.
 
     Raises:
         UserError: flags contradict each other.
     """
-    stored = {k: v for k, v in (checkpoint_args or {}).items() if k in HYPER_PARAMETERS}
-    args = argparse.Namespace(**{**DEFAULTS, **stored, **cli_args})
+    args = argparse.Namespace(**{**DEFAULTS, **(checkpoint_args or {}), **cli_args})
     args.data_root = Path(args.data_root) if args.data_root else ROOT / "data" / args.data
     for name in ("bi_init", "bf_init"):
         low, high = getattr(args, name)
@@ -239,8 +256,11 @@ def check(argv: list[str]) -> None:
         resolve(parse(argv))
 
 
-def check_hyper_parameters(path: Path, stored: dict[str, object]) -> None:
-    """Check that a checkpoint's hyper-parameters are values that the flags admit.
+def check_stored(path: Path, stored: dict[str, object], what: str, known: Iterable[str]) -> None:
+    """Check that the flags that a checkpoint carries are known, with values that they admit.
+
+    Args:
+        what: what they are called in errors.
 
     Raises:
         UserError: one is not; it is named.
@@ -248,12 +268,11 @@ def check_hyper_parameters(path: Path, stored: dict[str, object]) -> None:
     for name, value in stored.items():
         words = [str(v) for v in value] if isinstance(value, list) else [str(value)]
         try:
-            known = name in HYPER_PARAMETERS
-            parsed = parse([spelled(str(name)), *words]).get(name) if known else None
+            parsed = parse([spelled(name), *words]).get(name) if name in known else None
         except UserError as e:
-            raise UserError(f"{path}: its hyper-parameter {name} {value} cannot be: {e}") from e
+            raise UserError(f"{path}: its {what} {name} {value} cannot be: {e}") from e
         if parsed != value:
-            raise UserError(f"{path}: its hyper-parameter {name} {value} is unknown")
+            raise UserError(f"{path}: its {what} {name} {value} is unknown")
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -261,6 +280,10 @@ def run_folder(args: argparse.Namespace) -> Path:
     return Path(f"{args.save}-{args.seed}")
 
 
-def hyper_parameters(args: argparse.Namespace) -> dict[str, object]:
-    """The flags that a checkpoint carries."""
-    return {k: getattr(args, k) for k in HYPER_PARAMETERS}
+def stored_flags(args: argparse.Namespace) -> dict[str, dict[str, object]]:
+    """The flags that a checkpoint carries: hyper-parameters and, for a resumed run, others."""
+    run_flags = {k: getattr(args, k) for k in RUN_FLAGS if getattr(args, k) is not None}
+    return {
+        "hyper_parameters": {k: getattr(args, k) for k in HYPER_PARAMETERS},
+        "run_flags": run_flags,
+    }

@@ -6,13 +6,14 @@ import contextlib
 import ctypes
 import errno
 import io
+import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from utils import release_locks
+from utils import UserError, out_of_memory, release_locks
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 HANDLED = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
@@ -111,6 +112,27 @@ def end_with_parent() -> None:
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
+@contextlib.contextmanager
+def explain_failures() -> Iterator[None]:
+    """Say what to do about exhausted memory and killed worker processes.
+
+    Raises:
+        UserError: in place of their exceptions.
+    """
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as e:
+        why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        if out_of_memory(e):
+            flags = "--image-size, --filters, --hidden-size, --epoch, --n-eval, --n-class"
+            raise UserError(f"out of memory ({why}); lower one of {flags}, --n-workers") from e
+        if "DataLoader worker (pid" in why:
+            cause = "memory or /dev/shm may be too small for --n-workers"
+            advice = "continue with --resume auto, and --n-workers 0 if it happens again"
+            raise UserError(f"a worker process has ended ({why}); {cause}; {advice}") from e
+        raise
+
+
 def exit_process(run: Callable[[], int]) -> None:
     """End this process with the exit code that ``run`` returns or raises.
 
@@ -120,6 +142,8 @@ def exit_process(run: Callable[[], int]) -> None:
         code = run()
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
+    for worker in multiprocessing.active_children():  # stuck: Python would wait for it
+        worker.kill()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
