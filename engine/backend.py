@@ -58,7 +58,8 @@ def select_backend(args: argparse.Namespace, local: tuple[int, int] = (0, 1)) ->
         local: rank and number of the processes on this machine, each of which has its own GPU.
 
     Raises:
-        UserError: ``--gpu`` names no GPU, there are too few, or a flag needs ``fast/``.
+        UserError: ``--gpu`` names no GPU, there are too few, one cannot be used, or a flag needs
+            ``fast/``.
     """
     device, name = _device(args, *local)
     if not args.plain and importlib.util.find_spec("fast") is not None:
@@ -78,12 +79,22 @@ def _device(args: argparse.Namespace, rank: int, size: int) -> tuple[torch.devic
     if not args.cpu and 0 < n_gpu < size:
         advice = f"give torchrun --nproc-per-node {n_gpu}, or main.py --cpu"
         raise UserError(f"{size} processes here, but {n_gpu} GPUs; {advice}")
-    if args.cpu or n_gpu == 0:
-        why = "" if args.cpu else " (no GPU found)"
-        return torch.device("cpu"), f"CPU{why}, {torch.get_num_threads()} threads"
-    device = torch.device("cuda", args.gpu or rank)
-    torch.cuda.set_device(device)
-    return device, torch.cuda.get_device_name(device)
+    why = "" if args.cpu else " (no GPU found)"
+    if not args.cpu and n_gpu:
+        device = torch.device("cuda", args.gpu or rank)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if not torch.distributed.is_nccl_available():
+                raise UserError("several processes: PyTorch has no NCCL for GPUs here; give --cpu")
+        try:
+            torch.cuda.set_device(device)
+            torch.ones(1, device=device).add_(1).item()
+            return device, torch.cuda.get_device_name(device)
+        except RuntimeError as e:
+            if "no kernel image" not in str(e) or args.gpu is not None:
+                problem = f"GPU {device.index} cannot be used ({str(e).splitlines()[0]})"
+                raise UserError(f"{problem}; give --cpu, or --gpu with another number") from e
+            why = f" (PyTorch {torch.__version__} has no code for GPU {device.index})"
+    return torch.device("cpu"), f"CPU{why}, {torch.get_num_threads()} threads"
 
 
 def _fast(args: argparse.Namespace, device: torch.device, name: str) -> Backend:
