@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from episode import Episode
-from utils import SPLITS, UserError, is_junk
+from utils import SPLITS, UserError, is_junk, load_package
 
 CROP_RATIO = (3 / 4, 4 / 3)
 # by --augment: share of the image's area in a crop; jitter of brightness, contrast, saturation, hue
@@ -308,9 +308,8 @@ def draw_flips(seed: int, split: str, index: int, n: int) -> Augmentation:
 
 
 def _torchvision():
-    from torchvision.transforms import functional  # loads for a second; fast/ does without it
-
-    return functional
+    # loads for a second; fast/ does without it
+    return load_package("torchvision.transforms.functional")
 
 
 def train_image(image: Image.Image, drawn: Augmentation, k: int, image_size: int) -> Image.Image:

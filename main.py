@@ -14,16 +14,16 @@ import sys
 from pathlib import Path
 
 from engine.flags import check, parse, resolve
-from engine.process import Stopped, Terminal, exit_process, explain_failures, lower_priority
-from utils import UserError, missing_package, print_error, run_main
+from engine.process import Stopped, announce, begin_process, exit_process, explain_failures
+from utils import UserError, check_packages, run_main
 
 if __name__ == "__main__":
-    Terminal.take_over()
-    lower_priority()  # before PyTorch starts threads
+    begin_process()
     if code := run_main(check, sys.argv[1:]):  # before the slow imports
         sys.exit(code)
-if name := missing_package("torch", "torchvision", "PIL", "tqdm", "numpy"):
-    sys.exit(print_error(f"{name} is missing; run: pip install -r requirements.txt"))
+    announce("importing PyTorch")
+if code := run_main(check_packages, ["numpy", "PIL", "tqdm", "torch", "torchvision"]):
+    sys.exit(code)
 
 from baselines.linear_head import build_linear_head, initialise
 from baselines.pretrain import pretrain
@@ -127,6 +127,7 @@ MODES = {
 
 def main(argv: list[str]) -> int:
     """Run the command line; the exit code."""
+    announce("")
     try:
         with Ranks.started() as ranks, explain_failures():
             cli_args = parse(argv)

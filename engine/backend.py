@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from dataloader import EpisodeDataset, Split
+from engine.own_learner import own_learner
 from episode import step_if_finite
 from learner import Conv4, FlatModule
 from metalearner import MetaLearner
-from utils import UserError
+from utils import UserError, load_package
 
 
 def _eager(
@@ -67,6 +68,7 @@ def select_backend(args: argparse.Namespace, local: tuple[int, int] = (0, 1)) ->
     why = "--plain" if args.plain else "there is no folder fast/"
     if args.precision != "fp32":
         raise UserError(f"--precision {args.precision}: needs fast/ ({why}); give --precision fp32")
+    load_package("torchvision.transforms.functional")  # or worker processes would miss it later
     return Backend(device, f"device: {name}; plain PyTorch ({why})")
 
 
@@ -82,9 +84,9 @@ def _device(args: argparse.Namespace, rank: int, size: int) -> tuple[torch.devic
     why = "" if args.cpu else " (no GPU found)"
     if not args.cpu and n_gpu:
         device = torch.device("cuda", args.gpu or rank)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if not torch.distributed.is_nccl_available():
-                raise UserError("several processes: PyTorch has no NCCL for GPUs here; give --cpu")
+        dist = torch.distributed
+        if dist.is_available() and dist.is_initialized() and not dist.is_nccl_available():
+            raise UserError("several processes: PyTorch has no NCCL for GPUs here; give --cpu")
         try:
             torch.cuda.set_device(device)
             torch.ones(1, device=device).add_(1).item()
@@ -128,8 +130,14 @@ def _fast(args: argparse.Namespace, device: torch.device, name: str) -> Backend:
 
 
 def make_learner(args: argparse.Namespace, backend: Backend) -> FlatModule:
-    """Make the learner that the flags ask for, from their seed, on the device."""
+    """Make the learner that the flags ask for, from their seed, on the device.
+
+    Raises:
+        UserError: ``--learner`` names a network that cannot be one.
+    """
     make_reproducible(args.seed)
+    if args.learner != "conv4":
+        return own_learner(args).to(backend.device)
     shape = (args.image_size, args.bn_eps, args.bn_momentum, args.n_class, args.bn_scale)
     return backend.learner(*shape, args.filters).to(backend.device)
 

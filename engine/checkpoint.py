@@ -133,8 +133,8 @@ def load_weights(modules: dict[str, nn.Module], content: dict, path: Path) -> No
             if stored[name].shape != tensor.shape:
                 raise UserError(
                     f"{path}: {name} is {list(stored[name].shape)}, but the flags make it "
-                    f"{list(tensor.shape)}; --image-size, --n-class, --filters and --hidden-size "
-                    "must be those of its training"
+                    f"{list(tensor.shape)}; --image-size, --n-class, --filters, --learner and "
+                    "--hidden-size must be those of its training"
                 )
         module.load_state_dict(stored)
 

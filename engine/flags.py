@@ -6,6 +6,7 @@ Imports no PyTorch, so that ``--help`` and errors come at once.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,8 +17,7 @@ MIN_IMAGE_SIZE, INPUT_SIZE = 16, 4  # learner.py's and metalearner.py's, which i
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = ("save", "resume", "data_root", "cache_dir", "init_from", "support", "query", "out", "runs")
 # which a checkpoint carries for a resumed run: its length, and what its validations depend on
-VALIDATION_FLAGS = ("episode_val", "transductive", "tta_permutations", "tta_flip")
-RUN_FLAGS = ("episode", "val_freq", *VALIDATION_FLAGS)
+RUN_FLAGS = ("episode", "val_freq", "episode_val", "transductive", "tta_permutations", "tta_flip")
 MODES = {
     "train": "train the meta-learner",
     "test": "test a checkpoint on episodes of the test classes",
@@ -115,6 +115,9 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     add("--shots", None, words, "K", type=int_range(1, 1000), nargs="+")
 
     add = group("learner")
+    words = "conv4: the paper's four blocks; or your own network: a class or function NAME in a "
+    words += "Python file, see examples/own_network.py"
+    add("--learner", "conv4", words, "FILE:NAME", True)
     add("--epoch", 8, "passes over the support set", "N", True, type=int_range(1, 10000))
     add("--batch-size", 25, "images of a support minibatch", "N", True, type=count)
     words = "divide the minibatch's mean gradient by N; 0: by its number of images, as the authors"
@@ -138,7 +141,9 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     add("--lstm-init", "pytorch", words, hyper=True, choices=("pytorch", "authors"))
     low_high = {"metavar": ("LOW", "HIGH"), "hyper": True, "type": bias, "nargs": 2}
     add("--bf-init", [4.0, 6.0], "range in which bF starts (authors: 4 5)", **low_high)
-    add("--bi-init", [-5.0, -4.0], "range in which bI starts", **low_high)
+    words = "range in which bI starts: a first step of sigmoid(bI) times the gradient, about 1/100 "
+    words += "of it; a small network that trains for hundreds of episodes learns from 0 0, a half"
+    add("--bi-init", [-5.0, -4.0], words, **low_high)
     rate = float_range(0, 1, low_open=True)
     add("--lr", 1e-3, "learning rate of Adam", "X", True, type=rate)
     words = "share of the training, at its end, in which the learning rate falls linearly to 0"
@@ -207,7 +212,34 @@ def parse(argv: list[str]) -> dict[str, object]:
             cli_args[name] = [_expanded(name, path) for path in value]
         elif value:
             cli_args[name] = _expanded(name, value)
+    if cli_args.get("learner", "conv4") != "conv4":
+        cli_args["learner"] = with_digest(_expanded("learner", str(cli_args["learner"])))
     return cli_args
+
+
+def split_learner(learner: str) -> tuple[str, str, str]:
+    """``--learner FILE:NAME@DIGEST`` -> FILE, NAME and DIGEST, which may be empty."""
+    file, _, name = learner.rpartition(":")
+    name, _, digest = name.partition("@")
+    return file, name, digest
+
+
+def with_digest(learner: str) -> str:
+    """``--learner`` with a digest of the file's content, as a checkpoint keeps it.
+
+    Raises:
+        UserError: there is no such file, or no name in it is given.
+    """
+    file, name, digest = split_learner(learner)
+    if digest:
+        return learner
+    if not file.endswith(".py") or not name.isidentifier():
+        raise UserError(f"--learner {learner}: should be conv4, or FILE:NAME such as my_net.py:Net")
+    try:
+        content = Path(file).read_bytes()
+    except OSError as e:
+        raise UserError(f"--learner {file}:{name}: cannot be read ({e.strerror})") from e
+    return f"{learner}@{hashlib.sha256(content).hexdigest()[:12]}"
 
 
 def _expanded(name: str, path: str) -> str:
@@ -238,6 +270,11 @@ def resolve(
         low, high = getattr(args, name)
         if low > high:
             raise UserError(f"{spelled(name)} {low:g} {high:g}: LOW must not exceed HIGH")
+    if args.learner != "conv4":
+        for flag, needed in (("mode", "train"), ("method", "lstm"), ("precision", "fp32")):
+            value = getattr(args, flag)
+            if value != needed and (flag, value) not in (("mode", "test"), ("mode", "predict")):
+                raise UserError(f"{spelled(flag)} {value}: not with --learner, but with conv4 only")
     if args.bn_shift and args.method != "linear-head":
         raise UserError(f"--bn-shift {args.bn_shift:g}: is for --method linear-head only")
     if args.transductive and args.method == "linear-head":

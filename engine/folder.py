@@ -14,11 +14,11 @@ from pathlib import Path
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST
 from engine.distributed import SINGLE_PROCESS, Ranks
-from engine.flags import DEFAULTS, RUN_FLAGS, VALIDATION_FLAGS, resolve, run_folder, spelled
+from engine.flags import DEFAULTS, RUN_FLAGS, resolve, run_folder, spelled
 from utils import UserError, file_lock
 
 # hyper-parameters that shape the first episode, and cannot change after it
-START_ONLY = ("bn_scale", "lstm_init", "bf_init", "bi_init", "method", "bn_shift")
+START_ONLY = ("bn_scale", "lstm_init", "bf_init", "bi_init", "method", "bn_shift", "learner")
 
 
 class RunFolder:

@@ -27,7 +27,9 @@ class Terminal(io.FileIO):
             return super().write(data)
         except OSError as e:
             if e.errno != errno.EIO:
-                raise
+                # or what is left to write at the end would fail once more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+                raise OSError(e.errno, e.strerror, "output") from e
             return len(data)
 
     @classmethod
@@ -35,11 +37,24 @@ class Terminal(io.FileIO):
         """Send ``sys.stdout`` and ``sys.stderr`` through it, line by line."""
         for name, number in (("stdout", 1), ("stderr", 2)):
             if getattr(sys, name) is None:  # closed by the shell, as by >&-
-                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the end
-                continue
+                # or the next file that is opened would become it
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+                setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115 - until the end
             raw = io.BufferedWriter(cls(number, "w", closefd=False))
             how = {"errors": "backslashreplace", "line_buffering": True}  # file names are any bytes
             setattr(sys, name, io.TextIOWrapper(raw, getattr(sys, name).encoding, **how))
+
+
+def announce(text: str) -> None:
+    """Say what is being done, on a terminal alone: the next line replaces it."""
+    if sys.stderr.isatty():
+        print(f"{text}\033[K", end="\r", file=sys.stderr, flush=True)
+
+
+def begin_process() -> None:
+    """What a command line does first, before PyTorch starts threads."""
+    Terminal.take_over()
+    lower_priority()
 
 
 def lower_priority() -> None:

@@ -85,7 +85,8 @@ class Run:
             if self.ranks.rank == 0:
                 self._open_logs()
             on_error.pop_all()
-        self.logged, self.since, self.paused = self.state.episode, time.perf_counter(), 0.0
+        self.began = self.logged = self.state.episode
+        self.since, self.paused = time.perf_counter(), 0.0
 
     def _restore(self, checkpoint: dict, path: Path, data: dict[str, str]) -> None:
         checkpoints.load_weights(self.modules, checkpoint, path)
@@ -183,6 +184,10 @@ class Run:
             self.bar.update(args.meta_batch)
             if n % args.log_freq < args.meta_batch or n == args.episode:
                 self._write_line()
+            elif n == self.began + args.meta_batch:  # not in the log, as above
+                tqdm.write(
+                    f"the first update is done; a line follows every {args.log_freq} episodes"
+                )
         stop, save = self.ranks.largest(int(self.signals.stop or 0), int(self.signals.save))
         if stop or save or time.monotonic() - self.saved_at >= 60 * args.save_minutes:
             self.signals.save = False

@@ -72,7 +72,7 @@ def test_without_the_meta_learners_updates_nothing_is_learned(colours, tmp_path,
     assert val["accuracy"]["mean"] < 80
 
 
-def test_the_example_of_an_own_network_learns():
-    command = [sys.executable, ROOT / "examples" / "own_network.py"]
+def test_the_example_of_an_own_loop_learns():
+    command = [sys.executable, ROOT / "examples" / "own_loop.py"]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(found.stdout.splitlines()[-1].split()[4]) > 85
