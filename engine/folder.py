@@ -113,6 +113,8 @@ class RunFolder:
 
 
 def _typed(value: object) -> str:
+    if isinstance(value, bool | None):
+        return str(value).lower()
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -72,7 +72,8 @@ def own_learner(args: argparse.Namespace) -> FlatModule:
 
 def _module(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"learner_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # as for any import: dataclasses look there
     folder = str(path.resolve().parent)
