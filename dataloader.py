@@ -539,11 +539,12 @@ def _with_pauses(loader: DataLoader) -> Iterator:
                 late = f"no episode came from the worker processes in {LONGEST_WAIT} seconds"
                 raise UserError(f"{n}: {late}; give --n-workers 0, which shows what holds them up")
     finally:
-        del stream  # ends the workers, even while an exception holds this frame
+        if loader.num_workers:  # they would outlive an exception, which refers to the stream
+            stream._shutdown_workers()  # type: ignore[attr-defined]
 
 
 class _ReturnsErrors(Dataset):
-    """Returns a data set's errors: raised in a worker, they would keep the workers alive.
+    """Returns a data set's errors: raised in a worker, their message would be a whole traceback.
 
     In a worker it moves the tensors to shared memory itself: the queue drops an item that it cannot
     move.

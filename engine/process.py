@@ -157,8 +157,10 @@ def exit_process(run: Callable[[], int]) -> None:
         code = run()
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
-    for worker in multiprocessing.active_children():  # stuck: Python would wait for it
-        worker.kill()
+    if workers := multiprocessing.active_children():  # stuck: Python would wait for them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises an error
+        for worker in workers:
+            worker.kill()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
