@@ -83,6 +83,13 @@ def test_seeds_one_after_the_other(clone):
     assert table[2:] == ["--mode", "results", "--runs", "a b-719", "a b-53"]
 
 
+def test_what_is_named_twice_runs_once(clone):
+    assert seeds(clone, "719", "0719", "719", "--recipe", "train_1s_5c,train_1s_5c").returncode == 0
+    *calls, table = clone[1]()
+    assert modes(calls) == [("train", 719), ("test", 719)]
+    assert len(table) == 2 + 4  # one run
+
+
 def test_finished_seeds_are_not_tested_again(clone):
     assert seeds(clone, "719").returncode == 0
     before = len(clone[1]())

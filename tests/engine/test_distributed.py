@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT, assert_same, metrics, run_cli, run_test, succeeded, tensors, training
 from torch.distributed import TCPStore
 
-from engine import checkpoint, distributed, parallel
+from engine import checkpoint, distributed, evaluation, parallel
 from engine.backend import select_backend
 from engine.distributed import Ranks
 from engine.flags import parse, resolve
@@ -361,6 +361,22 @@ def test_a_full_disk_of_rank_0_ends_all(master, tmp_path):
 
     argv = training(master, tmp_path / "logs", *M6, **SHORT)
     all_refused(together(tmp_path / "a", 2, lambda rank: argv, prepare), "rank 0", "x.pth.tar")
+
+
+def test_a_rank_that_dies_during_a_validation_ends_all(master, tmp_path):
+    """At once; the other continues from the snapshot before the validation."""
+
+    def prepare(rank):
+        if rank == 1:
+            evaluation.evaluate_episode = lambda *_: os._exit(9)
+
+    argv = training(master, tmp_path / "logs", *M6[2:], "--meta-batch", "2")
+    began = time.monotonic()
+    codes, err = together(tmp_path / "a", 2, lambda rank: argv, prepare)
+    assert time.monotonic() - began < 120
+    assert (codes, err.count("\n")) == ([1, 9], 1), err
+    assert "rank 0: another rank has ended" in err
+    assert tensors(tmp_path / "logs")["episode"] == 2
 
 
 @slow
