@@ -267,7 +267,9 @@ def resolve(
     Raises:
         UserError: flags contradict each other.
     """
-    args = argparse.Namespace(**{**DEFAULTS, **(checkpoint_args or {}), **cli_args})
+    known = (*HYPER_PARAMETERS, *RUN_FLAGS)
+    stored = {k: v for k, v in (checkpoint_args or {}).items() if k in known}
+    args = argparse.Namespace(**{**DEFAULTS, **stored, **cli_args})
     args.data_root = Path(args.data_root) if args.data_root else ROOT / "data" / args.data
     for name in ("bi_init", "bf_init"):
         low, high = getattr(args, name)
