@@ -38,7 +38,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 SPLITS = ("train", "val", "test")
 REQUIREMENTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "requirements.txt")
-_JUNK = {"__macosx", "thumbs.db", "desktop.ini", "icon\r"}
+_JUNK = {"__macosx", "@eadir", "#recycle", "thumbs.db", "desktop.ini", "icon\r"}
 
 
 class UserError(Exception):

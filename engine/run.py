@@ -65,8 +65,10 @@ class Run:
         data = {split: dataset.fingerprint for split, dataset in datasets.items()}
         self.state = TrainingState()
         self.about = provenance(device, self.ranks.size)
+        self.seen_before: list[str] = []  # classes that the checkpoint was trained on
         if folder.origin is not None:
             path, origin = folder.origin
+            self.seen_before = origin.get("classes", [])
             started = {"checkpoint": _short(path), "episode": origin["episode"]}
             self.about["started_from"] = started
         if folder.checkpoint is not None:
@@ -92,6 +94,7 @@ class Run:
         checkpoints.load_weights(self.modules, checkpoint, path)
         checkpoints.load_optimizer(self.optimizer, checkpoint, path)
         self.state = TrainingState.from_checkpoint(checkpoint)
+        self.seen_before = checkpoint.get("classes", [])
         n = self.state.episode
         for split, fingerprint in self.state.data.items():
             if data.get(split, fingerprint) != fingerprint:
@@ -132,9 +135,10 @@ class Run:
         classes = ", ".join(f"{len(d.split.classes)} {s}" for s, d in self.datasets.items())
         module: Any = next(iter(self.modules.values()))
         size = module.metalstm.cI.numel() if hasattr(module, "metalstm") else module.size()
+        data = args.data_root.absolute().name  # "" for "."
         return (
             f"{args.n_class}-way {args.n_shot}-shot, {args.image_size} px, {size} learner "
-            f"parameters; {args.data_root.name}: {classes} classes; {args.episode} episodes"
+            f"parameters; {data}: {classes} classes; {args.episode} episodes"
         )
 
     def __enter__(self) -> Run:
@@ -301,6 +305,7 @@ class Run:
             **stored_flags(self.args),
             "about": self.about,
             "data_root": str(self.args.data_root.resolve()),
+            "classes": sorted({*self.datasets["train"].split.classes, *self.seen_before}),
         }
         checkpoints.save(content, *map(self.folder.ckpt, names))
 
