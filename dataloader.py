@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from episode import Episode
 from imagefiles import entries, is_folder, is_image, load_image, nfc, note_unknown
-from utils import SPLITS, UserError
+from utils import SPLITS, UserError, load_package
 
 CROP_RATIO = (3 / 4, 4 / 3)
 # by --augment: share of the image's area in a crop; jitter of brightness, contrast, saturation, hue
@@ -40,6 +40,7 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of pixels in [0, 1]
 STD = (0.229, 0.224, 0.225)
 # by --pixels: mean and deviation
 PIXELS = {"imagenet": (MEAN, STD), "unit": ((0.0,) * 3, (1.0,) * 3)}
+LONGEST_WAIT = 300  # seconds in which no worker process has an episode ready
 _PICK, _AUGMENT, _ORDER = range(3)  # one random stream each, so that none depends on another
 
 
@@ -265,9 +266,8 @@ def draw_flips(seed: int, split: str, index: int, n: int) -> Augmentation:
 
 
 def _torchvision():
-    from torchvision.transforms import functional  # loads for a second; fast/ does without it
-
-    return functional
+    # loads for a second; fast/ does without it
+    return load_package("torchvision.transforms.functional")
 
 
 def train_image(image: Image.Image, drawn: Augmentation, k: int, image_size: int) -> Image.Image:
@@ -447,11 +447,15 @@ def episodes(
     pin_memory: bool,
     worker_init: Callable[[int], None] | None = None,
     step: int = 1,
+    waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[Episode]:
     """Yield episodes ``start``, ``start + step``, ... on ``device``; worker processes run ahead.
 
+    Args:
+        waiting: called every second in which no worker has an episode ready.
+
     Raises:
-        UserError: an image cannot be read.
+        UserError: an image cannot be read, or nothing comes from the workers.
     """
     loader = DataLoader(
         _ReturnsErrors(dataset),
@@ -459,27 +463,70 @@ def episodes(
         sampler=range(start, len(dataset), step),
         num_workers=n_workers,
         collate_fn=_identity,
+        timeout=1 if n_workers else 0,
         pin_memory=pin_memory and device.type != "cpu",
         worker_init_fn=worker_init,
         generator=torch.Generator(),  # the global one belongs to the training
     )
-    for item in loader:
+    for item in _with_pauses(loader):
         if isinstance(item, UserError):
             raise item
-        yield dataset.deliver(item, device)
+        if item is None:
+            waiting()
+        else:
+            yield dataset.deliver(item, device)
+
+
+def _with_pauses(loader: DataLoader) -> Iterator:
+    """Yield a loader's items, and None after each second in which there is none."""
+    stream, waited = iter(loader), 0
+    try:
+        while True:
+            try:
+                yield next(stream)
+                waited = 0
+            except StopIteration:
+                return
+            except RuntimeError as e:
+                if "DataLoader timed out" not in str(e):
+                    raise
+                waited += 1
+                yield None
+            if waited == LONGEST_WAIT:
+                n = f"--n-workers {loader.num_workers}"
+                late = f"no episode came from the worker processes in {LONGEST_WAIT} seconds"
+                raise UserError(f"{n}: {late}; give --n-workers 0, which shows what holds them up")
+    finally:
+        if loader.num_workers:  # they would outlive an exception, which refers to the stream
+            stream._shutdown_workers()  # type: ignore[attr-defined]
 
 
 class _ReturnsErrors(Dataset):
-    """Returns a data set's errors: raised in a worker, they would keep the workers alive."""
+    """Returns a data set's errors: raised in a worker, their message would be a whole traceback.
+
+    In a worker it moves the tensors to shared memory itself: the queue drops an item that it cannot
+    move.
+    """
 
     def __init__(self, dataset: EpisodeDataset):
         self.dataset = dataset
 
     def __getitem__(self, index: int) -> object:
         try:
-            return self.dataset[index]
+            item = self.dataset[index]
         except UserError as error:
             return error
+        worker = get_worker_info()
+        if worker is not None:
+            try:
+                for tensor in item:
+                    if isinstance(tensor, Tensor):
+                        tensor.share_memory_()
+            except RuntimeError as e:
+                advice = "mount a larger /dev/shm (docker run --shm-size 1g), or give --n-workers 0"
+                why = f"an episode does not fit into shared memory ({str(e).splitlines()[0]})"
+                return UserError(f"--n-workers {worker.num_workers}: {why}; {advice}")
+        return item
 
 
 def _identity(item: object) -> object:

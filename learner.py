@@ -46,7 +46,7 @@ class FlatModule(nn.Module):
             named = [
                 (m, name, p.shape)
                 for m in self.modules()
-                for name, p in m.named_parameters(recurse=False)
+                for name, p in m.named_parameters(recurse=False, remove_duplicate=False)
             ]
             if len(named) != len(list(self.parameters())):
                 raise ValueError("two layers share a parameter; give each one of its own")

@@ -14,16 +14,16 @@ import sys
 from pathlib import Path
 
 from engine.flags import check, parse, resolve
-from engine.process import Stopped, Terminal, exit_process, lower_priority
-from utils import UserError, missing_package, print_error, run_main
+from engine.process import Stopped, announce, begin_process, exit_process, explain_failures
+from utils import UserError, check_packages, run_main
 
 if __name__ == "__main__":
-    Terminal.take_over()
-    lower_priority()  # before PyTorch starts threads
+    begin_process()
     if code := run_main(check, sys.argv[1:]):  # before the slow imports
         sys.exit(code)
-if name := missing_package("torch", "torchvision", "PIL", "tqdm", "numpy"):
-    sys.exit(print_error(f"{name} is missing; run: pip install -r requirements.txt"))
+    announce("importing PyTorch")
+if code := run_main(check_packages, ["numpy", "PIL", "tqdm", "torch", "torchvision"]):
+    sys.exit(code)
 
 from baselines.linear_head import build_linear_head, initialise
 from baselines.pretrain import pretrain
@@ -120,7 +120,7 @@ def plot(cli_args: dict[str, object], _: Ranks) -> None:
     """Draw a run. Given the data, also the updates of one that has no record of them."""
     folder = plots.run_to_draw(resolve(cli_args))
     if {"data", "data_root"} & cli_args.keys() and not (folder / trace.NAME).exists():
-        args, _, backend, model = load_model({**cli_args, "resume": str(folder)})
+        args, _checkpoint, backend, model = load_model({**cli_args, "resume": str(folder)})
         val_set = dataset(args, backend, scan_split(args.data_root, "val"), trace.N_EPISODES)
         trace.write_trace(folder, val_set, model, args.batch_size, backend.device)
     plots.plot(folder)
@@ -139,8 +139,9 @@ MODES = {
 
 def main(argv: list[str]) -> int:
     """Run the command line; the exit code."""
+    announce("")
     try:
-        with Ranks.started() as ranks:
+        with Ranks.started() as ranks, explain_failures():
             cli_args = parse(argv)
             ranks.compare_start(cli_args)
             mode = str(cli_args.get("mode", "train"))

@@ -1,14 +1,20 @@
-"""Errors, command lines, files written whole, locks, statistics. Imports no PyTorch."""
+"""Errors, command lines, files written whole, locks, statistics.
+
+Imports no PyTorch, and is imported before it: OpenMP and cuBLAS read the settings here when they
+start.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import importlib.util
 import math
 import os
 import secrets
+import shlex
 import signal
 import socket
 import statistics
@@ -16,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import IO, NoReturn
 
 try:
@@ -23,7 +30,14 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
+# deterministic cuBLAS needs a workspace of fixed size
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# by default OpenMP's threads spin while they wait, which slows down whatever runs beside them
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 SPLITS = ("train", "val", "test")
+REQUIREMENTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "requirements.txt")
 _JUNK = {"__macosx", "@eadir", "#recycle", "thumbs.db", "desktop.ini", "icon\r"}
 
 
@@ -97,26 +111,54 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
         return 128 + signal.SIGINT
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of Python, PyTorch, CUDA or Triton says that memory is exhausted."""
+    words = ("out of memory", "defaultcpuallocator", "alloc_failed", "can't start new thread")
+    text = str(error).lower()
+    no_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    return no_memory or (isinstance(error, RuntimeError) and any(word in text for word in words))
+
+
 def print_error(error: object) -> int:
     """Print one line on stderr (file names may hold newlines); returns the exit code 2."""
     print("error: " + str(error).replace("\n", "\\n"), file=sys.stderr)
     return 2
 
 
-def missing_package(*packages: str) -> str | None:
-    """The first package, of these and of those that they import, that is not installed.
+def pip_install(what: str = f"-r {shlex.quote(REQUIREMENTS)}") -> str:
+    """The command that installs packages; outside an environment it makes one."""
+    python, first = shlex.quote(sys.executable or "python"), ""
+    if sys.prefix == sys.base_prefix and "CONDA_PREFIX" not in os.environ:
+        python, first = ".venv/bin/python", "python3 -m venv .venv && "
+    return f"{first}{python} -m pip install {what}"
 
-    torchvision is looked for but not imported, since that takes a second and fast/ does without.
+
+def load_package(name: str) -> ModuleType:
+    """Import a module of another package.
+
+    Raises:
+        UserError: the package, or one that it imports, is missing or broken; how to install it.
     """
     try:
-        for package in packages:
-            if package != "torchvision":
-                importlib.import_module(package)
-            elif importlib.util.find_spec(package) is None:
-                return package
-    except ModuleNotFoundError as error:
-        return error.name
-    return None
+        return importlib.import_module(name)
+    except Exception as e:  # a broken package raises nearly anything
+        if isinstance(e, ModuleNotFoundError) and "." not in (e.name or "."):
+            raise UserError(f"{e.name} is missing; run: {pip_install()}") from e
+        package = name.partition(".")[0].replace("PIL", "pillow")
+        why = next(iter(str(e).splitlines()), "") or type(e).__name__
+        advice = pip_install(f"--force-reinstall {package}")
+        raise UserError(f"{package} cannot be loaded ({why}); run: {advice}") from e
+
+
+def check_packages(names: list[str]) -> None:
+    """``load_package`` of all, but torchvision is only looked for: it takes a second to load, and
+    most of what fast/ does works without.
+    """
+    for name in names:
+        if name != "torchvision":
+            load_package(name)
+        elif importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is missing; run: {pip_install()}")
 
 
 # ---- Files ----

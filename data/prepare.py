@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for utils
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for formats
 
-from utils import SPLITS, Parser, UserError, int_range, print_error, run_main
+from utils import SPLITS, Parser, UserError, int_range, pip_install, print_error, run_main
 
 try:
     from formats import DATA, omniglot
@@ -29,7 +29,7 @@ try:
 except ModuleNotFoundError as missing:
     if missing.name not in ("numpy", "PIL", "tqdm"):
         raise
-    sys.exit(print_error(f"{missing.name} is missing: pip install -r requirements.txt"))
+    sys.exit(print_error(f"{missing.name} is missing; run: {pip_install()}"))
 
 _EXAMPLES = """\
 data/README.md lists the sources, for example:

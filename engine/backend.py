@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from dataloader import EpisodeDataset, Split
+from engine.own_learner import own_learner
 from episode import step_if_finite
 from learner import Conv4, FlatModule
 from metalearner import MetaLearner
-from utils import UserError
+from utils import UserError, load_package
 
 
 def _eager(
@@ -58,7 +59,8 @@ def select_backend(args: argparse.Namespace, local: tuple[int, int] = (0, 1)) ->
         local: rank and number of the processes on this machine, each of which has its own GPU.
 
     Raises:
-        UserError: ``--gpu`` names no GPU, there are too few, or a flag needs ``fast/``.
+        UserError: ``--gpu`` names no GPU, there are too few, one cannot be used, or a flag needs
+            ``fast/``.
     """
     device, name = _device(args, *local)
     if not args.plain and importlib.util.find_spec("fast") is not None:
@@ -66,6 +68,7 @@ def select_backend(args: argparse.Namespace, local: tuple[int, int] = (0, 1)) ->
     why = "--plain" if args.plain else "there is no folder fast/"
     if args.precision != "fp32":
         raise UserError(f"--precision {args.precision}: needs fast/ ({why}); give --precision fp32")
+    load_package("torchvision.transforms.functional")  # or worker processes would miss it later
     return Backend(device, f"device: {name}; plain PyTorch ({why})")
 
 
@@ -78,12 +81,22 @@ def _device(args: argparse.Namespace, rank: int, size: int) -> tuple[torch.devic
     if not args.cpu and 0 < n_gpu < size:
         advice = f"give torchrun --nproc-per-node {n_gpu}, or main.py --cpu"
         raise UserError(f"{size} processes here, but {n_gpu} GPUs; {advice}")
-    if args.cpu or n_gpu == 0:
-        why = "" if args.cpu else " (no GPU found)"
-        return torch.device("cpu"), f"CPU{why}, {torch.get_num_threads()} threads"
-    device = torch.device("cuda", args.gpu or rank)
-    torch.cuda.set_device(device)
-    return device, torch.cuda.get_device_name(device)
+    why = "" if args.cpu else " (no GPU found)"
+    if not args.cpu and n_gpu:
+        device = torch.device("cuda", args.gpu or rank)
+        dist = torch.distributed
+        if dist.is_available() and dist.is_initialized() and not dist.is_nccl_available():
+            raise UserError("several processes: PyTorch has no NCCL for GPUs here; give --cpu")
+        try:
+            torch.cuda.set_device(device)
+            torch.ones(1, device=device).add_(1).item()
+            return device, torch.cuda.get_device_name(device)
+        except RuntimeError as e:
+            if "no kernel image" not in str(e) or args.gpu is not None:
+                problem = f"GPU {device.index} cannot be used ({str(e).splitlines()[0]})"
+                raise UserError(f"{problem}; give --cpu, or --gpu with another number") from e
+            why = f" (PyTorch {torch.__version__} has no code for GPU {device.index})"
+    return torch.device("cpu"), f"CPU{why}, {torch.get_num_threads()} threads"
 
 
 def _fast(args: argparse.Namespace, device: torch.device, name: str) -> Backend:
@@ -117,8 +130,14 @@ def _fast(args: argparse.Namespace, device: torch.device, name: str) -> Backend:
 
 
 def make_learner(args: argparse.Namespace, backend: Backend) -> FlatModule:
-    """Make the learner that the flags ask for, from their seed, on the device."""
+    """Make the learner that the flags ask for, from their seed, on the device.
+
+    Raises:
+        UserError: ``--learner`` names a network that cannot be one.
+    """
     make_reproducible(args.seed)
+    if args.learner != "conv4":
+        return own_learner(args).to(backend.device)
     shape = (args.image_size, args.bn_eps, args.bn_momentum, args.n_class, args.bn_scale)
     return backend.learner(*shape, args.filters).to(backend.device)
 

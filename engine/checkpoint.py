@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from engine.distributed import SINGLE_PROCESS, Ranks
-from engine.flags import check_hyper_parameters, resolve, run_folder
+from engine.flags import HYPER_PARAMETERS, RUN_FLAGS, check_stored, resolve, run_folder
 from engine.state import TrainingState
 from utils import UserError, atomic_write
 
@@ -80,7 +80,8 @@ def load(path: Path, flag: str = "--resume") -> dict:
         fault = "its run state is not what training writes"
     if fault:
         raise UserError(f"{path}: {fault}; take another checkpoint")
-    check_hyper_parameters(path, content.get("hyper_parameters", {}))
+    check_stored(path, content.get("hyper_parameters", {}), "hyper-parameter", HYPER_PARAMETERS)
+    check_stored(path, content.get("run_flags", {}), "flag", RUN_FLAGS)
     return content
 
 
@@ -105,8 +106,10 @@ def _fault(content: object) -> str | None:
                 return f"{name} is {value.dtype}, but should be of floats"
             if not torch.isfinite(value).all():
                 return f"{name} holds numbers that are not finite"
-    if not isinstance(content.get("hyper_parameters", {}), dict):
-        return "its hyper_parameters are no table of names and values"
+    for key in ("hyper_parameters", "run_flags"):
+        table = content.get(key, {})
+        if not isinstance(table, dict) or not all(isinstance(k, str) for k in table):
+            return f"its {key} are no table of names and values"
     about, root = content.get("about", {}), content.get("data_root", "")
     if not isinstance(about, dict) or not all(isinstance(k, str) for k in about):
         return "what it says about its training is not what training writes"
@@ -133,8 +136,8 @@ def load_weights(modules: dict[str, nn.Module], content: dict, path: Path) -> No
             if stored[name].shape != tensor.shape:
                 raise UserError(
                     f"{path}: {name} is {list(stored[name].shape)}, but the flags make it "
-                    f"{list(tensor.shape)}; --image-size, --n-class, --filters and --hidden-size "
-                    "must be those of its training"
+                    f"{list(tensor.shape)}; --image-size, --n-class, --filters, --learner and "
+                    "--hidden-size must be those of its training"
                 )
         module.load_state_dict(stored)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.flags import ROOT, spelled
 from engine.process import end_with_parent
-from utils import UserError, print_error
+from utils import UserError, out_of_memory, print_error
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -74,7 +74,8 @@ class Ranks:
         end_with_parent()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, torch.get_num_threads() // self.local[1]))
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        on_gpu = torch.cuda.is_available() and dist.is_nccl_available()
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         try:
             self._store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
             self._store = dist.PrefixStore(self._meet(self._store), self._store)
@@ -174,6 +175,8 @@ class Ranks:
         try:
             function(*args, **kwargs)
         except RuntimeError as e:
+            if out_of_memory(e):
+                raise
             why = str(e).splitlines()[0]
             lost = f"another rank has ended or does not answer ({why})"
             raise PeerLost(f"{lost}; continue from the last snapshot") from e
@@ -245,6 +248,8 @@ class Ranks:
         """
         if self.size == 1:
             return mine
+        if mine.is_cuda:
+            self.largest(0)  # by gloo, which notices that a rank has ended: NCCL only waits
         found = [torch.empty_like(mine) for _ in range(self.size)]
         self._call(self._dist.all_gather, found, mine)
         return torch.stack(found, dim=1).flatten(0, 1)

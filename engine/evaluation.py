@@ -73,7 +73,8 @@ class Evaluator:
     def __call__(
         self, dataset: EpisodeDataset | None, after_each: Callable[[], None] = lambda: None
     ) -> tuple[list[float], list[float]]:
-        """Evaluate all episodes of a data set; ``after_each`` is called between two of them.
+        """Evaluate all episodes of a data set; ``after_each`` is called between two of them, and
+        every second while the worker processes have none ready.
 
         Returns:
             Losses and accuracies in percent, one per episode in their order; none for None.
@@ -84,8 +85,8 @@ class Evaluator:
         rows = torch.zeros(-(-len(dataset) // size), 2, device=device)
         look = {"unit": "ep", "leave": False, "disable": rank > 0 or None}
         bar = tqdm(total=len(dataset), desc=dataset.split.name, **look)
-        how = (args.n_workers, device, args.pin_mem, begin_worker)
-        with contextlib.closing(episodes(dataset, rank, *how, step=size)) as stream:
+        how = (args.n_workers, device, args.pin_mem, begin_worker, size, after_each)
+        with contextlib.closing(episodes(dataset, rank, *how)) as stream:
             for k, result in enumerate(self.pool(stream)):
                 rows[k] = torch.stack(result)
                 bar.update(size)

@@ -6,13 +6,19 @@ Imports no PyTorch, so that ``--help`` and errors come at once.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from utils import Parser, UserError, float_range, int_range
 
 MIN_IMAGE_SIZE, INPUT_SIZE = 16, 4  # learner.py's and metalearner.py's, which import PyTorch
 ROOT = Path(__file__).resolve().parent.parent
+PATHS = ("save", "resume", "data_root", "cache_dir", "init_from", "support", "query", "out")
+PATHS += ("to", "runs")
+# which a checkpoint carries for a resumed run: its length, and what its validations depend on
+RUN_FLAGS = ("episode", "val_freq", "episode_val", "transductive", "tta_permutations", "tta_flip")
 MODES = {
     "train": "train the meta-learner",
     "test": "test a checkpoint on episodes of the test classes",
@@ -111,6 +117,9 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     add("--shots", None, words, "K", type=int_range(1, 1000), nargs="+")
 
     add = group("learner")
+    words = "conv4: the paper's four blocks; or your own network: a class or function NAME in a "
+    words += "Python file, see examples/own_network.py"
+    add("--learner", "conv4", words, "FILE:NAME", True)
     add("--epoch", 8, "passes over the support set", "N", True, type=int_range(1, 10000))
     add("--batch-size", 25, "images of a support minibatch", "N", True, type=count)
     words = "divide the minibatch's mean gradient by N; 0: by its number of images, as the authors"
@@ -134,7 +143,9 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     add("--lstm-init", "pytorch", words, hyper=True, choices=("pytorch", "authors"))
     low_high = {"metavar": ("LOW", "HIGH"), "hyper": True, "type": bias, "nargs": 2}
     add("--bf-init", [4.0, 6.0], "range in which bF starts (authors: 4 5)", **low_high)
-    add("--bi-init", [-5.0, -4.0], "range in which bI starts", **low_high)
+    words = "range in which bI starts: a first step of sigmoid(bI) times the gradient, about 1/100 "
+    words += "of it; a small network that trains for hundreds of episodes learns from 0 0, a half"
+    add("--bi-init", [-5.0, -4.0], words, **low_high)
     rate = float_range(0, 1, low_open=True)
     add("--lr", 1e-3, "learning rate of Adam", "X", True, type=rate)
     words = "share of the training, at its end, in which the learning rate falls linearly to 0"
@@ -200,10 +211,50 @@ def parse(argv: list[str]) -> dict[str, object]:
     cli_args = vars(_parser.parse_args(argv))
     if cli_args.get("cpu") and cli_args.get("gpu") is not None:
         raise UserError(f"--cpu and --gpu {cli_args['gpu']}: give one of the two")
-    for name in ("save", "resume", "data_root", "cache_dir", "init_from", "support", "out", "to"):
-        if cli_args.get(name):
-            cli_args[name] = os.path.expanduser(str(cli_args[name]))  # keeps the / of --out DIR/
+    for name in PATHS:
+        value = cli_args.get(name)
+        if isinstance(value, list):
+            cli_args[name] = [_expanded(name, path) for path in value]
+        elif value:
+            cli_args[name] = _expanded(name, value)
+    if cli_args.get("learner", "conv4") != "conv4":
+        cli_args["learner"] = with_digest(_expanded("learner", str(cli_args["learner"])))
     return cli_args
+
+
+def split_learner(learner: str) -> tuple[str, str, str]:
+    """``--learner FILE:NAME@DIGEST`` -> FILE, NAME and DIGEST, which may be empty."""
+    file, _, name = learner.rpartition(":")
+    name, _, digest = name.partition("@")
+    return file, name, digest
+
+
+def with_digest(learner: str) -> str:
+    """``--learner`` with a digest of the file's content, as a checkpoint keeps it.
+
+    Raises:
+        UserError: there is no such file, or no name in it is given.
+    """
+    file, name, digest = split_learner(learner)
+    if digest:
+        return learner
+    if not file.endswith(".py") or not name.isidentifier():
+        raise UserError(f"--learner {learner}: should be conv4, or FILE:NAME such as my_net.py:Net")
+    try:
+        content = Path(file).read_bytes()
+    except OSError as e:
+        raise UserError(f"--learner {file}:{name}: cannot be read ({e.strerror})") from e
+    return f"{learner}@{hashlib.sha256(content).hexdigest()[:12]}"
+
+
+def _expanded(name: str, path: str) -> str:
+    """The path with the home folder for "~", which no shell replaces after "="."""
+    if path != "~" and not path.startswith("~/"):
+        return path
+    try:
+        return str(Path(path).expanduser()) + "/" * path.endswith("/")  # --out DIR/
+    except RuntimeError as e:  # no HOME, and a user without an entry in the list of users
+        raise UserError(f"{spelled(name)} {path}: there is no home folder; set HOME") from e
 
 
 def resolve(
@@ -213,18 +264,24 @@ def resolve(
 
     Args:
         cli_args: from ``parse``.
-        checkpoint_args: the hyper-parameters that a checkpoint carries.
+        checkpoint_args: the flags that a checkpoint carries.
 
     Raises:
         UserError: flags contradict each other.
     """
-    stored = {k: v for k, v in (checkpoint_args or {}).items() if k in HYPER_PARAMETERS}
+    known = (*HYPER_PARAMETERS, *RUN_FLAGS)
+    stored = {k: v for k, v in (checkpoint_args or {}).items() if k in known}
     args = argparse.Namespace(**{**DEFAULTS, **stored, **cli_args})
     args.data_root = Path(args.data_root) if args.data_root else ROOT / "data" / args.data
     for name in ("bi_init", "bf_init"):
         low, high = getattr(args, name)
         if low > high:
             raise UserError(f"{spelled(name)} {low:g} {high:g}: LOW must not exceed HIGH")
+    if args.learner != "conv4":
+        for flag, needed in (("mode", "train"), ("method", "lstm"), ("precision", "fp32")):
+            value = getattr(args, flag)
+            if value != needed and (flag, value) not in (("mode", "test"), ("mode", "predict")):
+                raise UserError(f"{spelled(flag)} {value}: not with --learner, but with conv4 only")
     if args.bn_shift and args.method != "linear-head":
         raise UserError(f"--bn-shift {args.bn_shift:g}: is for --method linear-head only")
     if args.transductive and args.method == "linear-head":
@@ -243,8 +300,11 @@ def check(argv: list[str]) -> None:
         resolve(parse(argv))
 
 
-def check_hyper_parameters(path: Path, stored: dict[str, object]) -> None:
-    """Check that a checkpoint's hyper-parameters are values that the flags admit.
+def check_stored(path: Path, stored: dict[str, object], what: str, known: Iterable[str]) -> None:
+    """Check that the flags that a checkpoint carries are known, with values that they admit.
+
+    Args:
+        what: what they are called in errors.
 
     Raises:
         UserError: one is not; it is named.
@@ -252,12 +312,11 @@ def check_hyper_parameters(path: Path, stored: dict[str, object]) -> None:
     for name, value in stored.items():
         words = [str(v) for v in value] if isinstance(value, list) else [str(value)]
         try:
-            known = name in HYPER_PARAMETERS
-            parsed = parse([spelled(str(name)), *words]).get(name) if known else None
+            parsed = parse([spelled(name), *words]).get(name) if name in known else None
         except UserError as e:
-            raise UserError(f"{path}: its hyper-parameter {name} {value} cannot be: {e}") from e
+            raise UserError(f"{path}: its {what} {name} {value} cannot be: {e}") from e
         if parsed != value:
-            raise UserError(f"{path}: its hyper-parameter {name} {value} is unknown")
+            raise UserError(f"{path}: its {what} {name} {value} is unknown")
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -265,6 +324,10 @@ def run_folder(args: argparse.Namespace) -> Path:
     return Path(f"{args.save}-{args.seed}")
 
 
-def hyper_parameters(args: argparse.Namespace) -> dict[str, object]:
-    """The flags that a checkpoint carries."""
-    return {k: getattr(args, k) for k in HYPER_PARAMETERS}
+def stored_flags(args: argparse.Namespace) -> dict[str, dict[str, object]]:
+    """The flags that a checkpoint carries: hyper-parameters and, for a resumed run, others."""
+    run_flags = {k: getattr(args, k) for k in RUN_FLAGS if getattr(args, k) is not None}
+    return {
+        "hyper_parameters": {k: getattr(args, k) for k in HYPER_PARAMETERS},
+        "run_flags": run_flags,
+    }

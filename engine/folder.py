@@ -14,11 +14,11 @@ from pathlib import Path
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST
 from engine.distributed import SINGLE_PROCESS, Ranks
-from engine.flags import resolve, run_folder, spelled
+from engine.flags import DEFAULTS, RUN_FLAGS, resolve, run_folder, spelled
 from utils import UserError, file_lock
 
 # hyper-parameters that shape the first episode, and cannot change after it
-START_ONLY = ("bn_scale", "lstm_init", "bf_init", "bi_init", "method", "bn_shift")
+START_ONLY = ("bn_scale", "lstm_init", "bf_init", "bi_init", "method", "bn_shift", "learner")
 
 
 class RunFolder:
@@ -36,7 +36,8 @@ class RunFolder:
         checkpoint: to continue from, or None.
         origin: path and content of the checkpoint that ``--init-from`` names, or None.
         continues: whether the checkpoint is of this folder, whose logs then go on.
-        changed: hyper-parameters that differ from the checkpoint's, by name.
+        changed: hyper-parameters that differ from the checkpoint's, by name; if it continues this
+            folder's run, also flags that its validations and its schedule depend on.
 
     Raises:
         UserError: the folder is in use or cannot be written, or ``--resume`` names a checkpoint
@@ -52,13 +53,18 @@ class RunFolder:
             on_error.callback(self._stack.close)
             found = self._load(args) if ranks.rank == 0 else None
             resume, self.checkpoint, self.origin = ranks.exchange(found)[0]
-            stored = self.checkpoint.get("hyper_parameters", {}) if self.checkpoint else {}
+            checkpoint = self.checkpoint or {}
+            stored = checkpoint.get("hyper_parameters", {})
             own = (self.path / "ckpts").resolve()
             self.continues = resume is not None and Path(resume).resolve().parent == own
-            self.changed = {k: v for k, v in cli_args.items() if k in stored and stored[k] != v}
+            free = {"val_freq"} if stored.get("lr_decay") else {"val_freq", "episode"}
+            if self.continues and "run_flags" in checkpoint:
+                stored = stored | {k: DEFAULTS[k] for k in RUN_FLAGS} | checkpoint["run_flags"]
+            given = {k: v for k, v in cli_args.items() if k in stored.keys() - free}
+            self.changed = {k: v for k, v in given.items() if stored[k] != v}
             self._refuse_changes(str(resume), stored)
             self.args = resolve({**cli_args, "resume": resume}, stored)
-            seen = self.checkpoint["episode"] if self.checkpoint else 0
+            seen = checkpoint.get("episode", 0)
             _check_meta_batch(self.args, seen, ranks.size)
             on_error.pop_all()
 
@@ -107,6 +113,8 @@ class RunFolder:
 
 
 def _typed(value: object) -> str:
+    if isinstance(value, bool | None):
+        return str(value).lower()
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -12,7 +12,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from utils import UserError, summary
+from utils import UserError, pip_install, summary
 
 
 def result_line(name: str, losses: list[float], accuracies: list[float]) -> str:
@@ -95,6 +95,8 @@ def open_tensorboard(folder: Path, episode: int):
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e:
-        raise UserError("--tensorboard: not installed; run: pip install tensorboard") from e
+    except Exception as e:  # it is missing, or a broken package, which raises nearly anything
+        why = next(iter(str(e).splitlines()), "") or type(e).__name__
+        advice = pip_install("tensorboard")
+        raise UserError(f"--tensorboard: cannot be loaded ({why}); run: {advice}") from e
     return SummaryWriter(str(folder / "tensorboard"), purge_step=episode + 1)

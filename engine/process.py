@@ -6,13 +6,14 @@ import contextlib
 import ctypes
 import errno
 import io
+import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from utils import release_locks
+from utils import UserError, out_of_memory, release_locks
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 HANDLED = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
@@ -26,7 +27,9 @@ class Terminal(io.FileIO):
             return super().write(data)
         except OSError as e:
             if e.errno != errno.EIO:
-                raise
+                # or what is left to write at the end would fail once more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+                raise OSError(e.errno, e.strerror, "output") from e
             return len(data)
 
     @classmethod
@@ -34,11 +37,24 @@ class Terminal(io.FileIO):
         """Send ``sys.stdout`` and ``sys.stderr`` through it, line by line."""
         for name, number in (("stdout", 1), ("stderr", 2)):
             if getattr(sys, name) is None:  # closed by the shell, as by >&-
-                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the end
-                continue
+                # or the next file that is opened would become it
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+                setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115 - until the end
             raw = io.BufferedWriter(cls(number, "w", closefd=False))
             how = {"errors": "backslashreplace", "line_buffering": True}  # file names are any bytes
             setattr(sys, name, io.TextIOWrapper(raw, getattr(sys, name).encoding, **how))
+
+
+def announce(text: str) -> None:
+    """Say what is being done, on a terminal alone: the next line replaces it."""
+    if sys.stderr.isatty():
+        print(f"{text}\033[K", end="\r", file=sys.stderr, flush=True)
+
+
+def begin_process() -> None:
+    """What a command line does first, before PyTorch starts threads."""
+    Terminal.take_over()
+    lower_priority()
 
 
 def lower_priority() -> None:
@@ -111,6 +127,27 @@ def end_with_parent() -> None:
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
+@contextlib.contextmanager
+def explain_failures() -> Iterator[None]:
+    """Say what to do about exhausted memory and killed worker processes.
+
+    Raises:
+        UserError: in place of their exceptions.
+    """
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as e:
+        why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        if out_of_memory(e):
+            flags = "--image-size, --filters, --hidden-size, --epoch, --n-eval, --n-class"
+            raise UserError(f"out of memory ({why}); lower one of {flags}, --n-workers") from e
+        if "DataLoader worker (pid" in why:
+            cause = "memory or /dev/shm may be too small for --n-workers"
+            advice = "continue with --resume auto, and --n-workers 0 if it happens again"
+            raise UserError(f"a worker process has ended ({why}); {cause}; {advice}") from e
+        raise
+
+
 def exit_process(run: Callable[[], int]) -> None:
     """End this process with the exit code that ``run`` returns or raises.
 
@@ -120,6 +157,10 @@ def exit_process(run: Callable[[], int]) -> None:
         code = run()
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
+    if workers := multiprocessing.active_children():  # stuck: Python would wait for them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises an error
+        for worker in workers:
+            worker.kill()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()

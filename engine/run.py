@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dataloader import EpisodeDataset, episodes
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST
-from engine.flags import hyper_parameters
+from engine.flags import stored_flags
 from engine.folder import RunFolder
 from engine.logger import Logger, open_tensorboard, result_line
 from engine.process import Signals, Stopped, begin_worker
@@ -87,7 +87,8 @@ class Run:
             if self.ranks.rank == 0:
                 self._open_logs()
             on_error.pop_all()
-        self.logged, self.since, self.paused = self.state.episode, time.perf_counter(), 0.0
+        self.began = self.logged = self.state.episode
+        self.since, self.paused = time.perf_counter(), 0.0
 
     def _restore(self, checkpoint: dict, path: Path, data: dict[str, str]) -> None:
         checkpoints.load_weights(self.modules, checkpoint, path)
@@ -150,12 +151,19 @@ class Run:
         """Yield the number of episodes after each update to come, and this rank's share of it."""
         args, ranks, state = self.args, self.ranks, self.state
         where = (args.n_workers, self.device, args.pin_mem, begin_worker)
-        first = state.episode + ranks.rank
-        stream = episodes(self.datasets["train"], first, *where, step=ranks.size)
+        first, wait = state.episode + ranks.rank, self._heed_signals
+        stream = episodes(self.datasets["train"], first, *where, step=ranks.size, waiting=wait)
         # closing the stream ends its worker processes
         with contextlib.closing(stream):
             for n in range(state.episode + args.meta_batch, args.episode + 1, args.meta_batch):
                 yield n, list(islice(stream, args.meta_batch // ranks.size))
+
+    def _heed_signals(self) -> None:
+        """Between two updates, while the worker processes have no episode ready."""
+        if self.ranks.rank == 0 and (self.signals.stop or self.signals.save):
+            self.signals.save = False
+            self.snapshot(LAST)
+            self.stop_if_asked()
 
     def log(self, n: int, losses: Tensor, accuracies: Tensor, skipped: Tensor) -> None:
         """Record the update that ends with episode ``n``.
@@ -180,6 +188,10 @@ class Run:
             self.bar.update(args.meta_batch)
             if n % args.log_freq < args.meta_batch or n == args.episode:
                 self._write_line()
+            elif n == self.began + args.meta_batch:  # not in the log, as above
+                tqdm.write(
+                    f"the first update is done; a line follows every {args.log_freq} episodes"
+                )
         stop, save = self.ranks.largest(int(self.signals.stop or 0), int(self.signals.save))
         if stop or save or time.monotonic() - self.saved_at >= 60 * args.save_minutes:
             self.signals.save = False
@@ -270,7 +282,7 @@ class Run:
         self.since += time.perf_counter() - self.paused
 
     def stop_if_asked(self) -> None:
-        """During a validation, whose snapshot is written: end the run if a signal asks for it.
+        """After a snapshot: end the run if a signal asks for it.
 
         Raises:
             Stopped: a signal asks for it.
@@ -290,7 +302,7 @@ class Run:
             **{key: module.state_dict() for key, module in self.modules.items()},
             "mode": self.args.mode,
             "optim": self.optimizer.state_dict(),
-            "hyper_parameters": hyper_parameters(self.args),
+            **stored_flags(self.args),
             "about": self.about,
             "data_root": str(self.args.data_root.resolve()),
             "classes": sorted({*self.datasets["train"].split.classes, *self.seen_before}),

@@ -115,7 +115,7 @@ class CUDAGraphFunction:
                 capture,
             ):
                 self.outputs = self.function(self.inputs)
-        except RuntimeError as e:
+        except Exception as e:  # Triton's, such as OutOfResources, are no RuntimeErrors
             cause: BaseException = e
             while cause.__context__ is not None:  # the first error, not what it led to
                 cause = cause.__context__

@@ -9,6 +9,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -50,7 +51,8 @@ class Library:
             self.state = f"{SLOWER} (no C++ compiler found: install g++, or set CXX)"
             return
         try:
-            library = _load(compiler)
+            # CXX may be a command of several words, such as "ccache g++"
+            library = _load([compiler] if shutil.which(compiler) else shlex.split(compiler))
             by_type = [name + suffix for name in BY_TYPE for suffix in SUFFIX.values()]
             self.functions = {name: _function(library, name) for name in (*ONE_TYPE, *by_type)}
             self.state = f"kernels compiled by {Path(compiler).name}"
@@ -74,8 +76,8 @@ def _openmp() -> list[str]:
     the same cores.
     """
     maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.exists() else []
-    loaded = sorted({line.split()[-1] for line in lines})
+    lines = os.fsdecode(maps.read_bytes()).splitlines() if maps.exists() else []
+    loaded = sorted({line.split(maxsplit=5)[-1] for line in lines})  # a path may hold spaces
     return [path for path in loaded if re.match(r"lib(gomp|iomp5|omp)\b", Path(path).name)][:1]
 
 
@@ -87,31 +89,35 @@ def _processor() -> list[str]:
     return [line for line in info.splitlines() if line.startswith(keys)]
 
 
-def _load(compiler: str) -> ctypes.CDLL:
+def _load(compiler: list[str]) -> ctypes.CDLL:
     """Load the kernels from the cache, or compile them and store them there.
 
     The cache is ``lstm-meta-learner`` under $XDG_CACHE_HOME or ~/.cache. A file's name holds a hash
     of all that the machine code depends on: sources, flags, compiler, system, processor and OpenMP
-    runtime.
+    runtime. Where there is no home folder, or it cannot be written, each process compiles for
+    itself.
     """
     run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
-    version = run([compiler, "--version"], timeout=60).stdout
+    version = run([*compiler, "--version"], timeout=60).stdout
     sources, openmp = [p.read_text() for p in (MAIN, *sorted(FOLDER.glob("*.h")))], _openmp()
-    parts = (*sources, *FLAGS, version, platform.platform(), *_processor(), *openmp)
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lstm-meta-learner"
+    parts = (*sources, *FLAGS, *compiler[1:], version, platform.platform(), *_processor(), *openmp)
+    key = hashlib.sha256(os.fsencode("\0".join(parts))).hexdigest()[:16]
+    cache, cached = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), False
+    folder = Path(cache) / "lstm-meta-learner"
     path = folder / f"kernels-{key}.so"
-    with contextlib.suppress(OSError):
-        content = path.read_bytes()  # loading a damaged file can crash the process
-        if hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]:
-            return ctypes.CDLL(str(path))
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    cached = os.access(folder, os.W_OK)  # if not, each process compiles for itself
+    if folder.is_absolute():  # without a home folder "~" is still there
+        with contextlib.suppress(OSError):
+            content = path.read_bytes()  # loading a damaged file can crash the process
+            if hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]:
+                return ctypes.CDLL(str(path))
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        cached = os.access(folder, os.W_OK)
+    print("compiling the kernels, which takes half a minute" + " once" * cached, flush=True)
     with tempfile.TemporaryDirectory(prefix=".compile-", dir=folder if cached else None) as work:
         compiled, linked = f"{work}/kernels.o", f"{work}/kernels.so"
-        run([compiler, *FLAGS, "-c", str(MAIN), "-o", compiled], timeout=300)
-        run([compiler, "-shared", compiled, *openmp, "-o", linked], timeout=300)
+        run([*compiler, *FLAGS, "-c", str(MAIN), "-o", compiled], timeout=300)
+        run([*compiler, "-shared", compiled, *openmp, "-o", linked], timeout=300)
         with open(linked, "r+b") as file:  # the loader ignores what follows the library
             file.write(hashlib.sha256(file.read()).digest())
         library = ctypes.CDLL(linked)

@@ -24,6 +24,7 @@ use_python() {
       python3 -m venv --clear "$prefix" >/dev/null || fail "python3 -m venv failed; on Debian: apt-get install python3-venv"
     fi
     need "$PYTHON"
+    "$PYTHON" -m pip -V >/dev/null 2>&1 || fail "$prefix has no pip; run: uv pip install --python $PYTHON -r $1 (or first: $PYTHON -m ensurepip)"
     echo "installing $1 into $prefix (PyTorch is large; this happens once)"
     "$PYTHON" -m pip install -r "$1" || fail "pip could not install $1 into $prefix"
   )

@@ -9,7 +9,7 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
 recipes=train_5s_5c per_gpu=1 minutes='' save='' seeds=() flags=() gpus=()
-while [[ ${1-} =~ ^[0-9]+$ ]]; do seeds+=("$1") && shift; done
+while [[ ${1-} =~ ^0*([0-9]+)$ ]]; do seeds+=("${BASH_REMATCH[1]}") && shift; done
 [ ${#seeds[@]} -gt 0 ] || fail "no seeds given; for example: bash scripts/seeds.sh 719 53"
 while [ $# -gt 0 ]; do
   if [[ $1 =~ ^--(recipe|per-gpu|minutes|save)$ ]]; then # "--flag value" -> "--flag=value"
@@ -36,6 +36,7 @@ for recipe in "${recipes[@]:-}"; do
   for file in "$train" ${test:+"$test"}; do [ -f "$file" ] || fail "--recipe $recipe: there is no $file"; done
   prefix=${save:-$(sed -n 's/^  --save \(.*\) \\$/\1/p' "$train")}
   for seed in "${seeds[@]}"; do
+    [[ " ${jobs[*]-} " != *" $recipe $seed $prefix-$seed "* ]] || continue # named twice
     jobs+=("$recipe $seed $prefix-$seed")
     [ -z "$test" ] || folders+=("$prefix-$seed")
   done

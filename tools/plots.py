@@ -16,7 +16,7 @@ from engine.flags import run_folder
 from tools.class_names import display_name
 from tools.results import NAME as RESULTS
 from tools.trace import read_trace
-from utils import UserError
+from utils import UserError, pip_install
 
 
 def load_figures() -> ModuleType:
@@ -29,7 +29,9 @@ def load_figures() -> ModuleType:
         from tools import figures
     except Exception as e:  # a broken package raises nearly anything
         why = " ".join(str(e).split()) or type(e).__name__
-        raise UserError(f"matplotlib cannot be used ({why}); pip install matplotlib") from e
+        raise UserError(
+            f"matplotlib cannot be used ({why}); run: {pip_install('matplotlib')}"
+        ) from e
     return figures
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from imagefiles import is_image, nfc
-from utils import UserError
+from utils import UserError, pip_install
 
 from . import safe_pickle
 from .sources import SPLIT_NAMES, WNID, Source
@@ -139,7 +139,9 @@ class Shards:
             import pyarrow
             import pyarrow.parquet
         except ImportError:
-            raise source.error("Parquet files need pyarrow: pip install pyarrow") from None
+            raise source.error(
+                f"Parquet files need pyarrow; run: {pip_install('pyarrow')}"
+            ) from None
         self._arrow, self._source, self._class_names = pyarrow, source, class_names
         self.files: dict[Key, str] = {}
         rows: dict[tuple[str, str | int], list[Key]] = {}

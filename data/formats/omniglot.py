@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path, PurePosixPath
 
-from utils import UserError
+from utils import UserError, pip_install
 
 from .detect import from_parts
 from .manifest import Classes, Manifest
@@ -30,7 +30,7 @@ def download(root: Path) -> list[Path]:
     try:
         from torchvision.datasets import Omniglot
     except ImportError:
-        raise UserError("omniglot: needs torchvision: pip install -r requirements.txt") from None
+        raise UserError(f"omniglot: needs torchvision; run: {pip_install()}") from None
     folder = root / Omniglot.folder
     for name, background in _ARCHIVES.items():
         try:

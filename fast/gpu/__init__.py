@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils import out_of_memory
+
 try:
     import triton
     import triton.language as tl
@@ -68,6 +70,8 @@ def _agrees(
         pairs = zip(results(kernel), results(eager), strict=True)
         difference = max(((a - b).abs().mean() / (b.abs().mean() + TINY)).item() for a, b in pairs)
     except Exception as e:  # a compiler's errors are of many types
+        if out_of_memory(e):  # which says nothing about the kernel
+            raise
         problem = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
     else:
         if difference <= tolerance:

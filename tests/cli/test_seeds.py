@@ -91,6 +91,13 @@ def test_seeds_one_after_the_other(clone):
     assert modes(clone[1]()[5:]) == [("train", 719), ("train", 53), ("test", 53)]
 
 
+def test_what_is_named_twice_runs_once(clone):
+    assert seeds(clone, "719", "0719", "719", "--recipe", "train_1s_5c,train_1s_5c").returncode == 0
+    *calls, table = clone[1]()
+    assert modes(calls) == [("train", 719), ("test", 719)]
+    assert len(table) == 2 + 4  # one run
+
+
 @pytest.mark.parametrize("given", ["--recipe {}", "--recipe={}"])
 def test_another_recipe_with_its_own_folders(clone, given):
     """Pre-training is not tested, and has no table."""

@@ -47,7 +47,7 @@ def test_the_loss_falls_and_the_accuracy_rises(backend, colours, tmp_path):
     assert val["accuracy"]["mean"] > 90
 
 
-def test_the_example_of_an_own_network_learns():
-    command = [sys.executable, ROOT / "examples" / "own_network.py"]
+def test_the_example_of_an_own_loop_learns():
+    command = [sys.executable, ROOT / "examples" / "own_loop.py"]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(found.stdout.splitlines()[-1].split()[4]) > 85

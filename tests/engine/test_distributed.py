@@ -28,7 +28,7 @@ from conftest import (
 )
 from torch.distributed import TCPStore
 
-from engine import checkpoint, distributed, parallel
+from engine import checkpoint, distributed, evaluation, parallel
 from engine.backend import select_backend
 from engine.flags import parse, resolve
 from engine.folder import RunFolder
@@ -335,6 +335,22 @@ def test_an_error_of_one_ends_all(master, tmp_path, prepare, culprit):
     flags = ("--meta-batch", "2", "--save-minutes", "0")
     argv = training(master, tmp_path / "logs", *flags, episode=60, val_freq=0)
     all_refused(together(tmp_path / "a", 2, argv, prepare), "rank 0", culprit)
+
+
+def test_a_rank_that_dies_during_a_validation_ends_all(master, tmp_path):
+    """At once; the other continues from the snapshot before the validation."""
+
+    def prepare(rank):
+        if rank == 1:
+            evaluation.evaluate_episode = lambda *_: os._exit(9)
+
+    argv = training(master, tmp_path / "logs", *M6[2:], "--meta-batch", "2")
+    began = time.monotonic()
+    codes, err = together(tmp_path / "a", 2, lambda rank: argv, prepare)
+    assert time.monotonic() - began < 120
+    assert (codes, err.count("\n")) == ([1, 9], 1), err
+    assert "rank 0: another rank has ended" in err
+    assert tensors(tmp_path / "logs")["episode"] == 2
 
 
 @slow

@@ -333,7 +333,7 @@ def test_a_training_starts_from_another_ones_meta_learner(master, trained, tmp_p
     refused(train(master, save, "--init-from", gone), "--init-from", gone)
     refused(train(master, save, *start, "--hidden-size", "5"), trained, "--hidden-size")
     assert not Path(f"{save}-719").exists()
-    succeeded(train(master, save, *start, "--lr", "1e-12", "--lr-decay", "1"))
+    succeeded(train(master, save, *start, "--lr", "1e-12"))
     before, after = tensors(trained, "meta-learner-best.pth.tar"), tensors(save)
     for name, value in before["metalearner"].items():
         assert torch.allclose(value, after["metalearner"][name], rtol=0, atol=1e-10)

@@ -1,0 +1,116 @@
+"""A user's own network as the learner: ``--learner FILE:NAME``."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from engine.flags import DEFAULTS, split_learner, with_digest
+from learner import FlatModule
+from utils import UserError
+
+
+class OwnLearner(FlatModule):
+    """A network that need not derive from ``FlatModule``.
+
+    Args:
+        network: from images [B, 3, H, W], float32, to logits [B, n_classes].
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the network's own."""
+        return self.network(x)
+
+
+def own_learner(args: argparse.Namespace) -> FlatModule:
+    """Make the network that ``--learner`` names, on the CPU.
+
+    NAME is called with those of ``n_classes``, ``image_size``, ``bn_eps``, ``bn_momentum``,
+    ``bn_scale`` and ``n_filters`` that it accepts by name, as ``learner.Conv4`` does.
+
+    Raises:
+        UserError: the file is not the one of the training, or its network cannot be a learner.
+    """
+    path, name, digest = split_learner(args.learner)
+    flag = f"--learner {path}:{name}"
+    if with_digest(f"{path}:{name}") != args.learner:
+        advice = f"bring it back, or give {flag} to take it as it is"
+        raise UserError(f"{path}: has changed since the training with it ({digest}); {advice}")
+    known = {"n_classes": args.n_class, "image_size": args.image_size, "bn_eps": args.bn_eps}
+    known |= {"bn_momentum": args.bn_momentum, "bn_scale": args.bn_scale, "n_filters": args.filters}
+    try:
+        make = getattr(_module(Path(path)), name)
+        accepted = inspect.signature(make).parameters
+        network = make(**{k: v for k, v in known.items() if k in accepted})
+        fault = _fault(network, args)
+    except (Exception, SystemExit) as e:  # the user's code may raise anything
+        lines = str(e).strip().splitlines()
+        raise UserError(f"{flag}: {type(e).__name__}: {lines[0] if lines else ''}") from e
+    if fault:
+        raise UserError(f"{flag}: {fault}")
+    if args.mode == "train" and args.bi_init == DEFAULTS["bi_init"]:
+        print(
+            "note: --bi-init -5 -4 starts with steps of about 1/100 of the gradient; if the "
+            "accuracy stays at chance for hundreds of episodes, try --bi-init 0 0, a half of it"
+        )
+    return network if isinstance(network, FlatModule) else OwnLearner(network)
+
+
+def _module(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"learner_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # as for any import: dataclasses look there
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # last: the user's utils.py does not hide ours
+    spec.loader.exec_module(module)
+    return module
+
+
+def _fault(network: object, args: argparse.Namespace) -> str | None:
+    """Why a network cannot be a learner, if it cannot; tried on images without content."""
+    if not isinstance(network, nn.Module):
+        return f"gives a {type(network).__name__}, but should give a torch.nn.Module"
+    named = dict(network.named_parameters())
+    if not named:
+        return "has no parameters, so there is nothing to learn"
+    for name, parameter in named.items():
+        if is_lazy(parameter):
+            return f"{name} has no shape yet; use layers that are not lazy"
+        if parameter.dtype != torch.float32:
+            return f"{name} is {parameter.dtype}, but should be torch.float32"
+        if not parameter.requires_grad:
+            return f"{name} is frozen, but all parameters are learned; make it a buffer"
+    learner = network if isinstance(network, FlatModule) else OwnLearner(network)
+    cI = learner.get_flat_params().requires_grad_()  # a ValueError if layers share a parameter
+    x, twin = torch.randn(args.n_class, 3, args.image_size, args.image_size), copy.deepcopy(learner)
+    logits = twin.train()(x)
+    if not isinstance(logits, Tensor) or logits.shape != (args.n_class, args.n_class):
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        return f"makes {found} of {args.n_class} images, but should make logits [images, n_classes]"
+    if not logits.is_floating_point():
+        return f"makes logits of {logits.dtype}"
+    if not torch.allclose(logits, twin(x), rtol=1e-3, atol=1e-5):
+        return "is random in training (dropout?), so that no run could be resumed to the same bits"
+    twin.transfer_params(learner, cI)
+    loss = F.cross_entropy(twin(x), torch.arange(args.n_class))
+    grad = torch.autograd.grad(loss, cI, allow_unused=True)[0]
+    if grad is None or not grad.any():
+        return "does not use the parameters that the meta-learner gives it; does it keep copies?"
+    return None

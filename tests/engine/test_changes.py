@@ -1,0 +1,63 @@
+"""What a resumed run may not change: whatever its numbers so far depend on."""
+
+import pytest
+import torch
+from conftest import metrics, refused, succeeded, tensors, train
+
+from engine.checkpoint import LAST
+
+
+@pytest.fixture(scope="module")
+def trained(master, tmp_path_factory):
+    """A run of two episodes, with a learning rate that falls."""
+    save = tmp_path_factory.mktemp("run") / "logs"
+    succeeded(train(master, save, "--lr-decay", "0.5", "--tta-flip", "true", episode=2))
+    return save
+
+
+CHANGES = ["--episode-val 3", "--transductive true", "--tta-flip false", "--tta-permutations 3"]
+CHANGES += ["--episode 4"]  # by which --lr-decay would change
+
+
+@pytest.mark.parametrize("words", CHANGES)
+def test_each_is_refused(master, trained, words):
+    before = metrics(trained)
+    done = train(master, trained, "--resume", "auto", *words.split(), episode=2)
+    refused(done, words, LAST)
+    assert metrics(trained) == before
+
+
+def test_all_are_refused_at_once(master, trained):
+    words = ["--lr 0.1", "--n-shot 2", *CHANGES]
+    done = train(master, trained, "--resume", "auto", *" ".join(words).split())
+    refused(done, *words)
+
+
+def test_what_is_not_given_is_as_it_was(master, trained, tmp_path):
+    """Also where the default differs."""
+    assert "nothing to do" in succeeded(train(master, trained, "--resume", "auto", episode=2))
+    save = tmp_path / "logs"
+    succeeded(train(master, save, "--tta-permutations", 3, episode=2))
+    succeeded(train(master, save, "--resume", "auto"))  # longer: no rate depends on it
+    assert tensors(save)["run_flags"] == tensors(trained)["run_flags"] | {
+        "episode": 4,
+        "tta_flip": False,
+        "tta_permutations": 3,
+    }
+    assert len(metrics(save, "val")) == 2
+
+
+def test_another_folder_may_change_them(master, trained, tmp_path):
+    resume = ["--resume", f"{trained}-719"]
+    done = train(master, tmp_path / "new", *resume, "--episode-val", 3, "--tta-flip", "false")
+    succeeded(done)
+    assert [len(event["accuracies"]) for event in metrics(tmp_path / "new", "val")] == [3]
+
+
+@pytest.mark.parametrize(
+    "stored", [{"episode_val": 0}, {"tta_flip": "maybe"}, {"lr": 0.1}, {3: 4}, [1]]
+)
+def test_absurd_values_in_a_checkpoint(master, trained, tmp_path, stored):
+    content = tensors(trained) | {"run_flags": stored}
+    torch.save(content, tmp_path / "x.pth.tar")
+    refused(train(master, tmp_path / "logs", "--resume", tmp_path / "x.pth.tar"), "x.pth.tar")

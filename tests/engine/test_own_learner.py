@@ -1,0 +1,203 @@
+"""``--learner FILE:NAME``: a user's own network has all that a training has."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, assert_same, metrics, refused, run_cli, run_test, succeeded, tensors
+from conftest import train as train_conv4
+
+from engine.backend import make_learner, select_backend
+from engine.flags import parse, resolve
+from learner import FlatModule
+from utils import UserError
+
+NET = """
+from torch import nn
+def Net(n_classes, image_size):
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+                         nn.Linear(4 * ((image_size - 1) // 2) ** 2, n_classes))
+"""
+
+
+@pytest.fixture
+def net(tmp_path, monkeypatch):
+    """The file with a network; it lies in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "net.py"
+    path.write_text(NET)
+    return path
+
+
+def train(data, save, *flags, **length):
+    return train_conv4(data, save, "--learner", "net.py:Net", *flags, **length)
+
+
+@pytest.mark.slow
+def test_it_is_trained_resumed_tested_and_drawn(master, net):
+    succeeded(train(master, "logs", "--plots", "true", episode=4))
+    assert (Path("logs-719") / "trace.npz").is_file()
+    succeeded(train(master, "parts", episode=2))
+    succeeded(train_conv4(master, "parts", "--resume", "auto"))  # the checkpoint knows it
+    assert_same(tensors("logs"), tensors("parts"))
+    assert metrics("logs") == metrics("parts")
+    assert tensors("logs")["metalearner"]["metalstm.cI"].numel() == 4 * 27 + 12 + 4 * 49 * 3 + 3
+    assert "net.py:Net" in succeeded(run_test(None, "logs", "--episode-test", 2))
+    three = Path("three")
+    for k in range(3):
+        shutil.copytree(master / "test" / f"test class {k}", three / str(k))
+    known = ["--support", three, "--query", three / "0"]
+    succeeded(run_cli("--mode", "predict", "--save", "logs", "--cpu", *known))
+
+
+def test_plain_and_fast_agree(master, net):
+    for save, flags in (("a", []), ("b", ["--plain"])):
+        succeeded(train(master, save, "--augment", "none", *flags, episode=2))
+    losses = [[event["loss"] for event in metrics(save, "train")] for save in "ab"]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_a_test_needs_the_file_as_it_was(master, net):
+    succeeded(train(master, "logs", episode=1))
+    test = ["--mode", "test", "--data-root", master, "--save", "logs", "--cpu", "--n-workers", 0]
+    net.write_text(NET + "# later\n")
+    refused(run_cli(*test), "net.py", "has changed", "--learner net.py:Net")
+    refused(train(master, "logs", "--resume", "auto", episode=2), "--learner net.py:Net")
+    succeeded(run_cli(*test, "--episode-test", 1, "--learner", "net.py:Net"))
+    net.unlink()
+    refused(run_cli(*test), "net.py", "No such file")
+    net.write_text(NET)
+    succeeded(run_cli(*test, "--episode-test", 1))
+    os.chdir(master)
+    refused(run_cli(*test[:4], "--save", net.parent / "logs"), "net.py", "No such file")
+
+
+def test_only_the_arguments_that_it_has(net):
+    net.write_text(NET + "class Other(nn.Sequential):\n    def __init__(self):\n")
+    with net.open("a") as file:
+        file.write("        super().__init__(nn.Flatten(), nn.Linear(3 * 256, 5))\n")
+    args = resolve(parse(["--learner", "net.py:Other", "--image-size", "16", "--cpu"]))
+    learner = make_learner(args, select_backend(args))
+    assert isinstance(learner, FlatModule)
+    assert learner.size() == 3 * 256 * 5 + 5
+
+
+def test_a_flat_module_stays_what_it_is(net):
+    net.write_text("from learner import Conv4\n")
+    args = resolve(parse(["--learner", "net.py:Conv4", "--filters", "8", "--cpu"]))
+    learner = make_learner(args, select_backend(args))
+    assert type(learner).__name__ == "Conv4"
+    assert len(learner.conv4.bias) == 8
+
+
+MODULES = {  # the network -> what the line says
+    "nn.Flatten()": "no parameters",
+    "shared()": "share a parameter",
+    "twice()": "share a parameter",
+    "nn.Sequential(nn.Flatten(), nn.LazyLinear(3))": "lazy",
+    "nn.Sequential(nn.Flatten(), nn.Linear(768, 4))": "[3, 4]",
+    "nn.Conv2d(3, 3, 3)": "[3, 3, 14, 14]",
+    "nn.Sequential(nn.Flatten(), nn.Linear(768, 3)).double()": "float64",
+    "nn.Sequential(nn.Flatten(), nn.Linear(768, 3)).half()": "float16",
+    "nn.Sequential(nn.Flatten(), nn.Linear(768, 3)).requires_grad_(False)": "frozen",
+    "nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(768, 3))": "dropout",
+    "nn.Linear(9, 3)": "RuntimeError",
+    "Copies()": "copies",
+    "Pair()": "tuple",
+    "3": "int",
+    "None": "NoneType",
+    "1 / 0": "ZeroDivisionError",
+    "sys.exit(0)": "SystemExit",
+}
+FAULTY = """
+import sys, torch
+from torch import nn
+def shared():
+    a, b = nn.Linear(768, 768), nn.Linear(768, 768)
+    b.weight = a.weight
+    return nn.Sequential(nn.Flatten(), a, b, nn.Linear(768, 3))
+def twice():
+    a = nn.Linear(768, 3)
+    a.again = a.weight
+    return nn.Sequential(nn.Flatten(), a)
+class Copies(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(768, 3)
+        self.kept = [self.inner.weight]
+    def forward(self, x):
+        return x.flatten(1) @ self.kept[0].t()
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(768, 3)
+    def forward(self, x):
+        return self.inner(x.flatten(1)), x
+def Net():
+    return """
+
+
+@pytest.mark.parametrize("network", MODULES)
+def test_modules_that_cannot_be_learners(master, net, network):
+    net.write_text(FAULTY + network + "\n")
+    refused(train(master, "logs"), "net.py:Net", MODULES[network])
+    assert not Path("logs-719").exists()
+
+
+FILES = {
+    "def Net(": "SyntaxError",
+    "import nowhere_to_be_found": "nowhere_to_be_found",
+    "raise SystemExit": "SystemExit",
+    "x = 3": "Net",
+    "Net = 3": "TypeError",
+}
+
+
+@pytest.mark.parametrize("content", FILES)
+def test_files_that_cannot_be_used(master, net, content):
+    net.write_text(content)
+    refused(train(master, "logs"), "net.py:Net", FILES[content])
+
+
+FLAGS = ["net.py", "net.py:", ":Net", "net.py:3", "nowhere.py:Net", "net.txt:Net", "conv5", ""]
+
+
+@pytest.mark.parametrize("value", FLAGS)
+def test_values_of_the_flag(net, value):
+    with pytest.raises(UserError, match="--learner"):
+        parse(["--learner", value])
+
+
+@pytest.mark.parametrize("words", ["--mode pretrain", "--method linear-head", "--precision bf16"])
+def test_what_is_for_conv4_only(net, words):
+    with pytest.raises(UserError, match=words):
+        resolve(parse(["--learner", "net.py:Net", *words.split()]))
+
+
+def test_the_example(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = (ROOT / "examples" / "own_network.py").read_text().split('"""')[2].splitlines()
+    assert len([line for line in lines if line]) <= 15
+    for size in ("16", "84"):
+        args = ["--learner", "examples/own_network.py:Net", "--image-size", size, "--cpu"]
+        make_learner(resolve(parse(args)), select_backend(resolve(parse(args))))
+
+
+def test_a_module_beside_it_can_be_imported_but_hides_none_of_ours(master, net):
+    Path("utils.py").write_text("raise ImportError('hidden')\n")
+    Path("blocks_of_mine.py").write_text(NET)
+    net.write_text("from blocks_of_mine import Net\nimport utils\nutils.UserError\n")
+    succeeded(train(master, "logs", episode=1))
+
+
+def test_steps_that_leave_it_at_chance_are_explained(master, net):
+    assert "--bi-init" in succeeded(train(master, "a", episode=1))
+    assert "--bi-init" not in succeeded(train(master, "b", "--bi-init", 0, 0, episode=1))
+
+
+def test_the_seed_decides(net):
+    args = resolve(parse(["--learner", "net.py:Net", "--image-size", "16", "--cpu"]))
+    a, b = (make_learner(args, select_backend(args)) for _ in range(2))
+    assert torch.equal(a.get_flat_params(), b.get_flat_params())

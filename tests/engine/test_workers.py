@@ -1,0 +1,123 @@
+"""Worker processes that fail, or that have nothing for a long time."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import CPU, ROOT, assert_same, refused, run_cli, succeeded, tensors, train, training
+from torch.utils.data import Dataset
+
+import dataloader
+from dataloader import EpisodeDataset, episodes
+from utils import UserError
+
+
+class Items(Dataset):
+    """Stands in for a split's episodes: the function of an index."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return self.function(index)
+
+    def deliver(self, item, device):
+        return item
+
+
+def stream(function, waiting=lambda: None):
+    return list(episodes(Items(function), 0, 2, CPU, False, waiting=waiting))
+
+
+@pytest.fixture
+def full_memory(monkeypatch):
+    def share_memory_(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share_memory_)
+
+
+def test_shared_memory_that_is_full_is_an_error(full_memory):
+    with pytest.raises(UserError, match=r"--n-workers 2.*/dev/shm.*--n-workers 0"):
+        stream(lambda index: (torch.zeros(9), 3))
+
+
+@pytest.mark.slow
+def test_a_small_dev_shm(master, tmp_path):
+    """A real one, where this process may mount it."""
+    words = training(master, tmp_path / "logs", "--image-size", 256, "--n-workers", 2)
+    command = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=2m x /dev/shm && exec "$@"']
+    if subprocess.run([*command, "-", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("may not mount")
+    command += ["-", sys.executable, str(ROOT / "main.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    refused(done, "/dev/shm", "--n-workers 0")
+
+
+def test_the_wait_has_a_limit(monkeypatch):
+    monkeypatch.setattr(dataloader, "LONGEST_WAIT", 2)
+    waits = []
+    with pytest.raises(UserError, match=r"--n-workers 2.*2 seconds"):
+        stream(lambda index: time.sleep(5) or (index,), lambda: waits.append(1))
+    assert waits
+
+
+def test_slow_is_not_stuck(monkeypatch):
+    """The limit is of one wait, not of all."""
+    monkeypatch.setattr(dataloader, "LONGEST_WAIT", 3)
+    waits = []
+    found = stream(lambda index: time.sleep(1.5) or (index,), lambda: waits.append(1))
+    assert found == [(k,) for k in range(8)]
+    assert len(waits) > 3
+
+
+@pytest.mark.slow
+def test_a_signal_is_heeded_while_waiting(master, tmp_path, monkeypatch):
+    """No episode is lost: the run continues to the same bits."""
+    original, parent = EpisodeDataset.order, os.getpid()
+
+    def order(dataset, index):
+        if dataset.split.name == "train" and index == 3:
+            time.sleep(4)  # until the training has nothing to do but wait
+            os.kill(parent, signal.SIGTERM)
+            time.sleep(3)
+        return original(dataset, index)
+
+    monkeypatch.setattr(EpisodeDataset, "order", order)
+    done = train(master, tmp_path / "logs", "--n-workers", 1, val_freq=0)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "--resume auto" in done.stderr
+    assert tensors(tmp_path / "logs")["episode"] == 3
+    monkeypatch.undo()
+    succeeded(train(master, tmp_path / "logs", "--resume", "auto", val_freq=0))
+    succeeded(train(master, tmp_path / "other", val_freq=0))
+    assert_same(*(tensors(tmp_path / save) for save in ("logs", "other")))
+
+
+@pytest.mark.parametrize("end", [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os._exit(3)])
+def test_a_worker_that_dies(master, tmp_path, monkeypatch, end):
+    monkeypatch.setattr(EpisodeDataset, "order", lambda dataset, index: end())
+    words = training(master, tmp_path / "logs", "--n-workers", 1)
+    refused(run_cli(*words), "worker", "--n-workers 0", "--resume auto")
+
+
+def test_a_worker_out_of_memory(master, tmp_path, monkeypatch):
+    def order(dataset, index):
+        raise MemoryError
+
+    monkeypatch.setattr(EpisodeDataset, "order", order)
+    refused(train(master, tmp_path / "logs", "--n-workers", 1), "out of memory", "--n-workers")
+
+
+def test_a_fault_of_the_program_is_not_explained_away():
+    with pytest.raises(ZeroDivisionError):
+        stream(lambda index: 1 / 0)
+    assert not multiprocessing.active_children()
