@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from paired import difference, interval
 
-from baselines.linear_head import MEASURED, build_linear_head, load_backbone
+from baselines import linear_head
+from baselines.methods import MEASURED, initialise
 from dataloader import eval_image, load_image, scan_split, to_input
 from engine import checkpoint as checkpoints
 from engine.backend import dataset, select_backend
@@ -45,9 +46,9 @@ def features(path: Path, data_root: Path, shift: float) -> list[Tensor]:
     flags = {"method": "linear-head", "bn_shift": shift, "n_class": N_CLASS, "cpu": True}
     args = resolve({**flags, "data_root": str(data_root)}, content.get("hyper_parameters"))
     backend = select_backend(args)
-    model = build_linear_head(args, backend)
+    model = linear_head.build(args, backend)
     train_set = dataset(args, backend, scan_split(data_root, "train"), MEASURED)
-    load_backbone(model, content, path, args, train_set)
+    initialise(args, model, (path, content), train_set)
     found = []
     for files in scan_split(data_root, "val").files:
         images = [eval_image(load_image(p), args.image_size, args.augment) for p in files]

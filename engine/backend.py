@@ -131,7 +131,7 @@ def make_metalearner(
     sizes = (args.input_size, args.hidden_size, learner.size())
     metalearner = backend.metalearner(*sizes, *ranges, args.lstm_init, args.grad_divisor)
     metalearner = metalearner.to(backend.device)
-    metalearner.metalstm.init_cI(learner.get_flat_params())
+    metalearner.init_cI(learner.get_flat_params())
     return metalearner
 
 

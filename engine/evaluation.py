@@ -16,11 +16,11 @@ from engine.backend import Backend, dataset
 from engine.distributed import SINGLE_PROCESS, Ranks
 from engine.flags import ROOT
 from engine.logger import result_line
-from engine.model import Model
+from engine.model import Trainable
 from engine.parallel import EpisodePool
 from engine.process import begin_worker
 from engine.tta import class_permutations, evaluate_tta
-from episode import Episode, evaluate_episode
+from episode import Episode
 from learner import FlatModule
 
 # the authors', for a number of shots that the model was not trained on
@@ -37,7 +37,7 @@ class Evaluator:
         self,
         args: argparse.Namespace,
         backend: Backend,
-        model: Model,
+        model: Trainable,
         ranks: Ranks = SINGLE_PROCESS,
     ):
         permutations = class_permutations(args.n_class, args.tta_permutations or 1, args.seed)
@@ -45,12 +45,10 @@ class Evaluator:
         augmented = len(permutations) > 1 or args.tta_flip
 
         def evaluate(episode: Episode, *pair: FlatModule) -> tuple[Tensor, Tensor]:
-            size, transductive = args.batch_size, args.transductive
             if augmented:
-                how = (size, permutations, args.tta_flip, transductive)
+                how = (args.batch_size, permutations, args.tta_flip, args.transductive)
                 return evaluate_tta(episode, *pair, model, *how)
-            embedded, metalearner = model.embed(episode), model.metalearner
-            return evaluate_episode(embedded, *pair, metalearner, size, transductive)
+            return model.evaluate(args, episode, *pair)
 
         self.args, self.device, self.ranks = args, backend.device, ranks
         self.pool = EpisodePool(evaluate, backend, model)
@@ -89,7 +87,7 @@ def is_mini_imagenet(classes: list[str]) -> bool:
 def run_test(
     args: argparse.Namespace,
     backend: Backend,
-    model: Model,
+    model: Trainable,
     trained_on: int,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> list[dict]:

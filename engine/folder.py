@@ -18,7 +18,7 @@ from engine.flags import resolve, run_folder, spelled
 from utils import UserError, file_lock
 
 # hyper-parameters that shape the first episode, and cannot change after it
-START_ONLY = ("bn_scale", "lstm_init", "bf_init", "bi_init", "method", "bn_shift")
+START_ONLY = ("bn_scale", "lstm_init", "bf_init", "bi_init", "method", "bn_shift", "classifier")
 
 
 class RunFolder:
