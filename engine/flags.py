@@ -242,7 +242,7 @@ def resolve(
         raise UserError(f"--bn-shift {args.bn_shift:g}: is for --method linear-head only")
     if args.transductive and args.method == "linear-head":
         raise UserError("--transductive true: a linear head has no batch norm; leave it out")
-    if "classifier" in cli_args and args.mode != "pretrain":
+    if args.classifier != "cosine" and args.mode != "pretrain":
         raise UserError(f"--classifier {args.classifier}: is for --mode pretrain only")
     if args.method not in INNER_LOOP:
         _check_without_inner_loop(args)

@@ -8,8 +8,8 @@ from conftest import ROOT
 import main
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-SCRIPTS = ("compare_runs", "counts", "linear_probe", "run", "validate")
-compare_runs, counts, linear_probe, run, validate = map(importlib.import_module, SCRIPTS)
+SCRIPTS = ("compare_runs", "counts", "run", "validate")
+compare_runs, counts, run, validate = map(importlib.import_module, SCRIPTS)
 
 SMALL = ["--cpu", "--epoch", "2", "--image-size", "16", "--n-shot", "1", "--n-eval", "2"]
 SMALL += ["--hidden-size", "4", "--episode", "4", "--val-freq", "2", "--log-freq", "1"]

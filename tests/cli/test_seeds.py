@@ -26,6 +26,7 @@ argv = sys.argv[1:]
 given = dict(zip(argv, argv[1:]))
 folder = given.get("--save", "") + "-" + given.get("--seed", "")
 where = [os.environ.get(name, "") for name in ("CUDA_VISIBLE_DEVICES", "RANK")]
+print(os.environ.get("OMP_NUM_THREADS"), file=open(LOG + ".threads", "a"))
 print("\\t".join([*where, *argv]), file=open(LOG, "a"))
 if argv[1] == "train":
     os.makedirs(folder + "/ckpts", exist_ok=True)
@@ -134,6 +135,8 @@ def test_pre_training_of_seeds_is_not_tested(clone):
         (1, {}, (), {"719": "", "53": "", "2": ""}),
         (8, {}, ("--cpu",), {"719": "", "53": "", "2": ""}),
         (8, {}, ("--gpu", "1"), {"719": "", "53": "", "2": ""}),
+        (2, {}, ("--per-gpu", "2"), {"719": "0", "53": "1", "2": "0"}),
+        (1, {}, ("--per-gpu=4",), {"719": "0", "53": "0", "2": "0"}),
     ],
 )
 def test_one_seed_on_each_gpu(clone, gpus, env, flags, expected):
@@ -147,7 +150,44 @@ def test_one_seed_on_each_gpu(clone, gpus, env, flags, expected):
         (int(seed), mode, gpu) for seed, gpu in expected.items() for mode in ("train", "test")
     )
     notes = [line for line in run.stderr.splitlines() if line.startswith("seed ")]
-    assert len(notes) == (3 if len(set(expected.values())) > 1 else 0)
+    assert len(notes) == (3 if any(expected.values()) else 0)
+
+
+def test_two_recipes_side_by_side_share_the_processor(clone):
+    flags = "--recipe", "train_5s_5c_authors,train_1s_5c_authors", "--per-gpu", "4"
+    run = seeds(clone, "719", "53", *flags)
+    assert run.returncode == 0, run.stderr
+    *calls, table = clone[1]()
+    folders = [
+        f"{run}-{seed}" for run in ("logs-authors", "logs-1shot-authors") for seed in (719, 53)
+    ]
+    assert table[2:] == ["--mode", "results", "--runs", *folders]
+    threads = (clone[0].parent / "called.threads").read_text().split()
+    assert threads[0] == str(-(-len(os.sched_getaffinity(0)) // 4))
+    assert sorted(modes(calls)) == sorted(
+        2 * [(m, s) for m in ("train", "test") for s in (719, 53)]
+    )
+
+
+@pytest.mark.parametrize("serves", [True, False])
+def test_an_mps_server_is_started_and_stopped(clone, serves):
+    log, control = clone[0].parent / "mps", clone[0].parent / "bin" / "nvidia-cuda-mps-control"
+    words = f'echo "${{1-$(cat)}}" >>"{log}"; [ "$*" != -d ] || {str(serves).lower()}'
+    executable(control, words)
+    # the stand-in's PyTorch has no GPU, so a server that starts is stopped, too
+    flags = {"gpus": 1, "path": control.parent}
+    assert seeds(clone, "719", "53", "--per-gpu", "2", **flags).returncode == 0
+    assert log.read_text().split()[:2] == ["-d", "quit"]
+    log.unlink()
+    assert seeds(clone, "719", **flags).returncode == 0
+    assert not log.exists()
+
+
+def test_after_its_minutes_it_stops_with_snapshots(clone):
+    run = seeds(clone, "719", "--episode", "100000", "--minutes", "0")
+    assert run.returncode == 143
+    assert "stopped after 0 minutes" in run.stderr
+    assert run.stdout == ""  # no table
 
 
 @pytest.mark.parametrize("gpus", [0, 3])
@@ -170,6 +210,9 @@ def test_what_seeds_refuses(clone):
     one_line(seeds(clone, "7", "--recipe", "none"), "--recipe none: there is no")
     one_line(seeds(clone, "7", "--recipe"), "--recipe : there is no")
     one_line(seeds(clone, "7", "--recipe", "train_omniglot"), "eval_omniglot.sh")
+    one_line(seeds(clone, "7", "--per-gpu", "0"), "--per-gpu 0")
+    one_line(seeds(clone, "7", "--minutes", "1.5"), "--minutes 1.5")
+    one_line(seeds(clone, "7", "--recipe", "train_5s_5c,train_1s_5c", "--save", "x"), "--save x")
     for flag in ("--seed", "--resume=auto", "--mode"):
         one_line(seeds(clone, "7", flag, "x"), f"{flag.split('=')[0]}: seeds.sh sets this flag")
 

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The LSTM's row of the paper's table: three seeds in 5-shot and three in 1-shot, side by side on each
+# GPU or on the CPU, tested when they are finished. --minutes M stops them with snapshots after M
+# minutes, and the same command resumes. Further flags go to main.py.
+#   bash scripts/paper_table.sh [--minutes 12] [--data-root DIR ...]
+set -euo pipefail
+exec bash "$(dirname -- "${BASH_SOURCE[0]}")/seeds.sh" 719 53 1 --per-gpu 6 \
+  --recipe train_5s_5c_authors,train_1s_5c_authors "$@"
