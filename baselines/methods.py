@@ -64,9 +64,10 @@ def initialise(
     _load_convolutions(network, content, path, args.method)
     if content.get("mode") == "pretrain" and args.method != "finetune":
         measure_statistics(network, train_set)
+    shifted = content.get("hyper_parameters", {}).get("bn_shift", 0)  # the features of a head
     norm = network.get_submodule(f"norm{N_BLOCKS}")
-    with torch.no_grad():  # --bn-shift, see docs/pretrained.md
-        norm.bias.add_(args.bn_shift * norm.weight.abs())
+    with torch.no_grad():  # see docs/pretrained.md
+        norm.bias.add_((args.bn_shift - shifted) * norm.weight.abs())
 
 
 def _load_convolutions(network: nn.Module, content: dict, path: Path, method: str) -> None:
