@@ -16,6 +16,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -167,14 +168,20 @@ def draw(runs: list[tuple[str, list[tuple[str, list[float]]]]], path: Path) -> N
     """Draw the differences from the LSTM with their intervals, one panel for each run."""
     figures = load_figures()
     with figures.style([]):
-        figure, axes = figures.plt.subplots(len(runs), 1, figsize=(7, 2 * len(runs)), squeeze=False)
+        figure, axes = figures.plt.subplots(
+            len(runs), 1, figsize=(7, 2.5 * len(runs)), squeeze=False
+        )
         for (title, found), ax in zip(runs, axes[:, 0], strict=True):
             first, names = found[0][1], [name.partition(" (")[0] for name, _ in found[1:]]
+            names = [fill(name, 30) for name in names]
             spans = [summary([a - b for a, b in zip(v, first, strict=True)]) for _, v in found[1:]]
             means, halves = ([s[key] for s in spans] for key in ("mean", "ci95"))
             ax.errorbar(means, names, xerr=halves, fmt="o", color=figures.BLUE, capsize=3)
             ax.axvline(0, color=figures.GREY, linewidth=1)
-            ax.set(title=title, xlabel="accuracy - the trained LSTM's, percentage points")
+            ax.set(
+                title=title.partition(", chosen")[0],
+                xlabel="difference from the LSTM, percentage points",
+            )
             ax.invert_yaxis()
         figure.savefig(path, dpi=150)
 
