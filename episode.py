@@ -58,14 +58,18 @@ def updates(
 
     Yields:
         After each update the support loss [] that led to it and the new state, whose ``c`` [P, 1]
-        is the learner's new parameters, with their graph unless under ``torch.no_grad()``.
+        is the learner's new parameters, with their graph unless under ``torch.no_grad()``. The
+        graph leaves out the learner's loss and gradient unless ``metalearner.second_order``.
     """
     learner_w_grad.train()
     learner_w_grad.reset_batch_stats()
     state = metalearner.initial_state()
     for x, y in minibatches(episode, batch_size):
-        learner_w_grad.copy_flat_params(state.c)
-        loss, grad = learner_w_grad.loss_and_grad(x, y)
+        if metalearner.second_order and torch.is_grad_enabled():
+            loss, grad = learner_w_grad.loss_and_grad_at(x, y, state.c)
+        else:
+            learner_w_grad.copy_flat_params(state.c)
+            loss, grad = learner_w_grad.loss_and_grad(x, y)
         state = metalearner(loss, grad / (metalearner.grad_divisor or len(x)), state)
         yield loss, state
 

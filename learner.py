@@ -5,7 +5,7 @@ Two instances of one network play two parts:
 
 ``learner_w_grad``
     An ordinary model with leaf parameters. It yields the support loss and its gradient, which are
-    *inputs* of the meta-learner and constants to its graph.
+    *inputs* of the meta-learner and constants to its graph, unless it asks for second order.
 ``learner_wo_grad``
     Its weights *are* slices of the meta-learner's last cell state cI, so the gradient of the query
     loss flows through them into the meta-learner. It has no leaf parameters of its own while it
@@ -19,6 +19,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
 N_BLOCKS = 4
@@ -141,6 +142,23 @@ class FlatModule(nn.Module):
                 loss, list(self.parameters()), allow_unused=True, materialize_grads=True
             )
         return loss.detach(), torch.cat([g.reshape(-1) for g in grads]).unsqueeze(1)
+
+    def loss_and_grad_at(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """``loss_and_grad`` with slices of a cell state c [P, 1] as weights: second order.
+
+        Leaves the parameters as they are, and updates the buffers.
+
+        Returns:
+            The loss [] and its gradient [P, 1], both with their graph.
+        """
+        names = [name for name, _ in self.named_parameters()]
+        buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        state = {**dict(zip(names, self.slices(c), strict=True)), **buffers}
+        loss = F.cross_entropy(functional_call(self, state, x), y)
+        (grad,) = torch.autograd.grad(loss, c, create_graph=True)
+        for buffer, new in zip(self.buffers(), buffers.values(), strict=True):
+            buffer.copy_(new)
+        return loss, grad
 
 
 class Conv4(FlatModule):

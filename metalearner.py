@@ -129,7 +129,7 @@ class MetaLSTMCell(nn.Module):
 
         Args:
             h: [P, hidden_size], the LSTM's output for each coordinate.
-            grad: [P, 1], a constant: the paper's first-order assumption.
+            grad: [P, 1], a constant by the paper's first-order assumption.
             f, i, c: [P, 1], the last gates before the sigmoid, and the last cell state.
 
         Returns:
@@ -154,6 +154,8 @@ class MetaLearner(UpdateRule):
         grad_divisor: by what a minibatch's gradient is divided before ``forward`` takes it; 0: by
             its number of images, as the authors' Lua code, so that a step is at most 1/25 of the
             gradient in 5-shot episodes, but 1/5 in 1-shot ones.
+        second_order: whether training differentiates the learner's loss and gradient, too. The
+            paper does not: it drops the second derivatives.
 
     Raises:
         ValueError: ``input_size`` is not 4.
@@ -168,11 +170,12 @@ class MetaLearner(UpdateRule):
         bf_range: tuple[float, float] = (4.0, 6.0),
         lstm_init: str = "pytorch",
         grad_divisor: int = 0,
+        second_order: bool = False,
     ):
         super().__init__()
         if input_size != INPUT_SIZE:
             raise ValueError(f"input_size is {input_size}, but prep makes {INPUT_SIZE} inputs")
-        self.grad_divisor = grad_divisor
+        self.grad_divisor, self.second_order = grad_divisor, second_order
         self.lstm = nn.LSTMCell(input_size, hidden_size)
         if lstm_init == "authors":
             for parameter in self.lstm.parameters():

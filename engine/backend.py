@@ -129,8 +129,8 @@ def make_metalearner(
     """Make the meta-learner, whose cI starts as the learner's parameters, on the device."""
     ranges = (tuple(args.bi_init), tuple(args.bf_init))
     sizes = (args.input_size, args.hidden_size, learner.size())
-    metalearner = backend.metalearner(*sizes, *ranges, args.lstm_init, args.grad_divisor)
-    metalearner = metalearner.to(backend.device)
+    how = (args.lstm_init, args.grad_divisor, args.second_order)
+    metalearner = backend.metalearner(*sizes, *ranges, *how).to(backend.device)
     metalearner.init_cI(learner.get_flat_params())
     return metalearner
 

@@ -163,6 +163,9 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     add("--method", "lstm", words, hyper=True, choices=tuple(METHODS))
     words = "pretrain: compare directions only, or the paper's baselines' linear classifier"
     add("--classifier", "cosine", words, hyper=True, choices=("cosine", "linear"))
+    words = "second order: the meta-gradient goes through the learner's loss and gradient, too, "
+    words += "which the paper takes for constants"
+    add("--second-order", False, words, hyper=True)
     words = "checkpoint or run folder (PATH or PATH-SEED) whose weights a new training starts from"
     add("--init-from", None, words, "PATH")
     words = "linear-head: raise the shift of the last batch norm by X standard deviations"

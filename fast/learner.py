@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -38,7 +39,7 @@ class FastConv4(Conv4):
         conv_dtype: torch.dtype | None = None,
     ):
         super().__init__(image_size, bn_eps, bn_momentum, n_classes, bn_scale, n_filters)
-        self.conv_dtype = conv_dtype
+        self.conv_dtype, self._twice = conv_dtype, False
         self._last: tuple[Tensor, int, Tensor, native.PatchMoments | None] | None = None
 
     def features(self, x: Tensor) -> Tensor:
@@ -49,6 +50,8 @@ class FastConv4(Conv4):
         """See ``Conv4.block``."""
         conv, norm = getattr(self, f"conv{b}"), getattr(self, f"norm{b}")
         x, moments = self._prepared(x) if b == 1 else (x, None)
+        if self._twice:
+            return _train_block(x, conv, norm)
         return train_block(x, conv, norm, moments) if norm.training else eval_block(x, conv, norm)
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, native.PatchMoments | None]:
@@ -68,16 +71,37 @@ class FastConv4(Conv4):
         images, moments = self._prepared(x)
         if moments is not None and native.handles(images):
             parameters = [getattr(m, name) for m, name, _ in self.slots()]
-            running = self._running("mean") + self._running("var")
-            return native.loss_and_grad(
-                images, y, moments, parameters, running, self.norm1.eps, self.norm1.momentum
-            )
+            return self._in_one_call(images, y, moments, parameters)[:2]
         with torch.enable_grad():
             loss = F.cross_entropy(self(x), y)
             grads = torch.autograd.grad(loss, list(self.parameters()), allow_unused=True)
         zero = torch.zeros_like(self.conv1.bias)  # the gradient of each convolution's bias
         flat = torch.cat([zero if g is None else g.reshape(-1) for g in grads])
         return loss.detach(), flat.unsqueeze(1)
+
+    def loss_and_grad_at(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``FlatModule.loss_and_grad_at``; the kernels' Hessian is a central difference."""
+        images, moments = self._prepared(x)
+        if moments is not None and native.handles(images):
+            at = partial(self._in_one_call, images, y, moments)
+            return native.LossAndGrad.apply(c, lambda c, frozen: at(self.slices(c), frozen))
+        self._twice = True  # only PyTorch's operations can be differentiated twice
+        try:
+            return super().loss_and_grad_at(x, y, c)
+        finally:
+            self._twice = False
+
+    def _in_one_call(
+        self,
+        images: Tensor,
+        y: Tensor,
+        moments: native.PatchMoments,
+        parameters: list[Tensor],
+        frozen: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        running, norm = self._running("mean") + self._running("var"), self.norm1
+        constants = (norm.eps, norm.momentum)
+        return native.loss_and_grad(images, y, moments, parameters, running, *constants, frozen)
 
     def _running(self, statistic: str) -> list[Tensor]:
         norms = [getattr(self, f"norm{b}") for b in range(1, N_BLOCKS + 1)]

@@ -28,7 +28,7 @@ SLOWER = "without compiled kernels, at a third of the speed"
 
 # the kernels' names; those in BY_TYPE end in one of SUFFIX
 ONE_TYPE = ("augment", "convolve", "convolve_to_input", "convolve_to_filters")
-ONE_TYPE += ("learner_gradient", "meta_forward", "meta_backward")
+ONE_TYPE += ("learner_gradient", "learner_gradient_frozen", "meta_forward", "meta_backward")
 BY_TYPE = ("block_forward", "block_backward", "block_eval")
 BY_TYPE += ("first_forward", "first_backward", "first_eval", "patch_moments")
 SUFFIX = {torch.float32: "_float", torch.bfloat16: "_bfloat16"}

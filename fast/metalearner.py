@@ -33,7 +33,11 @@ class FastMetaLearner(MetaLearner):
         def results(implementation: Callable[..., MetaState]) -> list[Tensor]:
             return self._two_updates(implementation, loss, grad, state)
 
-        if meta.handles(grad, size) and gpu.works(kernel, eager, 1e-3, grad, results, variant):
+        if (
+            not grad.requires_grad
+            and meta.handles(grad, size)
+            and gpu.works(kernel, eager, 1e-3, grad, results, variant)
+        ):
             return self._in_triton(loss, grad, state)
         return self._in_pytorch(loss, grad, state)
 

@@ -20,6 +20,7 @@ from learner import N_BLOCKS
 
 N_FILTERS = 32  # C in kernels/blocks.h; N_BLOCKS is BLOCKS in kernels/learner.h
 TILE = 128  # as in kernels/meta.h
+STEP = 1e-3  # of the central difference for second order, as a share of the parameters' norm
 
 
 # ---- Which tensors the kernels handle ----
@@ -182,12 +183,12 @@ class FirstBlock(torch.autograd.Function):
     def forward(ctx, x, weight, gamma, beta, eps, moments):
         x, w = _channels_last(x), weight.to(x.dtype).float().contiguous()
         gamma, beta = (_checked(t, (N_FILTERS,)) for t in (gamma, beta))
-        out, argmax = _empty_pooled(x), _empty_pooled(x, torch.uint8)
+        out, switches = _empty_pooled(x), _empty_pooled(x, torch.uint8)
         mean, var = torch.empty_like(gamma), torch.empty_like(gamma)
         total, product, _ = moments
-        args = w, gamma, beta, eps, total, product, argmax, out, mean, var
+        args = w, gamma, beta, eps, total, product, switches, out, mean, var
         _call("first_forward", x, *args, *_size(x))
-        ctx.save_for_backward(x, w, out, argmax, gamma, beta, mean, var, total, product)
+        ctx.save_for_backward(x, w, switches, gamma, beta, mean, var, total, product)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
         return out, mean, var
@@ -196,7 +197,7 @@ class FirstBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _mean, _var):
         *saved, total, product = ctx.saved_tensors
-        x, w, _, _, gamma, beta, *_ = saved
+        x, w, _, gamma, beta, *_ = saved
         grads = [torch.empty_like(t) for t in (w, gamma, beta)]
         args = *saved, ctx.eps, total, product, *grads
         _call("first_backward", _channels_last(grad), *args, *_size(x))
@@ -211,10 +212,10 @@ class Block(torch.autograd.Function):
         x, w = _channels_last(x), weight.to(x.dtype)
         gamma, beta = (_checked(t, (N_FILTERS,)) for t in (gamma, beta))
         y, pooled, out = _convolve(x, w), _empty_pooled(x), _empty_pooled(x)
-        argmax = _empty_pooled(x, torch.uint8)
+        switches = _empty_pooled(x, torch.uint8)
         mean, var = torch.empty_like(gamma), torch.empty_like(gamma)
-        _call("block_forward", y, gamma, beta, eps, pooled, argmax, out, mean, var, *_size(x))
-        ctx.save_for_backward(x, w, pooled, argmax, gamma, beta, mean, var)
+        _call("block_forward", y, gamma, beta, eps, pooled, switches, out, mean, var, *_size(x))
+        ctx.save_for_backward(x, w, pooled, switches, gamma, beta, mean, var)
         ctx.eps, ctx.y = eps, y
         ctx.mark_non_differentiable(mean, var)
         return out, mean, var
@@ -222,11 +223,11 @@ class Block(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _mean, _var):
-        x, w, pooled, argmax, gamma, beta, mean, var = ctx.saved_tensors
+        x, w, pooled, switches, gamma, beta, mean, var = ctx.saved_tensors
         y = _convolve(x, w) if ctx.y is None else ctx.y
         ctx.y = None  # the kernel overwrites it with its gradient
         grads = [torch.empty_like(t) for t in (gamma, beta)]
-        args = pooled, argmax, y, gamma, beta, mean, var, ctx.eps, *grads
+        args = pooled, switches, y, gamma, beta, mean, var, ctx.eps, *grads
         _call("block_backward", _channels_last(grad), *args, *_size(x))
         grad_x, grad_w = _convolve_backward(y, x, w, ctx.needs_input_grad[0])
         return grad_x, grad_w.to(gamma.dtype), *grads, None
@@ -284,7 +285,8 @@ def loss_and_grad(
     running: list[Tensor],
     eps: float,
     momentum: float,
-) -> tuple[Tensor, Tensor]:
+    frozen: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """``FlatModule.loss_and_grad`` of the learner in train mode, in one call.
 
     Args:
@@ -295,9 +297,11 @@ def loss_and_grad(
         parameters: the learner's, in their order.
         running: the blocks' running means, then their running variances, which are updated.
         eps, momentum: of batch normalisation.
+        frozen: another call's switches, which decide instead of the maxima and signs. The running
+            statistics then stay as they are.
 
     Returns:
-        The loss [] and its gradient [P, 1].
+        The loss [], its gradient [P, 1], and the switches of poolings and ReLUs, see blocks.h.
 
     Raises:
         ValueError: the images' size is not the classifier's.
@@ -308,13 +312,44 @@ def loss_and_grad(
     x, y = _channels_last(x), _checked(y, (n_images,), torch.int64)
     parameters = [_checked(p, p.shape) for p in parameters]
     loss, grad = x.new_empty(()), x.new_empty(sum(p.numel() for p in parameters), 1)
+    name, switches = "learner_gradient_frozen", frozen
+    if switches is None:
+        pixels = sum(math.prod(n >> b for n in x.shape[2:]) for b in range(1, N_BLOCKS + 1))
+        name = "learner_gradient"
+        switches = x.new_empty(n_images * N_FILTERS * pixels, dtype=torch.uint8)
     pointers = [
         (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
         for tensors in (parameters, running)
     ]
-    args = *moments[:2], *pointers, eps, momentum, loss, grad
-    _call("learner_gradient", x, y, *args, *_size(x), n_classes)
-    return loss, grad
+    args = *moments[:2], *pointers, eps, momentum, switches, loss, grad
+    _call(name, x, y, *args, *_size(x), n_classes)
+    return loss, grad, switches
+
+
+class LossAndGrad(torch.autograd.Function):
+    """``FlatModule.loss_and_grad_at``: (cell state c [P, 1], function) -> loss [], gradient [P, 1].
+
+    ``function``: (c, switches or None) -> ``loss_and_grad`` at c.
+
+    The backward pass multiplies the Hessian by a vector v: (g(c + r v) - g(c - r v)) / 2r. Where a
+    maximum or a ReLU switched between the two points, the difference would be a jump's, so both
+    take the switches of c, as the Hessian does.
+    """
+
+    @staticmethod
+    def forward(ctx, c, function):
+        loss, grad, switches = function(c, None)
+        ctx.save_for_backward(c, grad)
+        ctx.function, ctx.switches = function, switches
+        return loss, grad
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_loss, v):
+        c, grad = ctx.saved_tensors
+        r = STEP * c.norm() / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
+        after, before = (ctx.function(c + s * r * v, ctx.switches)[1] for s in (1, -1))
+        return of_loss * grad + (after - before) / (2 * r), None
 
 
 # ---- The meta-learner ----
@@ -330,14 +365,11 @@ class MetaStep(torch.autograd.Function):
 
     (loss [], the LSTM's weight_ih, weight_hh, bias_ih and bias_hh, WF [H+2, 1], bF [1, 1], WI, bI,
     grad [P, 1], h and c as ``lstm_state`` makes them, f [P, 1], i [P, 1], theta [P, 1]) -> the new
-    h, c, f, i, theta. loss and grad are constants. The backward pass recomputes the gates, which is
-    cheaper than storing them.
+    h, c, f, i, theta. The backward pass recomputes the gates, which is cheaper than storing them.
     """
 
     @staticmethod
     def forward(ctx, *inputs):
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[9]:
-            raise ValueError("loss and gradient are constants here and must be detached")
         H, P = inputs[10].shape[1], len(inputs[9])
         lstm_shapes, gate = ((4 * H, 4), (4 * H, H), (4 * H,), (4 * H,)), ((H + 2, 1), (1, 1))
         tiled, flat = (-(-P // TILE), H, TILE), (P, 1)
@@ -354,10 +386,12 @@ class MetaStep(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        _, w_ih, w_hh, bias, _, wf, wi, *_ = saved = ctx.saved_tensors
-        state = saved[9:14]
-        learned = w_ih, w_hh, bias, wf, wf[:1], wi, wi[:1]
+        loss, w_ih, w_hh, bias, _, wf, wi, grad, _, *state = (saved := ctx.saved_tensors)[:14]
+        learned, inputs = (w_ih, w_hh, bias, wf, wf[:1], wi, wi[:1]), (None, None)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[9]:
+            inputs = torch.empty_like(loss), torch.empty_like(grad)
         out_grads = [torch.empty_like(t) for t in (*learned, *state)]
         grads = [g.contiguous() for g in grads]
-        _call("meta_backward", *saved, *grads, *out_grads, state[0].shape[1], state[2].numel())
-        return None, *out_grads[:3], out_grads[2], *out_grads[3:7], None, *out_grads[7:]
+        sizes = state[0].shape[1], state[2].numel()
+        _call("meta_backward", *saved, *grads, *inputs, *out_grads, *sizes)
+        return inputs[0], *out_grads[:3], out_grads[2], *out_grads[3:7], inputs[1], *out_grads[7:]

@@ -54,8 +54,17 @@ struct Signs {
 struct Affine {  // the map from each pooling window's maximum to the ReLU's input
   float scale[C], shift[C];
   vec operator()(vec y, int channel) const { return y * load(scale + channel) + load(shift + channel); }
-  ivec positive(vec y, int channel) const { return ~((*this)(y, channel) <= 0); }
 };
+
+// Of a pooling window: the position of its maximum, 0 to 3, or CLOSED where the ReLU lets nothing through. A kernel finds the
+// switches or, FROZEN, obeys those that it is given.
+constexpr int CLOSED = 4;
+
+template <bool FROZEN, class T>  // the output of a window, from its maximum's; switches may be null if they are not wanted
+INLINE void switch_on(vec y, uint8_t* switches, ivec at, T* out) {
+  if (!FROZEN && switches) narrowed(switches, y <= 0 ? ivec{} + CLOSED : at);
+  store(out, FROZEN ? keep(at != CLOSED, y) : relu(y));
+}
 
 INLINE Affine only_bias(const float* bias) {
   Affine affine;
@@ -100,18 +109,18 @@ struct StatsGradient {
   }
 };
 
-template <class T>
-void pool_image(const T* y, const Signs& signs, T* pooled, uint8_t* argmax, const Shape& s) {
+template <bool FROZEN, class T>
+void pool_image(const T* y, const Signs& signs, T* pooled, uint8_t* switches, const Shape& s) {
   for (len r = 0; r < s.rows(); r++)
     for (len q = 0; q < s.columns(); q++)
       for (int v = 0; v < C; v += LANES) {
         const T* p = y + (2 * r * s.width + 2 * q) * C + v;
-        ivec at;
-        const vec sign = load(signs.of + v), right = sign * load(p + C), below = sign * load(p + s.width * C);
-        const vec best = largest(sign * load(p), right, below, sign * load(p + (s.width + 1) * C), at);
         const len to = (r * s.columns() + q) * C + v;
+        ivec at = FROZEN ? widened(switches + to) : ivec{};
+        const vec sign = load(signs.of + v), right = sign * load(p + C), below = sign * load(p + s.width * C);
+        const vec best = maximum<FROZEN>(sign * load(p), right, below, sign * load(p + (s.width + 1) * C), at);
         store(pooled + to, best);
-        if (argmax) narrowed(argmax + to, at);
+        if (!FROZEN && switches) narrowed(switches + to, at);
       }
 }
 
@@ -140,14 +149,18 @@ void statistics_of_image(const T* y, const Shape& s, double* sums) {
   }
 }
 
-template <class T>
-void affine_relu_image(const T* pooled, T* out, const Affine& affine, len size) {
+template <bool FROZEN, class T>
+void affine_relu_image(const T* pooled, T* out, const Affine& affine, uint8_t* switches, len size) {
   for (len k = 0; k < size; k += C)
-    UNROLL for (int v = 0; v < C; v += LANES) store(out + k + v, relu(affine(load(pooled + k + v), v)));
+    UNROLL for (int v = 0; v < C; v += LANES) {
+      const len at = k + v;
+      switch_on<FROZEN>(affine(load(pooled + at), v), switches ? switches + at : nullptr,
+                        switches ? widened(switches + at) : ivec{}, out + at);
+    }
 }
 
-template <class T>
-void block_forward(const T* y, const float* gamma, const float* beta, float eps, T* pooled, uint8_t* argmax, T* out,
+template <class T, bool FROZEN = false>
+void block_forward(const T* y, const float* gamma, const float* beta, float eps, T* pooled, uint8_t* switches, T* out,
                    float* mean, float* var, len images, len height, len width, len threads) {
   const Shape s{images, height, width};
   const Signs signs(gamma);
@@ -156,15 +169,17 @@ void block_forward(const T* y, const float* gamma, const float* beta, float eps,
   for (len b = 0; b < s.images; b++) {
     const T* of_image = y + b * s.height * s.width * C;
     statistics_of_image(of_image, s, &parts[b * 2 * C]);
-    pool_image(of_image, signs, pooled + b * s.pooled(), argmax + b * s.pooled(), s);
+    pool_image<FROZEN>(of_image, signs, pooled + b * s.pooled(), switches + b * s.pooled(), s);
   }
   double sums[2 * C], exact[C];
   total(parts, s.images, 2 * C, sums);
   for (int c = 0; c < C; c++) statistics(c, sums[c], sums[C + c], s.count(), exact, mean, var);
   const Norm norm(exact, var, gamma, beta, eps);
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (len b = 0; b < s.images; b++)
-    affine_relu_image(pooled + b * s.pooled(), out + b * s.pooled(), norm.affine, s.pooled());
+  for (len b = 0; b < s.images; b++) {
+    const len at = b * s.pooled();
+    affine_relu_image<FROZEN>(pooled + at, out + at, norm.affine, switches + at, s.pooled());
+  }
 }
 
 // Eval mode: the ReLU of each window's maximum plus the bias.
@@ -174,24 +189,25 @@ void block_eval(const T* y, const float* bias, T* out, len images, len height, l
   const Affine affine = only_bias(bias);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (len b = 0; b < s.images; b++) {
-    pool_image(y + b * s.height * s.width * C, Signs(), out + b * s.pooled(), nullptr, s);
-    affine_relu_image(out + b * s.pooled(), out + b * s.pooled(), affine, s.pooled());
+    T* of_image = out + b * s.pooled();
+    pool_image<false>(y + b * s.height * s.width * C, Signs(), of_image, nullptr, s);
+    affine_relu_image<false>(of_image, of_image, affine, nullptr, s.pooled());
   }
 }
 
 // Sums over one image of the gradient at the ReLU's input, and of this gradient times the maximum.
 template <class T>
-void gradient_sums_of_image(const T* grad, const T* pooled, const Affine& affine, const Shape& s, double* sums) {
+void gradient_sums_of_image(const T* grad, const T* pooled, const uint8_t* switches, const Shape& s, double* sums) {
   std::memset(sums, 0, 2 * C * sizeof(double));
   for (len r = 0; r < s.rows(); r++) {
     vec plain[VECTORS] = {}, product[VECTORS] = {};
     const len start = r * s.columns() * C;
     for (len k = start; k < start + s.columns() * C; k += C)
       UNROLL for (int v = 0; v < VECTORS; v++) {
-        const vec y = load(pooled + k + v * LANES);
-        const vec g = keep(affine.positive(y, v * LANES), load(grad + k + v * LANES));
+        const len at = k + v * LANES;
+        const vec g = keep(widened(switches + at) != CLOSED, load(grad + at));
         plain[v] += g;
-        product[v] += g * y;
+        product[v] += g * load(pooled + at);
       }
     for (int c = 0; c < C; c++) {
       sums[c] += plain[c / LANES][c % LANES];
@@ -202,15 +218,17 @@ void gradient_sums_of_image(const T* grad, const T* pooled, const Affine& affine
 
 // Overwrites y [B, H, W, C], the convolution's output, with its gradient.
 template <class T>
-void block_backward(const T* grad, const T* pooled, const uint8_t* argmax, T* y, const float* gamma, const float* beta,
+void block_backward(const T* grad, const T* pooled, const uint8_t* switches, T* y, const float* gamma, const float* beta,
                     const float* mean, const float* var, float eps, float* grad_gamma, float* grad_beta, len images,
                     len height, len width, len threads) {
   const Shape s{images, height, width};
   std::vector<double> parts(s.images * 2 * C);
   const Norm norm(mean, var, gamma, beta, eps);
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (len b = 0; b < s.images; b++)
-    gradient_sums_of_image(grad + b * s.pooled(), pooled + b * s.pooled(), norm.affine, s, &parts[b * 2 * C]);
+  for (len b = 0; b < s.images; b++) {
+    const len at = b * s.pooled();
+    gradient_sums_of_image(grad + at, pooled + at, switches + at, s, &parts[b * 2 * C]);
+  }
   double sums[2 * C];
   total(parts, s.images, 2 * C, sums);
   for (int c = 0; c < C; c++) sums[C + c] *= norm.signs.of[c];
@@ -226,8 +244,8 @@ void block_backward(const T* grad, const T* pooled, const uint8_t* argmax, T* y,
           ivec at = {};
           if (r / 2 < s.rows() && q / 2 < s.columns()) {
             const len from = b * s.pooled() + (r / 2 * s.columns() + q / 2) * C + v;
-            g = keep(norm.affine.positive(load(pooled + from), v), load(grad + from)) * load(slope + v);
-            at = widened(argmax + from);
+            g = load(grad + from) * load(slope + v);
+            at = widened(switches + from);
           }
           const int left = int(r % 2) * 2;
           T* p = y + ((b * s.height + r) * s.width + q) * C + v;

@@ -35,8 +35,8 @@ struct Filters {
 // What first_pixels keeps in registers: the outputs of PIXELS pooled pixels for GROUP vectors of filters.
 constexpr int PIXELS = 3, GROUP = LANES == 16 ? 2 : 1;
 
-template <int N, class T>  // computes N neighbouring pooled pixels
-INLINE void first_pixels(const float* in, len stride, const Filters& filters, const Affine& affine, uint8_t* argmax, T* out) {
+template <bool FROZEN, int N, class T>  // computes N neighbouring pooled pixels
+INLINE void first_pixels(const float* in, len stride, const Filters& filters, const Affine& affine, uint8_t* switches, T* out) {
   ROLLED for (int from = 0; from < C; from += GROUP * LANES) {
     vec y[2][2 * N][GROUP] = {};
     for (int row = 0; row < 3; row++)
@@ -51,17 +51,16 @@ INLINE void first_pixels(const float* in, len stride, const Filters& filters, co
       }
     UNROLL for (int n = 0; n < N; n++)
       UNROLL for (int v = 0; v < GROUP; v++) {
-        ivec at;
-        const vec best = largest(y[0][2 * n][v], y[0][2 * n + 1][v], y[1][2 * n][v], y[1][2 * n + 1][v], at);
-        const int channel = from + v * LANES;
-        if (argmax) narrowed(argmax + n * C + channel, at);
-        store(out + n * C + channel, relu(affine(best, channel)));
+        const int channel = from + v * LANES, to = n * C + channel;
+        ivec at = FROZEN ? widened(switches + to) : ivec{};
+        const vec best = maximum<FROZEN>(y[0][2 * n][v], y[0][2 * n + 1][v], y[1][2 * n][v], y[1][2 * n + 1][v], at);
+        switch_on<FROZEN>(affine(best, channel), switches ? switches + to : nullptr, at, out + to);
       }
   }
 }
 
-template <class T>
-void first_images(const T* x, const Filters& filters, const Affine& affine, uint8_t* argmax, T* out, const Shape& s,
+template <bool FROZEN, class T>
+void first_images(const T* x, const Filters& filters, const Affine& affine, uint8_t* switches, T* out, const Shape& s,
                   len threads) {
 #pragma omp parallel num_threads(threads)
   {
@@ -75,11 +74,11 @@ void first_images(const T* x, const Filters& filters, const Affine& affine, uint
         len q = 0;
         for (; q + PIXELS <= s.columns(); q += PIXELS) {
           const len to = row + q * C;
-          first_pixels<PIXELS>(in + q * 6, padded.stride, filters, affine, argmax ? argmax + to : nullptr, out + to);
+          first_pixels<FROZEN, PIXELS>(in + q * 6, padded.stride, filters, affine, switches ? switches + to : nullptr, out + to);
         }
         for (; q < s.columns(); q++) {
           const len to = row + q * C;
-          first_pixels<1>(in + q * 6, padded.stride, filters, affine, argmax ? argmax + to : nullptr, out + to);
+          first_pixels<FROZEN, 1>(in + q * 6, padded.stride, filters, affine, switches ? switches + to : nullptr, out + to);
         }
       }
     }
@@ -93,9 +92,9 @@ INLINE double output_times_tap(const double* products, const float* weight, int 
   return sum;
 }
 
-template <class T>
+template <class T, bool FROZEN = false>
 void first_forward(const T* x, const float* weight, const float* gamma, const float* beta, float eps, const double* patches,
-                   const double* products, uint8_t* argmax, T* out, float* mean, float* var, len images, len height,
+                   const double* products, uint8_t* switches, T* out, float* mean, float* var, len images, len height,
                    len width, len threads) {
   const Shape s{images, height, width};
   double exact[C];
@@ -108,13 +107,13 @@ void first_forward(const T* x, const float* weight, const float* gamma, const fl
     statistics(c, sum, square, s.count(), exact, mean, var);
   }
   const Norm norm(exact, var, gamma, beta, eps);
-  first_images(x, Filters(weight, norm.signs), norm.affine, argmax, out, s, threads);
+  first_images<FROZEN>(x, Filters(weight, norm.signs), norm.affine, switches, out, s, threads);
 }
 
 // Eval mode: the ReLU of each window's maximum plus the bias.
 template <class T>
 void first_eval(const T* x, const float* weight, const float* bias, T* out, len images, len height, len width, len threads) {
-  first_images(x, Filters(weight, Signs()), only_bias(bias), nullptr, out, Shape{images, height, width}, threads);
+  first_images<false>(x, Filters(weight, Signs()), only_bias(bias), nullptr, out, Shape{images, height, width}, threads);
 }
 
 // The inputs of a tap at the four pixels of a pooling window, side by side: two of a row, two of the next. The next tap's
@@ -129,7 +128,7 @@ INLINE void quads_of_rows(const float* row, const float* next, len n, float* qua
 // Adds to sums [N, C], for each of n pooling windows, the inputs of N neighbouring taps at each channel's maximum, times the
 // gradient.
 template <int N>
-INLINE void add_at_maxima(const float* quads, const float* grad, const uint8_t* argmax, len n, float* sums) {
+INLINE void add_at_maxima(const float* quads, const float* grad, const uint8_t* switches, len n, float* sums) {
   ROLLED for (int from = 0; from < C; from += PAIR) {
     vec acc[N][2];
     float* to = sums + from;
@@ -137,7 +136,7 @@ INLINE void add_at_maxima(const float* quads, const float* grad, const uint8_t* 
       UNROLL for (int v = 0; v < 2; v++) acc[k][v] = load(to + k * C + v * LANES);
     ROLLED for (len q = 0; q < n; q++) {
       const vec left = load(grad + q * C + from), right = load(grad + q * C + from + LANES);
-      const ivec of_left = widened(argmax + q * C + from), of_right = widened(argmax + q * C + from + LANES);
+      const ivec of_left = widened(switches + q * C + from), of_right = widened(switches + q * C + from + LANES);
       UNROLL for (int k = 0; k < N; k++) {
         const vec four = repeated(quads + (6 * q + k) * 4);
         acc[k][0] += chosen(four, of_left) * left;
@@ -151,11 +150,11 @@ INLINE void add_at_maxima(const float* quads, const float* grad, const uint8_t* 
 
 // The gradient at the ReLU's input for a row of pooling windows, [columns, C]; its sums are added to plain [C].
 template <class T>
-INLINE void back_through_relu(const T* grad, const T* out, len columns, float* back, float* plain) {
+INLINE void back_through_relu(const T* grad, const uint8_t* switches, len columns, float* back, float* plain) {
   for (int v = 0; v < C; v += LANES) {
     vec sum = load(plain + v);
     for (len k = v; k < columns * C; k += C) {
-      const vec g = keep(~(load(out + k) <= 0), load(grad + k));
+      const vec g = keep(widened(switches + k) != CLOSED, load(grad + k));
       store(back + k, g);
       sum += g;
     }
@@ -166,26 +165,26 @@ INLINE void back_through_relu(const T* grad, const T* out, len columns, float* b
 // Sums over one image of the gradient at the ReLU's input, [C], and of this gradient times the patch under the filter at the
 // window's maximum, [TAPS, C].
 template <class T>
-void first_sums_of_image(const Padded& padded, const T* grad, const T* out, const uint8_t* argmax, const Shape& s, float* back,
-                         float* quads, double* result) {
+void first_sums_of_image(const Padded& padded, const T* grad, const uint8_t* switches, const Shape& s, float* back, float* quads,
+                         double* result) {
   float sums[C + TAPS * C] = {};
   const len n = 6 * s.columns() + 3;
   for (len r = 0; r < s.rows(); r++) {
     const len from = r * s.columns() * C;
-    back_through_relu(grad + from, out + from, s.columns(), back, sums);
+    back_through_relu(grad + from, switches + from, s.columns(), back, sums);
     for (int row = 0; row < 3; row++) {
       const float* in = padded.pixels.data() + (2 * r + row) * padded.stride;
       float* to = sums + C + row * 9 * C;
       quads_of_rows(in, in + padded.stride, n, quads);
-      add_at_maxima<5>(quads, back, argmax + from, s.columns(), to);
-      add_at_maxima<4>(quads + 5 * 4, back, argmax + from, s.columns(), to + 5 * C);
+      add_at_maxima<5>(quads, back, switches + from, s.columns(), to);
+      add_at_maxima<4>(quads + 5 * 4, back, switches + from, s.columns(), to + 5 * C);
     }
   }
   std::copy_n(sums, C + TAPS * C, result);
 }
 
 template <class T>
-void first_backward(const T* grad, const T* x, const float* weight, const T* out, const uint8_t* argmax, const float* gamma,
+void first_backward(const T* grad, const T* x, const float* weight, const uint8_t* switches, const float* gamma,
                     const float* beta, const float* mean, const float* var, float eps, const double* patches,
                     const double* products, float* grad_weight, float* grad_gamma, float* grad_beta, len images, len height,
                     len width, len threads) {
@@ -200,7 +199,7 @@ void first_backward(const T* grad, const T* x, const float* weight, const T* out
     for (len b = 0; b < s.images; b++) {
       const len at = b * s.pooled();
       padded.copy(x + b * s.height * s.width * 3, s);
-      first_sums_of_image(padded, grad + at, out + at, argmax + at, s, back.data(), quads.data(), &parts[b * SIZE]);
+      first_sums_of_image(padded, grad + at, switches + at, s, back.data(), quads.data(), &parts[b * SIZE]);
     }
   }
   double totals[SIZE], sums[2 * C];

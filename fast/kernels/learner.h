@@ -20,15 +20,15 @@ struct Activations {  // what a block keeps for its backward pass; the first one
   Shape s;            // of its input
   const float* in;
   std::unique_ptr<float[]> y, pooled, out;
-  std::unique_ptr<uint8_t[]> argmax;
+  uint8_t* switches;
   float mean[C], var[C];
-  Activations(const Shape& s, const float* in, bool first)
+  Activations(const Shape& s, const float* in, uint8_t* switches, bool first)
       : s(s),
         in(in),
         y(first ? nullptr : new float[s.count() * C]),
         pooled(first ? nullptr : new float[s.images * s.pooled()]),
         out(new float[s.images * s.pooled()]),
-        argmax(new uint8_t[s.images * s.pooled()]) {}
+        switches(switches) {}
 };
 
 // Mean cross entropy of the linear layer's logits for features in [images, area, C], and its gradients with respect to the
@@ -75,27 +75,31 @@ float classify(const float* in, const int64_t* labels, const float* weight, cons
 
 // x: images [images, height, width, 3]; patches and products: the moments of their patches. parameters: each block's, see
 // Layers, then the classifier's weight and bias. grad: their gradients in one flat vector. running: the blocks' running means,
-// then variances, updated with momentum.
+// then variances, updated with momentum. switches: one block's after the other's, found or, if FROZEN, obeyed; then the running
+// statistics stay as they are.
+template <bool FROZEN>
 void learner_gradient(const float* x, const int64_t* labels, const double* patches, const double* products,
-                      const float* const* parameters, float* const* running, float eps, float momentum, float* loss,
-                      float* grad, len images, len height, len width, len classes, len threads) {
+                      const float* const* parameters, float* const* running, float eps, float momentum, uint8_t* switches,
+                      float* loss, float* grad, len images, len height, len width, len classes, len threads) {
   const auto* params = reinterpret_cast<const Layers<const float*>*>(parameters);
   std::vector<Activations> blocks;
   Shape s{images, height, width};
   for (int b = 0; b < BLOCKS; b++) {
     const auto& [weight, bias, gamma, beta] = params[b];
-    blocks.emplace_back(s, b == 0 ? x : blocks.back().out.get(), b == 0);
+    blocks.emplace_back(s, b == 0 ? x : blocks.back().out.get(), switches, b == 0);
+    switches += images * s.pooled();
     Activations& a = blocks.back();
     float *y = a.y.get(), *pooled = a.pooled.get(), *out = a.out.get();
     if (b == 0) {
-      first_forward(x, weight, gamma, beta, eps, patches, products, a.argmax.get(), out, a.mean, a.var, images, height, width,
-                    threads);
+      first_forward<float, FROZEN>(x, weight, gamma, beta, eps, patches, products, a.switches, out, a.mean, a.var, images, height,
+                                   width, threads);
     } else {
       convolve(a.in, weight, y, images, s.height, s.width, threads);
-      block_forward(y, gamma, beta, eps, pooled, a.argmax.get(), out, a.mean, a.var, images, s.height, s.width, threads);
+      block_forward<float, FROZEN>(y, gamma, beta, eps, pooled, a.switches, out, a.mean, a.var, images, s.height, s.width,
+                                   threads);
     }
     const float unbiased = float(s.count()) / std::max<len>(s.count() - 1, 1);
-    for (int c = 0; c < C; c++) {
+    for (int c = 0; c < C && !FROZEN; c++) {
       float *mean = running[b] + c, *var = running[BLOCKS + b] + c;
       *mean += momentum * (a.mean[c] + bias[c] - *mean);
       *var += momentum * (a.var[c] * unbiased - *var);
@@ -119,10 +123,10 @@ void learner_gradient(const float* x, const int64_t* labels, const double* patch
     const Activations& a = blocks[b];
     const len height = a.s.height, width = a.s.width;
     if (b == 0) {
-      first_backward(grad_out.get(), x, weight, a.out.get(), a.argmax.get(), gamma, beta, a.mean, a.var, eps, patches, products,
-                     grads[b].weight, grads[b].gamma, grads[b].beta, images, height, width, threads);
+      first_backward(grad_out.get(), x, weight, a.switches, gamma, beta, a.mean, a.var, eps, patches, products, grads[b].weight,
+                     grads[b].gamma, grads[b].beta, images, height, width, threads);
     } else {
-      block_backward(grad_out.get(), a.pooled.get(), a.argmax.get(), a.y.get(), gamma, beta, a.mean, a.var, eps, grads[b].gamma,
+      block_backward(grad_out.get(), a.pooled.get(), a.switches, a.y.get(), gamma, beta, a.mean, a.var, eps, grads[b].gamma,
                      grads[b].beta, images, height, width, threads);
       convolve_to_filters(a.y.get(), a.in, grads[b].weight, images, height, width, threads);
       grad_out.reset(new float[a.s.count() * C]);

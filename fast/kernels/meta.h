@@ -12,6 +12,7 @@
 namespace {
 
 constexpr int TILE = 128;  // coordinates of a tile
+constexpr float SMALL = 4.539992976e-05f;  // e^-10, where prep changes its form
 constexpr int CHUNKS = 16;  // partial sums, the same number for any number of threads, so that threads change no bit
 // The block of sums that weighted_sums keeps in registers; a smaller one would wait for the latency of its additions.
 constexpr int HELD = 5, WIDE = LANES == 16 ? 4 : 2;  // rows, and vectors of each
@@ -44,10 +45,17 @@ INLINE void weighted_sums(const float* w, int step, int along, const float* star
 
 INLINE void prep(float x, float* first, float* second) {
   const float size = std::fabs(x);
-  const bool large = size >= 4.539992976e-05f;  // e^-10
+  const bool large = size >= SMALL;
   *first = large ? std::log(size + 1e-8f) / 10 : -1;
   *second = large ? (x > 0 ? 1.0f : -1.0f) : 22026.465794806718f * x;
   if (x != x) *first = *second = x;
+}
+
+// The gradient with respect to x from those with respect to the two numbers that prep makes of it.
+INLINE float through_prep(float x, float of_first, float of_second) {
+  const float size = std::fabs(x);
+  const bool large = size >= SMALL;
+  return large ? of_first * (x > 0 ? 1.0f : -1.0f) / (10 * (size + 1e-8f)) : of_second / SMALL;
 }
 
 // The LSTM's weights for the inputs that differ between coordinates, [4H, 2 + H], and its bias, which includes prep(loss): that
@@ -143,7 +151,7 @@ void meta_backward(const float* loss, const float* w_ih, const float* w_hh, cons
                    const float* wf, const float* wi, const float* grad, const float* x, const float* h, const float* c,
                    const float* f, const float* i, const float* theta, const float* new_f, const float* new_i,
                    const float* grad_new_h, const float* grad_new_c, const float* grad_new_f, const float* grad_new_i,
-                   const float* grad_new_theta, float* grad_w_ih, float* grad_w_hh, float* grad_bias, float* grad_wf,
+                   const float* grad_new_theta, float* grad_loss, float* grad_grad, float* grad_w_ih, float* grad_w_hh, float* grad_bias, float* grad_wf,
                    float* grad_bf, float* grad_wi, float* grad_bi, float* grad_h, float* grad_c, float* grad_f, float* grad_i,
                    float* grad_theta, len H, len P, len threads) {
   const Lstm lstm(loss, w_ih, w_hh, b_ih, b_hh, H);
@@ -154,7 +162,7 @@ void meta_backward(const float* loss, const float* w_ih, const float* w_hh, cons
   {
     std::vector<float> z(columns * TILE), gates(4 * H * TILE), squashed(H * TILE), out_c(H * TILE), out_h(H * TILE);
     std::vector<float> sums(size * LANES), f_sums(cells * LANES), i_sums(cells * LANES);
-    std::vector<float> g(TILE), th(TILE), fo(TILE), io(TILE), nf(TILE), ni(TILE), df(TILE), di(TILE), dth(TILE);
+    std::vector<float> g(TILE), th(TILE), fo(TILE), io(TILE), nf(TILE), ni(TILE), df(TILE), di(TILE), dth(TILE), dg(TILE), dx(2 * TILE);
     std::fill_n(&z[(H + 2) * TILE], TILE, 1.0f);
 #pragma omp for schedule(static)
     for (len chunk = 0; chunk < CHUNKS; chunk++) {
@@ -187,6 +195,7 @@ void meta_backward(const float* loss, const float* w_ih, const float* w_hh, cons
           add(H, to_f * value, to_i * value);
           add(H + 1, to_f * load(&fo[at]), to_i * load(&io[at]));
           add(H + 2, to_f, to_i);
+          store(&dg[at], -d * input);
           store(&dth[at], d * forget + to_f * wf[H] + to_i * wi[H]);
           store(&df[at], to_f);
           store(&di[at], to_i);
@@ -216,6 +225,11 @@ void meta_backward(const float* loss, const float* w_ih, const float* w_hh, cons
         }
         add_products(gates.data(), 4 * H, z.data(), columns, TILE, sums.data());
         weighted_sums(lstm.weight.data() + 2, 1, H + 2, nullptr, gates.data(), H, 4 * H, grad_h + state);
+        if (grad_grad) {
+          weighted_sums(lstm.weight.data(), 1, H + 2, nullptr, gates.data(), 2, 4 * H, dx.data());
+          for (int k = 0; k < TILE; k++) dg[k] += through_prep(g[k], dx[k], dx[TILE + k]);
+          tile.put(grad_grad, dg.data());
+        }
         tile.put(grad_f, df.data());
         tile.put(grad_i, di.data());
         tile.put(grad_theta, dth.data());
@@ -235,6 +249,12 @@ void meta_backward(const float* loss, const float* w_ih, const float* w_hh, cons
       grad_w_ih[r * 4 + 2 + k] = float(of_row[k]);
     }
     for (int k = 0; k < H; k++) grad_w_hh[r * H + k] = float(of_row[2 + k]);
+  }
+  if (grad_loss) {
+    double of_loss[2] = {};
+    for (int r = 0; r < 4 * H; r++)
+      for (int k = 0; k < 2; k++) of_loss[k] += totals[r * columns + H + 2] * w_ih[r * 4 + k];
+    *grad_loss = through_prep(*loss, float(of_loss[0]), float(of_loss[1]));
   }
   const double *of_f = &totals[size], *of_i = of_f + cells;
   for (int k = 0; k < H + 2; k++) grad_wf[k] = float(of_f[k]), grad_wi[k] = float(of_i[k]);

@@ -87,6 +87,10 @@ INLINE vec largest(vec a, vec b, vec c, vec d, ivec& at) {
   }
   return a;
 }
+template <bool KNOWN>  // the largest or, KNOWN, the one that at says
+INLINE vec maximum(vec a, vec b, vec c, vec d, ivec& at) {
+  return !KNOWN ? largest(a, b, c, d, at) : at == 0 ? a : at == 1 ? b : at == 2 ? c : d;
+}
 // repeated: four numbers in each group of four lanes. chosen: within each group, the numbers at the indices at, 0 to 3.
 INLINE vec repeated(const float* p) {
 #ifdef __AVX512F__

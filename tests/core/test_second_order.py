@@ -1,0 +1,155 @@
+"""Second order: the meta-gradient goes through the learner's loss and gradient, too."""
+
+import copy
+
+import pytest
+import torch
+from conftest import (
+    LEARNERS,
+    METALEARNERS,
+    SMALL,
+    assert_same,
+    make,
+    metrics,
+    new_episode,
+    run_cli,
+    succeeded,
+    tensors,
+    train,
+)
+from torch import nn
+
+from baselines.linear_head import LinearHead
+from episode import Episode, adapt, evaluate_episode, learned, meta_gradient, query_loss
+from learner import FlatModule
+
+ON = ("--second-order", "true")
+
+
+class Smooth(FlatModule):
+    """A network without kinks, whose batch norm keeps statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, momentum=0.5), nn.Tanh())
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("network", [Smooth, lambda: LinearHead(4, 3)], ids=["smooth", "head"])
+@pytest.mark.parametrize(("n_shot", "batch_size"), [(2, 6), (2, 4), (1, 3)])
+def test_the_gradient_is_that_of_the_episodes_query_loss(way, network, n_shot, batch_size):
+    """By central differences along a random direction of each parameter of the meta-learner."""
+    w_grad = network().double()
+    meta = METALEARNERS[way](4, 2, w_grad.size(), (-1.0, 0.0), second_order=True).double()
+    with torch.no_grad():
+        for parameter in meta.parameters():
+            parameter.normal_(std=0.5)
+    networks, y = (w_grad, copy.deepcopy(w_grad), meta), torch.arange(3)
+    support, query = (torch.randn(n, 4, dtype=torch.float64) for n in (3 * n_shot, 9))
+    order = torch.stack([torch.randperm(3 * n_shot) for _ in range(3)])
+    labels = y.repeat_interleave(n_shot), y.repeat_interleave(3)
+    episode = Episode(support, labels[0], query, labels[1], order)
+    gradient, *_ = meta_gradient(episode, *networks, batch_size)
+
+    @torch.no_grad()
+    def value():
+        c, _ = adapt(episode, w_grad, meta, batch_size)
+        return query_loss(episode, *networks[:2], c)[0]
+
+    def along(directions, gradient):
+        parts = gradient.split([d.numel() for d in directions])
+        return torch.stack([d.view(-1) @ g for d, g in zip(directions, parts, strict=True)])
+
+    directions, slopes, step = [torch.randn_like(p) for p in learned(meta)], [], 1e-5
+    for parameter, direction in zip(learned(meta), directions, strict=True):
+        kept, values = parameter.detach().clone(), []
+        for sign in (1, -1):
+            parameter.data = kept + sign * step * direction
+            values.append(value())
+        parameter.data = kept
+        slopes.append((values[0] - values[1]) / (2 * step))
+    expected = torch.stack(slopes)
+    assert torch.allclose(along(directions, gradient), expected, rtol=1e-4, atol=1e-8)
+    meta.second_order = False
+    first_order, *_ = meta_gradient(episode, *networks, batch_size)
+    assert (along(directions, first_order) - expected).norm() > 1e-2 * expected.norm()
+
+
+def test_loss_gradient_and_statistics_are_first_orders(way):
+    episode, w_grad, other, meta = make(way, dtype=torch.float64)
+    c = meta.metalstm.cI
+    found = w_grad.loss_and_grad_at(episode.support, episode.support_y, c)
+    expected = other.loss_and_grad(episode.support, episode.support_y)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected, strict=True))
+    for a, b in zip(w_grad.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for name, value in w_grad.named_buffers():
+        if "running" in name:
+            assert torch.allclose(value, other.get_buffer(name))
+            assert not torch.equal(value, torch.zeros_like(value))
+
+
+def test_the_fast_learner_has_the_plain_ones_second_derivatives():
+    products = []
+    for learner in LEARNERS.values():
+        torch.manual_seed(0)
+        w_grad, episode = (
+            learner(20, 1e-3, 0.95, 3).double(),
+            new_episode(size=20, dtype=torch.float64),
+        )
+        c = w_grad.get_flat_params().unsqueeze(1).requires_grad_()
+        loss, grad = w_grad.loss_and_grad_at(episode.support, episode.support_y, c)
+        v = torch.linspace(-1, 1, len(c), dtype=torch.float64).unsqueeze(1)
+        products += torch.autograd.grad(0.3 * loss + (v * grad).sum(), c)
+    assert all(torch.allclose(p, products[0], rtol=1e-9, atol=1e-12) for p in products)
+
+
+def test_an_evaluation_is_unaffected(way):
+    episode, w_grad, wo_grad, meta = make(way)
+    expected = evaluate_episode(episode, w_grad, wo_grad, meta, 4)
+    meta.second_order = True
+    assert evaluate_episode(episode, w_grad, wo_grad, meta, 4) == expected
+
+
+# ---- The command line ----
+
+
+@pytest.fixture(scope="module", params=[(), ("--plain", "--meta-batch", "2")])
+def flags(request):
+    return request.param
+
+
+def test_a_run_goes_on_to_the_same_bits(master, tmp_path, flags):
+    whole, cut, first = (tmp_path / name for name in ("whole", "cut", "first"))
+    succeeded(train(master, whole, *ON, *flags))
+    succeeded(train(master, cut, *ON, *flags, episode=2))
+    succeeded(train(master, cut, "--resume", "auto", *flags))  # the checkpoint carries the flag
+    assert_same(tensors(whole), tensors(cut))
+    succeeded(train(master, first, *flags))
+    assert tensors(whole)["hyper_parameters"]["second_order"] is True
+    assert tensors(first)["hyper_parameters"]["second_order"] is False
+    losses = [[e["loss"] for e in metrics(save, "train")] for save in (whole, first)]
+    assert losses[0][0] == pytest.approx(losses[1][0])  # until the first update
+    assert losses[0][-1] != losses[1][-1]
+
+
+def test_a_first_order_run_may_go_on_in_second_order(master, tmp_path):
+    succeeded(train(master, tmp_path / "first", episode=2))
+    start = ("--init-from", tmp_path / "first-719")
+    succeeded(train(master, tmp_path / "second", *start, *ON, episode=2))
+    assert tensors(tmp_path / "second")["hyper_parameters"]["second_order"] is True
+
+
+def test_a_linear_head(master, tmp_path):
+    words = [word for word in SMALL if word not in ("--n-class", "3")]
+    start = ["--mode", "pretrain", "--data-root", master, "--save", tmp_path / "start"]
+    succeeded(run_cli(*start, "--episode", 2, "--val-freq", 2, *words))
+    how = ("--method", "linear-head", "--init-from", tmp_path / "start-719")
+    for name, order in (("first", ()), ("second", ON)):
+        succeeded(train(master, tmp_path / name, *how, *order))
+    first, second = (tensors(tmp_path / name)["metalearner"] for name in ("first", "second"))
+    assert all(torch.isfinite(value).all() for value in second.values())
+    assert not torch.equal(first["metalstm.cI"], second["metalstm.cI"])

@@ -1,0 +1,164 @@
+"""Second order by the CPU kernels: a Hessian-vector product with frozen switches."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make
+from torch.nn.functional import cross_entropy
+
+from episode import Episode, meta_gradient
+from fast import native
+from fast.learner import FastConv4
+from fast.metalearner import FastMetaLearner
+from learner import Conv4
+from metalearner import MetaLearner
+
+needs_kernels = pytest.mark.skipif(not native.handles(torch.ones(1)), reason="no kernels")
+
+
+def relative(a, b):
+    return ((a - b).double().norm() / b.double().norm()).item()
+
+
+def learners(size, n_class=5):
+    """The fast one in float32 and the definition in float64, with scales of both signs."""
+    fast = FastConv4(size, 1e-3, 0.95, n_class)
+    with torch.no_grad():
+        fast.norm1.weight[::3] *= -1
+        fast.norm3.weight[::5] *= -1
+    exact = Conv4(size, 1e-3, 0.95, n_class).double()
+    exact.copy_flat_params(fast.get_flat_params())
+    return fast, exact
+
+
+def product(learner, x, y, c, v):
+    """Loss, gradient, and the derivative of 0.3 loss + v * gradient, at c."""
+    c = c.to(x.dtype).requires_grad_()
+    loss, grad = learner.loss_and_grad_at(x, y, c)
+    of_c = torch.autograd.grad(0.3 * loss + (v.to(x.dtype) * grad).sum(), c)
+    return loss, grad, *of_c
+
+
+SLOW = pytest.mark.slow
+CASES = [(84, 1, 1), (84, 1, 8), (42, 3, 4)]
+CASES += [pytest.param(84, 5, t, marks=SLOW) for t in (1, 8)]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("size", "n_shot", "update"), CASES)
+def test_product(size, n_shot, update):
+    """Against double backward in float64, early and late in an episode of gradient descent."""
+    fast, exact = learners(size)
+    y = torch.arange(5).repeat_interleave(n_shot)
+    x = torch.randn(5, 3, size, size).repeat_interleave(n_shot, dim=0)
+    x = x + 0.5 * torch.randn_like(x)
+    for _ in range(update - 1):
+        fast.copy_flat_params(fast.get_flat_params() - 0.1 * fast.loss_and_grad(x, y)[1].squeeze(1))
+    c, v = fast.get_flat_params().unsqueeze(1), torch.randn(fast.size(), 1)
+    found = product(fast, x, y, c, v)
+    expected = product(exact, x.double(), y, c, v)
+    assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) < 0.01
+
+
+@needs_kernels
+def test_a_product_with_zero_is_zero():
+    fast, _ = learners(20)
+    x, y, c = torch.randn(5, 3, 20, 20), torch.arange(5), fast.get_flat_params().unsqueeze(1)
+    _, grad, of_c = product(fast, x, y, c, torch.zeros_like(c))
+    assert torch.equal(of_c, torch.tensor(0.3) * grad)
+
+
+@needs_kernels
+def test_frozen_switches_are_obeyed_and_statistics_left_alone():
+    fast, _ = learners(20)
+    x, y = torch.randn(5, 3, 20, 20), torch.arange(5)
+    c = fast.get_flat_params()
+    images, moments = fast._prepared(x)
+
+    def at(c, frozen=None):
+        return fast._in_one_call(images, y, moments, fast.slices(c), frozen)
+
+    loss, grad, switches = at(c)
+    kept = copy.deepcopy(fast.state_dict())
+    again = at(c, switches)
+    assert torch.equal(grad, again[1])
+    assert again[0] == loss
+    assert again[2] is switches
+    assert torch.equal(switches, at(c)[2])
+    fast.load_state_dict(kept)
+    there = c + 0.5 * torch.randn_like(c)
+    assert not torch.equal(switches, at(there)[2])
+    fast.load_state_dict(kept)
+    frozen = at(there, switches)
+    assert torch.equal(frozen[2], switches)
+    assert all(torch.equal(value, kept[name]) for name, value in fast.state_dict().items())
+    assert torch.equal(at(there, torch.full_like(switches, 4))[0], closed(fast, there, y))
+
+
+def closed(fast, c, y):
+    """The loss if all ReLUs are closed: the classifier's bias alone."""
+    bias = fast.slices(c)[-1]
+    return cross_entropy(bias.double().expand(5, 5), y).float()
+
+
+@needs_kernels
+@pytest.mark.parametrize(("hidden_size", "n_params"), [(1, 300), (20, 1000)])
+def test_the_meta_learners_gradient_reaches_its_inputs(hidden_size, n_params):
+    """Of loss and gradients from far below e^-10, where ``prep`` changes its form, to 10."""
+    fast = FastMetaLearner(4, hidden_size, n_params)
+    torch.nn.init.normal_(fast.metalstm.cI)
+    exact = MetaLearner(4, hidden_size, n_params).double()
+    exact.load_state_dict(fast.state_dict())
+    grads = torch.randn(n_params, 1) * torch.logspace(-8, 1, n_params).unsqueeze(1)
+
+    def derivatives(meta, dtype, size):
+        loss = torch.tensor(size, dtype=dtype, requires_grad=True)
+        grad, state = grads.to(dtype).requires_grad_(), meta.initial_state()
+        for k in range(3):
+            state = meta(loss * (1 + k), grad / (1 + k), state)
+        weights = torch.linspace(-1, 1, n_params, dtype=dtype).unsqueeze(1)
+        return torch.autograd.grad((state.c * weights).sum(), [loss, grad, *meta.parameters()])
+
+    for size in (1.3, 1e-6):
+        pairs = zip(
+            derivatives(fast, torch.float32, size),
+            derivatives(exact, torch.float64, size),
+            strict=True,
+        )
+        assert all(relative(a, b) < 1e-4 for a, b in pairs)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("n_shot", "batch_size"), [(2, 6), (2, 4), (1, 3)])
+def test_a_whole_episode(n_shot, batch_size):
+    """The kernels' error is small beside what second order changes."""
+    episode, *fast = make("fast", n_shot=n_shot, size=32)
+    doubled, *exact = make("plain", n_shot=n_shot, size=32, dtype=torch.float64)
+    doubled = Episode(*(t.to(u.dtype) for t, u in zip(episode, doubled, strict=True)))
+    exact[2].load_state_dict(fast[2].state_dict())
+    fast[2].second_order = exact[2].second_order = True
+    found, loss, _ = meta_gradient(episode, *fast, batch_size)
+    expected, exact_loss, _ = meta_gradient(doubled, *exact, batch_size)
+    assert loss.item() == pytest.approx(exact_loss.item(), rel=1e-4)
+    exact[2].second_order = False
+    first_order, *_ = meta_gradient(doubled, *exact, batch_size)
+    assert relative(found, expected) < 0.01 < 0.1 < relative(first_order, expected)
+
+
+def test_bfloat16_and_no_kernels_take_the_plain_way(monkeypatch):
+    """As on a GPU; the convolutions keep their dtype."""
+    x, y = torch.randn(10, 3, 32, 32), torch.arange(5).repeat(2)
+    fast, exact = learners(32)
+    c, v = fast.get_flat_params().unsqueeze(1), torch.randn(fast.size(), 1)
+    expected = product(exact, x.double(), y, c, v)
+    fast.conv_dtype = torch.bfloat16
+    _, grad, of_c = product(fast, x, y, c, v)
+    assert of_c.dtype == torch.float32
+    assert 1e-4 < relative(grad, expected[1]) < 0.2
+    assert torch.isfinite(of_c).all()
+    monkeypatch.setattr(native, "handles", lambda *_: False)
+    fast, _ = learners(32)
+    fast.copy_flat_params(c)
+    for a, b in zip(product(fast, x, y, c, v), expected, strict=True):
+        assert relative(a, b) < 0.01
