@@ -56,9 +56,11 @@ class UpdateRule(nn.Module):
     Attributes:
         grad_divisor: by what a minibatch's gradient is divided before ``forward`` takes it; 0: by
             its number of images.
+        second_order: whether training differentiates the learner's loss and gradient, too.
     """
 
     grad_divisor: int = 0
+    second_order: bool = False
 
     def initial_state(self) -> Any:
         """The state before the first update: a tuple with a field ``c``, the parameter cI."""
@@ -68,8 +70,8 @@ class UpdateRule(nn.Module):
         """One update of the learner.
 
         Args:
-            loss: [], mean cross entropy of the minibatch, detached.
-            grad: [P, 1], its gradient divided by ``grad_divisor``, detached.
+            loss: [], mean cross entropy of the minibatch; a constant unless ``second_order``.
+            grad: [P, 1], its gradient divided by ``grad_divisor``; likewise.
             state: from ``initial_state`` or the last call.
 
         Returns:

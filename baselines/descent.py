@@ -2,7 +2,8 @@
 learned as a number, not computed (equation 2 of the paper).
 
 ``sgd`` has one step size for all parameters, ``meta-sgd`` (Li et al., 2017) one for each. cI is
-learned, so the former is first-order MAML (Finn et al., 2017) with a learned step size.
+learned, so the former is first-order MAML (Finn et al., 2017) with a learned step size, or with
+``--second-order true`` MAML itself.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class GradientDescent(UpdateRule):
         n_learner_params: P, the length of the learner's flat parameter vector.
         n_rates: 1, or P for a step size of each parameter.
         bi_range: range of the uniform distribution from which bI starts.
-        grad_divisor: see ``UpdateRule``.
+        grad_divisor, second_order: see ``UpdateRule``.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class GradientDescent(UpdateRule):
         n_rates: int,
         bi_range: tuple[float, float] = (-5.0, -4.0),
         grad_divisor: int = 0,
+        second_order: bool = False,
     ):
         super().__init__()
-        self.grad_divisor = grad_divisor
+        self.grad_divisor, self.second_order = grad_divisor, second_order
         self.cI = nn.Parameter(torch.zeros(n_learner_params, 1))
         self.bI = nn.Parameter(torch.empty(n_rates, 1).uniform_(*bi_range))
 
@@ -61,6 +63,7 @@ def build(args: argparse.Namespace, backend: Backend) -> Model:
     learner = make_learner(args, backend)
     size = learner.size()
     n_rates = size if args.method == "meta-sgd" else 1
-    rule = GradientDescent(size, n_rates, tuple(args.bi_init), args.grad_divisor)
+    how = (tuple(args.bi_init), args.grad_divisor, args.second_order)
+    rule = GradientDescent(size, n_rates, *how)
     rule.to(backend.device).init_cI(learner.get_flat_params())
     return Model(learner, copy.deepcopy(learner), rule)

@@ -255,7 +255,7 @@ def resolve(
 
 
 def _check_without_inner_loop(args: argparse.Namespace) -> None:
-    for name in ("transductive", "tta_permutations", "tta_flip", "meta_batch"):
+    for name in ("transductive", "tta_permutations", "tta_flip", "meta_batch", "second_order"):
         value = getattr(args, name)
         if value != DEFAULTS[name]:
             shown = str(value).lower()

@@ -375,6 +375,8 @@ def test_other_refusals(master, pretrained, tmp_path):
     succeeded(train(master, tmp_path / "net", "--method", "protonet", episode=1, val_freq=0))
     net = ("--init-from", f"{tmp_path}/net-719")
     refused(train(master, save, "--method", "nearest", *net), "net-719", "pretrain")
+    second = ("--second-order", "true")
+    refused(train(master, save, "--method", "protonet", *second), "--second-order", "protonet")
     for flags in (("--tta-permutations", 2), ("--tta-flip", "true"), ("--transductive", "true")):
         refused(run_test(None, tmp_path / "net", *flags), flags[0], "protonet")
     refused(train(master, save, "--method", "protonet", "--meta-batch", 2), "--meta-batch 2")

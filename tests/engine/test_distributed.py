@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT, assert_same, metrics, run_cli, run_test, succeeded, tensors, training
 from torch.distributed import TCPStore
 
-from engine import checkpoint, distributed, parallel
+from engine import checkpoint, distributed
 from engine.backend import select_backend
 from engine.distributed import Ranks
 from engine.flags import parse, resolve
@@ -300,14 +300,14 @@ def in_gradient(do):
     """For ``prepare``: ``do(rank, call)`` before each of a rank's episodes."""
 
     def prepare(rank):
-        original, calls = parallel.meta_gradient, []
+        original, calls = models.meta_gradient, []
 
         def meta_gradient(*args):
             calls.append(0)
             do(rank, len(calls))
             return original(*args)
 
-        parallel.meta_gradient = meta_gradient
+        models.meta_gradient = meta_gradient
 
     return prepare
 
@@ -340,13 +340,13 @@ def test_a_signal_to_one_rank_is_heeded_by_all(master, tmp_path):
 
 def test_a_row_of_updates_that_are_not_finite_ends_all(master, tmp_path):
     def prepare(rank):
-        original = parallel.meta_gradient
+        original = models.meta_gradient
 
         def meta_gradient(*args):
             gradient, *rest = original(*args)
             return gradient * (float("nan") if rank == 1 else 1), *rest
 
-        parallel.meta_gradient = meta_gradient
+        models.meta_gradient = meta_gradient
 
     argv = training(master, tmp_path / "logs", "--meta-batch", "2", episode=60, val_freq=0)
     all_refused(together(tmp_path / "a", 2, lambda rank: argv, prepare), "rank 0", "20 updates")

@@ -18,7 +18,7 @@ from conftest import (
     train,
 )
 
-from engine import parallel
+from engine import model as models
 from episode import adapt, meta_gradient, query_loss, train_episode, update_metalearner
 from fast.graphs import step_without_sync
 
@@ -122,7 +122,7 @@ def test_a_signal_waits_for_the_end_of_the_update(master, trained, tmp_path, mon
     """It comes in the second update's first episode; resumed, the run has the bits and logs of an
     undisturbed one, and plain PyTorch nearly so.
     """
-    original, calls, save = parallel.meta_gradient, [], tmp_path / "logs"
+    original, calls, save = models.meta_gradient, [], tmp_path / "logs"
 
     def signalled(*args):
         calls.append(0)
@@ -130,7 +130,7 @@ def test_a_signal_waits_for_the_end_of_the_update(master, trained, tmp_path, mon
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args)
 
-    monkeypatch.setattr(parallel, "meta_gradient", signalled)
+    monkeypatch.setattr(models, "meta_gradient", signalled)
     flags = (*M2, "--resume", "auto", *(["--plain"] if way == "plain" else []))
     assert train(master, save, *flags, **LONG).returncode == 128 + signal.SIGTERM
     assert tensors(save)["episode"] == 4
