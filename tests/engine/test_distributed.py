@@ -21,6 +21,7 @@ from conftest import ROOT, assert_same, metrics, run_cli, run_test, succeeded, t
 from torch.distributed import TCPStore
 
 from engine import checkpoint, distributed
+from engine import model as models
 from engine.backend import select_backend
 from engine.distributed import Ranks
 from engine.flags import parse, resolve
