@@ -14,19 +14,20 @@ import copy
 import hashlib
 import math
 import os
-import warnings
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from episode import Episode
-from utils import SPLITS, UserError, is_junk
+from imagefiles import entries, is_folder, is_image, load_image, nfc, note_unknown
+from utils import SPLITS, UserError
 
 CROP_RATIO = (3 / 4, 4 / 3)
 # by --augment: share of the image's area in a crop; jitter of brightness, contrast, saturation, hue
@@ -55,10 +56,10 @@ class Split(NamedTuple):
 
 
 def scan_split(root: Path, split: str) -> Split:
-    """List ``root/<split>/<class>/<image>``; hidden and operating systems' files are ignored.
+    """List ``root/<split>/<class>/<image>``, see ``scan_classes``.
 
     Raises:
-        UserError: the folder is missing or empty, or it holds something unexpected.
+        UserError: the folder is missing or empty, or a file or folder is where none belongs.
     """
     if not root.is_dir():
         advice = "make it with data/prepare.py (see data/README.md), or try scripts/quickstart.sh"
@@ -70,47 +71,31 @@ def scan_split(root: Path, split: str) -> Split:
 
 
 def scan_classes(folder: Path, what: str) -> tuple[list[str], list[list[Path]]]:
-    """List ``folder/<class>/<image>``; ``what`` names the folder in errors.
+    """List ``folder/<class>/<image>``; ``what`` names the folder in errors. A note counts files of
+    unknown format, which are left out.
 
     Raises:
-        UserError: the folder is missing or empty, or it holds something unexpected.
+        UserError: the folder is missing or empty, or a file or folder is where none belongs.
     """
     if not folder.is_dir():
         raise UserError(f"{what} {folder}: no such folder")
-    known = {
-        ext.lower() for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN
-    }
-    classes, files = [], []
-    for entry in _visible(folder):
-        if not _is_folder(entry):
+    classes: list[str] = []
+    files: list[list[Path]] = []
+    unknown: list[str] = []
+    for entry in entries(folder):
+        if not is_folder(entry):
             raise UserError(f"{entry.path}: a file among the class folders of {what}; remove it")
-        images = _visible(Path(entry.path))
+        images = entries(Path(entry.path))
         for image in images:
-            if _is_folder(image):
+            if is_folder(image):
                 raise UserError(f"{image.path}: a folder; expected {folder}/<class>/<image>")
-            if os.path.splitext(image.name)[1].lower() not in known:
-                raise UserError(f"{image.path}: not an image by its suffix; remove or rename it")
         classes.append(entry.name)
-        files.append([Path(image.path) for image in images])
+        files.append([Path(image.path) for image in images if is_image(image.name)])
+        unknown += [image.name for image in images if not is_image(image.name)]
     if not classes:
         raise UserError(f"{folder}: holds no class folders; expected {folder}/<class>/<image>")
+    note_unknown(folder, unknown)
     return classes, files
-
-
-def _visible(folder: Path) -> list[os.DirEntry]:
-    try:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError as e:
-        raise UserError(f"{folder}: cannot be read ({e.strerror})") from e
-    return [e for e in entries if not is_junk(e.name)]
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
 
 
 def relative_names(files: list[Path], root: Path) -> list[str]:
@@ -131,64 +116,28 @@ def stats_of(files: list[Path]) -> list[os.stat_result]:
         raise UserError(f"{e.filename}: cannot be read ({e.strerror}); remove or replace it") from e
 
 
-def check_splits(root: Path) -> None:
-    """Check that no two splits of a data set share a class, by its folder's name.
+def check_splits(root: Path, trained_on: Iterable[str] = ()) -> None:
+    """Check that no two splits of a data set share a class, by its folder's name in Unicode NFC.
+
+    Args:
+        trained_on: the classes of a checkpoint's training, which the test split must not hold.
 
     Raises:
         UserError: a class is in two splits; it is named.
     """
     seen: dict[str, str] = {}
     for split in SPLITS:
-        for entry in _visible(root / split) if (root / split).is_dir() else ():
-            other = seen.setdefault(entry.name, split)
+        for entry in entries(root / split) if (root / split).is_dir() else ():
+            other = seen.setdefault(nfc(entry.name), split)
             if other != split:
                 raise UserError(
                     f"{root}: {other}/ and {split}/ both hold a class named {entry.name}, but each "
                     "class belongs to one split; remove one, or rename it if they differ"
                 )
-
-
-def load_image(path: Path) -> Image.Image:
-    """Decode one file to RGB: upright by its EXIF orientation, transparency on white.
-
-    Raises:
-        UserError: it cannot be decoded, is implausibly large, or has pixels of unknown range.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return _to_rgb(_upright(image))
-    except Exception as e:  # Pillow's decoders raise nearly anything on damaged files
-        reason = str(e).replace(repr(str(path)), "").replace(str(path), "").strip(" :")
-        reason = (reason or type(e).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a readable image ({reason}); remove or replace it") from e
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # its EXIF block is damaged, not its pixels
-        return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        values = np.asarray(image)
-        if image.mode == "F":
-            if not (values.min() >= 0 and values.max() <= 1):
-                raise ValueError("floats outside 0 to 1")
-            values = values * 255
-        elif values.min() < 0 or values.max() > 65535:
-            raise ValueError("integers outside 0 to 65535")
-        else:  # 16 bits, which older versions of Pillow call "I"
-            values = values >> 8
-        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    for name in trained_on:
+        if seen.get(nfc(name)) == "test":
+            advice = "test on classes that training has not seen"
+            raise UserError(f"{root}/test: the checkpoint was trained on class {name}; {advice}")
 
 
 # ---- Random draws ----
@@ -203,11 +152,20 @@ def check_split(split: Split, n_class: int, n_shot: int, n_eval: int) -> None:
     if len(split.classes) < n_class:
         found = f"the {split.name} split has only {len(split.classes)} classes"
         raise UserError(f"--n-class {n_class}: {found}")
-    for name, images in zip(split.classes, split.files, strict=True):
-        if len(images) < n_shot + n_eval:
-            needs = f"{n_shot + n_eval} (--n-shot {n_shot} + --n-eval {n_eval})"
-            found = f"{len(images)} images, but an episode takes {needs}"
-            raise UserError(f"{split.root / split.name / name}: {found}")
+    needed = n_shot + n_eval
+    short = [k for k, images in enumerate(split.files) if len(images) < needed]
+    if short:
+        name, n_images = split.classes[short[0]], len(split.files[short[0]])
+        folder = split.root / split.name / name
+        others = f", and {len(short) - 1} more classes have too few" * (len(short) > 1)
+        hidden = shlex.join(["mv", str(folder), str(folder.with_name(f".{name}"))])
+        enough = len(split.classes) - len(short) >= n_class
+        raise UserError(
+            f"{folder}: {n_images} images, but an episode takes {needed} (--n-shot {n_shot} + "
+            f"--n-eval {n_eval}){others}; lower these flags"
+            + f", or leave the class out: {hidden}"
+            * enough
+        )
 
 
 def _generator(seed: int, split: str, index: int, purpose: int) -> np.random.Generator:

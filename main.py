@@ -102,7 +102,7 @@ def test(cli_args: dict[str, object], ranks: Ranks) -> None:
     args, checkpoint, backend, model = load_model(cli_args, ranks)
     path, trained_on = Path(args.resume), checkpoint.get("hyper_parameters", {}).get("n_shot")
     print(f"{backend.description}\ntesting {path} after {checkpoint['episode']} episodes")
-    check_splits(args.data_root)
+    check_splits(args.data_root, checkpoint.get("classes", ()))
     for note in results.contradiction_notes(args, checkpoint):
         print(note)
     tests = run_test(args, backend, model, trained_on or args.n_shot, ranks)

@@ -24,7 +24,7 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 SPLITS = ("train", "val", "test")
-_JUNK = {"__macosx", "thumbs.db", "desktop.ini", "icon\r"}
+_JUNK = {"__macosx", "@eadir", "#recycle", "thumbs.db", "desktop.ini", "icon\r"}
 
 
 class UserError(Exception):

@@ -24,41 +24,23 @@ try:
     from formats.build import build, is_built, read_record, work_folder
     from formats.check import Report, examine, next_command, notes, table, verdict
     from formats.detect import detect
-    from formats.manifest import Manifest, Options, is_numbers
-    from formats.sources import Folder, open_source
+    from formats.manifest import MINI, TINY, is_numbers
+    from formats.sources import open_source
 except ModuleNotFoundError as missing:
     if missing.name not in ("numpy", "PIL", "tqdm"):
         raise
     sys.exit(print_error(f"{missing.name} is missing: pip install -r requirements.txt"))
 
 _EXAMPLES = """\
-SOURCE, and what prepare.py makes of it:
-  split_minidataset/              the git repository github.com/Deo0330/split_minidataset: the
-                                  published images at 84 px
-  mini-imagenet.tar.gz            {train,val,test}/<class>/<image> in a folder, .tar, .tar.gz or
-                                  .zip, nested or not; or three archives of these names; folders
-                                  that hold the same classes are one set, which is split by
-                                  mini-ImageNet's class lists (data/splits)
-  ravi/                           images/ or images.zip with train.csv, val.csv, test.csv, which
-                                  name files and labels; without them if the files are called as
-                                  Ravi & Larochelle call them, as in n0153282900000005.jpg
-  all-classes/                    100 class folders: split by mini-ImageNet's class lists
-  pickles/                        mini-imagenet-cache-{train,val,test}.pkl
-  pickles/                        miniImageNet_category_split_{train_phase_train,val,test}.pickle
-  parquet/                        Parquet shards of a data hub; split by class when every class is
-                                  in each shard
-  ILSVRC2012_img_train.tar        or its train/ folder; with --csv DIR the published images, without
-                                  it the first 600 of each class
-  tiny-imagenet-200.zip           or folder -> data/tiny64: the first 450 training images of 100
-                                  classes
-  CUB_200_2011.tgz                other class folders, with --split and --dest
-  omniglot                        the word itself: downloaded by torchvision -> data/omniglot
-
-examples:
-  python data/prepare.py split_minidataset
+data/README.md lists the sources, for example:
+  python data/prepare.py split_minidataset          a clone of github.com/Deo0330/split_minidataset
+  python data/prepare.py mini-imagenet.tar.gz       {train,val,test}/<class>/<image>, nested or not
+  python data/prepare.py ravi/                      images/ with train.csv, val.csv and test.csv
+  python data/prepare.py pickles/                   or parquet/: arrays
   python data/prepare.py ILSVRC2012_img_train.tar --csv meta-learning-lstm/data/miniImagenet
-  python data/prepare.py all-classes --link symlink
+  python data/prepare.py tiny-imagenet-200.zip      makes data/tiny64
   python data/prepare.py CUB_200_2011/images --split 100/50/50 --seed 1 --dest data/cub
+  python data/prepare.py omniglot                   the word itself: torchvision downloads it
   python data/prepare.py --check data/miniImagenet
 
 exit codes: 0 done; 1 --check has findings; 2 bad input or no room, nothing changed; 130
@@ -131,60 +113,52 @@ def _report(folder: Path, report: Report) -> int:
     print(*table(report), line, *(f"- {finding}" for finding in findings), sep="\n")
     for note in notes(report):
         print(f"note: {note}")
-    if findings:
-        print(f"next: correct what is listed above, then: --check {folder}")
-    else:
-        print(f"next: {next_command(folder, report, record)}")
+    correct = f"correct what is listed above, then: --check {folder}"
+    print(f"next: {correct if findings else next_command(folder, report, record)}")
     return 1 if findings else 0
 
 
 def _prepare(args: argparse.Namespace) -> int:
     if not args.source:
         raise UserError("SOURCE is empty: give a folder or an archive")
-    dest = Path(os.path.abspath(args.dest)) if args.dest else None
-    options = Options(args.csv, args.split, args.seed, args.class_names)
-    if args.source == "omniglot":
-        args.split = options.split = args.split or omniglot.SPLIT
-        archives = omniglot.download(args.download)
-        settings = _settings(args, "omniglot", list(map(_file_stamp, archives)))
-        dest = dest or DATA / "omniglot"
-        if not is_built(dest, settings):
-            return _build(omniglot.manifest(archives[0].parent, options), args, dest, settings)
-        print(f"{dest}: is there already: nothing to do")
-        return 0
-    path = Path(args.source)
-    if args.split and not dest:
+    path, drawings = Path(args.source), args.source == "omniglot"
+    if drawings:
+        args.split, args.dest = args.split or omniglot.SPLIT, args.dest or DATA / "omniglot"
+    if args.split and not args.dest:
         raise UserError("--split: name the folder to make with --dest, as it is no mini-ImageNet")
-    places = [dest] if dest else [DATA / "miniImagenet", DATA / "tiny64"]
-    if os.path.realpath(path) in map(os.path.realpath, places):
-        raise UserError(f"{path}: is the data set itself; to examine it: --check {path}")
-    # listing an archive takes long: only when there is something to do
-    without = {os.path.realpath(p) for place in places for p in (place, work_folder(place))}
-    source = None if path.is_file() else open_source(path, without)
-    stamp = source.stamp() if source else _file_stamp(path)
-    settings = _settings(args, os.path.abspath(path), stamp)
+    folders = [args.dest] if args.dest else [DATA / known.folder for known in (MINI, TINY)]
+    places = [Path(os.path.abspath(folder)) for folder in folders]
+    source = None
+    if drawings:
+        archives = omniglot.download(args.download)
+        settings = _settings(args, args.source, list(map(_file_stamp, archives)))
+    else:
+        if os.path.realpath(path) in map(os.path.realpath, places):
+            raise UserError(f"{path}: is the data set itself; to examine it: --check {path}")
+        # listing an archive takes long: only when there is something to do
+        without = {os.path.realpath(p) for place in places for p in (place, work_folder(place))}
+        source = None if path.is_file() else open_source(path, without)
+        stamp = source.stamp if source else _file_stamp(path)
+        settings = _settings(args, os.path.abspath(path), stamp)
     for place in places:
-        wanted = dest or read_record(place).get("settings") == settings
+        wanted = args.dest or read_record(place).get("settings") == settings
         if wanted and is_built(place, settings):
             print(f"{place}: is there already, made from {path}: nothing to do")
             return 0
-    manifest = detect(source or open_source(path), options)
-    dest = dest or DATA / manifest.dest
+    if drawings:
+        manifest = omniglot.manifest(archives[0].parent, args)
+    else:
+        manifest = detect(source or open_source(path), args)
+    dest = places[0] if args.dest else DATA / manifest.dest
     is_built(dest, settings)  # refuses a data set of another source
-    return _build(manifest, args, dest, settings)
-
-
-def _build(
-    manifest: Manifest, args: argparse.Namespace, dest: Path, settings: dict[str, Any]
-) -> int:
     manifest.validate(settings["source"])
-    if args.link != "copy" and not isinstance(manifest.reader, Folder):
+    if args.link != "copy" and getattr(manifest.reader, "kind", "") != "a folder":
         raise UserError(f"--link {args.link}: only image files of a folder can be linked")
-    classes = [{item.cls for item in manifest.items if item.split == split} for split in SPLITS]
-    counts = "/".join(str(len(names)) for names in classes)
-    print(f"found: {settings['source']}: {manifest.found}", flush=True)
+    classes = {(item.split, item.cls) for item in manifest.items}
+    counts = "/".join(str(sum(split == of for of, _ in classes)) for split in SPLITS)
+    print(f"found: {settings['source']}: {manifest.found}")
     for note in manifest.notes:
-        print(f"note: {note}", flush=True)
+        print(f"note: {note}")
     print(f"writing: {counts} classes, {len(manifest.items)} images -> {dest}", flush=True)
     report = build(manifest, dest, settings, args.link)
     print(f"ready: {dest}")
@@ -198,18 +172,14 @@ def _run(argv: list[str]) -> int:
     if (args.source is None) == (args.check is None):
         raise UserError("give either SOURCE or --check DIR (see --help)")
     try:
-        if args.check:
-            return _report(args.check, examine(args.check, progress=True))
-        return _prepare(args)
-    except MemoryError:
-        raise UserError(f"{args.source}: does not fit into memory") from None
-    except RecursionError:
-        raise UserError(f"{args.source or args.check}: is nested too deeply") from None
-    except BrokenPipeError:
-        raise
+        return _report(args.check, examine(args.check)) if args.check else _prepare(args)
+    except (MemoryError, RecursionError):
+        what = "does not fit into memory, or is nested too deeply"
+        raise UserError(f"{args.source or args.check}: {what}") from None
     except OSError as error:
-        what = error.filename or args.source or args.check
-        raise UserError(f"{what}: {error.strerror or error}") from error
+        if error.filename or isinstance(error, BrokenPipeError):
+            raise
+        raise UserError(f"{args.source or args.check}: {error.strerror or error}") from error
     except KeyboardInterrupt:
         print("interrupted: run the same command again to resume", file=sys.stderr)
         return 130

@@ -112,6 +112,9 @@ def _fault(content: object) -> str | None:
         return "what it says about its training is not what training writes"
     if not isinstance(root, str):
         return "its data_root is no path"
+    classes = content.get("classes", [])
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        return "its classes are no list of names"
     TrainingState.from_checkpoint(content)
     return None
 

@@ -65,8 +65,10 @@ class Run:
         data = {split: dataset.fingerprint for split, dataset in datasets.items()}
         self.state = TrainingState()
         self.about = provenance(device, self.ranks.size)
+        self.seen_before: list[str] = []  # classes that the checkpoint was trained on
         if folder.origin is not None:
             path, origin = folder.origin
+            self.seen_before = origin.get("classes", [])
             started = {"checkpoint": _short(path), "episode": origin["episode"]}
             self.about["started_from"] = started
         if folder.checkpoint is not None:
@@ -91,6 +93,7 @@ class Run:
         checkpoints.load_weights(self.modules, checkpoint, path)
         checkpoints.load_optimizer(self.optimizer, checkpoint, path)
         self.state = TrainingState.from_checkpoint(checkpoint)
+        self.seen_before = checkpoint.get("classes", [])
         n = self.state.episode
         for split, fingerprint in self.state.data.items():
             if data.get(split, fingerprint) != fingerprint:
@@ -133,9 +136,10 @@ class Run:
         rule = hasattr(module, "initial_state")
         learned = [module.initial_state().c] if rule else module.parameters()
         size = sum(p.numel() for p in learned)
+        data = args.data_root.absolute().name  # "" for "."
         return (
             f"{args.n_class}-way {args.n_shot}-shot, {args.image_size} px, {size} learner "
-            f"parameters; {args.data_root.name}: {classes} classes; {args.episode} episodes"
+            f"parameters; {data}: {classes} classes; {args.episode} episodes"
         )
 
     def __enter__(self) -> Run:
@@ -291,6 +295,7 @@ class Run:
             "hyper_parameters": hyper_parameters(self.args),
             "about": self.about,
             "data_root": str(self.args.data_root.resolve()),
+            "classes": sorted({*self.datasets["train"].split.classes, *self.seen_before}),
         }
         checkpoints.save(content, *map(self.folder.ckpt, names))
 

@@ -17,9 +17,10 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import secrets
 import shutil
-import tempfile
 import zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -31,12 +32,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloader import EpisodeDataset, Split, load_image, relative_names, stats_of
+from dataloader import EpisodeDataset, Split, relative_names, stats_of
 from episode import Episode
 from fast.augment import Windows, table, transform
+from imagefiles import load_image
 from utils import UserError, file_lock
 
 FOLDER = ".decoded"
+PADDING, LARGEST = 4, 1 << 28  # see _groups
 FORMAT = 3  # raise it whenever the same files would give other bytes
 
 
@@ -59,7 +62,7 @@ def _decode(path: Path, image_size: int) -> np.ndarray:
 
 
 class DecodedSplit:
-    """All images of a split, decoded.
+    """All images of a split, decoded. A pickle of it holds no pixels: they are mapped anew.
 
     Attributes:
         sizes: [N, 2] int64, height and width of each image in pixels.
@@ -75,9 +78,20 @@ class DecodedSplit:
             self.sizes, checksum = index["sizes"], int(index["checksum"])
         ends = np.cumsum(self.sizes.prod(axis=1) * 3)
         self._starts = np.concatenate(([0], ends[:-1]))
-        self._pixels = np.memmap(folder / "pixels.bin", dtype=np.uint8, mode="r")
+        self._file = folder / "pixels.bin"
+        self._map()
         if self._pixels.size != ends[-1] or _checksum(self._pixels) != checksum:
             raise ValueError("its bytes have changed")
+
+    def _map(self) -> None:
+        self._pixels = np.memmap(self._file, dtype=np.uint8, mode="r")
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != "_pixels"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        self._map()
 
     def image(self, k: int) -> np.ndarray:
         """Image ``k``, [3, height, width] uint8, read-only."""
@@ -140,7 +154,8 @@ def decoded(
                 return split
             for stale in (*parent.glob(f"{prefix}*"), *parent.glob(".*.tmp")):
                 shutil.rmtree(stale, ignore_errors=True)
-            building = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=parent))
+            building = parent / f".{secrets.token_hex(4)}.tmp"
+            building.mkdir()  # for all whom the umask lets read
             try:
                 _build(building, name, files, image_size)
                 building.rename(folder)
@@ -153,11 +168,18 @@ def decoded(
 
 
 def _open(folder: Path) -> DecodedSplit | None:
-    """A finished cache; None if it is missing or damaged."""
+    """A finished cache; None if it is missing or damaged.
+
+    Raises:
+        UserError: another user keeps it to himself.
+    """
     if not folder.is_dir():
         return None
     try:
         return DecodedSplit(folder)
+    except PermissionError as e:
+        advice = "ask its owner for leave to read it, or name another folder by --cache-dir"
+        raise UserError(f"{e.filename}: cannot be read ({e.strerror}); {advice}") from e
     except Exception as e:  # damaged bytes raise nearly anything; the image files are still there
         tqdm.write(f"{folder}: damaged ({e}); building it again")
         return None
@@ -168,13 +190,15 @@ def _build(folder: Path, name: str, files: list[Path], image_size: int) -> None:
     workers = os.cpu_count() or 1
     bar = tqdm(total=len(files), desc=f"decoding {name}", unit="image", leave=False, disable=None)
     with (folder / "pixels.bin").open("wb") as out, ThreadPoolExecutor(workers) as pool:
-        todo = iter(files)
-        while chunk := list(islice(todo, 256 * workers)):
-            for pixels in pool.map(lambda path: _decode(path, image_size), chunk):
-                sizes.append(pixels.shape[1:])
-                checksum = zlib.crc32(pixels, checksum)
-                out.write(pixels)
-            bar.update(len(chunk))
+        todo = (pool.submit(_decode, path, image_size) for path in files)
+        running = deque(islice(todo, 8 * workers))  # no more of them are in memory
+        while running:
+            pixels = running.popleft().result()
+            sizes.append(pixels.shape[1:])
+            checksum = zlib.crc32(pixels, checksum)
+            out.write(pixels)
+            running.extend(islice(todo, 1))
+            bar.update()
         out.flush()
         os.fsync(out.fileno())
     bar.close()
@@ -188,12 +212,34 @@ class Drawn(NamedTuple):
     """An episode's source images and parameters in one buffer, which one copy brings to a GPU.
 
     The buffer holds uint8: the bytes of ``augment.table`` and of the episode's order, all float32,
-    then the images, support before query, padded on the right and below.
+    then the images, support before query. They are padded on the right and below to the largest of
+    their group; all are one group unless their shapes are far apart.
     """
 
     buffer: Tensor
     table: tuple[int, int]  # shape of the table
-    pixels: tuple[int, int, int, int]  # of the images: [n_class * (n_shot + n_eval), 3, H, W]
+    groups: list[tuple[list[int], tuple[int, int]]]  # rows of the table, and height and width
+
+
+def _groups(sizes: np.ndarray) -> list[tuple[list[int], tuple[int, int]]]:
+    """Group images of ``sizes`` [B, 2] so that padding them takes at most ``PADDING`` times their
+    own pixels, and a group of several at most ``LARGEST`` bytes.
+    """
+    groups: list[list[int]] = []
+    rows = list(range(len(sizes)))
+    if _fit(sizes):
+        groups = [rows]
+    else:
+        for k in np.argsort(sizes[:, 0] / sizes[:, 1], kind="stable").tolist():
+            if not groups or not _fit(sizes[[*groups[-1], k]]):
+                groups.append([])
+            groups[-1].append(k)
+    return [(rows, tuple(sizes[rows].max(axis=0).tolist())) for rows in groups]
+
+
+def _fit(sizes: np.ndarray) -> bool:
+    padded = len(sizes) * int(sizes.max(axis=0).prod())
+    return padded <= PADDING * int(sizes.prod(axis=1).sum()) and 3 * padded <= LARGEST
 
 
 class FastEpisodeDataset(EpisodeDataset):
@@ -236,20 +282,34 @@ class FastEpisodeDataset(EpisodeDataset):
             windows = Windows.squashed(sizes, self.image_size)
         rows = table(windows, drawn)
         floats = np.concatenate((rows, self.order(index)), axis=None, dtype=np.float32)
-        n_bytes, shape = floats.nbytes, (len(numbers), 3, *sizes.max(axis=0).tolist())
-        buffer = np.zeros(n_bytes + math.prod(shape), dtype=np.uint8)
-        buffer[:n_bytes] = floats.view(np.uint8)
-        pixels = buffer[n_bytes:].reshape(shape)
-        for row, number, (height, width) in zip(pixels, numbers, sizes, strict=True):
-            row[:, :height, :width] = self._decoded.image(number)
-        return Drawn(torch.from_numpy(buffer), rows.shape, shape)
+        groups, at = _groups(sizes), floats.nbytes
+        padded = sum(len(members) * math.prod(shape) for members, shape in groups)
+        buffer = np.zeros(at + 3 * padded, dtype=np.uint8)
+        buffer[:at] = floats.view(np.uint8)
+        for members, shape in groups:
+            n_bytes = len(members) * 3 * math.prod(shape)
+            pixels = buffer[at : at + n_bytes].reshape(-1, 3, *shape)
+            for row, k in zip(pixels, members, strict=True):
+                row[:, : sizes[k, 0], : sizes[k, 1]] = self._decoded.image(numbers[k])
+            at += n_bytes
+        return Drawn(torch.from_numpy(buffer), rows.shape, groups)
 
     def assemble(self, drawn: Drawn, device: torch.device) -> Episode:
         """Augment a drawn episode on ``device``."""
-        buffer = drawn.buffer.to(device, non_blocking=True)
-        start, n = len(buffer) - math.prod(drawn.pixels), math.prod(drawn.table)
-        floats, images = buffer[:start].view(torch.float32), buffer[start:].view(drawn.pixels)
-        x = transform(images, floats[:n].view(drawn.table), self.image_size, self.pixels)
+        buffer, n = drawn.buffer.to(device, non_blocking=True), math.prod(drawn.table)
+        at = 4 * (n + self.n_pass * self.n_class * self.n_shot)
+        floats = buffer[:at].view(torch.float32)
+        rows, parts = floats[:n].view(drawn.table), []
+        for members, shape in drawn.groups:
+            images = buffer[at : at + len(members) * 3 * math.prod(shape)].view(-1, 3, *shape)
+            at += images.numel()
+            of_group = rows if len(drawn.groups) == 1 else rows[members]
+            parts.append(transform(images, of_group, self.image_size, self.pixels))
+        x = parts[0]
+        if len(parts) > 1:
+            x = x.new_empty((len(rows), *x.shape[1:])).to(memory_format=torch.channels_last)
+            for (members, _), part in zip(drawn.groups, parts, strict=True):
+                x[members] = part
         return self.episode(x, floats[n:].view(self.n_pass, -1).long())
 
     def __getitem__(self, index: int) -> Episode | Drawn:

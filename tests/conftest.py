@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -29,21 +28,18 @@ from learner import Conv4
 from metalearner import MetaLearner
 from utils import run_main
 
-for number in (
-    signal.SIGINT,
-    signal.SIGHUP,
-):  # nohup and a shell's & ignore them, and what tests start would, too
+# nohup and a shell's & ignore these signals, and what the tests start would, too
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
     if signal.getsignal(number) == signal.SIG_IGN:
-        signal.signal(
-            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        )
+        signal.signal(number, handler)
 
 CPU = torch.device("cpu")
-LEARNERS, METALEARNERS, DATASETS = (
-    {"plain": Conv4},
-    {"plain": MetaLearner},
-    {"plain": EpisodeDataset},
-)
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+LEARNERS, METALEARNERS = {"plain": Conv4}, {"plain": MetaLearner}
+DATASETS, STEPS = {"plain": EpisodeDataset}, {"plain": step_if_finite}
 if importlib.util.find_spec("fast") is not None:
     from fast.graphs import CUDAGraphFunction, step_without_sync
     from fast.images import FastEpisodeDataset
@@ -51,6 +47,7 @@ if importlib.util.find_spec("fast") is not None:
     from fast.metalearner import FastMetaLearner
 
     LEARNERS["fast"], METALEARNERS["fast"] = FastConv4, FastMetaLearner
+    STEPS["fast"] = step_without_sync
     DATASETS["fast"] = partial(FastEpisodeDataset, device=CPU)
 else:  # the folder is gone: what tests it goes with it
     collect_ignore = [
@@ -58,15 +55,14 @@ else:  # the folder is gone: what tests it goes with it
         for path in Path(__file__).parent.rglob("test_*.py")
         if re.search(r"^(from|import) fast", path.read_text(), re.MULTILINE)
     ]
-WAYS = tuple(LEARNERS)
+BACKENDS = tuple(LEARNERS)
 
 
 def pytest_configure(config):
-    """The GPU is for ``pytest -m gpu``: all other tests are of the CPU, and would crowd it with
-    hundreds of small programs.
-    """
+    """Leave the GPU to ``pytest -m gpu``; one thread, since forks lose those of OpenMP."""
     if config.option.markexpr != "gpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["CUDA_VISIBLE_DEVICES"] = ONE_THREAD["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
@@ -77,33 +73,21 @@ def pytest_collection_modifyitems(items):
 
 
 class Model:
-    """Learners, meta-learner and Adam as in training, in one of the two ways, always from the same
-    initialisation.
-    """
+    """A backend's learners, meta-learner and Adam, always from the same initialisation."""
 
     def __init__(
-        self,
-        way,
-        image_size,
-        dtype=torch.float32,
-        conv_dtype=None,
-        device="cpu",
-        batch_size=25,
-        adapt="all",
+        self, backend, image_size, dtype=torch.float32, conv_dtype=None, device="cpu", batch_size=25
     ):
         torch.manual_seed(1)
-        extra = (
-            {} if conv_dtype is None else {"conv_dtype": conv_dtype}
-        )  # which only the fast learner has
-        w_grad = LEARNERS[way](image_size, 1e-3, 0.95, 5, **extra).to(device, dtype)
-        self.learners, self.scratch = (
-            (w_grad, copy.deepcopy(w_grad)),
-            (copy.deepcopy(w_grad), copy.deepcopy(w_grad)),
-        )
-        self.meta = METALEARNERS[way](4, 20, w_grad.get_flat_params().numel()).to(device, dtype)
-        self.meta.metalstm.init_cI(w_grad.get_flat_params())
-        self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=1e-3, fused=way == "fast")
-        self.step = step_without_sync if way == "fast" else step_if_finite
+        # only the fast learner has conv_dtype
+        extra = {} if conv_dtype is None else {"conv_dtype": conv_dtype}
+        learner = LEARNERS[backend](image_size, 1e-3, 0.95, 5, **extra).to(device, dtype)
+        self.learners = (learner, copy.deepcopy(learner))
+        self.scratch = copy.deepcopy(self.learners)
+        self.meta = METALEARNERS[backend](4, 20, learner.size()).to(device, dtype)
+        self.meta.metalstm.init_cI(learner.get_flat_params())
+        self.optimizer = make_adam(backend, self.meta)
+        self.step = STEPS[backend]
         self.batch_size = batch_size
 
     def captured(self, mode):
@@ -121,14 +105,25 @@ class Model:
         return evaluate_episode(episode, *self.scratch, self.meta, self.batch_size)
 
     def everything(self):
-        adam = [t for state in self.optimizer.state.values() for t in state.values()]
-        return [t.clone() for t in (*self.meta.state_dict().values(), *adam)]
+        weights = self.meta.state_dict().values()
+        return [t.clone() for t in (*weights, *adam_state(self.optimizer))]
 
 
-@pytest.fixture(params=WAYS)
-def way(request):
-    """The two ways in which everything can be done: plain, as the root has it, and fast."""
+def make_adam(backend, meta):
+    return torch.optim.Adam(meta.parameters(), lr=1e-3, fused=backend == "fast")
+
+
+def adam_state(optimizer):
+    return [t for state in optimizer.state.values() for t in state.values()]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Plain, as the root has it, and fast."""
     return request.param
+
+
+way = backend  # its name in files that were written before
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +139,7 @@ def photograph(rng: np.random.Generator, width: int, height: int) -> Image.Image
 
 @pytest.fixture(scope="session")
 def master(tmp_path_factory):
-    """A small data set of real JPEG files: 6 classes x 8 images a split, no class in two splits."""
+    """A small data set of real JPEG files: 6 classes of 8 images in each split."""
     root = tmp_path_factory.mktemp("master")
     rng = np.random.default_rng(1)
     for split in ("train", "val", "test"):
@@ -166,11 +161,11 @@ def data(master, tmp_path):
     )
 
 
-def make(way, n_class=3, n_shot=2, n_eval=2, n_pass=2, size=16, dtype=torch.float32, seed=0):
+def make(backend, n_class=3, n_shot=2, n_eval=2, n_pass=2, size=16, dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
-    w_grad = LEARNERS[way](size, 1e-3, 0.95, n_class).to(dtype)
+    w_grad = LEARNERS[backend](size, 1e-3, 0.95, n_class).to(dtype)
     wo_grad = copy.deepcopy(w_grad)
-    meta = METALEARNERS[way](4, 5, w_grad.get_flat_params().numel(), (-2.0, -1.0)).to(dtype)
+    meta = METALEARNERS[backend](4, 5, w_grad.get_flat_params().numel(), (-2.0, -1.0)).to(dtype)
     meta.metalstm.init_cI(w_grad.get_flat_params())
     return new_episode(n_class, n_shot, n_eval, n_pass, size, dtype), w_grad, wo_grad, meta
 
@@ -186,31 +181,13 @@ def new_episode(n_class=3, n_shot=2, n_eval=2, n_pass=2, size=16, dtype=torch.fl
     )
 
 
-def dataset(way, root, split="train", length=6, **kwargs):
+def dataset(backend, root, split="train", length=6, **kwargs):
     settings = dict(n_class=3, n_shot=2, n_eval=3, n_pass=2, image_size=16, augment="port") | kwargs
-    return DATASETS[way](scan_split(root, split), 719, length=length, **settings)
+    return DATASETS[backend](scan_split(root, split), 719, length=length, **settings)
 
 
 def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def benchmark(script, *argv):
-    """Run a script of benchmarks/ to its end."""
-    command = [sys.executable, ROOT / "benchmarks" / script, *argv]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def rows_printed(done, alone=True):
-    """The rows of the table that a script has printed, alone or among other lines, each as a dict
-    by heading.
-    """
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    table = [line for line in lines if line.startswith("|")]
-    assert table == lines or not alone
-    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    return [dict(zip(head, row, strict=True)) for row in rows]
 
 
 def refused(done, *culprits):
@@ -265,6 +242,21 @@ def run_test(data, save, *flags):
     return run_cli("--mode", "test", *root, "--save", save, "--cpu", "--n-workers", 0, *flags)
 
 
+@pytest.fixture(scope="session")
+def trained(master, tmp_path_factory):
+    """A run of four episodes with two validations; only tests that leave it as it is take it."""
+    save = tmp_path_factory.mktemp("trained") / "logs"
+    succeeded(train(master, save))
+    return save
+
+
+@pytest.fixture
+def own(trained, tmp_path):
+    """A copy of ``trained``."""
+    shutil.copytree(f"{trained}-719", tmp_path / "own-719")
+    return tmp_path / "own"
+
+
 def succeeded(done):
     """What a command that has succeeded has printed."""
     assert done.returncode == 0, done.stderr
@@ -286,9 +278,7 @@ def tensors(save, name="meta-learner-last.pth.tar", seed=719):
 
 
 def assert_same(a, b, but=("about", "data_root", "logs_end_at")):
-    """Two checkpoints, or parts of them, are equal to the bit, but for what a run's place and
-    clock decide.
-    """
+    """Two checkpoints, or parts of them, are equal to the bit, but for a run's place and clock."""
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b)

@@ -16,7 +16,8 @@ from tools import metrics, results, trace
 from tools.recipes import recipe_name
 from utils import UserError, atomic_write
 
-PUBLISHED = ("episode", "mode", "metalearner", "backbone", "hyper_parameters", "best", "about")
+PUBLISHED = ("episode", "mode", "metalearner", "backbone", "hyper_parameters", "best")
+PUBLISHED += ("about", "classes")
 
 
 def export_mode(args: argparse.Namespace) -> None:

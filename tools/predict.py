@@ -21,11 +21,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloader import draw_order, eval_image, load_image, scan_classes, to_input
+from dataloader import draw_order, eval_image, scan_classes, to_input
 from engine.backend import Backend
 from engine.model import Model
 from engine.tta import adapt_view, class_permutations, probabilities, sides, views
 from episode import Episode
+from imagefiles import images_below, load_image
 from learner import FlatModule
 from tools.class_names import display_name
 from tools.plots import load_figures
@@ -35,8 +36,9 @@ CHUNK = 64  # images that are decoded and classified at once
 SHOWN = 24  # images in the picture
 
 
-def gather(paths: list[str]) -> list[Path]:
-    """Image files, from files and from folders of them, in the order given.
+def gather(paths: list[str], support: list[Path]) -> list[Path]:
+    """Image files, from files and from folders of them, in the order given; without the examples
+    in ``support`` that lie in such a folder.
 
     Raises:
         UserError: there is no such file or folder, or no image in it.
@@ -45,10 +47,7 @@ def gather(paths: list[str]) -> list[Path]:
     for name in paths:
         path = Path(name)
         if path.is_dir():
-            inside = sorted(
-                p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")
-            )
-            found += [p for p in inside if p.suffix.lower() in Image.registered_extensions()]
+            found += images_below(path, support)
         elif path.is_file():
             found.append(path)
         else:
@@ -229,7 +228,7 @@ def predict(args: argparse.Namespace, backend: Backend, model: Model) -> None:
         if value is None:
             raise UserError(f"{flag}: needed by --mode predict")
     classes, support = _examples(args)
-    files = gather(args.query)
+    files = gather(args.query, [path for of_class in support for path in of_class])
     csv_path, png_path = _targets(
         args, [*files, *(path for of_class in support for path in of_class)]
     )

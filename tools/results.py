@@ -73,7 +73,7 @@ def write_results(
             "asked_for": _asked_for(folder, checkpoint),
         },
         "validation": best if best.get("episode") == checkpoint["episode"] else None,
-        "data": args.data_root.name,
+        "data": args.data_root.absolute().name,  # "" for "."
         "episodes_drawn_by_seed": args.seed,
         "contradicts_training": contradictions(args, stored),
         "about": about,

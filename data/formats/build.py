@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from imagefiles import is_image
 from utils import SPLITS, UserError, atomic_write, file_lock
 
 from . import DATA
 from .check import Report, examine
-from .manifest import Item, Manifest
-from .sources import Folder, intact, is_image, some
+from .manifest import Manifest
+from .sources import intact, open_source, some
 
 RECORD = "prepared.json"  # in the data set: what it was made from, and its fingerprints
 _BATCH = 64
@@ -48,11 +48,6 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record if sound else {}
 
 
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    with atomic_write(folder / RECORD) as file:
-        file.write(json.dumps(record, indent=1, sort_keys=True).encode())
-
-
 def is_built(dest: Path, settings: dict[str, Any]) -> bool:
     """Whether ``dest`` was made with these settings; False if it is missing or empty.
 
@@ -65,29 +60,24 @@ def is_built(dest: Path, settings: dict[str, Any]) -> bool:
             raise UserError(f"--dest {dest}: must not be in {folder}, which holds code")
     if not os.path.lexists(dest) or (dest.is_dir() and not any(dest.iterdir())):
         return False
-    if not dest.is_dir():
-        raise UserError(f"{dest}: exists and is not a folder: remove it or choose another --dest")
-    record = read_record(dest)
-    if record.get("settings") != settings:
+    record = read_record(dest) if dest.is_dir() else {}
+    if record.get("settings") == settings:
+        images, written = len(_images(dest)), record.get("images")
+        if images == written:
+            return True
+        fault, advice = f"holds {images} images where {written} were written", "run again"
+    else:
         made = record.get("settings", {}).get("source")
         what = f"was made from {made} or with other flags" if made else "holds something else"
-        advice = f"remove it or choose another --dest (--check {dest} says what it is)"
-        raise UserError(f"{dest}: exists and {what}: {advice}")
-    images, written = len(_images(dest)), record.get("images")
-    if images != written:
-        advice = "remove it and run again"
-        raise UserError(f"{dest}: holds {images} images where {written} were written: {advice}")
-    return True
+        fault, advice = f"exists and {what}", f"choose another --dest (--check {dest} describes it)"
+    raise UserError(f"{dest}: {fault}: remove it, or {advice}")
 
 
 def _images(folder: Path) -> dict[str, int]:
     """{<split>/<class>/<image>: bytes} of a data set."""
-    files = Folder(folder).files
-    return {
-        name: size
-        for name, size in files.items()
-        if name.count("/") == 2 and name.startswith(tuple(f"{split}/" for split in SPLITS))
-    }
+    files = open_source(folder).files.items()
+    placed = tuple(f"{split}/" for split in SPLITS)
+    return {name: n for name, n in files if name.count("/") == 2 and name.startswith(placed)}
 
 
 def build(manifest: Manifest, dest: Path, settings: dict[str, Any], link: str = "copy") -> Report:
@@ -108,107 +98,90 @@ def build(manifest: Manifest, dest: Path, settings: dict[str, Any], link: str = 
     """
     manifest.validate(settings["source"])
     work = work_folder(dest)
+    record: dict[str, Any] = {"settings": settings}
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         _clear(work, settings)
         work.mkdir(exist_ok=True)
         with file_lock(work / ".lock"):
-            _write_record(work, {"settings": settings})
+            _write_record(work, record)
             try:
                 _fill(work, manifest, link, settings["source"])
-                report = examine(work, progress=True)
+                report = examine(work)
                 _refuse_unreadable(report, manifest, settings["source"])
             except UserError:
                 shutil.rmtree(work, ignore_errors=True)
                 raise
-            record = {
-                "settings": settings,
-                "found": manifest.found,
-                "published": manifest.published,
-                "images": len(manifest.items),
-                "fingerprints": {split: report.splits[split].fingerprint for split in SPLITS},
-            }
+            record |= {"found": manifest.found, "published": manifest.published}
+            record |= {"images": len(manifest.items), "fingerprints": report.fingerprints}
             _write_record(work, record)
             for hidden in work.glob(".*"):  # the lock, and what a killed run has half-written
                 hidden.unlink()
             os.rename(work, dest)
     except OSError as error:
-        raise UserError(_advice(error, dest)) from error
+        advice = "choose another --dest, or change who may read and write there"
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            advice = f"free some space and run the same command again; it resumes from {work}"
+        elif error.errno == errno.EXDEV:
+            advice = "hard links cannot cross disks: choose --link copy or --link symlink"
+        what = error.filename2 or error.filename or dest
+        raise UserError(f"{what}: {error.strerror or error}: {advice}") from error
     return report
 
 
-def _advice(error: OSError, dest: Path) -> str:
-    what = f"{error.filename2 or error.filename or dest}: {error.strerror or error}"
-    if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        resume = f"run the same command again; it resumes from {work_folder(dest)}"
-        return f"{what}: no room on the disk: free some space and {resume}"
-    if error.errno == errno.EXDEV:
-        return f"{what}: hard links cannot cross disks: choose --link copy or --link symlink"
-    return f"{what}: choose another --dest, or change who may read and write there"
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    with atomic_write(folder / RECORD) as file:
+        file.write(json.dumps(record, indent=1, sort_keys=True).encode())
 
 
 def _clear(work: Path, settings: dict[str, Any]) -> None:
     """Remove what a run with other settings has left in the work folder."""
     if not work.is_dir() or read_record(work).get("settings") == settings:
         return
-    entries = [entry for entry in work.iterdir() if not entry.name.startswith(".")]
-    if entries and not (work / RECORD).exists():
+    if not (work / RECORD).exists() and any(not e.name.startswith(".") for e in work.iterdir()):
         raise UserError(f"{work}: is in the way and was not made by this command: move it")
     with file_lock(work / ".lock"):
         shutil.rmtree(work)
 
 
 def _refuse_unreadable(report: Report, manifest: Manifest, source: str) -> None:
-    if not report.unreadable:
-        return
-    bad = dict(report.unreadable)
+    bad = report.unreadable
     bad |= {os.path.splitext(name)[0]: why for name, why in bad.items()}  # items without a suffix
-    lines = []
-    for item in manifest.items:
-        if item.path in bad:
-            key = item.key if isinstance(item.key, str) else f"{item.key[0]}, row {item.key[1]}"
-            lines.append(f"{key} ({bad[item.path]})")
-    raise UserError(f"{source}: not a sound image: {some(lines, 10)}: get other copies")
+    lines = [f"{item.key} ({bad[item.path]})" for item in manifest.items if item.path in bad]
+    if lines:
+        raise UserError(f"{source}: {some(lines, 10)}")
 
 
 def _fill(work: Path, manifest: Manifest, link: str, source: str) -> None:
     """Write all images of a manifest that an interrupted run has not written."""
     stored = _images(work)
     stored |= {os.path.splitext(name)[0]: size for name, size in stored.items()}
-    wanted: dict[Any, Item] = {
-        item.key: item
-        for item in manifest.items
-        if item.path not in stored or item.size not in (None, stored[item.path])
-    }
+    left = {item.key: item for item in manifest.items}
+    for key, item in list(left.items()):
+        if item.path in stored and item.size in (None, stored[item.path]):
+            del left[key]
     for folder in {work / item.split / item.cls for item in manifest.items}:
         folder.mkdir(parents=True, exist_ok=True)
-    total = len(manifest.items)
-    done = total - len(wanted)
+    total, done = len(manifest.items), len(manifest.items) - len(left)
     if done:
         print(f"resuming: {done} of {total} images are there")
-    if link == "copy":
-        images = manifest.reader.stream(set(wanted))
-    else:
-        images = ((key, (manifest.reader.path / key).resolve()) for key in wanted)
-    left = dict(wanted)
+    images = manifest.reader.stream(set(left))
+    if link != "copy":
+        images = ((key, Path(file.name).resolve()) for key, file in images)
+    read = ((key, x.read() if hasattr(x, "read") else x) for key, x in images)
     bar = tqdm(None, "writing", total, initial=done, unit=" images", disable=None)
     with bar, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        while batch := _next_batch(images, source):
+        while True:
+            with intact(source):
+                batch = list(itertools.islice(read, _BATCH))
+            if not batch:
+                break
             targets = [work / left.pop(key).path for key, _ in batch]
-            contents = [image for _, image in batch]
-            list(pool.map(_write, targets, contents, [link] * len(batch)))
+            list(pool.map(_write, targets, [image for _, image in batch], [link] * len(batch)))
             bar.update(len(batch))
     if left:
         lost = f"{len(left)} images are no longer there ({some([*map(str, left)])})"
         raise UserError(f"{source}: {lost}: has it changed?")
-
-
-def _next_batch(images: Iterator[tuple[Any, Any]], source: str) -> list[tuple[Any, Any]]:
-    with intact(source):
-        return [
-            (key, image.read() if hasattr(image, "read") else image)
-            for key, image in itertools.islice(images, _BATCH)
-        ]
 
 
 def _write(target: Path, image: Path | bytes | np.ndarray, link: str) -> None:

@@ -4,54 +4,49 @@ classes.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from imagefiles import nfc, read_text
 from utils import SPLITS, UserError
 
 from . import DATA
-from .sources import SPLIT_NAMES, Source, natural, some
+from .sources import SPLIT_NAMES, Source, some
 
 _LARGEST = 1 << 28  # bytes; a larger file is not an image of a data set
 
 Classes = dict[str, list]  # {class: [key of each image]}
 
 
-@dataclass
 class Known:
-    """A published data set: its classes {split: [class]}, images per class, and the fingerprints
-    {split: 16 hex digits} of the published copies.
+    """A published data set.
+
+    Args:
+        name: for messages.
+        per_class: images of each class.
+        folder: its usual name.
+        lists: the file of its class lists in data/splits.
+        fingerprints: {split: 16 hex digits} of the published copies.
     """
 
-    name: str
-    per_class: int
-    splits: dict[str, list[str]]
-    fingerprints: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def split_of(self) -> dict[str, str]:
-        """{class: split}"""
-        return {cls: split for split, classes in self.splits.items() for cls in classes}
+    def __init__(self, name: str, per_class: int, folder: str, lists: str, **fingerprints: str):
+        self.name, self.per_class, self.folder = name, per_class, folder
+        self.fingerprints = fingerprints
+        splits = json.loads((DATA / "splits" / lists).read_text("utf-8"))
+        self.split_of = {cls: split for split, classes in splits.items() for cls in classes}
 
 
-def _class_lists(name: str) -> dict[str, list[str]]:
-    return json.loads((DATA / "splits" / name).read_text("utf-8"))
-
-
-MINI = Known(
-    "mini-ImageNet",
-    600,
-    _class_lists("mini-imagenet.json"),
-    # the JPEG files of 84 px under Ravi & Larochelle's names: github.com/Deo0330/split_minidataset
-    {"train": "a0f6099e953b59a0", "val": "47092cf1f09ba147", "test": "8b64ff4d6c3030ef"},
-)
-TINY = Known("tiny64", 450, _class_lists("tiny64.json"))
+# the JPEG files of 84 px under Ravi & Larochelle's names: github.com/Deo0330/split_minidataset
+_PUBLISHED = {"train": "a0f6099e953b59a0", "val": "47092cf1f09ba147", "test": "8b64ff4d6c3030ef"}
+MINI = Known("mini-ImageNet", 600, "miniImagenet", "mini-imagenet.json", **_PUBLISHED)
+TINY = Known("tiny64", 450, "tiny64", "tiny64.json")
 
 
 @dataclass
@@ -90,7 +85,7 @@ class Manifest:
     items: list[Item]
     notes: list[str] = field(default_factory=list)
     published: bool = True
-    dest: str = "miniImagenet"
+    dest: str = MINI.folder
 
     def validate(self, source: object) -> None:
         """Raise UserError unless all names are safe, images unique, splits filled, and classes in
@@ -99,20 +94,17 @@ class Manifest:
         split_of: dict[str, str] = {}
         paths, keys = set(), set()
         for item in self.items:
-            for name in (item.cls, item.name):
-                if not _is_plain(name):
-                    raise UserError(
-                        f"{source}: {name[:80]!r} cannot be the name of a class or file"
-                    )
-            if split_of.setdefault(item.cls, item.split) != item.split:
-                both = f"{split_of[item.cls]} and in {item.split}"
-                raise UserError(f"{source}: class {item.cls} is both in {both}")
-            if item.path in paths:
-                raise UserError(f"{source}: has two images for {item.path}")
-            if item.key in keys:
-                raise UserError(f"{source}: {item.key} is listed twice")
-            if item.size is not None and item.size > _LARGEST:
-                raise UserError(f"{source}: {item.key} has {item.size} bytes: that is not an image")
+            other = split_of.setdefault(item.cls, item.split)
+            unsafe = [name for name in (item.cls, item.name) if not _is_plain(name)]
+            for wrong, why in (
+                (unsafe, f"{str(unsafe)[:80]} cannot be the name of a class or file"),
+                (other != item.split, f"class {item.cls} is in {other} and in {item.split}"),
+                (item.key in keys, f"{item.key} is listed twice"),
+                (item.path in paths, f"has two images for {item.path}"),
+                ((item.size or 0) > _LARGEST, f"{item.key} has {item.size} bytes: no image"),
+            ):
+                if wrong:
+                    raise UserError(f"{source}: {why}")
             paths.add(item.path)
             keys.add(item.key)
         for split in SPLITS:
@@ -121,42 +113,31 @@ class Manifest:
 
 
 def _is_plain(name: str) -> bool:
-    return bool(
-        name
-        and not name.startswith(".")
-        and len(name.encode("utf-8", "surrogateescape")) <= 240
-        and not any(ord(c) < 32 or c in "/\\" for c in name)
-    )
-
-
-@dataclass
-class Options:
-    """The flags on which a manifest depends."""
-
-    csv: Path | None = None
-    split: str | None = None
-    seed: int = 719
-    class_names: Path | None = None
-
-    def refuse_split(self, source: Source, what: str) -> None:
-        """Raise UserError if --split is given for a source whose format says the split."""
-        if self.split:
-            raise UserError(f"--split: {source.path} holds {what}: leave the flag out")
+    length = len(name.encode("utf-8", "surrogateescape"))
+    odd = name.startswith(".") or any(ord(c) < 32 or c in "/\\" for c in name)
+    return 0 < length <= 240 and not odd
 
 
 # ---- Splits by class ----
 
 
-def split_parts(
-    parts: dict[str, Classes], source: Source, options: Options
-) -> tuple[dict[str, Classes], str]:
+class Split(NamedTuple):
+    """Classes that are split: {split: {class: keys}}, how, and what they are then called."""
+
+    classes: dict[str, Classes]
+    how: str
+    known: Known = MINI
+    cut: bool = False  # to the first images of each class
+
+
+def split_parts(parts: dict[str, Classes], source: Source, args: argparse.Namespace) -> Split:
     """Split the classes of a data set, unless its parts are split by class already.
+
+    Without ``--split``, parts that all hold the classes of a known data set are split by its class
+    lists; surplus classes and images are left out.
 
     Args:
         parts: {train, val or test: {class: [key]}}; or one part under any name.
-
-    Returns:
-        ({train, val, test: {class: [key]}}, how it is split, for the user).
 
     Raises:
         UserError: some classes are in several parts, nothing says how to split the classes, or
@@ -167,30 +148,40 @@ def split_parts(
     for classes in parts.values():
         for cls, keys in classes.items():
             everything.setdefault(cls, []).extend(keys)
-    if len(sets) == 3 and sum(map(len, sets.values())) == len(everything):
-        options.refuse_split(source, "a data set that is split already")
-        return parts, "split already"
-    if options.split:
-        split_of, how = split_classes(set(everything), options, source.path)
-        return by_split(everything, split_of), how
+    apart = sum(map(len, sets.values())) == len(everything)
+    if len(sets) == 3 and apart:
+        if args.split:
+            advice = "leave the flag out"
+            raise UserError(f"--split: {source.path} is split by class already: {advice}")
+        return Split(parts, "split already")
+    if args.split:
+        split_of, how = _split_classes(set(everything), args, source.path)
+        return Split(_by_split(everything, split_of), how)
     if all(classes == set(everything) for classes in sets.values()):
-        known = next(
-            (known for known in (MINI, TINY) if set(known.split_of) == {*everything}), None
-        )
-        if known is None:
-            raise _unknown_classes(source, set(everything))
-        how = "every class in every part, " if len(sets) > 1 else ""
-        return by_split(everything, known.split_of), f"{how}split by {known.name}'s class lists"
-    if len(sets) < 3:
+        for known in (MINI, TINY):
+            if set(known.split_of) <= set(everything):
+                first = {cls: keys[: known.per_class] for cls, keys in everything.items()}
+                how = f"split by {known.name}'s class lists"
+                cut = len(first) > len(known.split_of) or first != everything
+                if cut:
+                    how += f", the first {known.per_class} images of each class"
+                return Split(_by_split(first, known.split_of), how, known, cut)
+    elif apart:
         lacking = " or ".join(split for split in SPLITS if split not in sets)
         raise source.error(f"has {' and '.join(sets)}, but no {lacking}")
-    twice = [cls for cls in everything if sum(cls in classes for classes in sets.values()) > 1]
-    cls = min(twice, key=natural)
-    both = " and in ".join(split for split in SPLITS if cls in sets[split])
-    raise source.error(f"class {cls} is in {both}: each class belongs in one split")
+    else:
+        cls = min(cls for cls in everything if sum(cls in s for s in sets.values()) > 1)
+        both = " and in ".join(part for part in sets if cls in sets[part])
+        raise source.error(f"class {cls} is in {both}: each class belongs in one split")
+    missing, extra = set(MINI.split_of) - set(everything), set(everything) - set(MINI.split_of)
+    lost = f", lacks {some(missing)}" if len(missing) < 50 else ""
+    raise source.error(
+        f"has {len(everything)} classes, neither split nor mini-ImageNet's ({some(extra)}{lost}): "
+        "split them with --split FILE or --split TRAIN/VAL/TEST"
+    )
 
 
-def by_split(classes: Classes, split_of: dict[str, str]) -> dict[str, Classes]:
+def _by_split(classes: Classes, split_of: dict[str, str]) -> dict[str, Classes]:
     """{split: {class: keys}} of {class: keys} and {class: split}; other classes are left out."""
     return {
         split: {cls: keys for cls, keys in classes.items() if split_of.get(cls) == split}
@@ -198,53 +189,27 @@ def by_split(classes: Classes, split_of: dict[str, str]) -> dict[str, Classes]:
     }
 
 
-def _unknown_classes(source: Source, classes: set[str]) -> UserError:
-    mini = set(MINI.split_of)
-    if len(mini & classes) < 50:
-        return source.error(
-            f"has {len(classes)} classes ({some(classes)}) neither split nor mini-ImageNet's: "
-            "split them with --split FILE or --split TRAIN/VAL/TEST"
-        )
-    missing, extra = mini - classes, classes - mini
-    lacks = f"lacks {len(missing)} of mini-ImageNet's 100 classes ({some(missing)})"
-    what = [lacks] * bool(missing) + [f"has others ({some(extra)})"] * bool(extra)
-    return source.error(f"{' and '.join(what)}: complete it, or split it with --split")
-
-
 def is_numbers(flag: str | None) -> bool:
     """Whether --split is TRAIN/VAL/TEST, and not a file."""
     return bool(flag and re.fullmatch(r"\d+/\d+/\d+", flag))
 
 
-def split_classes(
-    classes: Collection[str], options: Options, path: Path
+def _split_classes(
+    classes: Collection[str], args: argparse.Namespace, path: Path
 ) -> tuple[dict[str, str], str]:
-    """Split classes as --split says.
-
-    Returns:
-        ({class: split}, how, for the user).
-
-    Raises:
-        UserError: the flag does not fit the classes.
-    """
-    flag = options.split
+    """Split classes as --split says: {class: split}, and how, for the user."""
+    flag = args.split
     if is_numbers(flag):
         counts = [int(n) for n in flag.split("/")]
         if sum(counts) != len(classes) or 0 in counts:
             needs = f"give three numbers above 0 that add up to {path}'s {len(classes)} classes"
             raise UserError(f"--split {flag}: {needs}")
-        order = np.random.Generator(np.random.Philox(options.seed)).permutation(len(classes))
+        order = np.random.Generator(np.random.Philox(args.seed)).permutation(len(classes))
         names = np.array(sorted(classes), dtype=object)[order]
         split_names = np.repeat(SPLITS, counts).tolist()
-        how = f"classes drawn {flag} with seed {options.seed}"
+        how = f"classes drawn {flag} with seed {args.seed}"
         return dict(zip(names, split_names, strict=True)), how
-    lists = _read_split_file(Path(flag))
-    split_of: dict[str, str] = {}
-    for split in SPLITS:
-        for cls in lists[split]:
-            if split_of.setdefault(cls, split) != split:
-                both = f"{split_of[cls]} and in {split}"
-                raise UserError(f"--split {flag}: class {cls} is both in {both}")
+    split_of = read_split_file(Path(flag))
     if missing := set(split_of) - set(classes):
         lost = f"{len(missing)} of its classes are not in {path} ({some(missing)})"
         raise UserError(f"--split {flag}: {lost}")
@@ -253,18 +218,23 @@ def split_classes(
     return split_of, f"split by {Path(flag).name}{without}"
 
 
-def _read_split_file(file: Path) -> dict[str, list[str]]:
+def read_split_file(file: Path) -> dict[str, str]:
+    """{class: split} of the JSON file of --split. Raises UserError if it is not one."""
     try:
-        lists = json.loads(file.read_text("utf-8-sig"))
+        lists = json.loads(read_text(file))
     except OSError as error:
         advice = "give a JSON file or numbers of classes as in 64/16/20"
         raise UserError(f"--split {file}: {error.strerror}: {advice}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"--split {file}: is not JSON ({error})") from None
     lists = {SPLIT_NAMES.get(k): v for k, v in lists.items()} if isinstance(lists, dict) else {}
+    split_of: dict[str, str] = {}
     for split in SPLITS:
         names = lists.get(split)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             form = '{"train": [class, ...], "val": [...], "test": [...]}'
-            raise UserError(f"--split {file}: must be {form}")
-    return lists
+            raise UserError(f"--split {file}: must be {form}; it lacks {split}")
+        for cls in map(nfc, names):
+            if split_of.setdefault(cls, split) != split:
+                raise UserError(f"--split {file}: class {cls} is in {split_of[cls]} and in {split}")
+    return split_of

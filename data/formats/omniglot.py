@@ -8,13 +8,14 @@ rotated copies.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path, PurePosixPath
 
 from utils import UserError
 
-from .detect import items_of
-from .manifest import Classes, Manifest, Options, by_split, split_classes
-from .sources import Folder, Nested
+from .detect import from_parts
+from .manifest import Classes, Manifest
+from .sources import open_nested, open_source
 
 SPLIT = "1028/172/423"
 _ARCHIVES = {"images_background.zip": True, "images_evaluation.zip": False}
@@ -35,8 +36,7 @@ def download(root: Path) -> list[Path]:
         try:
             Omniglot(root, background=background, download=True)
         except (OSError, RuntimeError) as error:
-            # torchvision does not unpack archives that were put there by hand; only the archives
-            # are needed
+            # torchvision does not unpack archives that were put there by hand, and need not
             if isinstance(error, FileNotFoundError) and (folder / name).is_file():
                 continue
             what = " ".join(str(error).split())[:150]
@@ -45,15 +45,12 @@ def download(root: Path) -> list[Path]:
     return [folder / name for name in _ARCHIVES]
 
 
-def manifest(folder: Path, options: Options) -> Manifest:
-    """The manifest of the two archives in ``folder``; ``options.split`` must be given."""
-    source = Nested(Folder(folder), {name: Path(name).stem for name in _ARCHIVES})
+def manifest(folder: Path, args: argparse.Namespace) -> Manifest:
+    """The manifest of the two archives in ``folder``; ``args.split`` must be given."""
+    source = open_nested(open_source(folder), {name: Path(name).stem for name in _ARCHIVES})
     classes: Classes = {}
     for name in source.files:
         path = PurePosixPath(name)
         if path.suffix == ".png" and len(path.parts) >= 3:
             classes.setdefault(f"{path.parts[-3]}_{path.parts[-2]}", []).append(name)
-    split_of, how = split_classes(set(classes), options, source.path)
-    items = items_of(by_split(classes, split_of), source)
-    found = f"torchvision's Omniglot of {len(classes)} characters, {how}"
-    return Manifest(found, source, items, dest="omniglot")
+    return from_parts(source, {"all": classes}, args)

@@ -36,24 +36,11 @@ class _DType:
 class _Array:
     """Stand-in for numpy.ndarray: shape, type, memory order and the bytes."""
 
-    shape, dtype, fortran, raw = (0,), None, False, b""
+    def __init__(self, shape: Any = (0,), dtype: Any = None, fortran: Any = False, raw: Any = b""):
+        self.__setstate__((shape, dtype, fortran, raw))
 
     def __setstate__(self, state: tuple) -> None:
         self.shape, self.dtype, self.fortran, self.raw = state[-4:]
-
-
-def _reconstruct(*_: Any) -> _Array:
-    return _Array()
-
-
-def _frombuffer(raw: bytes, dtype: _DType, shape: tuple, order: str | bytes) -> _Array:
-    array = _Array()
-    array.__setstate__((shape, dtype, order in ("F", b"F"), raw))
-    return array
-
-
-def _scalar(dtype: _DType, raw: bytes) -> _Array:
-    return _frombuffer(raw, dtype, (), "C")
 
 
 def _encode(text: str, encoding: str | bytes) -> bytes:
@@ -72,9 +59,13 @@ _ADMITTED = {
     ("numpy", "dtype"): _DType,
 }
 for _core in ("numpy.core", "numpy._core"):  # NumPy 2 moved its core
-    _ADMITTED[_core + ".multiarray", "_reconstruct"] = _reconstruct
-    _ADMITTED[_core + ".multiarray", "scalar"] = _scalar
-    _ADMITTED[_core + ".numeric", "_frombuffer"] = _frombuffer
+    _ADMITTED |= {
+        (f"{_core}.multiarray", "_reconstruct"): lambda *_: _Array(),
+        (f"{_core}.multiarray", "scalar"): lambda dtype, raw: _Array((), dtype, False, raw),
+        (f"{_core}.numeric", "_frombuffer"): lambda raw, dtype, shape, order: _Array(
+            shape, dtype, order in ("F", b"F"), raw
+        ),
+    }
 
 
 class _Unpickler(pickle.Unpickler):

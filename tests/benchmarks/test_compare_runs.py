@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import compare_runs, table, train
+from helpers import compare_runs, table
 
 from engine.checkpoint import LAST
 from utils import UserError
@@ -41,11 +41,6 @@ def test_changes_and_the_paired_difference(tmp_path, capsys):
     assert first["validation, 4 episodes, %"].startswith("54.00 ± ")
 
 
-def test_episodes_of_another_seed_are_not_paired(tmp_path, capsys):
-    runs = [write_run(tmp_path / f"{seed}", [40.0, 60.0], seed=seed) for seed in (719, 53)]
-    assert [row["difference"] for row in table(compare_runs, capsys, *runs)] == ["", ""]
-
-
 def test_what_cannot_be_compared_is_refused(tmp_path):
     a, b = write_run(tmp_path / "a", [40.0, 60.0]), write_run(tmp_path / "b", [40.0, 60.0, 50.0])
     for argv in ([a, b], [b, "--at", "100"], [b, tmp_path / "none"]):
@@ -53,7 +48,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
             compare_runs.main([str(word) for word in argv])
 
 
-def test_a_run_of_this_version(master, tmp_path, capsys):
-    train(master, tmp_path / "logs", "--n-class", "3", "--episode-val", "2")
-    (row,) = table(compare_runs, capsys, tmp_path / "logs-719")
+def test_runs_of_this_version(trained, tmp_path, capsys):
+    """Episodes of another seed are not paired."""
+    (row,) = table(compare_runs, capsys, f"{trained}-719")
     assert row["run"] == "logs-719"
+    runs = [write_run(tmp_path / f"{seed}", [40.0, 60.0], seed=seed) for seed in (719, 53)]
+    assert [row["difference"] for row in table(compare_runs, capsys, *runs)] == ["", ""]

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 LAUNCHES = {5: 546, 1: 774}
 
 
-@pytest.mark.parametrize("n_shot", LAUNCHES)
+@pytest.mark.parametrize("n_shot", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_launches_and_host_copies_of_a_training_episode(n_shot, tmp_path):
     parts = counts.parts(n_shot, tmp_path)
     episode = counts.count(parts[counts.EPISODE], triton=True)
@@ -27,7 +27,9 @@ def test_what_counts():
     assert counts.count(lambda: x.copy_(torch.ones(3))).copies == 1
 
 
-def test_the_table(capsys):
+def test_the_table(monkeypatch, capsys):
+    part = {"a part": lambda: torch.zeros(3, device="meta") + 1}
+    monkeypatch.setattr(counts, "parts", lambda n_shot, folder: part)
     rows = table(counts, capsys)
-    assert len(rows) == 10
-    assert {row["copies from the host"] for row in rows} == {"0", "1"}
+    assert [row["part"] for row in rows] == ["5-shot: a part", "1-shot: a part"]
+    assert {row["launches"] for row in rows} == {"2"}

@@ -5,8 +5,10 @@ from helpers import run
 
 from engine.flags import DEFAULTS
 
+SLOW = [pytest.param(section, marks=pytest.mark.slow) for section in ("end-to-end", "scaling")]
 
-@pytest.mark.parametrize("section", ["end-to-end", "parts", "scaling"])
+
+@pytest.mark.parametrize("section", ["parts", *SLOW])
 def test_a_section(section, master, tmp_path, monkeypatch, capsys):
     for name, value in {"n_eval": 3, "image_size": 16, "epoch": 2}.items():
         monkeypatch.setitem(DEFAULTS, name, value)

@@ -1,9 +1,8 @@
 """benchmarks/validate.py: runs on the same validation episodes."""
 
-import json
-
 import pytest
-from helpers import table, train, validate
+from conftest import metrics, succeeded, train
+from helpers import table, validate
 
 from engine.checkpoint import LAST
 from utils import UserError
@@ -16,9 +15,8 @@ TITLE = "validation, 5 episodes, %"
 def runs(master, tmp_path_factory):
     """Two trainings of different seeds and learning rates."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = ["--episode-val", "5", "--n-class", "3"]
-    train(master, folder / "a", *flags)
-    train(master, folder / "b", "--seed", "1", "--lr", "0.1", *flags)
+    succeeded(train(master, folder / "a", "--episode-val", "5"))
+    succeeded(train(master, folder / "b", "--seed", "1", "--lr", "0.1", "--episode-val", "5"))
     return [folder / "a-719", folder / "b-1"]
 
 
@@ -29,27 +27,22 @@ def test_runs_on_the_same_episodes(runs, capsys):
     assert again[TITLE] == b[TITLE]  # whatever the order
     means = [float(row[TITLE].split()[0]) for row in (a, b)]
     assert float(b["difference"].split()[0]) == pytest.approx(means[1] - means[0], abs=0.02)
+    both = table(validate, capsys, *runs, *FLAGS, "--transductive", "true")
+    assert [row[TITLE] for row in both] == [a[TITLE], b[TITLE]]
+    assert both[0]["transductive, %"]
+    assert [row["transductive difference"] != "" for row in both] == [False, True]
 
 
 def test_it_is_the_validation_of_training(runs, capsys):
     """With a run's own seed, the last checkpoint scores what the run's log says."""
     (row,) = table(validate, capsys, runs[0], "--last", *FLAGS)
-    lines = (runs[0] / "metrics.jsonl").read_text().splitlines()
-    logged = [json.loads(line) for line in lines if '"val"' in line][-1]
+    logged = metrics(runs[0].with_name("a"), "val")[-1]
     assert row["episode"] == "4"
     assert row[TITLE] == "{mean:.2f} ± {ci95:.2f}".format(**logged["accuracy"])
 
 
-def test_transductive_batch_norm_has_columns_of_its_own(runs, capsys):
-    plain = table(validate, capsys, *runs, *FLAGS)
-    both = table(validate, capsys, *runs, *FLAGS, "--transductive", "true")
-    assert [row[TITLE] for row in both] == [row[TITLE] for row in plain]
-    assert both[0]["transductive, %"]
-    assert [row["transductive difference"] != "" for row in both] == [False, True]
-
-
 def test_runs_of_another_kind_are_refused(runs, master, tmp_path, capsys):
-    train(master, tmp_path / "c", "--n-class", "2")
+    succeeded(train(master, tmp_path / "c", "--n-class", "2"))
     with pytest.raises(UserError, match="c-719"):
         validate.main([str(runs[0]), str(tmp_path / "c-719"), *FLAGS])
     (tmp_path / "c-719" / "ckpts" / LAST).write_bytes(b"no checkpoint")

@@ -1,7 +1,6 @@
 """The command line on real JPEGs."""
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -13,29 +12,28 @@ from conftest import ROOT, SMALL, metrics, refused, run_cli, run_test, succeeded
 from PIL import Image
 
 from engine.checkpoint import BEST, LAST
+from engine.evaluation import Evaluator
 from engine.run import Run
-
-
-@pytest.fixture(scope="module")
-def trained(master, tmp_path_factory):
-    """A run of four episodes."""
-    save = tmp_path_factory.mktemp("run") / "logs"
-    assert "plain" not in succeeded(train(master, save)).splitlines()[0]
-    return save
 
 
 def test_a_run_is_a_folder(trained):
     folder = trained.with_name("logs-719")
     files = {p.name for p in folder.iterdir()}
-    assert files == {"ckpts", "console.log", "lock", "metrics.jsonl"}
+    assert files - {"results.json"} == {"ckpts", "console.log", "lock", "metrics.jsonl"}
     names = {f"meta-learner-{n}.pth.tar" for n in (2, 4, "best", "last")}
     assert {p.name for p in (folder / "ckpts").iterdir()} == names
     assert [m["episode"] for m in metrics(trained, "train")] == [1, 2, 3, 4]
     assert [m["episode"] for m in metrics(trained, "val")] == [2, 4]
     assert tensors(trained)["episode"] == 4
     assert tensors(trained)["hyper_parameters"]["n_shot"] == 1
-    best = max(metrics(trained, "val"), key=lambda m: m["accuracy"]["mean"])
-    assert tensors(trained, BEST)["episode"] == best["episode"]
+
+
+def test_the_best_checkpoint_is_the_best_by_validation(master, tmp_path, monkeypatch):
+    """The first of equals."""
+    accuracies = iter([[40.0, 60.0], [70.0, 50.0], [50.0, 70.0], [50.0, 40.0]])
+    monkeypatch.setattr(Evaluator, "__call__", lambda *_: ([1.0, 1.0], next(accuracies)))
+    succeeded(train(master, tmp_path / "logs", "--val-freq", 1))
+    assert tensors(tmp_path / "logs", BEST)["episode"] == 2
 
 
 def test_the_rate_counts_what_a_gpu_still_has_to_do(master, tmp_path, monkeypatch):
@@ -55,8 +53,11 @@ def test_same_seed_same_metrics(master, trained, tmp_path, flags):
 
 
 def test_another_seed_is_another_run(master, trained, tmp_path):
-    succeeded(train(master, tmp_path / "logs", "--seed", 53, "--episode", 1))
-    assert metrics(tmp_path / "logs", seed=53)[0]["loss"] != metrics(trained)[0]["loss"]
+    """Without validation the last checkpoint is tested."""
+    save = tmp_path / "logs"
+    succeeded(train(master, save, "--seed", 53, "--episode", 1, "--val-freq", 0))
+    assert metrics(save, seed=53)[0]["loss"] != metrics(trained)[0]["loss"]
+    assert LAST in succeeded(run_test(None, save, "--seed", 53, "--episode-test", 2))
 
 
 def test_running_mean_is_of_the_episodes_since_the_last_line(master, trained, tmp_path):
@@ -68,30 +69,14 @@ def test_running_mean_is_of_the_episodes_since_the_last_line(master, trained, tm
     assert means == pytest.approx([sum(each[:3]) / 3, each[3]])
 
 
-def test_resumed_training_reaches_the_same_bits(master, trained, tmp_path):
-    save = tmp_path / "logs"
-    succeeded(train(master, save, "--episode", 2))
-    succeeded(train(master, save, "--resume", "auto"))
-    assert metrics(save) == metrics(trained)
-    whole, resumed = tensors(trained), tensors(save)
-    assert whole["best"] == resumed["best"]
-    pairs = [(value, resumed["metalearner"][k]) for k, value in whole["metalearner"].items()]
-    assert all(torch.equal(a, b) for a, b in pairs)
-
-
-def test_a_test_needs_no_flag_of_the_training(trained):
+def test_a_test_needs_no_flag_of_the_training(own):
     lines = set()
     for workers in (0, 2):
-        out = succeeded(run_test(None, trained, "--n-workers", workers, "--episode-test", 3))
+        out = succeeded(run_test(None, own, "--n-workers", workers, "--episode-test", 3))
         assert BEST in out
         lines |= {line for line in out.splitlines() if line.startswith("test, 3 episodes")}
     assert len(lines) == 1
-    refused(run_test(None, trained, "--n-eval", 9), "--n-eval 9")  # a given flag comes first
-
-
-def test_without_validation_the_last_is_tested(master, tmp_path):
-    succeeded(train(master, tmp_path / "logs", "--val-freq", 0, "--episode", 1))
-    assert LAST in succeeded(run_test(None, tmp_path / "logs", "--episode-test", 2))
+    refused(run_test(None, own, "--n-eval", 9), "--n-eval 9")  # a given flag comes first
 
 
 def test_a_checkpoint_of_the_port(master, trained, tmp_path):
@@ -102,13 +87,11 @@ def test_a_checkpoint_of_the_port(master, trained, tmp_path):
     assert "after 4 episodes" in succeeded(run_test(master, "nowhere", *flags))
 
 
-def test_what_is_worth_publishing(master, trained, tmp_path, monkeypatch):
+def test_what_is_worth_publishing(master, own, tmp_path, monkeypatch):
     monkeypatch.setattr("tools.export.ROOT", tmp_path)
-    shutil.copytree(f"{trained}-719", tmp_path / "run-719")
-    (tmp_path / "run-719" / "results.json").unlink(missing_ok=True)
-    export = ("--mode", "export", "--save", tmp_path / "run")
-    refused(run_cli(*export), "run-719")
-    succeeded(run_test(None, tmp_path / "run", "--episode-test", 2))
+    export = ("--mode", "export", "--save", own)
+    refused(run_cli(*export), "own-719")
+    succeeded(run_test(None, own, "--episode-test", 2))
     succeeded(run_cli(*export))
     (folder,) = (tmp_path / "results").iterdir()
     files = {"console.log", "meta-learner.pth.tar", "metrics.jsonl", "results.json"}
@@ -138,7 +121,11 @@ def test_the_images_of_the_training_are_found_again(data, tmp_path, monkeypatch)
 
 
 def test_images_of_every_kind(data, tmp_path):
+    """With litter, links and odd names."""
     folder = data / "train" / "class 1"
+    for name in (".DS_Store", "Thumbs.db", ".hidden.jpg"):
+        (folder / name).write_bytes(b"junk")
+        (data / "train" / name).write_bytes(b"junk")
     kinds = {"L": "jpg", "CMYK": "jpg", "P": "png", "RGBA": "png", "I;16": "png", "1": "bmp"}
     for number, (mode, ending) in enumerate([*kinds.items(), ("RGB", "webp"), ("P", "gif")]):
         image = Image.open(folder / f"{number}.jpg")
@@ -147,7 +134,12 @@ def test_images_of_every_kind(data, tmp_path):
         else:
             image = image.convert(mode)
         (folder / f"{number}.jpg").unlink()
-        image.save(folder / f"new {number} ü\n猫.{ending.upper()}")
+        image.save(tmp_path / f"{number}.{ending}")
+        (folder / f"new {number} ü\n猫.{ending.upper()}").symlink_to(
+            tmp_path / f"{number}.{ending}"
+        )
+    Image.new("RGB", (20, 20)).save(folder / "a.png")
+    (folder / "a.png").rename(folder / "PNG by content.jpg")
     succeeded(train(data, tmp_path / "a", "--episode", 1))
     succeeded(train(data, tmp_path / "b", "--episode", 8, "--plain"))  # so that all are drawn
 
@@ -213,9 +205,8 @@ def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(given, expect
 def test_a_niced_run_steps_aside_for_all_others(nice, policy):
     if os.getpriority(os.PRIO_PROCESS, 0) > 0 or os.sched_getscheduler(0) != os.SCHED_OTHER:
         pytest.skip("the tests are niced themselves")
-    code = "import os, runpy, sys; sys.argv = ['main.py', '--help']\ntry: runpy.run_path("
-    code += (
-        "'main.py', run_name='__main__')\nfinally: os.write(2, b'%d' % os.sched_getscheduler(0))"
-    )
+    code = "import os, runpy, sys; sys.argv = ['main.py', '--help']\n"
+    code += "try: runpy.run_path('main.py', run_name='__main__')\n"
+    code += "finally: os.write(2, b'%d' % os.sched_getscheduler(0))"
     done = start("nice", "-n", nice, sys.executable, "-c", code)
     assert int(done.stderr) == getattr(os, policy)

@@ -1,6 +1,4 @@
-"""The rules of the packages: main -> tools, baselines -> engine -> fast -> the root; without fast/
-everything works.
-"""
+"""The packages: main -> tools, baselines -> engine -> fast -> root, which works without fast/."""
 
 import ast
 import importlib.util
@@ -13,8 +11,17 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from conftest import ROOT, SMALL, assert_same, metrics, run_test, succeeded, tensors, train
+from conftest import (
+    ONE_THREAD,
+    ROOT,
+    SMALL,
+    assert_same,
+    metrics,
+    run_test,
+    succeeded,
+    tensors,
+    train,
+)
 
 import learner
 import metalearner
@@ -22,7 +29,7 @@ from engine import flags
 from engine.backend import select_backend
 from utils import UserError
 
-FLOORS = dict.fromkeys(("learner", "metalearner", "episode", "dataloader"), 1)
+FLOORS = dict.fromkeys(("learner", "metalearner", "episode", "dataloader", "imagefiles"), 1)
 FLOORS |= {"utils": 0, "fast": 2, "engine": 3, "tools": 4, "baselines": 4, "main": 5}
 PACKAGES = ("fast", "engine", "tools", "baselines")
 
@@ -35,9 +42,7 @@ def modules():
 
 
 def imported(path, known):
-    """Names of the modules that a file imports, inside functions, too: each that is in ``known`` in
-    full, of others the first part.
-    """
+    """Names of the modules that a file imports: the ``known`` in full, of others the first part."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -55,11 +60,6 @@ def graph():
     return {name: imported(path, known.keys()) & known.keys() for name, path in known.items()}
 
 
-def floor(name):
-    """The height of a module's package."""
-    return FLOORS[name.split(".")[0]]
-
-
 def tracked(*patterns):
     """Files that git knows."""
     listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True)
@@ -71,17 +71,15 @@ def tracked(*patterns):
 # ---- Imports ----
 
 
-def test_the_root_holds_six_modules():
-    assert {path.stem for path in ROOT.glob("*.py")} == FLOORS.keys() - set(PACKAGES)
-
-
 def test_imports_run_one_way():
+    assert {path.stem for path in ROOT.glob("*.py")} == FLOORS.keys() - set(PACKAGES)
+    height = {name: FLOORS[name.split(".")[0]] for name in modules()}
     arrows = {(name, other) for name, others in graph().items() for other in others}
-    assert {(a, b) for a, b in arrows if floor(b) > floor(a)} == set()
+    assert {(a, b) for a, b in arrows if height[b] > height[a]} == set()
     assert not {(a, b) for a, b in arrows if a == "utils" or b == "main"}
     sides = {(a, b) for a, b in arrows if {a.split(".")[0], b.split(".")[0]} == {*PACKAGES[2:]}}
     assert sides == set()  # neither of tools and baselines needs the other
-    assert {a for a, b in arrows if floor(b) == 2 < floor(a)} == {"engine.backend"}
+    assert {a for a, b in arrows if height[b] == 2 < height[a]} == {"engine.backend"}
     assert {("engine.backend", "fast.learner"), ("main", "engine.run")} <= arrows  # they are seen
 
 
@@ -105,28 +103,7 @@ def test_main_is_short():
     assert len((ROOT / "main.py").read_text().splitlines()) <= 170
 
 
-# ---- Words ----
-
-OLD = {"around", "Way", "settle", "judge", "lanes", "Lanes", "Lost", "Agreed", "ALONE", "Captured"}
-OLD |= {"to_adapt", "Classifier", "say_done", "checkpoint_of", "OLD_FINGERPRINT"}
-OLD |= {"OLDER", "RETIRED", "averaging", "recognise", "unpickle", "cellar"}
-
-
-def identifiers(tree):
-    """Names in a syntax tree, those of modules and keyword arguments included."""
-    for node in ast.walk(tree):
-        for field in ("id", "attr", "arg", "name", "module"):
-            value = getattr(node, field, None)
-            if isinstance(value, str):
-                yield from value.split(".")
-
-
-def test_no_identifier_is_an_old_word():
-    found = {}
-    for path in tracked("*.py"):
-        if path.exists() and (words := OLD & set(identifiers(ast.parse(path.read_text())))):
-            found[str(path.relative_to(ROOT))] = words
-    assert found == {}
+# ---- Flags and texts ----
 
 
 def test_each_flag_is_read_somewhere():
@@ -178,9 +155,8 @@ def test_without_fast_all_works_and_is_what_plain_gives(master, tmp_path):
     begin, resume = ["--episode", "2"], ["--episode", "4", "--resume", "auto"]
     test = ["--mode", "test", "--cpu", "--episode-test", "3", "--n-workers", "0"]
     argv = json.dumps([words + begin, words + resume, test])
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "start.py", argv]
-    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=300)
+    how = {"cwd": place, "env": ONE_THREAD, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run([sys.executable, "start.py", argv], **how)
     assert succeeded(done).count("plain PyTorch") == 3
     succeeded(train(master, tmp_path / "logs", "--plain"))
     succeeded(run_test(master, tmp_path / "logs", "--plain", "--episode-test", 3))
@@ -218,7 +194,6 @@ def test_a_run_can_change_its_backend(master, tmp_path, order):
     """A checkpoint knows nothing of it; the numbers are equal to rounding."""
     for save, backends in (("a", order), ("b", ("--plain", "--plain"))):
         for n, backend in enumerate(backends, start=1):
-            done = train(master, tmp_path / save, backend, "--resume", "auto", episode=n)
-            succeeded(done)
+            succeeded(train(master, tmp_path / save, backend, "--resume", "auto", episode=n))
     here, there = ([m["loss"] for m in metrics(tmp_path / s, "train")] for s in "ab")
     assert here == pytest.approx(there, rel=0.02)

@@ -56,14 +56,9 @@ def test_all_modes_but_pictures(tmp_path):
     }
     argv = [mode.split() for mode in modes]
     command = [sys.executable, "-c", START, json.dumps(argv)]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    how = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(command, **how)
     assert "Traceback" not in done.stderr
     assert done.returncode == 0, done.stderr
     outputs = done.stdout.split("begin\n")[1:]

@@ -1,6 +1,4 @@
-"""The shell scripts: which Python they use, what they install, and what they pass on. Nothing here
-uses the network.
-"""
+"""The shell scripts: which Python they use, what they install, what they pass on. No network."""
 
 import os
 import re
@@ -37,20 +35,13 @@ def repository(tmp_path):
 
 def bash(*command, cwd="/", path=None, **env):
     """Run a command without an active environment unless ``env`` names one."""
-    clean = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH")
-    }
-    clean.update(
-        env,
-        PIP_NO_INDEX="1",
-        PATH=os.pathsep.join([str(path)] * (path is not None) + [os.environ["PATH"]]),
-    )
-    command = ["bash", *map(str, command)]
-    return subprocess.run(
-        command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=120, check=False
-    )
+    active = ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH")
+    clean = {k: v for k, v in os.environ.items() if k not in active}
+    clean |= {**env, "PIP_NO_INDEX": "1"}
+    if path is not None:
+        clean["PATH"] = os.pathsep.join([str(path), clean["PATH"]])
+    how = {"capture_output": True, "text": True, "timeout": 120, "check": False}
+    return subprocess.run(["bash", *map(str, command)], cwd=cwd, env=clean, **how)
 
 
 def use_python(repository, **kwargs):
@@ -65,16 +56,19 @@ def executable(path, text):
 
 
 def environment(prefix, before=""):
-    """An environment whose Python is the running one, logs its calls, and first does what
-    ``before`` says.
-    """
+    """An environment whose Python is the running one, logs its calls, and does ``before`` first."""
     log = prefix / "calls"
-    executable(
-        prefix / "bin" / "python",
-        f'echo "$*" | head -1 >>"{log}"\n{before}\nexec "{sys.executable}" "$@"\n',
-    )
+    lines = [f'echo "$*" | head -1 >>"{log}"', before, f'exec "{sys.executable}" "$@"\n']
+    executable(prefix / "bin" / "python", "\n".join(lines))
     log.touch()
     return log
+
+
+@pytest.fixture
+def active(tmp_path):
+    """The variable of an active environment that has all packages."""
+    environment(tmp_path / "active")
+    return {"VIRTUAL_ENV": str(tmp_path / "active")}
 
 
 def pip_calls(log):
@@ -100,15 +94,15 @@ def test_a_complete_active_environment_is_used_without_pip(repository, tmp_path,
         (here / f"{name}.py").write_text("raise SystemExit('the wrong module')")
     before = sorted(tmp_path.rglob("*"))
     run = use_python(repository, cwd=here, **{variable: str(tmp_path / "active")})
-    assert (run.returncode, run.stdout) == (0, f"python: {tmp_path}/active/bin/python\n"), (
-        run.stderr
-    )
+    expected = f"python: {tmp_path}/active/bin/python\n"
+    assert (run.returncode, run.stdout) == (0, expected), run.stderr
     assert not pip_calls(log)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("line", ["nosuchpackage>=1", "numpy>=999", "-r more.txt"])
-@pytest.mark.parametrize("status", [0, 1])
+@pytest.mark.parametrize(
+    ("line", "status"), [("nosuchpackage>=1", 0), ("numpy>=999", 1), ("-r more.txt", 0)]
+)
 def test_an_active_environment_that_lacks_something(repository, tmp_path, line, status):
     (repository / "requirements.txt").write_text(f"pillow>=2\n{line}\n")
     (repository / "more.txt").write_text("nosuchpackage>=1\n")
@@ -123,61 +117,43 @@ def test_an_active_environment_that_lacks_something(repository, tmp_path, line, 
         one_line(run, "pip could not install requirements.txt")
 
 
-def test_environments_that_cannot_serve(repository, tmp_path):
-    one_line(
-        use_python(repository, VIRTUAL_ENV=str(tmp_path / "gone")),
-        "gone/bin/python is missing or older than 3.10",
-    )
-    environment(tmp_path / "old", 'case "$*" in *version_info*) exit 1 ;; esac')
-    one_line(
-        use_python(repository, CONDA_PREFIX=str(tmp_path / "old")),
-        "old/bin/python is missing or older than 3.10",
-    )
-
-
-def test_no_python_to_make_an_environment_with(repository, tmp_path):
-    old = executable(tmp_path / "old" / "python3", "exit 1").parent
-    one_line(use_python(repository, path=old), "python3 is missing or older than 3.10")
-    script = (
-        'case "$*" in "-m venv"*) echo "The virtual environment was not created"; exit 1 ;; esac\n'
-    )
-    without_venv = executable(
-        tmp_path / "without" / "python3", f'{script}exec "{sys.executable}" "$@"'
-    ).parent
-    one_line(
-        use_python(repository, path=without_venv),
-        "python3 -m venv failed; on Debian: apt-get install python3-venv",
-    )
+@pytest.mark.parametrize("how", ["no environment", "old environment", "old Python", "no venv"])
+def test_pythons_that_cannot_serve(repository, tmp_path, how):
+    path, env = tmp_path / "bin", {}
+    if "environment" in how:
+        env["VIRTUAL_ENV"] = str(tmp_path / "env")
+        culprit = "env/bin/python"
+        if how == "old environment":
+            environment(tmp_path / "env", 'case "$*" in *version_info*) exit 1 ;; esac')
+    elif how == "old Python":
+        executable(path / "python3", "exit 1")
+        culprit = "3.10"
+    else:
+        fails = 'case "$*" in "-m venv"*) exit 1 ;; esac\n'
+        executable(path / "python3", f'{fails}exec "{sys.executable}" "$@"')
+        culprit = "python3-venv"
+    one_line(use_python(repository, path=path, **env), culprit)
 
 
 def wheel(folder, version):
     """A package that pip can install without a network."""
     folder.mkdir(exist_ok=True)
     info = f"tiny-{version}.dist-info"
+    about = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files = {"tiny/__init__.py": "", f"{info}/WHEEL": about}
+    files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: tiny\nVersion: {version}\n"
+    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"])
     with zipfile.ZipFile(folder / f"tiny-{version}-py3-none-any.whl", "w") as file:
-        file.writestr("tiny/__init__.py", "")
-        file.writestr(
-            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tiny\nVersion: {version}\n"
-        )
-        file.writestr(
-            f"{info}/WHEEL",
-            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        )
-        file.writestr(
-            f"{info}/RECORD",
-            f"tiny/__init__.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n",
-        )
+        for name, text in files.items():
+            file.writestr(name, text)
 
 
 @pytest.mark.slow
 def test_the_life_of_an_own_environment(repository, tmp_path):
     """Made once, used again, brought up to date, and mended after an interruption at any moment."""
     base = executable(tmp_path / "bin" / "python3", f'exec "{sys._base_executable}" "$@"\n').parent
-    wheels, venv, wanted = (
-        tmp_path / "wheels",
-        repository / ".venv",
-        repository / "requirements.txt",
-    )
+    wheels, venv = tmp_path / "wheels", repository / ".venv"
+    wanted = repository / "requirements.txt"
     wheel(wheels, "1.0")
     wanted.write_text("tiny>=1\n")
     venv.mkdir()  # interrupted when nothing else was there
@@ -187,12 +163,8 @@ def test_the_life_of_an_own_environment(repository, tmp_path):
         run = use_python(repository, path=base, PIP_FIND_LINKS=str(wheels))
         assert run.returncode == 0, run.stderr
         assert run.stdout.endswith(f"python: {venv}/bin/python\n")
-        assert (
-            subprocess.run(
-                [venv / "bin" / "python", "-c", "import tiny"], cwd="/", check=False
-            ).returncode
-            == 0
-        )
+        command = [venv / "bin" / "python", "-c", "import tiny"]
+        assert subprocess.run(command, cwd="/", check=False).returncode == 0
         return run.stdout.startswith("installing")
 
     assert installs()
@@ -204,10 +176,8 @@ def test_the_life_of_an_own_environment(repository, tmp_path):
     wheel(wheels, "2.0")
     assert not installs()
     wanted.write_text("tiny>=2\n")
-    for package in [
-        site / "pip" / "_internal",
-        *site.glob("pip-*.dist-info"),
-    ]:  # interrupted while pip was installed
+    # interrupted while pip was installed
+    for package in [site / "pip" / "_internal", *site.glob("pip-*.dist-info")]:
         shutil.rmtree(package)
     assert installs()
     assert not installs()
@@ -226,27 +196,23 @@ def stub(repository, name="main.py", then=""):
     return log
 
 
-@pytest.mark.parametrize("what", ["train", "eval"])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_pass_everything_on_from_any_directory(repository, tmp_path, recipe, what):
-    """Flags come last, with their spaces; relative paths stay the caller's. CDPATH, which makes cd
-    print, changes nothing.
-    """
-    log = stub(repository)
-    environment(tmp_path / "active")
-    script = Path("a clone", "scripts", f"{what}_{recipe}.sh")
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "a clone").symlink_to(repository)
+@pytest.mark.parametrize("script", ["pretrain", *(f"eval_{recipe}" for recipe in RECIPES)])
+def test_scripts_pass_everything_on_from_any_directory(repository, tmp_path, active, script):
+    """Flags come last, with their spaces; relative paths stay the caller's, whatever CDPATH is."""
+    log, here = stub(repository), tmp_path / "here"
+    here.mkdir()
+    (here / "a clone").symlink_to(repository)
     flags = ["--data-root", "my images", "--seed", "53"]
-    env = {"VIRTUAL_ENV": str(tmp_path / "active"), "CDPATH": str(tmp_path / "here")}
-    run = bash(script, *flags, cwd=tmp_path / "here", **env)
-    assert run.returncode == 0, run.stderr
-    where, *argv = log.read_text().rstrip("\n").split("\t")
-    assert where == str(tmp_path / "here")
-    assert argv[-4:] == flags
-    assert resolve(parse(argv)).seed == 53
+    for name in {script, script.replace("eval", "train")}:
+        path = Path("a clone", "scripts", f"{name}.sh")
+        run = bash(path, *flags, cwd=here, CDPATH=str(here), **active)
+        assert run.returncode == 0, run.stderr
+        where, *argv = log.read_text().splitlines()[-1].split("\t")
+        assert where == str(here)
+        assert argv[-4:] == flags
+        assert resolve(parse(argv)).seed == 53
     (repository / "main.py").write_text("raise SystemExit(7)")
-    assert bash(script, cwd=tmp_path / "here", **env).returncode == 7
+    assert bash(path, cwd=here, **active).returncode == 7
 
 
 def flags_of(script):
@@ -282,87 +248,65 @@ def test_testing_leaves_seed_and_hyper_parameters_to_the_checkpoint(recipe):
     assert test == expected | tta
 
 
-def test_no_two_recipes_share_a_run_folder():
+def test_recipes_fit_together():
+    """No two share a run's folder; those that start from pre-training find it, and fit."""
     scripts = ["pretrain", *(path.stem for path in SCRIPTS if path.stem.startswith("train_"))]
     assert len({flags_of(script)["--save"] for script in scripts}) == len(scripts)
-
-
-@pytest.mark.parametrize("shots", [1, 5])
-def test_a_pretrained_learner_is_found_and_fits(shots):
-    before, after = flags_of("pretrain"), flags_of(f"train_{shots}s_5c_pretrained")
-    assert (after["--init-from"], after["--seed"]) == (before["--save"], before["--seed"])
-    shape = ("--image-size", "--pixels", "--data")
-    assert {name: before[name] for name in shape} == {name: after[name] for name in shape}
+    before, shape = flags_of("pretrain"), ("--image-size", "--pixels", "--data", "--seed")
+    for shots in (1, 5):
+        after = flags_of(f"train_{shots}s_5c_pretrained")
+        assert after["--init-from"] == before["--save"]
+        assert {name: before[name] for name in shape} == {name: after[name] for name in shape}
 
 
 TABLES = "<!-- results -->\nold\n<!-- /results -->\n"
 
 
-def test_results_are_written_between_two_markers(repository, tmp_path):
+def test_results_are_written_between_two_markers(repository, tmp_path, active):
     log = stub(repository, then="print('| a \\\\1 |\\n| b |')\n")
-    environment(tmp_path / "active")
     (repository / "results" / "a-719").mkdir(parents=True)
     (repository / "results" / "a-719" / "results.json").touch()
     (repository / "results" / "trials").mkdir()  # not tested
-    page, script = tmp_path / "page.md", repository / "scripts" / "results.sh"
+    page = tmp_path / "page.md"
     page.write_text(f"before\n{TABLES}after\n")
-    active = {"VIRTUAL_ENV": str(tmp_path / "active")}
-    run = bash(script, "--write", "page.md", cwd=tmp_path, **active)
-    assert (run.returncode, run.stdout) == (0, ""), run.stderr
-    written = TABLES.replace("old", "| a \\1 |\n| b |")
-    assert page.read_text() == f"before\n{written}after\n"
-    argv = log.read_text().rstrip("\n").split("\t")[1:]
-    assert argv == ["--mode", "results", "--runs", f"{repository}/results/a-719"]
-    assert bash(script, "--write", "page.md", cwd=tmp_path, **active).returncode == 0
-    assert page.read_text() == f"before\n{written}after\n"
-    page.write_text("no markers")
-    one_line(bash(script, "--write", "page.md", cwd=tmp_path, **active), "page.md")
-    assert page.read_text() == "no markers"
-    one_line(bash(script, "--write", "gone.md", cwd=tmp_path, **active), "gone.md")
 
+    def write(name):
+        script = repository / "scripts" / "results.sh"
+        return bash(script, "--write", name, cwd=tmp_path, **active)
 
-def test_quickstart_twice(repository, tmp_path):
-    """Data, training, test; all of it inside the clone. The second call says that it continues."""
-    log = stub(
-        repository,
-        then="os.makedirs(sys.argv[sys.argv.index('--save') + 1] + '-719/ckpts', exist_ok=True)\n",
-    )
-    stub(repository, "data/glyphs.py")
-    environment(tmp_path / "active")
-    (tmp_path / "here").mkdir()
-    said = []
     for _ in range(2):
-        run = bash(
-            repository / "scripts" / "quickstart.sh",
-            cwd=tmp_path / "here",
-            VIRTUAL_ENV=str(tmp_path / "active"),
-        )
-        assert run.returncode == 0, run.stderr
-        said.append(run.stdout)
-    assert said[0] == ""
-    assert said[1].startswith(f"{repository}/logs-quickstart-719 exists: ")
+        run = write("page.md")
+        assert (run.returncode, run.stdout) == (0, ""), run.stderr
+        written = TABLES.replace("old", "| a \\1 |\n| b |")
+        assert page.read_text() == f"before\n{written}after\n"
+    argv = log.read_text().splitlines()[0].split("\t")[1:]
+    assert argv == ["--mode", "results", "--runs", f"{repository}/results/a-719"]
+    page.write_text("no markers")
+    one_line(write("page.md"), "page.md")
+    assert page.read_text() == "no markers"
+    one_line(write("gone.md"), "gone.md")
+
+
+def test_quickstart_twice(repository, tmp_path, active):
+    """Data, training, test; all of it inside the clone. The second call says that it continues."""
+    then = "os.makedirs(sys.argv[sys.argv.index('--save') + 1] + '-719/ckpts', exist_ok=True)\n"
+    log, script = stub(repository, then=then), repository / "scripts" / "quickstart.sh"
+    stub(repository, "data/glyphs.py")
+    (tmp_path / "here").mkdir()
+    first, second = (bash(script, cwd=tmp_path / "here", **active) for _ in range(2))
+    assert (first.returncode, first.stdout) == (0, ""), first.stderr
+    assert second.stdout.startswith(f"{repository}/logs-quickstart-719 exists: ")
     argv = [line.split("\t")[1:] for line in log.read_text().splitlines()]
     assert argv[:3] == argv[3:]
     assert argv[0] == ["--dest", f"{repository}/data/glyphs"]
     train, test = (resolve(parse(a)) for a in argv[1:3])
-    assert (train.mode, test.mode) == ("train", "test")
-    assert train.resume == "auto"
+    assert (train.mode, test.mode, train.resume) == ("train", "test", "auto")
     assert train.data_root == test.data_root == repository / "data" / "glyphs"
     assert train.save == test.save
     assert not list((tmp_path / "here").iterdir())
-
-
-def test_quickstart_stops_where_something_fails(repository, tmp_path):
-    log = stub(repository)
-    stub(repository, "data/glyphs.py", "sys.exit(2)")
-    environment(tmp_path / "active")
-    assert (
-        bash(
-            repository / "scripts" / "quickstart.sh", VIRTUAL_ENV=str(tmp_path / "active")
-        ).returncode
-        == 2
-    )
-    assert len(log.read_text().splitlines()) == 1
+    stub(repository, "data/glyphs.py", "sys.exit(2)")  # it stops where something fails
+    assert bash(script, **active).returncode == 2
+    assert len(log.read_text().splitlines()) == 7
 
 
 def tools(**status):
@@ -384,11 +328,9 @@ def test_the_test_script(repository, tmp_path):
         return log.read_text().splitlines()[-n:]
 
     lint = ["-m ruff check .", "-m ruff format --check .", "-m mypy"]
-    everyday, everything = (
-        f"-m pytest -m {m}not gpu -n 2 --dist loadfile" for m in ("not slow and ", "")
-    )
+    everyday = "-m pytest -m not slow and not gpu -n 2 --dist loadfile"
     assert last_calls(4) == [*lint, everyday]
-    assert last_calls(4, "--all") == [*lint, everything]
+    assert last_calls(4, "--all") == [*lint, everyday.replace("not slow and ", "")]
     given = ["-k", "golden", "test_x.py", "test_x.py::test_y", "tests/test_z.py", "/abs/test_z.py"]
     here = tmp_path / "here"
     expected = f"-k golden {here}/test_x.py {here}/test_x.py::test_y tests/test_z.py /abs/test_z.py"
@@ -421,14 +363,11 @@ def test_scripts_fail_at_the_first_error():
 
 
 def test_requirements_are_lines_that_the_scripts_can_read():
+    """And constraints.txt has exact versions of the same packages, none older."""
     for path in ROOT.glob("requirements*.txt"):
         for line in path.read_text().splitlines():
             known = re.fullmatch(r"(-r \S+|[A-Za-z0-9_.-]+>=[0-9.]+)\s*(#.*)?", line)
             assert known, f"{path.name}: {line}"
-
-
-def test_constraints_fit_the_requirements():
-    """Exact versions of packages that requirements.txt names, none older than it asks for."""
     line = r"^([\w-]+)(?:==|>=)([\d.]+)"
     exact, least = (
         dict(re.findall(line, (ROOT / name).read_text(), re.MULTILINE))

@@ -23,7 +23,7 @@ LAST = "meta-learner-last.pth.tar"
 # a main.py that leaves the files of a training or a test, and says how it was called
 STUB = """import os, signal, sys, time
 argv = sys.argv[1:]
-given = dict(zip(argv, argv[1:]))
+given = dict(zip(argv, argv[1:])) | dict(word.split("=") for word in argv if "=" in word)
 folder = given.get("--save", "") + "-" + given.get("--seed", "")
 where = [os.environ.get(name, "") for name in ("CUDA_VISIBLE_DEVICES", "RANK")]
 print(os.environ.get("OMP_NUM_THREADS"), file=open(LOG + ".threads", "a"))
@@ -48,9 +48,7 @@ sys.exit(7 if given.get("--seed") == "13" and argv[1] == "train" else 0)
 
 @pytest.fixture
 def clone(repository, tmp_path):  # noqa: F811
-    """The scripts in a clone, with the stand-in for main.py: (the clone, its calls as lists of
-    words).
-    """
+    """The scripts in a clone with the stand-in for main.py: (the clone, its calls as words)."""
     (repository / "main.py").write_text(STUB.replace("LOG", repr(str(tmp_path / "called"))))
 
     def calls():
@@ -59,12 +57,16 @@ def clone(repository, tmp_path):  # noqa: F811
     return repository, calls
 
 
+def with_gpus(clone, gpus):
+    """The environment variable of a Python whose PyTorch sees so many GPUs."""
+    place = clone[0].parent / "active"
+    environment(place, f'case "$*" in *device_count*) echo {gpus}; exit ;; esac')
+    return {"VIRTUAL_ENV": str(place)}
+
+
 def seeds(clone, *argv, gpus=0, **env):
-    environment(
-        clone[0].parent / "active", f'case "$*" in *device_count*) echo {gpus}; exit ;; esac'
-    )
-    where = {"cwd": clone[0].parent, "VIRTUAL_ENV": str(clone[0].parent / "active"), **env}
-    return bash(clone[0] / "scripts" / "seeds.sh", *argv, **where)
+    env |= with_gpus(clone, gpus)
+    return bash(clone[0] / "scripts" / "seeds.sh", *argv, cwd=clone[0].parent, **env)
 
 
 def modes(calls):
@@ -72,95 +74,70 @@ def modes(calls):
 
 
 def test_seeds_one_after_the_other(clone):
-    run = seeds(clone, "719", "53", "--data-root", "my images", "--save", "a b")
-    assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout == "the table\n"
+    """Finished ones are not tested again, unless they are trained further."""
+    flags = ("--data-root", "my images", "--save", "a b")
+    run = seeds(clone, "719", "53", *flags)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "the table\n", "")
     *calls, table = clone[1]()
     assert modes(calls) == [("train", 719), ("test", 719), ("train", 53), ("test", 53)]
     for call in calls:
         args = resolve(parse(call[2:]))
         assert (args.save, args.data_root) == ("a b", Path("my images"))
     assert table[2:] == ["--mode", "results", "--runs", "a b-719", "a b-53"]
-
-
-def test_finished_seeds_are_not_tested_again(clone):
-    assert seeds(clone, "719").returncode == 0
-    before = len(clone[1]())
-    run = seeds(clone, "719", "53")
-    assert "logs-719: tested already" in run.stdout
-    assert modes(clone[1]()[before:]) == [("train", 719), ("train", 53), ("test", 53)]
     time.sleep(0.05)
-    (clone[0].parent / "logs-719" / "ckpts" / LAST).touch()  # trained further
-    before = len(clone[1]())
-    assert seeds(clone, "719").returncode == 0
-    assert modes(clone[1]()[before:]) == [("train", 719), ("test", 719)]
+    (clone[0].parent / "a b-53" / "ckpts" / LAST).touch()
+    run = seeds(clone, "719", "53", *flags)
+    assert "a b-719: tested already" in run.stdout
+    assert modes(clone[1]()[5:]) == [("train", 719), ("train", 53), ("test", 53)]
 
 
-@pytest.mark.parametrize(
-    "given", [("--recipe", "train_1s_5c_authors"), ("--recipe=train_1s_5c_authors",)]
-)
+@pytest.mark.parametrize("given", ["--recipe {}", "--recipe={}"])
 def test_another_recipe_with_its_own_folders(clone, given):
-    assert seeds(clone, "53", *given, "--n-eval", "9").returncode == 0
+    """Pre-training is not tested, and has no table."""
+    words = given.format("train_1s_5c_authors").split()
+    assert seeds(clone, "53", *words, "--n-eval", "9").returncode == 0
     train, test, table = (call[2:] for call in clone[1]())
-    args = resolve(parse(train))
-    assert (args.n_shot, args.augment, args.save, args.n_eval) == (
-        1,
-        "none",
-        "logs-1shot-authors",
-        9,
-    )
-    assert resolve(parse(test)).save == "logs-1shot-authors"
-    assert table == ["--mode", "results", "--runs", "logs-1shot-authors-53"]
-
-
-def test_pre_training_of_seeds_is_not_tested(clone):
-    run = seeds(clone, "719", "53", "--recipe", "pretrain")
+    args, save = resolve(parse(train)), "logs-1shot-authors"
+    assert (args.n_shot, args.augment, args.save, args.n_eval) == (1, "none", save, 9)
+    assert resolve(parse(test)).save == save
+    assert table == ["--mode", "results", "--runs", f"{save}-53"]
+    run = seeds(clone, "719", "53", *given.format("pretrain").split())
     assert (run.returncode, run.stderr) == (0, "")
-    assert modes(clone[1]()) == [("pretrain", 719), ("pretrain", 53)]
-    assert len(clone[1]()) == 2  # and no table
-    assert resolve(parse(clone[1]()[0][2:])).save == "logs-pretrain"
+    assert modes(clone[1]()[3:]) == [("pretrain", 719), ("pretrain", 53)]
+    assert len(clone[1]()) == 5
 
 
 @pytest.mark.parametrize(
-    ("gpus", "env", "flags", "expected"),
+    ("gpus", "visible", "flags", "expected"),
     [
-        (2, {}, (), {"719": "0", "53": "1", "2": "0"}),
-        (2, {"CUDA_VISIBLE_DEVICES": "5,3"}, (), {"719": "5", "53": "3", "2": "5"}),
-        (
-            8,
-            {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b,GPU-c"},
-            (),
-            {"719": "GPU-a", "53": "GPU-b", "2": "GPU-c"},
-        ),
-        (1, {}, (), {"719": "", "53": "", "2": ""}),
-        (8, {}, ("--cpu",), {"719": "", "53": "", "2": ""}),
-        (8, {}, ("--gpu", "1"), {"719": "", "53": "", "2": ""}),
-        (2, {}, ("--per-gpu", "2"), {"719": "0", "53": "1", "2": "0"}),
-        (1, {}, ("--per-gpu=4",), {"719": "0", "53": "0", "2": "0"}),
+        (2, None, (), "0 1 0"),
+        (2, "5,3", (), "5 3 5"),
+        (8, "GPU-a,GPU-b,GPU-c", (), "GPU-a GPU-b GPU-c"),
+        (1, None, (), None),
+        (8, None, ("--gpu", "1"), None),
+        (2, None, ("--per-gpu", "2"), "0 1 0"),
+        (1, None, ("--per-gpu=4",), "0 0 0"),
     ],
 )
-def test_one_seed_on_each_gpu(clone, gpus, env, flags, expected):
+def test_one_seed_on_each_gpu(clone, gpus, visible, flags, expected):
+    env = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
     run = seeds(clone, "719", "53", "2", *flags, gpus=gpus, **env)
     assert run.returncode == 0, run.stderr
     *calls, _ = clone[1]()
-    found = sorted(
-        (seed, mode, call[0]) for call, (mode, seed) in zip(calls, modes(calls), strict=True)
-    )
-    assert found == sorted(
-        (int(seed), mode, gpu) for seed, gpu in expected.items() for mode in ("train", "test")
-    )
+    found = {(seed, mode): call[0] for call, (mode, seed) in zip(calls, modes(calls), strict=True)}
+    of_seed = dict(zip((719, 53, 2), expected.split() if expected else [""] * 3, strict=True))
+    assert len(calls) == 6
+    assert found == {(s, mode): of_seed[s] for s in of_seed for mode in ("train", "test")}
     notes = [line for line in run.stderr.splitlines() if line.startswith("seed ")]
-    assert len(notes) == (3 if any(expected.values()) else 0)
+    assert len(notes) == (3 if expected else 0)
 
 
 def test_two_recipes_side_by_side_share_the_processor(clone):
-    flags = "--recipe", "train_5s_5c_authors,train_1s_5c_authors", "--per-gpu", "4"
-    run = seeds(clone, "719", "53", *flags)
+    recipes = "train_5s_5c_authors,train_1s_5c_authors"
+    folders = [f"logs-{name}-{seed}" for name in ("authors", "1shot-authors") for seed in (719, 53)]
+    run = seeds(clone, "719", "53", "--recipe", recipes, "--per-gpu", "4")
     assert run.returncode == 0, run.stderr
     *calls, table = clone[1]()
-    folders = [
-        f"{run}-{seed}" for run in ("logs-authors", "logs-1shot-authors") for seed in (719, 53)
-    ]
     assert table[2:] == ["--mode", "results", "--runs", *folders]
     threads = (clone[0].parent / "called.threads").read_text().split()
     assert threads[0] == str(-(-len(os.sched_getaffinity(0)) // 4))
@@ -194,13 +171,8 @@ def test_after_its_minutes_it_stops_with_snapshots(clone):
 def test_a_seed_that_fails_leaves_the_others_alone(clone, gpus):
     run = seeds(clone, "13", "719", "53", gpus=gpus)
     assert run.returncode == 7
-    assert sorted(modes(clone[1]())) == [
-        ("test", 53),
-        ("test", 719),
-        ("train", 13),
-        ("train", 53),
-        ("train", 719),
-    ]
+    expected = [*(("test", n) for n in (53, 719)), *(("train", n) for n in (13, 53, 719))]
+    assert sorted(modes(clone[1]())) == expected
     assert run.stdout.endswith("the table\n")
 
 
@@ -248,53 +220,42 @@ real = pytest.mark.skipif(
 
 
 def begin(script, *flags, cwd, **env):
-    env = {
-        **os.environ,
-        "VIRTUAL_ENV": sys.prefix,
-        "PIP_NO_INDEX": "1",
-        "OMP_NUM_THREADS": "1",
-        **env,
-    }
-    how = {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-        "text": True,
-        "start_new_session": True,
-    }
-    return subprocess.Popen(["bash", str(script), *flags], cwd=cwd, env=env, **how)
+    ours = {"VIRTUAL_ENV": sys.prefix, "PIP_NO_INDEX": "1", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **ours, **env}
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = ["bash", str(script), *flags]
+    return subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **how)
+
+
+def ended(process, code=0):
+    """What a process has printed, once it has ended."""
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == code, err
+    return out, err
 
 
 def interrupted(process, folders, number):
     """Send a signal when all are at work: what was said, once nothing of it runs any more."""
     metrics = [folder / "metrics.jsonl" for folder in folders]
     wait_for(lambda: all(path.exists() and path.stat().st_size for path in metrics), process)
-    below = [
-        n for n in children(process.pid) if "main.py" in Path(f"/proc/{n}/cmdline").read_text()
-    ]
-    assert len(below) >= len(folders)
+    below = {n: Path(f"/proc/{n}/cmdline").read_text() for n in children(process.pid)}
+    ours = [n for n in below if "main.py" in below[n]]
+    assert len(ours) >= len(folders)
     process.send_signal(number)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 128 + number, err
-    assert not [n for n in below if Path(f"/proc/{n}").exists()]
+    _, err = ended(process, 128 + number)
+    assert not [n for n in ours if Path(f"/proc/{n}").exists()]
     return err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("gpus", [0, 2])
 def test_a_signal_reaches_all_trainings(clone, gpus, number):
-    place = clone[0].parent
-    environment(place / "active", f'case "$*" in *device_count*) echo {gpus}; exit ;; esac')
-    flags = ["719", "53", "--episode", "100000"]
-    process = begin(
-        clone[0] / "scripts" / "seeds.sh", *flags, cwd=place, VIRTUAL_ENV=str(place / "active")
-    )
-    err = interrupted(
-        process, [place / f"logs-{seed}" for seed in ((719, 53) if gpus else (719,))], number
-    )
-    assert err.count("snapshot") == max(1, gpus)
-    assert sorted(modes(clone[1]())) == (
-        [("train", 53), ("train", 719)] if gpus else [("train", 719)]
-    )
+    place, begun = clone[0].parent, [719, 53] if gpus else [719]
+    script, flags = clone[0] / "scripts" / "seeds.sh", ["719", "53", "--episode", "100000"]
+    process = begin(script, *flags, cwd=place, **with_gpus(clone, gpus))
+    err = interrupted(process, [place / f"logs-{seed}" for seed in begun], number)
+    assert err.count("snapshot") == len(begun)
+    assert sorted(modes(clone[1]())) == sorted(("train", seed) for seed in begun)
 
 
 @real
@@ -302,14 +263,10 @@ def test_a_signal_reaches_all_trainings(clone, gpus, number):
 def test_a_stopped_training_goes_on_where_it_was(master, tmp_path):
     flags = ["719", "--data-root", str(master), *QUIET, "--episode"]
     script = ROOT / "scripts" / "seeds.sh"
-    err = interrupted(
-        begin(script, *flags, "100000", cwd=tmp_path), [tmp_path / "logs-719"], signal.SIGINT
-    )
-    assert "stopped by SIGTERM after episode" in err
-    done = episodes_done(tmp_path / "logs-719")
-    process = begin(script, *flags, str(done + 1), cwd=tmp_path)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    process, folder = begin(script, *flags, "100000", cwd=tmp_path), tmp_path / "logs-719"
+    assert "stopped by SIGTERM after episode" in interrupted(process, [folder], signal.SIGINT)
+    done = episodes_done(folder)
+    out, _ = ended(begin(script, *flags, str(done + 1), cwd=tmp_path))
     assert f"resuming after episode {done} of {done + 1}" in out
     assert f"last, {done + 1:,} of {done + 1:,} episodes" in out
 
@@ -319,9 +276,7 @@ def test_a_stopped_training_goes_on_where_it_was(master, tmp_path):
 
 @pytest.fixture
 def slurm(tmp_path):
-    """A folder with srun, scancel and scontrol; they do what ours needs of them, and log their
-    calls.
-    """
+    """A folder with srun, scancel and scontrol, which log their calls and do what ours needs."""
     place = tmp_path / "slurm"
     log = f'echo "$(basename "$0") $*" >>"{place}/calls"\n'
     # takes its flags away, runs the rest on each node, and as the real one kills it when a SIGTERM
@@ -333,17 +288,17 @@ trap 'kill -KILL $(cat "{place}/step")' TERM
 wait $!"""
     executable(place / "srun", log + srun)
     executable(place / "scancel", log + f'kill -TERM $(cat "{place}/step")')
-    executable(
-        place / "scontrol",
-        log + 'case "$*" in "show hostnames"*) echo node7; sleep 0.2; echo node8 ;; esac',
-    )
+    names = 'case "$*" in "show hostnames"*) echo node7; sleep 0.2; echo node8 ;; esac'
+    executable(place / "scontrol", log + names)
     (place / "calls").touch()
     return place
 
 
 def job(root, slurm, **env):
+    """Variables of a job; without ``VIRTUAL_ENV`` the environment is the clone's."""
     shutil.copy(ROOT / "scripts" / "slurm_5s_5c.sh", slurm / "slurm_script")  # as Slurm does
-    return {"SLURM_SUBMIT_DIR": str(root), "SLURM_JOB_ID": "31", "SLURM_ARRAY_TASK_ID": "53"} | env
+    own = {"SLURM_SUBMIT_DIR": str(root), "SLURM_JOB_ID": "31", "SLURM_ARRAY_TASK_ID": "53"}
+    return own | {"VIRTUAL_ENV": str(root.parent / "active")} | env
 
 
 def calls_of(slurm):
@@ -353,7 +308,7 @@ def calls_of(slurm):
 def test_a_job_trains_and_tests_its_seed(clone, slurm):
     root, calls = clone
     environment(root.parent / "active")
-    env = job(root, slurm, VIRTUAL_ENV=str(root.parent / "active"), SLURM_GPUS_ON_NODE="1")
+    env = job(root, slurm, SLURM_GPUS_ON_NODE="1")
     run = bash(slurm / "slurm_script", "--data-root", "my images", path=slurm, **env)
     assert run.returncode == 0, run.stderr
     assert modes(calls()) == [("train", 53), ("test", 53)]
@@ -371,70 +326,57 @@ def test_a_job_trains_and_tests_its_seed(clone, slurm):
 def test_several_gpus_share_the_episodes_of_an_update(clone, slurm, nodes, gpus):
     root, _ = clone
     environment(root.parent / "active", 'case "$*" in *distributed*) exit 0 ;; esac')
-    env = job(root, slurm, VIRTUAL_ENV=str(root.parent / "active"), SLURM_JOB_NODELIST="node[7-8]")
+    env = job(root, slurm, SLURM_JOB_NODELIST="node[7-8]")
     env |= {"SLURM_JOB_NUM_NODES": str(nodes), "SLURM_GPUS_ON_NODE": str(gpus)}
     run = bash(slurm / "slurm_script", "--n-eval", "9", path=slurm, **env)
     assert run.returncode == 0, run.stderr
     train = next(line for line in calls_of(slurm) if line.startswith("srun"))
     assert f"--nnodes {nodes} --nproc-per-node {gpus} --no-python" in train
     assert "--rdzv-endpoint node7:20031" in train
-    assert train.endswith(
-        f"scripts/train_5s_5c.sh --seed 53 --meta-batch {nodes * gpus} --n-eval 9"
-    )
+    assert train.endswith(f"train_5s_5c.sh --seed 53 --meta-batch {nodes * gpus} --n-eval 9")
     assert "--ntasks-per-node=1" in train
     assert "--nodes=1 --ntasks=1" in calls_of(slurm)[-1]  # one process tests
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_recipe_as_so_many_ranks(clone, slurm):
     root, calls = clone
     environment(root.parent / "active")
     executable(slurm / "scontrol", "echo localhost")
-    env = job(root, slurm, VIRTUAL_ENV=str(root.parent / "active"), SLURM_JOB_NODELIST="localhost")
+    env = job(root, slurm, SLURM_JOB_NODELIST="localhost")
     run = bash(slurm / "slurm_script", path=slurm, SLURM_GPUS_ON_NODE="2", **env)
     assert run.returncode == 0, run.stderr
-    assert sorted((call[3], call[1]) for call in calls()) == [
-        ("test", ""),
-        ("train", "0"),
-        ("train", "1"),
-    ]
+    found = sorted((call[3], call[1]) for call in calls())
+    assert found == [("test", ""), ("train", "0"), ("train", "1")]
 
 
 @real
 @pytest.mark.slow
-def test_a_job_whose_time_is_nearly_over_writes_a_snapshot_and_queues_up_again(
-    master, tmp_path, slurm
-):
-    flags = ["--data-root", str(master), *QUIET, "--save", str(tmp_path / "logs")]
+def test_a_job_whose_time_is_nearly_over_is_queued_again(master, tmp_path, slurm):
+    flags = ["--data-root", str(master), *QUIET, "--save", str(tmp_path / "logs"), "--episode"]
     path = os.pathsep.join((str(slurm), os.environ["PATH"]))
-    env = job(ROOT, slurm, SLURM_ARRAY_TASK_ID="719", PATH=path)
-    metrics = tmp_path / "logs-719" / "metrics.jsonl"
+    env = job(ROOT, slurm, SLURM_ARRAY_TASK_ID="719", PATH=path, VIRTUAL_ENV=sys.prefix)
+    metrics, script = tmp_path / "logs-719" / "metrics.jsonl", slurm / "slurm_script"
     for number, code in ((signal.SIGUSR1, 0), (signal.SIGTERM, 143)):
         begun = metrics.stat().st_size if metrics.exists() else 0
-        process = begin(slurm / "slurm_script", *flags, "--episode", "100000", cwd=tmp_path, **env)
+        process = begin(script, *flags, "100000", cwd=tmp_path, **env)
         wait_for(lambda begun=begun: metrics.exists() and metrics.stat().st_size > begun, process)
         process.send_signal(number)
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == code, err
-        assert "stopped by SIGTERM after episode" in err
+        assert "stopped by SIGTERM after episode" in ended(process, code)[1]
         done = episodes_done(tmp_path / "logs-719")
-    assert (
-        calls_of(slurm).count("scontrol requeue 31") == 1
-    )  # after preemption Slurm itself does it
-    process = begin(slurm / "slurm_script", *flags, "--episode", str(done + 1), cwd=tmp_path, **env)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
+    # after preemption Slurm itself does it
+    assert calls_of(slurm).count("scontrol requeue 31") == 1
+    out, _ = ended(begin(script, *flags, str(done + 1), cwd=tmp_path, **env))
     assert f"resuming after episode {done} of {done + 1}" in out
     assert (tmp_path / "logs-719" / "results.json").exists()
 
 
-def test_what_a_job_refuses(tmp_path, slurm):
-    run = bash(ROOT / "scripts" / "slurm_5s_5c.sh")
+def test_what_a_job_refuses(tmp_path):
+    script = ROOT / "scripts" / "slurm_5s_5c.sh"
+    run = bash(script)
     assert run.returncode != 0
-    assert "only sbatch runs this script" in run.stderr
-    one_line(
-        bash(ROOT / "scripts" / "slurm_5s_5c.sh", SLURM_SUBMIT_DIR=str(tmp_path)),
-        "submit from there",
-    )
+    assert "sbatch" in run.stderr
+    one_line(bash(script, SLURM_SUBMIT_DIR=str(tmp_path)), "submit")
 
 
 def test_slurm_reads_its_flags():
@@ -451,12 +393,7 @@ def test_slurm_reads_its_flags():
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing():
-    scripts = sorted(map(str, (ROOT / "scripts").glob("*.sh")))
-    run = subprocess.run(
-        ["shellcheck", "-x", *scripts],
-        capture_output=True,
-        text=True,
-        cwd=ROOT / "scripts",
-        check=False,
-    )
+    command = ["shellcheck", "-x", *sorted(map(str, (ROOT / "scripts").glob("*.sh")))]
+    how = {"cwd": ROOT / "scripts", "capture_output": True, "text": True, "check": False}
+    run = subprocess.run(command, **how)
     assert run.returncode == 0, run.stdout

@@ -1,3 +1,6 @@
+import subprocess
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
@@ -16,10 +19,10 @@ from dataloader import (
     draw_order,
     episodes,
     eval_image,
-    load_image,
     scan_split,
     to_input,
 )
+from imagefiles import images_below, load_image
 from utils import UserError
 
 PINNED = {
@@ -158,7 +161,7 @@ def test_orientation_of_cameras_is_followed(tmp_path):
 
 def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
     Image.new("RGB", (200, 200)).save(tmp_path / "x.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15000)  # Pillow refuses twice as many
     with pytest.raises(UserError, match=r"x\.png: not a readable image"):
         load_image(tmp_path / "x.png")
 
@@ -200,20 +203,64 @@ def test_too_few_classes_or_images(master, tmp_path):
     split = scan_split(master, "train")
     with pytest.raises(UserError, match=r"--n-class 7: the train split has only 6 classes"):
         check_split(split, 7, 1, 1)
-    with pytest.raises(UserError, match=r"train/class 0: 8 images, but an episode takes 9"):
+    with pytest.raises(UserError, match=r"train/class 0: 8 images, .* 9 .*\b5 more"):
         check_split(split, 5, 4, 5)
     check_split(Split("train", ["a"], [[tmp_path] * 3], tmp_path), 1, 1, 2)
 
 
+def test_a_class_with_too_few_images_is_left_out_by_the_command_in_the_error(data):
+    for path in sorted((data / "train" / "class 2").iterdir())[3:]:
+        path.unlink()
+    with pytest.raises(UserError, match="class 2") as error:
+        check_split(scan_split(data, "train"), 5, 2, 2)
+    subprocess.run(str(error.value).rpartition(": ")[2], shell=True, check=True)
+    check_split(scan_split(data, "train"), 5, 2, 2)
+
+
 @pytest.mark.parametrize("pair", [("train", "val"), ("train", "test"), ("val", "test")])
-def test_a_class_in_two_splits_is_refused(tmp_path, pair):
+@pytest.mark.parametrize("name", ["twice", "déjà vu"])
+def test_a_class_in_two_splits_is_refused(tmp_path, pair, name):
+    """Also where one system has written its name as NFC and another as NFD."""
     for split in ("train", "val", "test"):
         (tmp_path / split / f"of {split}").mkdir(parents=True)
     check_splits(tmp_path)
-    for split in pair:
-        (tmp_path / split / "twice").mkdir()
-    with pytest.raises(UserError, match="twice"):
+    for split, form in zip(pair, ("NFC", "NFD"), strict=True):
+        (tmp_path / split / unicodedata.normalize(form, name)).mkdir()
+    with pytest.raises(UserError, match=name[-2:]):
         check_splits(tmp_path)
+
+
+def test_a_class_that_the_checkpoint_was_trained_on_is_no_test_class(tmp_path):
+    (tmp_path / "test" / "cat").mkdir(parents=True)
+    check_splits(tmp_path, ["dog", "ca"])
+    with pytest.raises(UserError, match="cat"):
+        check_splits(tmp_path, ["dog", "cat"])
+
+
+def test_unknown_formats_and_litter_are_left_out_with_one_note(data, capsys):
+    cls = data / "train" / "class 0"
+    names = ("a.HEIC", "b.heic", "notes", ".ipynb_checkpoints/c.jpg", "@eaDir/d.jpg")
+    for name in (*names, "__MACOSX/e.jpg", "Thumbs.db"):
+        (cls / name).parent.mkdir(exist_ok=True)
+        (cls / name).write_bytes(b"x")
+    assert list(map(len, scan_split(data, "train").files)) == [8] * 6
+    scan_split(data, "train")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert all(part in line for part in (str(data / "train"), "3 files", ".heic", "no suffix"))
+
+
+def test_linked_folders_are_followed_but_not_in_circles(data, tmp_path):
+    (tmp_path / "linked").symlink_to(data)
+    cls = data / "train" / "class 0"
+    cls.rename(data / "elsewhere")
+    cls.symlink_to(data / "elsewhere")
+    (data / "val" / "loop").symlink_to(data)
+    (data / "val" / "self.jpg").symlink_to("self.jpg")
+    assert len(scan_split(tmp_path / "linked", "train").files[0]) == 8
+    found = images_below(tmp_path / "linked")
+    assert sum(path.parent.name == "class 0" for path in found) == 8
+    assert len({path.resolve() for path in found}) == 3 * 6 * 8
+    assert len(images_below(data / "train", without=(data / "elsewhere").iterdir())) == 5 * 8
 
 
 def test_no_augmentation_squashes_every_split_alike(way, master):

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import LEARNERS, METALEARNERS, make, new_episode
+from conftest import METALEARNERS, adam_state, assert_same, make, make_adam, new_episode
 from torch import nn
 
 from baselines.linear_head import LinearHead
@@ -24,13 +24,12 @@ from episode import (
     train_episode,
     updates,
 )
-from fast.graphs import step_without_sync
 from fast.threads import parallel_map
 from learner import FlatModule
 
 
-def test_no_gradient_reaches_learner_w_grad_or_the_inputs(way):
-    episode, w_grad, wo_grad, meta = make(way)
+def test_no_gradient_reaches_learner_w_grad_or_the_inputs(backend):
+    episode, w_grad, wo_grad, meta = make(backend)
     seen = []
     original = meta.forward
 
@@ -49,8 +48,10 @@ def test_no_gradient_reaches_learner_w_grad_or_the_inputs(way):
 
 
 @pytest.mark.parametrize(("divisor", "divided_by"), [(0, [4, 2, 4, 2]), (3, [3] * 4)])
-def test_the_gradient_is_divided_by_the_minibatch_or_by_a_given_number(way, divisor, divided_by):
-    episode, w_grad, _, meta = make(way, dtype=torch.float64)
+def test_the_gradient_is_divided_by_the_minibatch_or_by_a_given_number(
+    backend, divisor, divided_by
+):
+    episode, w_grad, _, meta = make(backend, dtype=torch.float64)
     meta.grad_divisor, seen, original = divisor, [], w_grad.loss_and_grad
     w_grad.loss_and_grad = lambda x, y: seen.append(original(x, y)) or seen[-1]
     step, taken = meta.forward, []
@@ -60,11 +61,9 @@ def test_the_gradient_is_divided_by_the_minibatch_or_by_a_given_number(way, divi
         assert torch.equal(given, grad / number)
 
 
-def test_gradient_agrees_with_finite_differences(way):
-    """The paper's first-order assumption: losses and gradients of the support set are constants, so
-    they are recorded once.
-    """
-    episode, w_grad, wo_grad, meta = make(way, dtype=torch.float64, n_pass=3)
+def test_gradient_agrees_with_finite_differences(backend):
+    """First order: the support set's losses and gradients are constants, recorded once."""
+    episode, w_grad, wo_grad, meta = make(backend, dtype=torch.float64, n_pass=3)
     wo_grad.train()
     recorded, original = [], meta.forward
     meta.forward = lambda loss, grad, state: (
@@ -102,9 +101,9 @@ def test_gradient_agrees_with_finite_differences(way):
 
 
 @pytest.mark.parametrize("batch_size", [6, 4])
-def test_an_episode_of_a_linear_head_is_gradient_descent_by_hand(way, batch_size):
+def test_an_episode_of_a_linear_head_is_gradient_descent_by_hand(backend, batch_size):
     """With the gates shut to f = 1 and i = rate, on given features: softmax regression in NumPy."""
-    head, meta = LinearHead(7, 3).double(), METALEARNERS[way](4, 5, 24).double()
+    head, meta = LinearHead(7, 3).double(), METALEARNERS[backend](4, 5, 24).double()
     with torch.no_grad():
         for weights in (meta.metalstm.WF, meta.metalstm.WI):
             weights.zero_()
@@ -129,100 +128,45 @@ def test_an_episode_of_a_linear_head_is_gradient_descent_by_hand(way, batch_size
     assert np.allclose(found.detach().numpy()[:, 0], flat, rtol=1e-9)
 
 
-def norms(learner):
-    return [m for m in learner.modules() if isinstance(m, nn.BatchNorm2d)]
-
-
-def test_evaluation_leaves_training_alone_and_builds_no_graph(way):
-    episode, w_grad, wo_grad, meta = make(way)
-    optimizer = torch.optim.Adam(meta.parameters(), fused=way == "fast")
-    train_episode(episode, w_grad, wo_grad, meta, optimizer, 100, 0.25)
-    scratch = [LEARNERS[way](16, 1e-3, 0.95, 3) for _ in range(2)]
-    before = [t.clone() for m in (w_grad, wo_grad, meta) for t in (*m.parameters(), *m.buffers())]
-    modes = [m.training for m in (w_grad, wo_grad, meta)]
-    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
-    loss, accuracy = evaluate_episode(episode, *scratch, meta, 100)
-    assert not loss.requires_grad
-    assert not accuracy.requires_grad
-    assert not any(getattr(m, name).requires_grad for m, name, _ in scratch[1].slots())
-    after = [t for m in (w_grad, wo_grad, meta) for t in (*m.parameters(), *m.buffers())]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert modes == [m.training for m in (w_grad, wo_grad, meta)]
-    assert torch.equal(states[0], torch.get_rng_state())
-    assert (states[1] == np.random.get_state()[1]).all()  # noqa: NPY002
-    assert states[2] == random.getstate()
-
-
-def test_the_momentum_of_batch_normalisation_reaches_the_test_alone(way):
-    """Training normalises by each batch's own statistics: with another momentum a run is the same,
-    but for its validations.
-    """
-    trained, tested = [], []
-    for momentum in (0.9, 0.95):
-        episode, w_grad, wo_grad, meta = make(way)
-        for norm in norms(w_grad) + norms(wo_grad):
-            norm.momentum = momentum
-        optimizer = torch.optim.Adam(meta.parameters(), fused=way == "fast")
-        for _ in range(2):
-            train_episode(episode, w_grad, wo_grad, meta, optimizer, 100, 0.25)
-        trained.append(torch.cat([p.detach().reshape(-1) for p in meta.parameters()]))
-        tested.append(evaluate_episode(episode, w_grad, wo_grad, meta, 100)[0])
-    assert torch.equal(*trained)
-    assert not torch.equal(*tested)
-
-
-def test_a_validation_leaves_training_as_it_was(way, master):
-    """The whole of it, worker processes and threads included: parameters, buffers, gradients, Adam,
-    modes, random states.
-    """
-    given = {
-        "n_class": 3,
-        "n_shot": 2,
-        "n_eval": 2,
-        "image_size": 16,
-        "epoch": 2,
-        "n_workers": 1,
-        "data_root": str(master),
-    }
-    args = resolve({**given, "cpu": True, "plain": way == "plain"})
-    backend = select_backend(args)
-    val_set = dataset(args, backend, scan_split(args.data_root, "val"), 3)
-    episode, w_grad, wo_grad, meta = make(way)
-    optimizer = torch.optim.Adam(meta.parameters(), fused=way == "fast")
-    evaluate = Evaluator(args, backend, Model(w_grad, wo_grad, meta))
+def test_a_validation_leaves_training_as_it_was(backend, master):
+    """Parameters, buffers, gradients, Adam, modes, random states, with a worker and threads."""
+    torch.set_num_threads(2)
+    given = {"n_class": 3, "n_shot": 2, "n_eval": 2, "image_size": 16, "epoch": 2, "n_workers": 1}
+    given |= {"cpu": True, "plain": backend == "plain", "data_root": str(master)}
+    args = resolve(given)
+    chosen = select_backend(args)
+    val_set = dataset(args, chosen, scan_split(args.data_root, "val"), 3)
+    episode, w_grad, wo_grad, meta = make(backend)
+    optimizer = make_adam(backend, meta)
+    evaluate = Evaluator(args, chosen, Model(w_grad, wo_grad, meta))
     train_episode(episode, w_grad, wo_grad, meta, optimizer, 100, 0.25)
     states, original = [], meta.forward
     meta.forward = lambda *inputs: states.append(original(*inputs)) or states[-1]
 
-    def everything():
+    def tensors():
         models = [t for m in (w_grad, wo_grad, meta) for t in (*m.parameters(), *m.buffers())]
-        adam = [t for state in optimizer.state.values() for t in state.values()]
-        return [t.detach().clone() for t in (*models, *adam, *(p.grad for p in meta.parameters()))]
+        gradients = [p.grad for p in meta.parameters()]
+        return [t.detach().clone() for t in (*models, *adam_state(optimizer), *gradients)]
 
-    def the_rest():
+    def settings():
         modes = [module.training for m in (w_grad, wo_grad, meta) for module in m.modules()]
         numbers = np.random.get_state()  # noqa: NPY002
         of_torch = torch.get_rng_state().tolist(), torch.get_num_threads(), torch.is_grad_enabled()
         return modes, random.getstate(), numbers[1].tolist(), numbers[2:], of_torch
 
-    before, rest = everything(), the_rest()
-    evaluate(val_set)
-    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
-    assert rest == the_rest()
+    before = tensors(), settings()
+    try:
+        evaluate(val_set)
+        assert_same(before, (tensors(), settings()))
+    finally:
+        torch.set_num_threads(1)
     assert len(states) == 3 * 2  # episodes x passes
-    assert not any(
-        t.requires_grad
-        for state in states
-        for t in (state.lstm_h, state.lstm_c, state.f, state.i, state.c)
-        if t is not meta.metalstm.cI
-    )
+    found = [t for s in states for t in s if t is not meta.metalstm.cI]
+    assert not any(t.requires_grad for t in found)
 
 
 def test_side_by_side_means_one_core_each():
-    """Also while the main thread, which assembles episodes meanwhile, turns its own number of
-    threads down and up again.
-    """
-    kept = torch.get_num_threads()
+    """Also while the main thread, which assembles episodes, changes its own number of threads."""
     started, proceed = threading.Semaphore(0), threading.Event()
 
     def count(_):
@@ -243,42 +187,25 @@ def test_side_by_side_means_one_core_each():
     try:
         assert list(parallel_map(count, items(), 2)) == [1, 1, 1]
     finally:
-        torch.set_num_threads(kept)
+        torch.set_num_threads(1)
 
 
-def test_minibatches_are_shuffled_and_complete_and_the_divisor_is_their_size(way):
-    episode, w_grad, _, meta = make(way, n_pass=2)
+def test_minibatches_are_shuffled_and_complete():
+    """Those of the whole support set keep its order."""
+    episode = new_episode(n_pass=2)
     batches = list(minibatches(episode, 4))
     assert [len(x) for x, _ in batches] == [4, 2, 4, 2]
     for order, of_pass in zip(episode.order, (batches[:2], batches[2:]), strict=True):
         assert torch.equal(torch.cat([x for x, _ in of_pass]), episode.support[order])
         assert torch.equal(torch.cat([y for _, y in of_pass]), episode.support_y[order])
-    seen, original = [], meta.forward
-    meta.forward = lambda loss, grad, state: seen.append(grad) or original(loss, grad, state)
-    adapt(episode, w_grad, meta, 4)
-    again = make(way, n_pass=2)[1:]
-    again[0].train()
-    state = again[2].initial_state()
-    for k in range(2):
-        again[0].copy_flat_params(state.c)
-        loss, grad = again[0].loss_and_grad(*batches[k])
-        assert torch.equal(seen[k], grad / len(batches[k][0]))
-        state = again[2](loss, seen[k], state)
+    whole = [*minibatches(episode, 6), *minibatches(episode, 7)]
+    assert len(whole) == 4
+    assert all(x is episode.support and y is episode.support_y for x, y in whole)
 
 
-@pytest.mark.parametrize("batch_size", [6, 7])
-def test_a_minibatch_of_the_whole_support_set_keeps_its_order(batch_size):
-    episode = new_episode(n_pass=2)
-    batches = list(minibatches(episode, batch_size))
-    assert len(batches) == 2
-    assert all(x is episode.support and y is episode.support_y for x, y in batches)
-
-
-def test_updates_can_be_watched_one_by_one(way):
-    """Each has the learner's loss before it, and the parameters after it, which the learner takes
-    at the next one.
-    """
-    episode, w_grad, _, meta = make(way, n_pass=3)
+def test_updates_can_be_watched_one_by_one(backend):
+    """Each has the loss before it, and the parameters after it, which the learner takes next."""
+    episode, w_grad, _, meta = make(backend, n_pass=3)
     seen = []
     with torch.no_grad():
         for loss, state in updates(episode, w_grad, meta, 100):
@@ -290,24 +217,6 @@ def test_updates_can_be_watched_one_by_one(way):
     assert [loss.item() for loss in losses] == [loss.item() for loss, _ in seen]
 
 
-@pytest.mark.parametrize("broken", ["support", "query"])
-def test_an_update_that_is_not_finite_is_skipped(way, broken):
-    episode, w_grad, wo_grad, meta = make(way)
-    optimizer = torch.optim.Adam(meta.parameters(), fused=way == "fast")
-    step = {"step": step_without_sync} if way == "fast" else {}
-    assert not train_episode(episode, w_grad, wo_grad, meta, optimizer, 100, 0.25, **step)[2]
-    before = [
-        t.clone()
-        for t in (*meta.parameters(), *(t for s in optimizer.state.values() for t in s.values()))
-    ]
-    bad = episode._replace(**{broken: getattr(episode, broken) * float("nan")})
-    assert train_episode(bad, w_grad, wo_grad, meta, optimizer, 100, 0.25, **step)[2]
-    after = [*meta.parameters(), *(t for s in optimizer.state.values() for t in s.values())]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert not train_episode(episode, w_grad, wo_grad, meta, optimizer, 100, 0.25, **step)[2]
-    assert not torch.equal(before[0], next(meta.parameters()))
-
-
 # ---- Someone else's learner ----
 
 
@@ -315,25 +224,23 @@ class Perceptron(FlatModule):
     def __init__(self, n_in, n_hidden, n_class):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(n_in, n_hidden), nn.BatchNorm1d(n_hidden), nn.Tanh())
-        self.head = nn.Linear(n_hidden, n_class)
+        self.head, self.unused = nn.Linear(n_hidden, n_class), nn.Linear(2, 2)
 
     def forward(self, x):
         return self.head(self.body(x))
 
 
-def test_any_network_can_be_the_learner(way):
-    """Tensors instead of images, and another kind of batch normalisation."""
+def test_any_network_can_be_the_learner(backend):
+    """Vectors, another kind of batch norm, and parameters without a part in the loss."""
     w_grad = Perceptron(7, 6, 3)
-    wo_grad, scratch = copy.deepcopy(w_grad), (copy.deepcopy(w_grad), copy.deepcopy(w_grad))
-    meta = METALEARNERS[way](4, 5, w_grad.get_flat_params().numel(), (-2.0, -1.0))
+    wo_grad, *scratch = (copy.deepcopy(w_grad) for _ in range(3))
+    meta = METALEARNERS[backend](4, 5, w_grad.size(), (-2.0, -1.0))
     meta.metalstm.init_cI(w_grad.get_flat_params())
     before = {name: p.detach().clone() for name, p in meta.named_parameters()}
-    optimizer = torch.optim.Adam(meta.parameters(), lr=1e-3)
-    y = torch.arange(3)
+    optimizer, y = torch.optim.Adam(meta.parameters(), lr=1e-3), torch.arange(3)
     support, query = torch.randn(6, 7), torch.randn(9, 7)
-    episode = Episode(
-        support, y.repeat_interleave(2), query, y.repeat_interleave(3), torch.arange(6).repeat(2, 1)
-    )
+    labels, order = (y.repeat_interleave(2), y.repeat_interleave(3)), torch.arange(6).repeat(2, 1)
+    episode = Episode(support, labels[0], query, labels[1], order)
     for _ in range(2):
         loss, _, skipped = train_episode(episode, w_grad, wo_grad, meta, optimizer, 4, 0.25)
         assert torch.isfinite(loss)
@@ -341,5 +248,6 @@ def test_any_network_can_be_the_learner(way):
     assert all(not torch.equal(p, before[name]) for name, p in meta.named_parameters())
     first, again = (evaluate_episode(episode, *scratch, meta, 4) for _ in range(2))
     assert first == again  # an episode leaves nothing behind for the next one
+    assert not any(t.requires_grad for t in first)
     norm = scratch[1].body[1]
     assert norm.num_batches_tracked == 4  # two passes over the support set, two minibatches each

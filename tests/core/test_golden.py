@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LEARNERS, METALEARNERS, WAYS
+from conftest import LEARNERS, METALEARNERS
 
 from episode import Episode, adapt, evaluate_episode, query_loss
 
@@ -26,15 +26,15 @@ def relative(actual, expected):
     return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
 
 
-def golden_setup(way, dtype):
+def golden_setup(backend, dtype):
     shape = dict(
         image_size=int(GOLDEN["image_size"]),
         bn_eps=1e-3,
         bn_momentum=0.95,
         n_classes=int(GOLDEN["n_class"]),
     )
-    w_grad, wo_grad = (LEARNERS[way](**shape).to(dtype) for _ in range(2))
-    meta = METALEARNERS[way](4, 20, GOLDEN["theta0"].size).to(dtype)
+    w_grad, wo_grad = (LEARNERS[backend](**shape).to(dtype) for _ in range(2))
+    meta = METALEARNERS[backend](4, 20, GOLDEN["theta0"].size).to(dtype)
     meta.load_state_dict(
         {k: torch.from_numpy(GOLDEN[f"meta.{k}"]).to(dtype) for k in meta.state_dict()}
     )
@@ -73,21 +73,13 @@ def evaluation(episode, w_grad, wo_grad, meta, close):
 
 # In float32 the later episodes stand apart: after Adam's steps the parameters differ by up to 1e-3
 # where a gradient was nearly zero, and then some maximum of a pooling window falls on its
-# neighbour. By chance that happens in the second already: it is 6e-6 off in the plain way with two
-# threads, 3e-3 with one, and 3e-3 in the fast way on a processor with AVX2 only.
+# neighbour. By chance that happens in the second already: it is 6e-6 off in plain PyTorch with two
+# threads, 3e-3 with one, and 3e-3 in fast/ on a processor with AVX2 only.
 @pytest.mark.parametrize(
-    ("way", "dtype", "close"),
-    [
-        ("plain", torch.float64, [1e-9] * 4),
-        ("fast", torch.float64, [1e-9] * 4),
-        ("plain", torch.float32, [1e-4, 1e-2, 3e-2, 3e-2]),
-        ("fast", torch.float32, [1e-4, 1e-2, 3e-2, 3e-2]),
-    ],
+    ("dtype", "close"), [(torch.float64, [1e-9] * 4), (torch.float32, [1e-4, 1e-2, 3e-2, 3e-2])]
 )
-def test_three_episodes_of_training_and_one_of_evaluation(way, dtype, close):
-    if way not in WAYS:
-        pytest.skip("there is no folder fast/")
-    episode, w_grad, wo_grad, meta = golden_setup(way, dtype)
+def test_three_episodes_of_training_and_one_of_evaluation(backend, dtype, close):
+    episode, w_grad, wo_grad, meta = golden_setup(backend, dtype)
     optimizer = torch.optim.Adam(meta.parameters(), lr=1e-3)
     for k in range(3):
         one_episode(k, episode, w_grad, wo_grad, meta, close[k])
@@ -101,8 +93,8 @@ def test_three_episodes_of_training_and_one_of_evaluation(way, dtype, close):
 # In the third, two numbers of one pooling window are equal but for rounding: which is the larger
 # depends on the processor, and on the compiler of the kernels; one choice is 1e-7 from the worked
 # episode, the other 7e-4.
-def test_each_episode_in_float32_from_the_exact_parameters(way):
-    exact, single = golden_setup(way, torch.float64), golden_setup(way, torch.float32)
+def test_each_episode_in_float32_from_the_exact_parameters(backend):
+    exact, single = golden_setup(backend, torch.float64), golden_setup(backend, torch.float32)
     optimizer = torch.optim.Adam(exact[-1].parameters(), lr=1e-3)
     for k, close in enumerate((1e-4, 1e-4, 2e-3)):
         single[-1].load_state_dict(exact[-1].state_dict())

@@ -5,8 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, WAYS, metrics, run_cli, succeeded
+from conftest import BACKENDS, ROOT, metrics, run_cli, succeeded
 from PIL import Image
 
 N_EPISODE = 80
@@ -18,9 +17,7 @@ FLAGS = _flags.split()
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory):
-    """Each class has a colour of its own, other ones in each split; its images are that colour with
-    noise.
-    """
+    """Each class of each split has a colour of its own; its images are that colour with noise."""
     root, rng = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
     for split in ("train", "val", "test"):
         for c in range(12):
@@ -33,43 +30,21 @@ def colours(tmp_path_factory):
     return root
 
 
-def learn(root, save, *flags):
-    """Train; the losses and accuracies of the episodes, and the validation at the end."""
-    succeeded(run_cli(*FLAGS, "--data-root", root, "--save", save, *flags))
-    events = metrics(save)
-    train = np.array([(e["loss"], e["accuracy"]) for e in events if e["event"] == "train"])
-    assert len(train) == N_EPISODE
-    return train[:, 0], train[:, 1], next(e for e in events if e["event"] == "val")
+SLOW_PLAIN = [pytest.param("plain", marks=pytest.mark.slow), *BACKENDS[1:]]
 
 
-@pytest.mark.parametrize("way", [pytest.param("plain", marks=pytest.mark.slow), *WAYS[1:]])
-def test_the_loss_falls_and_the_accuracy_rises(way, colours, tmp_path):
-    """New classes of colours are learned from one image each: better from episode to episode, and
-    with classes never seen.
-
-    Chance is a third. The bounds leave room: seven runs with other seeds and learning rates ended
-    at losses of 0.01 to 0.17.
-    """
-    loss, accuracy, val = learn(
-        colours, tmp_path / "logs", *(["--plain"] if way == "plain" else [])
-    )
+@pytest.mark.parametrize("backend", SLOW_PLAIN)
+def test_the_loss_falls_and_the_accuracy_rises(backend, colours, tmp_path):
+    """Seven runs with other seeds and learning rates ended at losses of 0.01 to 0.17."""
+    plain = ["--plain"] if backend == "plain" else []
+    succeeded(run_cli(*FLAGS, "--data-root", colours, "--save", tmp_path / "logs", *plain))
+    train, (val,) = metrics(tmp_path / "logs", "train"), metrics(tmp_path / "logs", "val")
+    loss, accuracy = (np.array([e[key] for e in train]) for key in ("loss", "accuracy"))
+    assert len(loss) == N_EPISODE
     assert loss[-10:].mean() < 0.4 * loss[:10].mean()
-    assert accuracy[-10:].mean() > accuracy[:10].mean() + 15
-    assert accuracy[-10:].mean() > 90
+    assert accuracy[-10:].mean() > max(90, accuracy[:10].mean() + 15)
     assert val["loss"]["mean"] < 0.3
     assert val["accuracy"]["mean"] > 90
-
-
-def test_without_the_meta_learners_updates_nothing_is_learned(colours, tmp_path, monkeypatch):
-    """The test above measures what it should: an untrained meta-learner neither starts where it
-    ends nor drifts there.
-    """
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
-    loss, accuracy, val = learn(colours, tmp_path / "logs")
-    assert loss[-10:].mean() > 0.8 * loss[:10].mean()
-    assert accuracy[-10:].mean() < accuracy[:10].mean() + 10
-    assert val["loss"]["mean"] > 0.6
-    assert val["accuracy"]["mean"] < 80
 
 
 def test_the_example_of_an_own_network_learns():

@@ -3,56 +3,34 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import METALEARNERS
 
-from fast.metalearner import FastMetaLearner
 from metalearner import MetaLearner, prep
 
 
 def test_prep_on_both_sides_of_its_threshold():
-    x = torch.tensor([1.0, -0.5, 0.0, 1e-6, -2e-5, math.exp(-10) * 1.001], dtype=torch.float64)
-    first, second = prep(x)
-    large = [True, True, False, False, False, True]
-    for k, v in enumerate(x.tolist()):
-        expected = (
-            (math.log(abs(v) + 1e-8) / 10, math.copysign(1, v))
-            if large[k]
-            else (-1, math.exp(10) * v)
-        )
+    large, small = (1.0, -0.5, math.exp(-10) * 1.001), (0.0, 1e-6, -2e-5)
+    values = {v: (math.log(abs(v) + 1e-8) / 10, math.copysign(1, v)) for v in large}
+    values |= {v: (-1, math.exp(10) * v) for v in small}
+    first, second = prep(torch.tensor(list(values), dtype=torch.float64))
+    for k, expected in enumerate(values.values()):
         assert (first[k].item(), second[k].item()) == pytest.approx(expected, rel=1e-12)
 
 
-def test_parameter_names_are_the_checkpoints(way):
-    shapes = {name: tuple(p.shape) for name, p in METALEARNERS[way](4, 20, 100).named_parameters()}
-    assert shapes == {
-        "lstm.weight_ih": (80, 4),
-        "lstm.weight_hh": (80, 20),
-        "lstm.bias_ih": (80,),
-        "lstm.bias_hh": (80,),
-        "metalstm.WF": (22, 1),
-        "metalstm.WI": (22, 1),
-        "metalstm.cI": (100, 1),
-        "metalstm.bI": (1, 1),
-        "metalstm.bF": (1, 1),
-    }
-
-
-def test_initialisation_is_the_published_one():
+@pytest.mark.parametrize("lstm_init", ["pytorch", "authors"])
+def test_initialisation_is_the_published_one(lstm_init):
     for seed in range(20):
         torch.manual_seed(seed)
-        cell = MetaLearner(4, 20, 10).metalstm
-        assert cell.WF.abs().max() <= 0.01
-        assert cell.WI.abs().max() <= 0.01
+        meta = MetaLearner(4, 20, 10, lstm_init=lstm_init)
+        cell = meta.metalstm
+        assert max(cell.WF.abs().max(), cell.WI.abs().max()) <= 0.01
         assert 4 <= cell.bF.item() <= 6
         assert -5 <= cell.bI.item() <= -4
-    assert MetaLearner(4, 20, 10, bi_range=(0.0, 0.0)).metalstm.bI.item() == 0
-
-
-def test_init_cI():
-    meta = MetaLearner(4, 20, 6)
-    flat = torch.arange(6.0)
-    meta.metalstm.init_cI(flat)
-    assert torch.equal(meta.metalstm.cI.detach().squeeze(1), flat)
+        largest = max(p.abs().max() for p in meta.lstm.parameters())
+        assert (largest <= 0.01) == (lstm_init == "authors")
+        assert meta.lstm.bias_hh.requires_grad == (meta.lstm.bias_hh != 0).any()
+        assert meta.lstm.bias_hh.requires_grad == (lstm_init == "pytorch")
+    cell = MetaLearner(4, 20, 10, bi_range=(0.0, 0.0), bf_range=(2.0, 2.0)).metalstm
+    assert (cell.bI.item(), cell.bF.item()) == (0, 2)
 
 
 def test_other_input_sizes_are_refused():
@@ -60,29 +38,12 @@ def test_other_input_sizes_are_refused():
         MetaLearner(5, 20, 6)
 
 
-@pytest.fixture
-def pair():
-    """Both ways with the same random float64 weights."""
-    plain, fast = MetaLearner(4, 7, 11).double(), FastMetaLearner(4, 7, 11).double()
+def test_steps_are_the_papers():
+    """Equations 3 and 4 and an LSTM, one coordinate after another in NumPy, for any sizes."""
+    plain = MetaLearner(4, 7, 11).double()
     with torch.no_grad():
         for p in plain.parameters():
             p.normal_(0, 0.5)
-    fast.load_state_dict(plain.state_dict())
-    return plain, fast
-
-
-def steps():
-    """Losses and gradients of three updates, of all sizes and signs."""
-    for k in range(3):
-        yield (
-            torch.tensor(1.5 - k, dtype=torch.float64),
-            torch.randn(11, 1, dtype=torch.float64) * 10.0 ** -(2 * k),
-        )
-
-
-def test_steps_are_the_papers(pair):
-    """Equations 3 and 4 and an LSTM, one coordinate after another in NumPy."""
-    plain, _ = pair
     w = {name: p.detach().numpy() for name, p in plain.named_parameters()}
     state, c = plain.initial_state(), w["metalstm.cI"][:, 0].copy()
     h, memory, f, i = np.zeros((11, 7)), np.zeros((11, 7)), np.zeros(11), np.zeros(11)
@@ -91,23 +52,19 @@ def test_steps_are_the_papers(pair):
         return 1 / (1 + np.exp(-x))
 
     def one_number(v):
-        return (
-            (np.log(abs(v) + 1e-8) / 10, np.sign(v))
-            if abs(v) >= np.exp(-10)
-            else (-1, np.exp(10) * v)
-        )
+        if abs(v) < np.exp(-10):
+            return -1, np.exp(10) * v
+        return np.log(abs(v) + 1e-8) / 10, np.sign(v)
 
-    for loss, grad in steps():
+    for step in range(3):
+        loss = torch.tensor(1.5 - step, dtype=torch.float64)
+        grad = torch.randn(11, 1, dtype=torch.float64) * 10.0 ** (-2 * step)
         state = plain(loss, grad, state)
         for k in range(11):
             g = grad[k].item()
             x = np.array([*one_number(loss.item()), *one_number(g)])
-            gates = (
-                w["lstm.weight_ih"] @ x
-                + w["lstm.bias_ih"]
-                + w["lstm.weight_hh"] @ h[k]
-                + w["lstm.bias_hh"]
-            )
+            gates = w["lstm.weight_ih"] @ x + w["lstm.weight_hh"] @ h[k]
+            gates += w["lstm.bias_ih"] + w["lstm.bias_hh"]
             enter, forget, new, leave = np.split(gates, 4)
             memory[k] = sigmoid(forget) * memory[k] + sigmoid(enter) * np.tanh(new)
             h[k] = sigmoid(leave) * np.tanh(memory[k])
@@ -118,38 +75,14 @@ def test_steps_are_the_papers(pair):
         assert np.allclose(state.i.detach().numpy()[:, 0], i, rtol=1e-12)
 
 
-def test_fast_steps_are_the_plain_ones(pair):
-    states = [meta.initial_state() for meta in pair]
-    for loss, grad in steps():
-        states = [meta(loss, grad, state) for meta, state in zip(pair, states, strict=True)]
-    assert torch.allclose(states[0].c, states[1].c, rtol=1e-12)
-    weights = torch.randn(11, 1, dtype=torch.float64)
-    for state in states:
-        (state.c * weights).sum().backward()
-    theirs = dict(pair[0].named_parameters())
-    for name, mine in pair[1].named_parameters():
-        assert torch.allclose(mine.grad, theirs[name].grad, rtol=1e-9, atol=1e-14), name
-
-
 def test_starts_as_gradient_descent_with_a_small_step():
-    meta = MetaLearner(4, 20, 50).double()
-    meta.metalstm.init_cI(torch.randn(50))
+    meta, start = MetaLearner(4, 20, 50).double(), torch.randn(50)
+    meta.metalstm.init_cI(start)
+    assert torch.equal(meta.initial_state().c.squeeze(1).float(), start)
     grad = torch.randn(50, 1, dtype=torch.float64)
     with torch.no_grad():
         c = meta(torch.tensor(1.6, dtype=torch.float64), grad, meta.initial_state()).c
     step = meta.metalstm.cI - c
-    assert (
-        torch.nn.functional.cosine_similarity((step - 0.01 * meta.metalstm.cI), grad, dim=0).item()
-        > 0.5
-    )
+    descent = step - 0.01 * meta.metalstm.cI
+    assert torch.nn.functional.cosine_similarity(descent, grad, dim=0).item() > 0.5
     assert step.abs().max() < 0.1
-
-
-def test_the_authors_initialisation():
-    meta = MetaLearner(4, 20, 100, bf_range=(4, 5), lstm_init="authors")
-    assert all(p.abs().max() <= 0.01 for p in meta.lstm.parameters())
-    assert meta.lstm.weight_hh.std() > 0.004
-    assert (meta.lstm.bias_hh == 0).all()
-    assert not meta.lstm.bias_hh.requires_grad
-    assert 4 <= meta.metalstm.bF.item() <= 5
-    assert -5 <= meta.metalstm.bI.item() <= -4

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 
 import prepare_formats as formats
 import pytest
@@ -31,26 +32,20 @@ def folders(at):
     return {split: sorted(os.listdir(at / split)) for split in SPLITS}
 
 
-@pytest.mark.parametrize("form", formats.FILE_FORMS, ids=lambda form: form.__name__)
-def test_file_formats_come_out_byte_for_byte(form, tmp_path, run):
-    code, _, err = run(form(tmp_path))
-    assert (code, err) == (0, "")
-    assert tree(tmp_path / "out") == dataset()
+FORMS = formats.FILE_FORMS + formats.PARQUET_FORMS + formats.ARRAY_FORMS
 
 
-@pytest.mark.parametrize("form", formats.PARQUET_FORMS, ids=lambda form: form.__name__)
-def test_parquet_formats_come_out_byte_for_byte(form, tmp_path, run):
-    pytest.importorskip("pyarrow")
-    code, _, err = run(form(tmp_path))
-    assert (code, err) == (0, "")
-    assert tree(tmp_path / "out") == dataset()
-
-
-@pytest.mark.parametrize("form", formats.ARRAY_FORMS, ids=lambda form: form.__name__)
-def test_array_formats_come_out_pixel_for_pixel(form, tmp_path, run):
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_every_format_comes_out_as_the_same_data_set(form, tmp_path, run):
+    """Byte for byte; of arrays pixel for pixel."""
+    if form in formats.PARQUET_FORMS:
+        pytest.importorskip("pyarrow")
     code, _, err = run(form(tmp_path))
     assert (code, err) == (0, "")
     made = tree(tmp_path / "out")
+    if form not in formats.ARRAY_FORMS:
+        assert made == dataset()
+        return
     assert all(name.endswith(".png") for name in made)
     assert pixels(made) == pixels(dataset())
     named = {os.path.dirname(name) for name in made} == set(map(os.path.dirname, dataset()))
@@ -103,15 +98,31 @@ def other_classes(at):
     return names, formats.write(at / "my photographs", files)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_split_by_file(encoding, tmp_path, run):
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("encoding", "form"), [("utf-8", "NFC"), ("utf-8-sig", "NFD")])
+def test_split_by_file(encoding, form, packed, tmp_path, run):
+    """Also with a byte order mark, and where file and folders write é in two ways."""
     names, source = other_classes(tmp_path)
     lists = {"train": names[:3], "val": [names[3]], "test": [names[4]]}
-    (tmp_path / "split.json").write_text(json.dumps(lists, ensure_ascii=False), encoding)
+    text = unicodedata.normalize(form, json.dumps(lists, ensure_ascii=False))
+    (tmp_path / "split.json").write_text(text, encoding)
+    if packed:
+        files = {unicodedata.normalize("NFD", name): x for name, x in tree(source).items()}
+        source = formats.zipped(tmp_path / "own.zip", files)
     code, out, _ = run(source, "--split", tmp_path / "split.json")
     assert code == 0
     assert "(Z)" in out  # which is left out
     assert folders(tmp_path / "out") == {split: sorted(names) for split, names in lists.items()}
+
+
+def test_names_in_csv_files_are_compared_in_nfc(tmp_path, run):
+    for k, split in enumerate(SPLITS):
+        nfd = unicodedata.normalize("NFD", f"été{k}")
+        formats.write(tmp_path / "own", {f"{nfd}.jpg": formats.photograph([k])})
+        table = f"filename,label\nété{k}.jpg,{nfd}\n"
+        (tmp_path / "own" / f"{split}.csv").write_text(table, "utf-8-sig")
+    assert run(tmp_path / "own")[0] == 0
+    assert set(tree(tmp_path / "out")) == {f"{s}/été{k}/été{k}.jpg" for k, s in enumerate(SPLITS)}
 
 
 def test_split_by_numbers_is_drawn_by_seed(tmp_path, run):
@@ -232,13 +243,6 @@ def test_two_folders_of_the_same_other_classes_need_a_split(tmp_path, run):
     assert len(tree(tmp_path / "out")) == len(names)  # images of the same name are both kept
 
 
-@pytest.mark.parametrize("name", ["formats", "splits", "formats/new", "../data/splits"])
-def test_folders_of_code_are_refused(name, tmp_path, run):
-    code, _, err = run(formats.layout_zip(tmp_path), "--dest", PREPARE.parent / name)
-    assert (code, err.count("\n")) == (2, 1)
-    assert "--dest" in err
-
-
 @pytest.mark.parametrize(
     "form", [formats.layout_tar, formats.cache_pickles, formats.parquet_without_paths]
 )
@@ -282,16 +286,6 @@ def test_what_another_source_left_is_not_mixed_in(tmp_path, run):
     (stale / "prepared.json").write_text('{"settings": {"source": "other"}}')
     assert run(source)[0] == 0
     assert tree(tmp_path / "out") == dataset()
-
-
-def test_interrupt_is_one_line(tmp_path, run, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("formats.build._write", interrupt)
-    code, _, err = run(formats.layout_zip(tmp_path))
-    assert (code, err.count("\n")) == (130, 1)
-    assert not (tmp_path / "out").exists()
 
 
 def test_from_any_folder_and_without_torch(tmp_path):

@@ -1,13 +1,18 @@
 """data/prepare.py --check: what a data set is, and what is wrong with it."""
 
+import contextlib
+import io
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import prepare_formats as formats
 import pytest
 from PIL import Image
 from prepare_formats import CLASSES, SPLITS, manifest, prepare
+
+from utils import UserError
 
 VAL = CLASSES["val"][0]
 
@@ -59,7 +64,8 @@ def test_mini_imagenet_is_called_by_its_name(tmp_path, check, monkeypatch):
     assert row(out, "test")[:4] == ["test", "20", "60", "3"]
 
 
-def test_what_is_missing_or_too_much_is_named(tmp_path, check):
+def test_what_is_missing_or_too_much_is_named(tmp_path, check, monkeypatch):
+    monkeypatch.setattr("formats.manifest.MINI.per_class", 3)
     source = formats.layout_folder(tmp_path)
     lost, moved, short = CLASSES["train"][5], CLASSES["val"][1], CLASSES["test"][7]
     shutil.rmtree(source / "train" / lost)
@@ -70,8 +76,8 @@ def test_what_is_missing_or_too_much_is_named(tmp_path, check):
     assert code == 1
     assert "not mini-ImageNet" in verdict(out)
     findings = [line for line in out.splitlines() if line.startswith("- ")]
-    for parts in (("train", f"({lost})"), ("val", f"({moved})"), ("test", "2 classes")):
-        assert any(all(part in finding for part in parts) for finding in findings)
+    for name in (f"train/{lost}", f"val/{moved}", f"test/{moved}", "test/n00000001", short):
+        assert any(name in finding for finding in findings)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +87,7 @@ def test_what_is_missing_or_too_much_is_named(tmp_path, check):
         (lambda at: a_file(at, "test").write_bytes(b"\xff\xd8\xff none"), "00000002.jpg"),
         (lambda at: (at / "train" / "n00000001").mkdir(), "train/n00000001"),
         (lambda at: formats.write(at, {"val/x.txt": b"", "val/a/b/c.jpg": b""}), "val/a/b/c.jpg"),
-        (lambda at: a_file(at, "val").write_bytes(formats.photograph([77])), "val is not"),
+        (lambda at: a_file(at, "val").write_bytes(formats.photograph([77])), "changed"),
     ],
     ids=["class twice", "no image", "empty class", "strays", "changed"],
 )
@@ -96,6 +102,49 @@ def test_faults_are_reported(spoil, culprit, tmp_path, check, capsys):
     assert code == 1
     new = [line for line in out.splitlines() if line.startswith("- ") and line not in before]
     assert any(culprit in line for line in new)
+
+
+def jpeg(scale, suffix):
+    """An image of ``scale`` times the pixels above which Pillow warns."""
+    side = round((scale * 20_000) ** 0.5)
+    content = io.BytesIO()
+    Image.new("RGB", (side, side)).save(content, suffix)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sound"),
+    [
+        ("a.gif", jpeg(0.1, "GIF"), True),
+        ("a.jfif", jpeg(0.1, "JPEG"), True),
+        ("108 megapixels.jpg", jpeg(1.2, "JPEG"), True),
+        ("bomb.png", jpeg(2.2, "PNG"), False),
+        ("a.jpg", b"\xff\xd8\xff none", False),
+    ],
+)
+def test_check_training_and_prediction_have_one_verdict(
+    name, content, sound, tmp_path, check, monkeypatch
+):
+    from dataloader import scan_split
+    from imagefiles import load_image
+    from tools.predict import gather, prepare
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
+    monkeypatch.setattr("warnings.warn", lambda *_, **__: None)  # pytest shows what is ignored
+    at = own(tmp_path / "own")
+    formats.write(at / "train" / "0-0", {name: content, "b.HEIC": b"x", "@eaDir/c.jpg": b"x"})
+    code, out = check(at)
+    assert code == (not sound)
+    assert (name in out) == (not sound)
+    assert "1 files of unknown format: .heic" in out
+    files = scan_split(at, "train").files[0]
+    assert files == gather([str(at / "train" / "0-0")], [])
+    assert gather([str(at / "train" / "0-0")], files[1:]) == files[:1]
+    (path,) = (path for path in files if path.name == name)
+    args = SimpleNamespace(image_size=12, augment="none", pixels="unit")
+    for load in (load_image, lambda path: prepare(path, args)):
+        with contextlib.nullcontext() if sound else pytest.raises(UserError, match=name):
+            load(path)
 
 
 def test_an_image_that_is_there_twice_is_a_note(tmp_path, check):

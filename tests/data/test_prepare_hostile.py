@@ -48,6 +48,9 @@ class Call:
     def __reduce__(self):
         return self.call
 
+    def stop(self, *_):
+        raise self.call[0]
+
 
 @pytest.mark.parametrize(
     ("call", "culprit"),
@@ -155,24 +158,18 @@ def test_wrong_label_in_a_shard(label, tmp_path, refused):
     assert str(label) in line
 
 
-def test_truncated_shard_and_missing_pyarrow(tmp_path, refused, monkeypatch):
-    (tmp_path / "train.parquet").write_bytes(b"PAR1 and no more")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install pyarrow" in refused(tmp_path)
-    monkeypatch.undo()
-    pytest.importorskip("pyarrow")
-    assert "train.parquet" in refused(tmp_path)
-
-
-def test_shard_with_a_damaged_page(tmp_path, refused):
+@pytest.mark.parametrize("content", [b"PAR1 and no more", None])
+def test_damaged_shard_and_missing_pyarrow(content, tmp_path, refused, monkeypatch):
     pytest.importorskip("pyarrow")
     source = formats.parquet_split(tmp_path)
     path = source / "data" / "test-00001-of-00002.parquet"
-    content = bytearray(path.read_bytes())
-    for at in range(4, len(content) - 2000, 50):
-        content[at] ^= 0xFF
-    path.write_bytes(content)
+    damaged = bytearray(path.read_bytes())
+    for at in range(4, len(damaged) - 2000, 50):
+        damaged[at] ^= 0xFF
+    path.write_bytes(damaged if content is None else content)
     refused(source)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install pyarrow" in refused(source)
 
 
 # ---- CSV files
@@ -225,13 +222,13 @@ def test_archive_that_points_outside(name, pack, tmp_path, refused):
     assert "x" in refused(pack(tmp_path / "evil.archive", dataset() | {name: b"x"}))
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
-def test_links_in_an_archive_are_not_followed(kind, tmp_path, capsys):
+def test_links_in_an_archive_are_not_followed(tmp_path, capsys):
     source = formats.layout_tar(tmp_path)
     with tarfile.open(source, "a") as archive:
-        member = tarfile.TarInfo("train/n01532829/link.jpg")
-        member.type, member.linkname = kind, "/etc/passwd"
-        archive.addfile(member)
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            member = tarfile.TarInfo("train/n01532829/link.jpg")
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
     assert prepare.main([str(source), "--dest", str(tmp_path / "out")]) == 0
     assert tree(tmp_path / "out") == dataset()
     assert "link.jpg" in capsys.readouterr().out
@@ -325,20 +322,17 @@ def test_images_that_cannot_be_decoded_are_all_named(form, tmp_path, refused, mo
 
 
 @pytest.mark.parametrize(
-    ("form", "folder"),
-    [(formats.layout_folder, "train/n00000001"), (formats.class_folders, "n00000001")],
+    ("form", "spoil", "culprit"),
+    [
+        ("layout_folder", "train/n00000001/notes.txt", "train/n00000001"),
+        ("class_folders", "n00000001/notes.txt", "n00000001"),
+        ("layout_folder", f"train/{CLASSES['test'][3]}/x.jpg", CLASSES["test"][3]),
+    ],
 )
-def test_class_without_images(form, folder, tmp_path, refused):
-    source = form(tmp_path)
-    formats.write(source, {f"{folder}/notes.txt": b"none yet"})
-    assert folder in refused(source)
-
-
-def test_class_in_two_splits(tmp_path, refused):
-    source = formats.layout_folder(tmp_path)
-    cls = CLASSES["test"][3]
-    formats.write(source, {f"train/{cls}/x.jpg": formats.photograph([1])})
-    assert cls in refused(source)
+def test_class_without_images_and_class_in_two_splits(form, spoil, culprit, tmp_path, refused):
+    source = getattr(formats, form)(tmp_path)
+    formats.write(source, {spoil: formats.photograph([1])})
+    assert culprit in refused(source)
 
 
 def test_nearly_mini_imagenet(tmp_path, refused):
@@ -419,6 +413,7 @@ def test_wrong_split(split, culprit, tmp_path, refused):
         (["x", "--split", "1/1/1"], "--dest"),
         (["x", "--csv", "/nowhere"], "x"),
         (["--check", "/nowhere"], "/nowhere"),
+        (["--check", __file__], __file__),
     ],
 )
 def test_wrong_flags(argv, culprit, capsys):
@@ -430,6 +425,8 @@ def test_wrong_flags(argv, culprit, capsys):
 
 def test_flags_that_do_not_fit_the_source(tmp_path, refused):
     source = formats.layout_zip(tmp_path)
+    for name in ("formats", "splits/new", "../data/splits"):  # folders of code
+        assert "--dest" in refused(source, dest=PREPARE.parent / name)
     assert "--link" in refused(source, "--link", "hard")
     assert "--split" in refused(source, "--split", "64/16/20")
     assert "/nowhere" in refused(source, "--class-names", "/nowhere")
@@ -520,13 +517,20 @@ def test_names_that_are_no_text(tmp_path):
     assert prepare.main(["--check", str(tmp_path / "out")]) == 0
 
 
-def test_two_at_once(tmp_path, capsys):
+@pytest.mark.parametrize("end", ["a lock", "an interrupt"])
+def test_two_at_once_and_an_interrupt(end, tmp_path, capsys, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
-    source = formats.layout_zip(tmp_path)
+    argv = [str(formats.layout_zip(tmp_path)), "--dest", str(tmp_path / "out")]
     work = tmp_path / ".out.part"
     work.mkdir()
     with (work / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert prepare.main([str(source), "--dest", str(tmp_path / "out")]) == 2
-    assert str(work) in capsys.readouterr().err
+        if end == "a lock":
+            fcntl.flock(file, fcntl.LOCK_EX)
+        else:
+            monkeypatch.setattr("formats.build._write", Call(KeyboardInterrupt).stop)
+        assert prepare.main(argv) == (2 if end == "a lock" else 130)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert end != "a lock" or str(work) in err
     assert (work / ".lock").exists()
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,4 @@
-"""Several processes: ``together`` forks them, so that each one's exit code and words can be seen;
-``torchrun`` is real, and slow.
-"""
+"""Several processes: ``together`` forks them and sees each one's exit code; torchrun is slow."""
 
 import contextlib
 import faulthandler
@@ -17,13 +15,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_same, metrics, run_cli, run_test, succeeded, tensors, training
+from conftest import (
+    ONE_THREAD,
+    ROOT,
+    assert_same,
+    metrics,
+    run_cli,
+    run_test,
+    succeeded,
+    tensors,
+    training,
+)
 from torch.distributed import TCPStore
 
 from engine import checkpoint, distributed
 from engine import model as models
 from engine.backend import select_backend
-from engine.distributed import Ranks
 from engine.flags import parse, resolve
 from engine.folder import RunFolder
 from engine.run import Run
@@ -37,7 +44,6 @@ slow = pytest.mark.slow
 
 
 def child(rank, size, port, served, place, argv, prepare):
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": str(served)}
@@ -50,15 +56,16 @@ def child(rank, size, port, served, place, argv, prepare):
 
 
 def together(place, size, argv, prepare=lambda rank: None, port=None, present=None):
-    """Start ranks with ``argv(rank)`` each; their exit codes, and all that they wrote to stderr.
+    """Start ranks with ``argv``, or ``argv(rank)`` each; their exit codes and what stderr holds.
 
     This process serves the store, as torchrun does, unless rank 0 is to do it on a given port.
     """
     place.mkdir(exist_ok=True)
+    own = argv if callable(argv) else lambda rank: argv
     fork, served, there = multiprocessing.get_context("fork"), port is None, present or range(size)
     listener = socket.create_server(("127.0.0.1", 0)) if served else None
     port = port or str(listener.getsockname()[1])
-    how = [(rank, size, port, served, place, argv(rank), prepare) for rank in there]
+    how = [(rank, size, port, served, place, own(rank), prepare) for rank in there]
     processes = [fork.Process(target=child, args=args) for args in how]
     for process in processes:
         process.start()
@@ -89,9 +96,6 @@ def torchrun(n, argv, *flags):
     """The command; each rank has one thread."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, "--nproc-per-node", str(n), *flags, str(ROOT / "main.py"), *argv]
-
-
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def completed(command):
@@ -136,12 +140,12 @@ def test_two_and_three_ranks_give_the_bits_of_one(master, short, tmp_path):
     save = tmp_path / "logs"
     for n, episode in ((2, 12), (3, 24)):
         argv = training(master, save, *M6, episode=episode, val_freq=12)
-        codes, err = together(tmp_path / f"{n}", n, lambda rank, argv=argv: argv)
+        codes, err = together(tmp_path / f"{n}", n, argv)
         assert (codes, err) == ([0] * n, "")
     assert_same(tensors(save), tensors(short))
     assert metrics(save) == metrics(short)
     argv = f"--mode test --data-root {master} --save {save} --episode-test 4 7 --cpu --n-workers 0"
-    assert together(tmp_path / "t", 3, lambda rank: argv.split())[0] == [0, 0, 0]
+    assert together(tmp_path / "t", 3, argv.split())[0] == [0, 0, 0]
     assert results_of(save) == results_of(short)
 
 
@@ -161,7 +165,7 @@ def test_fewer_episodes_than_ranks(master, tmp_path):
     save, one = tmp_path / "three", tmp_path / "one"
     flags = (*M6, "--episode-val", "2")
     argv = training(master, save, *flags, episode=6, val_freq=6)
-    assert together(tmp_path / "a", 3, lambda rank: argv)[0] == [0, 0, 0]
+    assert together(tmp_path / "a", 3, argv)[0] == [0, 0, 0]
     succeeded(run_cli(*training(master, one, *flags, episode=6, val_freq=6)))
     assert metrics(save) == metrics(one)
 
@@ -171,31 +175,18 @@ def test_plain_ranks_agree_too(master, tmp_path):
     flags = ("--meta-batch", "2", "--plain")
     for n in (1, 2):
         argv = training(master, tmp_path / f"run{n}", *flags, episode=4, val_freq=4)
-        assert together(tmp_path / f"{n}", n, lambda rank, argv=argv: argv)[0] == [0] * n
+        assert together(tmp_path / f"{n}", n, argv)[0] == [0] * n
     assert metrics(tmp_path / "run2") == metrics(tmp_path / "run1")
-
-
-def test_one_process_needs_no_network():
-    alone = Ranks.started()
-    assert (alone.rank, alone.size, alone.local) == (0, 1, (0, 1))
-    rows = torch.zeros(2, 3)
-    assert alone.gather(rows) is rows
-    assert alone.exchange(7) == [7]
-    assert alone.largest(3, 0) == [3, 0]
-    alone.begin({})
-    assert not any("store" in name or "dist" in name for name in vars(alone))
 
 
 # ---- Ends ----
 
 
-def begun(command, save, line):
-    """Start torchrun and wait until the run's log holds a line; the launcher and the ranks' process
-    ids in their order.
-    """
+def begun(command, save, n_lines):
+    """Start torchrun and wait for lines in the run's log; the launcher and the ranks' processes."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     launcher = subprocess.Popen(command, env=ONE_THREAD, **pipes)
-    wait_for(Path(f"{save}-719", "metrics.jsonl"), line, launcher)
+    wait_for(Path(f"{save}-719", "metrics.jsonl"), n_lines, launcher)
     return launcher, workers(launcher)
 
 
@@ -232,24 +223,6 @@ def test_a_rank_that_dies_takes_the_others_down(master, long, tmp_path):
     assert re.findall("^error: rank (\\d)", err, re.MULTILINE) == ["0"]
     assert 18 <= tensors(save)["episode"] < LONG["episode"]
     succeeded(run_cli(*command))
-    assert_as_alone(save, long)
-
-
-@slow
-def test_torchrun_starts_them_again(master, long, tmp_path):
-    """The second start reads nothing of the first, though torchrun keeps one store for both."""
-    save, command = tmp_path / "logs", training(master, tmp_path / "logs", *M6, **LONG)
-    launcher, first = begun(torchrun(2, command, "--max-restarts", "2", *PATIENT), save, 3)
-    log = Path(f"{save}-719", "metrics.jsonl")
-    os.kill(first[1], signal.SIGKILL)  # so rank 0 speaks
-    while len(second := workers(launcher)) < 2 or set(first) & set(second):
-        assert launcher.poll() is None
-        time.sleep(0.1)
-    wait_for(log, log.read_text().count("\n") + 3, launcher)
-    os.kill(second[0], signal.SIGKILL)  # so rank 1 does
-    _, err = launcher.communicate(timeout=600)
-    assert launcher.returncode == 0, err
-    assert re.findall("^error: rank (\\d)", err, re.MULTILINE) == ["0", "1"]
     assert_as_alone(save, long)
 
 
@@ -323,7 +296,7 @@ def test_a_signal_to_one_rank_is_heeded_by_all(master, tmp_path):
     flags = (*M6, "--save-minutes", "60")
     argv = training(master, tmp_path / "logs", *flags, episode=48, val_freq=0)
     # in the third update
-    found = together(tmp_path / "a", 3, lambda rank: argv, signalled(signal.SIGTERM, 5, 2))
+    found = together(tmp_path / "a", 3, argv, signalled(signal.SIGTERM, 5, 2))
     assert (found[0], found[1].count("\n")) == ([143] * 3, 1)
     assert "SIGTERM" in found[1]
     assert tensors(tmp_path / "logs")["episode"] == 18
@@ -335,33 +308,34 @@ def test_a_signal_to_one_rank_is_heeded_by_all(master, tmp_path):
             kept(run, n, *rest) if n < 42 else os.kill(os.getpid(), signal.SIGKILL)
         )
 
-    assert together(tmp_path / "b", 3, lambda rank: argv, prepare)[0] == [-signal.SIGKILL] * 3
+    assert together(tmp_path / "b", 3, argv, prepare)[0] == [-signal.SIGKILL] * 3
     assert tensors(tmp_path / "logs")["episode"] == 30  # the second update after 18
 
 
-def test_a_row_of_updates_that_are_not_finite_ends_all(master, tmp_path):
-    def prepare(rank):
-        original = models.meta_gradient
+def not_finite(rank):
+    original = models.meta_gradient
 
-        def meta_gradient(*args):
-            gradient, *rest = original(*args)
-            return gradient * (float("nan") if rank == 1 else 1), *rest
+    def meta_gradient(*args):
+        gradient, *rest = original(*args)
+        return gradient * (float("nan") if rank == 1 else 1), *rest
 
-        models.meta_gradient = meta_gradient
-
-    argv = training(master, tmp_path / "logs", "--meta-batch", "2", episode=60, val_freq=0)
-    all_refused(together(tmp_path / "a", 2, lambda rank: argv, prepare), "rank 0", "20 updates")
+    models.meta_gradient = meta_gradient
 
 
-def test_a_full_disk_of_rank_0_ends_all(master, tmp_path):
-    def prepare(rank):
-        def save(*_):
-            raise UserError("x.pth.tar: cannot be written")
+def full_disk(rank):
+    def save(*_):
+        raise UserError("x.pth.tar: cannot be written")
 
-        checkpoint.save = save
+    checkpoint.save = save
 
-    argv = training(master, tmp_path / "logs", *M6, **SHORT)
-    all_refused(together(tmp_path / "a", 2, lambda rank: argv, prepare), "rank 0", "x.pth.tar")
+
+@pytest.mark.parametrize(
+    ("prepare", "culprit"), [(not_finite, "20 updates"), (full_disk, "x.pth.tar")]
+)
+def test_an_error_of_one_ends_all(master, tmp_path, prepare, culprit):
+    flags = ("--meta-batch", "2", "--save-minutes", "0")
+    argv = training(master, tmp_path / "logs", *flags, episode=60, val_freq=0)
+    all_refused(together(tmp_path / "a", 2, argv, prepare), "rank 0", culprit)
 
 
 @slow
@@ -372,9 +346,9 @@ def test_nobody_waits_longer_than_it_says(master, tmp_path):
         distributed.TIMEOUT = distributed.timedelta(seconds=6)
         in_gradient(lambda rank, _: time.sleep(20 * rank))(rank)  # rank 1 hangs
 
-    codes, err = together(tmp_path / "a", 2, lambda rank: argv, prepare)
+    codes, err = together(tmp_path / "a", 2, argv, prepare)
     assert (codes, err.count("\n")) == ([1, 1], 1), err
-    found = together(tmp_path / "b", 2, lambda rank: argv, prepare, present=[0])
+    found = together(tmp_path / "b", 2, argv, prepare, present=[0])
     all_refused(found, "rank 0 of 2")  # rank 1 never comes
 
 
@@ -399,7 +373,6 @@ REFUSALS = {
     "the default": ("", None, "--meta-batch 1", "--meta-batch 3"),
     "not divisible": ("--meta-batch 8", None, "--meta-batch 8", "--meta-batch 9"),
     "all have a bad flag": ("--lr never", None, "--lr", "never"),
-    "all lack the data": ("--meta-batch 3 --data-root /nowhere", None, "--data-root /nowhere"),
     "PyTorch": ("", other_version, "PyTorch", "2.0.0 on rank 2"),
     "code": ("", other_code, "repository", "other on rank 1"),
     "threads": ("--meta-batch 3", other_threads, "device: ", "2 threads"),
@@ -411,7 +384,7 @@ def test_refusals(master, tmp_path, case):
     """One line, exit code 2 on every rank, and nothing is left behind."""
     flags, prepare, *culprits = REFUSALS[case]
     argv = training(master, tmp_path / "logs", *flags.split(), episode=72, val_freq=0)
-    found = together(tmp_path / "a", 3, lambda rank: argv, prepare or (lambda rank: None))
+    found = together(tmp_path / "a", 3, argv, prepare or (lambda rank: None))
     all_refused(found, *culprits)
     assert not (tmp_path / "logs-719").exists()
 
@@ -441,22 +414,20 @@ def test_refusals_for_the_sake_of_one(master, short, data, tmp_path, case, mode)
     assert not (tmp_path / "logs-719").exists()
 
 
-def test_a_folder_in_use_is_refused_by_rank_0(master, tmp_path):
+def test_a_folder_in_use_is_refused_by_rank_0(master, short, tmp_path):
+    """And a mode for one process by all."""
     argv = training(master, tmp_path / "logs", "--meta-batch", "2")
     with RunFolder(parse(["--save", str(tmp_path / "logs")])):
-        all_refused(together(tmp_path / "a", 2, lambda rank: argv), "rank 0", "logs-719")
-
-
-def test_other_modes_are_for_one_process(short, tmp_path):
+        all_refused(together(tmp_path / "a", 2, argv), "rank 0", "logs-719")
     argv = ["--mode", "plot", "--save", str(short)]
-    all_refused(together(tmp_path / "a", 2, lambda rank: argv), "--mode plot")
+    all_refused(together(tmp_path / "b", 2, argv), "--mode plot")
 
 
 def test_a_port_in_use(master, tmp_path):
     argv = training(master, tmp_path / "logs", "--meta-batch", "2")
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        found = together(tmp_path / "a", 2, lambda rank: argv, port=port, present=[0])
+        found = together(tmp_path / "a", 2, argv, port=port, present=[0])
     all_refused(found, f"127.0.0.1:{port}", "--master-port")
 
 
@@ -495,13 +466,11 @@ def test_images_are_decoded_once_a_machine(data, tmp_path):
         images._build = build
 
     argv = training(data, tmp_path / "logs", "--meta-batch", "3", episode=3, val_freq=3)
-    assert together(tmp_path / "a", 3, lambda rank: argv, prepare) == ([0, 0, 0], "")
+    assert together(tmp_path / "a", 3, argv, prepare) == ([0, 0, 0], "")
     assert sorted(log.read_text().split()) == ["train", "val"]
-
-
-def test_each_machine_may_have_its_own_cache(data, tmp_path):
-    argv = training(data, tmp_path / "logs", "--meta-batch", "2", episode=2)
-    caches = [tmp_path / "c0", tmp_path / "c1"]
-    found = together(tmp_path / "a", 2, lambda rank: [*argv, "--cache-dir", str(caches[rank])])
-    assert found == ([0, 0], "")
-    assert [len(list(cache.glob("*/train-*"))) for cache in caches] == [1, 1]
+    log.unlink()
+    caches = [str(tmp_path / name) for name in "abc"]  # each machine may have its own
+    argv += ["--save", str(tmp_path / "b"), "--cache-dir"]
+    found = together(tmp_path / "b", 3, lambda rank: [*argv, caches[rank]], prepare)
+    assert found == ([0, 0, 0], "")
+    assert sorted(log.read_text().split()) == ["train"] * 3 + ["val"] * 3

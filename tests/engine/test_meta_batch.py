@@ -7,9 +7,11 @@ import signal
 import pytest
 import torch
 from conftest import (
-    WAYS,
+    STEPS,
+    adam_state,
     assert_same,
     make,
+    make_adam,
     metrics,
     new_episode,
     refused,
@@ -20,7 +22,6 @@ from conftest import (
 
 from engine import model as models
 from episode import adapt, meta_gradient, query_loss, train_episode, update_metalearner
-from fast.graphs import step_without_sync
 
 M2 = ("--meta-batch", "2", "--log-freq", "3")
 LONG = {"episode": 8, "val_freq": 4}
@@ -33,21 +34,15 @@ def stacked(episodes, *models):
     return torch.stack(gradients), torch.stack(losses)
 
 
-def moments(optimizer):
-    return [t.clone() for state in optimizer.state.values() for t in state.values()]
-
-
-def test_it_is_the_gradient_of_the_mean_loss(way):
-    first, w_grad, wo_grad, meta = make(way, dtype=torch.float64)
+def test_it_is_the_gradient_of_the_mean_loss(backend):
+    first, w_grad, wo_grad, meta = make(backend, dtype=torch.float64)
     group = [first, new_episode(dtype=torch.float64), new_episode(dtype=torch.float64)]
     optimizer = torch.optim.SGD(meta.parameters(), lr=0)
     update_metalearner(*stacked(group, w_grad, wo_grad, meta), meta, optimizer, 1e6)
     found = [p.grad.clone() for p in meta.parameters()]
     total = 0
     for episode in group:
-        pair = copy.deepcopy(
-            (w_grad, wo_grad.train())
-        )  # each graph needs its own running statistics
+        pair = copy.deepcopy((w_grad, wo_grad.train()))  # with its own running statistics
         cI, _ = adapt(episode, pair[0], meta, 100)
         total = total + query_loss(episode, *pair, cI)[0]
     expected = torch.autograd.grad(total / 3, list(meta.parameters()))
@@ -55,73 +50,66 @@ def test_it_is_the_gradient_of_the_mean_loss(way):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-15)
     norm = torch.cat([g.reshape(-1) for g in expected]).norm()
     update_metalearner(*stacked(group, w_grad, wo_grad, meta), meta, optimizer, float(norm) / 2)
-    for p, theirs in zip(
-        meta.parameters(), expected, strict=True
-    ):  # clipped after the mean is taken
+    for p, theirs in zip(meta.parameters(), expected, strict=True):  # clips the mean
         assert torch.allclose(p.grad, theirs / 2, rtol=1e-4, atol=1e-12)
 
 
-def test_one_episode_an_update_is_train_episode(way):
-    episode, w_grad, wo_grad, meta = make(way)
+def test_one_episode_an_update_is_train_episode(backend):
+    episode, w_grad, wo_grad, meta = make(backend)
     optimizer = torch.optim.Adam(meta.parameters())
     update_metalearner(*stacked([episode], w_grad, wo_grad, meta), meta, optimizer, 0.25)
-    others = make(way)
+    others = make(backend)
     other = torch.optim.Adam(others[3].parameters())
     train_episode(*others, other, 100, 0.25)
     assert_same(list(meta.parameters()), list(others[3].parameters()))
-    assert_same(moments(optimizer), moments(other))
+    assert_same(adam_state(optimizer), adam_state(other))
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
-def test_an_update_is_skipped_if_one_episode_is_not_finite(way, broken):
-    episode, w_grad, wo_grad, meta = make(way)
-    optimizer = torch.optim.Adam(meta.parameters(), fused=way == "fast")
-    step = {"step": step_without_sync} if way == "fast" else {}
+def test_an_update_is_skipped_if_one_episode_is_not_finite(backend, broken):
+    episode, w_grad, wo_grad, meta = make(backend)
+    optimizer, step = make_adam(backend, meta), STEPS[backend]
     gradients, losses = stacked([episode, new_episode()], w_grad, wo_grad, meta)
-    assert not update_metalearner(gradients, losses, meta, optimizer, 0.25, **step)
-    before = [t.clone() for t in (*meta.parameters(), *moments(optimizer))]
+    assert not update_metalearner(gradients, losses, meta, optimizer, 0.25, step)
+    before = [t.clone() for t in (*meta.parameters(), *adam_state(optimizer))]
     bad = (gradients.clone(), losses.clone())
     bad[broken == "loss"][1] = float("inf")
-    assert update_metalearner(*bad, meta, optimizer, 0.25, **step)
-    assert_same(before, [t.clone() for t in (*meta.parameters(), *moments(optimizer))])
-    assert not update_metalearner(gradients, losses, meta, optimizer, 0.25, **step)
+    assert update_metalearner(*bad, meta, optimizer, 0.25, step)
+    assert_same(before, [t.detach() for t in (*meta.parameters(), *adam_state(optimizer))])
+    assert not update_metalearner(gradients, losses, meta, optimizer, 0.25, step)
     assert not torch.equal(before[0], next(meta.parameters()))
 
 
 @pytest.fixture(scope="module")
-def trained(master, tmp_path_factory):
+def batched(master, tmp_path_factory):
     save = tmp_path_factory.mktemp("meta-batch") / "logs"
     succeeded(train(master, save, *M2, **LONG))
     return save
 
 
-def test_the_log_counts_episodes(trained):
-    lines = metrics(trained, "train")
+def test_the_log_counts_episodes(batched):
+    lines = metrics(batched, "train")
     # the first update at or after 3, 6 and 8
     assert [line["episode"] for line in lines] == [4, 6, 8]
     assert [line["skipped"] for line in lines] == [0, 0, 0]
-    assert [line["episode"] for line in metrics(trained, "val")] == [4, 8]
-    assert tensors(trained)["hyper_parameters"]["meta_batch"] == 2
-    assert {int(state["step"]) for state in tensors(trained)["optim"]["state"].values()} == {4}
+    assert [line["episode"] for line in metrics(batched, "val")] == [4, 8]
+    assert tensors(batched)["hyper_parameters"]["meta_batch"] == 2
+    assert {int(state["step"]) for state in tensors(batched)["optim"]["state"].values()} == {4}
 
 
 @pytest.mark.parametrize("n_threads", [1, 3])
-def test_the_same_bits_on_any_number_of_cores(master, trained, tmp_path, n_threads):
-    kept = torch.get_num_threads()
+def test_the_same_bits_on_any_number_of_cores(master, batched, tmp_path, n_threads):
     torch.set_num_threads(n_threads)
     try:
         succeeded(train(master, tmp_path / "logs", *M2, **LONG))
     finally:
-        torch.set_num_threads(kept)
-    assert metrics(tmp_path / "logs") == metrics(trained)
-    assert_same(tensors(tmp_path / "logs"), tensors(trained))
+        torch.set_num_threads(1)
+    assert metrics(tmp_path / "logs") == metrics(batched)
+    assert_same(tensors(tmp_path / "logs"), tensors(batched))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_signal_waits_for_the_end_of_the_update(master, trained, tmp_path, monkeypatch, way):
-    """It comes in the second update's first episode; resumed, the run has the bits and logs of an
-    undisturbed one, and plain PyTorch nearly so.
-    """
+def test_a_signal_waits_for_the_end_of_the_update(master, batched, tmp_path, monkeypatch, backend):
+    """It comes in the second update's first episode; a resumed run has the bits of another one."""
     original, calls, save = models.meta_gradient, [], tmp_path / "logs"
 
     def signalled(*args):
@@ -131,22 +119,22 @@ def test_a_signal_waits_for_the_end_of_the_update(master, trained, tmp_path, mon
         return original(*args)
 
     monkeypatch.setattr(models, "meta_gradient", signalled)
-    flags = (*M2, "--resume", "auto", *(["--plain"] if way == "plain" else []))
+    flags = (*M2, "--resume", "auto", *(["--plain"] if backend == "plain" else []))
     assert train(master, save, *flags, **LONG).returncode == 128 + signal.SIGTERM
     assert tensors(save)["episode"] == 4
     succeeded(train(master, save, *flags, **LONG))
-    if way == "fast":
-        assert metrics(save) == metrics(trained)
-        assert_same(tensors(save), tensors(trained))
+    if backend == "fast":
+        assert metrics(save) == metrics(batched)
+        assert_same(tensors(save), tensors(batched))
     else:  # later ones drift apart: 16 px, whole grey levels or not
-        found, expected = (metrics(of, "train")[0]["mean_loss"] for of in (save, trained))
+        found, expected = (metrics(of, "train")[0]["mean_loss"] for of in (save, batched))
         assert found == pytest.approx(expected, rel=0.02)
 
 
-def test_half_an_update_is_refused(master, trained, tmp_path):
+def test_half_an_update_is_refused(master, batched, tmp_path):
     save = tmp_path / "logs"
     refused(train(master, save, *M2, episode=5), "--episode 5", "--meta-batch 2")
     refused(train(master, save, "--meta-batch", "4"), "--val-freq 2", "--meta-batch 4")
-    again = ("--resume", f"{trained}-719", "--meta-batch", "3")
-    refused(train(master, save, *again, episode=12, val_freq=3), "--meta-batch 3", trained)
+    again = ("--resume", f"{batched}-719", "--meta-batch", "3")
+    refused(train(master, save, *again, episode=12, val_freq=3), "--meta-batch 3", batched)
     assert not (tmp_path / "logs-719").exists()

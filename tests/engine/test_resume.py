@@ -18,29 +18,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_same, metrics, refused, succeeded, tensors, train, training
+from conftest import (
+    ONE_THREAD,
+    ROOT,
+    assert_same,
+    metrics,
+    refused,
+    succeeded,
+    tensors,
+    train,
+    training,
+)
 
-from engine import checkpoint, evaluation, logger, parallel, run
+from engine import evaluation, logger, parallel, run
 from engine.flags import parse
 from engine.folder import RunFolder
-from engine.state import TrainingState
 from fast import images
-from utils import UserError
 
 LAST = "meta-learner-last.pth.tar"
 LONG = {"episode": 12, "val_freq": 4}
 ALWAYS = ("--resume", "auto", "--save-minutes", "0")  # a snapshot after each episode
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 slow = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """As in the processes that are forked, in which OpenMP's threads do not live on."""
-    kept = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(kept)
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +46,6 @@ def undisturbed(master, tmp_path_factory):
     save = tmp_path_factory.mktemp("undisturbed") / "logs"
     succeeded(train(master, save, *ALWAYS, **LONG))
     return save
-
-
-@pytest.fixture(scope="module")
-def trained(master, tmp_path_factory):
-    """A run of 4 episodes, for tests that leave it as it is."""
-    save = tmp_path_factory.mktemp("trained") / "logs"
-    succeeded(train(master, save))
-    return save
-
-
-@pytest.fixture
-def own(trained, tmp_path):
-    """A copy of ``trained``."""
-    shutil.copytree(f"{trained}-719", tmp_path / "own-719")
-    return tmp_path / "own"
 
 
 def console(save):
@@ -73,6 +56,8 @@ def console(save):
 
 
 def assert_as_undisturbed(data, save, undisturbed):
+    """It goes on, and ends where it would have ended."""
+    succeeded(train(data, save, *ALWAYS, **LONG))
     for name in (LAST, "meta-learner-best.pth.tar", "meta-learner-8.pth.tar"):
         assert_same(tensors(save, name), tensors(undisturbed, name))
     assert metrics(save) == metrics(undisturbed)
@@ -117,7 +102,7 @@ def die_at(module, name, call):
     setattr(module, name, deadly)
 
 
-INSTANTS = {
+INSTANTS = {  # where -> function, and the call that kills
     "first snapshot": (os, "replace", 1),
     "later snapshot": (os, "replace", 7),
     "writing a snapshot": (torch, "save", 5),
@@ -140,7 +125,6 @@ def test_killed_at_the_worst_instants(data, tmp_path, undisturbed, instant):
     process = start(data, tmp_path / "logs", prepare=lambda: die_at(*at))
     process.join(300)
     assert process.exitcode == -signal.SIGKILL
-    succeeded(train(data, tmp_path / "logs", *ALWAYS, **LONG))
     assert_as_undisturbed(data, tmp_path / "logs", undisturbed)
 
 
@@ -160,13 +144,12 @@ def test_killed_at_random_instants(data, tmp_path, undisturbed, number):
         if process.exitcode == 0:  # it was quicker; the next one begins anew
             assert_as_undisturbed(data, save, undisturbed)
             shutil.rmtree(f"{save}-719")
-    succeeded(train(data, save, *ALWAYS, **LONG))
     assert_as_undisturbed(data, save, undisturbed)
 
 
 @slow
 def test_kill_9_of_a_command_with_workers(data, tmp_path, undisturbed):
-    """The workers outlive it by seconds; it can be started again at once."""
+    """The workers outlive it by seconds, but do not hold the lock."""
     save = tmp_path / "logs"
     command, log = command_line(data, save, "--n-workers", "2"), Path(f"{save}-719/metrics.jsonl")
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ONE_THREAD)
@@ -177,7 +160,6 @@ def test_kill_9_of_a_command_with_workers(data, tmp_path, undisturbed):
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert subprocess.run(command, capture_output=True, env=ONE_THREAD).returncode == 0
     assert_as_undisturbed(data, save, undisturbed)
     deadline = time.monotonic() + 60
     while any(Path("/proc", pid).exists() for pid in workers) and time.monotonic() < deadline:
@@ -195,7 +177,6 @@ def test_whoever_reads_the_output_may_go(data, tmp_path, undisturbed):
         process.stdout.close()
         assert process.wait(300) == 128 + signal.SIGPIPE
         assert "Traceback" not in process.stderr.read()
-    succeeded(train(data, tmp_path / "logs", *ALWAYS, **LONG))
     assert_as_undisturbed(data, tmp_path / "logs", undisturbed)
 
 
@@ -219,7 +200,6 @@ def test_a_terminal_that_goes_away_costs_no_episode(data, tmp_path, undisturbed,
     os.close(ours)
     assert process.wait(300) == (0 if hang_up == signal.SIG_IGN else 128 + signal.SIGHUP)
     assert 0 < tensors(save)["episode"] == metrics(save, "train")[-1]["episode"]
-    succeeded(train(data, save, *ALWAYS, **LONG))
     assert_as_undisturbed(data, save, undisturbed)
 
 
@@ -242,7 +222,6 @@ def test_disk_full(data, tmp_path, undisturbed, capfd, size, culprit):
     assert error.count("error: ") == 1
     assert culprit in error
     assert "Traceback" not in error
-    succeeded(train(data, tmp_path / "logs", *ALWAYS, **LONG))
     assert_as_undisturbed(data, tmp_path / "logs", undisturbed)
 
 
@@ -265,57 +244,32 @@ def test_disk_full_for_metrics(master, tmp_path, monkeypatch):
 # ---- Signals ----
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_and_ends(master, trained, tmp_path, monkeypatch, number):
-    original = parallel.train_episode
+def before_call(monkeypatch, module, name, do):
+    """Call ``do`` before each call of a function."""
+    original = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: do() or original(*args))
 
-    def interrupted(*args):
-        os.kill(os.getpid(), number)
-        return original(*args)
 
-    handler = signal.getsignal(number)
-    monkeypatch.setattr(parallel, "train_episode", interrupted)
-    done = train(master, tmp_path / "logs")
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize(("number", "during"), [*((n, "train") for n in SIGNALS), (15, "val")])
+def test_a_signal_saves_and_ends(master, trained, tmp_path, monkeypatch, number, during):
+    """During a validation it ends at once, and the validation is repeated."""
+    at = {"train": (parallel, "train_episode"), "val": (evaluation, "evaluate_episode")}[during]
+    save, handler = tmp_path / "logs", signal.getsignal(number)
+    before_call(monkeypatch, *at, lambda: os.kill(os.getpid(), number))
+    done = train(master, save)
     assert (done.returncode, done.stderr.count("\n")) == (128 + number, 1)
-    assert all(word in done.stderr for word in (number.name, "--resume auto", "logs-719"))
-    assert tensors(tmp_path / "logs")["episode"] == 1
+    named = (signal.Signals(number).name, "--resume auto", "logs-719")
+    assert all(word in done.stderr for word in named)
+    assert tensors(save)["episode"] == (1 if during == "train" else 2)
+    assert metrics(save, "val") == []
     assert signal.getsignal(number) == handler
     monkeypatch.undo()
-    succeeded(train(master, tmp_path / "logs", "--resume", "auto"))
-    assert metrics(tmp_path / "logs") == metrics(trained)
-    assert_same(tensors(tmp_path / "logs"), tensors(trained))
-
-
-def test_a_signal_during_a_validation(master, trained, tmp_path, monkeypatch):
-    """It ends at once, and the validation is repeated."""
-    original = evaluation.evaluate_episode
-
-    def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
-
-    monkeypatch.setattr(evaluation, "evaluate_episode", interrupted)
-    assert train(master, tmp_path / "logs").returncode == 128 + signal.SIGTERM
-    assert metrics(tmp_path / "logs", "val") == []
-    monkeypatch.undo()
-    succeeded(train(master, tmp_path / "logs", "--resume", "auto"))
-    assert metrics(tmp_path / "logs") == metrics(trained)
-
-
-def test_sigusr1_saves_and_goes_on(master, tmp_path, monkeypatch):
-    original, calls = parallel.train_episode, []
-
-    def asked(*args):
-        calls.append(0)
-        if len(calls) == 2:
-            raise ZeroDivisionError
-        os.kill(os.getpid(), signal.SIGUSR1)
-        return original(*args)
-
-    monkeypatch.setattr(parallel, "train_episode", asked)
-    with pytest.raises(ZeroDivisionError):
-        train(master, tmp_path / "logs")
-    assert tensors(tmp_path / "logs")["episode"] == 1
+    succeeded(train(master, save, "--resume", "auto"))
+    assert metrics(save) == metrics(trained)
+    assert_same(tensors(save), tensors(trained))
 
 
 # ---- Which run a folder holds ----
@@ -351,11 +305,6 @@ def test_a_folder_is_not_silently_continued(data, tmp_path):
     assert metrics(save)[: len(before)] == before
     assert [m["episode"] for m in metrics(save, "train")] == [1, 2, 3, 4, 5, 6]
     refused(train(data, save, *again, episode=3), "--episode 3")
-
-
-def test_a_cut_log_is_not_silently_continued(master, own):
-    Path(f"{own}-719", "metrics.jsonl").write_text("")
-    refused(train(master, own, "--resume", "auto", episode=6), "metrics.jsonl")
 
 
 def test_another_folder_begins_new_logs(master, trained, tmp_path):
@@ -400,54 +349,20 @@ def test_a_training_starts_from_another_ones_meta_learner(master, trained, tmp_p
 # ---- Checkpoints ----
 
 
-def test_a_training_state_comes_back(tmp_path):
-    counts = {"episode": 7, "validated": 4, "skipped_in_a_row": 2, "asked_for": 9}
-    numbers = {"losses": [1.5, float("nan")], "accuracies": [20.0, 40.0], "skipped": [0.0, 1.0]}
-    best = {"episode": 4, "accuracy": 33.25, "std": 1.0}
-    places = {"data": {"train": "ab"}, "logs_end_at": {"console.log": 12}}
-    state = TrainingState(**counts, **numbers, **places, best=best)
-    content = {**state.to_checkpoint(), "metalearner": {"cI": torch.ones(3, 1)}}
-    checkpoint.save(content, tmp_path / "x")
-    found = TrainingState.from_checkpoint(checkpoint.load(tmp_path / "x"))
-    assert repr(found) == repr(state)
-    assert TrainingState.from_checkpoint({"episode": 3}) == TrainingState(episode=3)
-
-
-BROKEN_STATES = [
-    {"validated": -1},
-    {"losses": [1.0]},
-    {"losses": ["1"], "accuracies": [1.0]},
-    {"data": {"train": 3}},
-    {"logs_end_at": {"console.log": "12"}},
-    {"unknown": 3},
-]
-
-
-@pytest.mark.parametrize("broken", BROKEN_STATES)
-def test_a_broken_training_state_is_refused(tmp_path, broken):
-    weights = {"metalearner": {"cI": torch.ones(3, 1)}}
-    content = {**TrainingState(episode=3).to_checkpoint(), **weights}
-    content["run"] |= broken
-    torch.save(content, tmp_path / "x.pth.tar")
-    with pytest.raises(UserError, match=r"x\.pth\.tar"):
-        checkpoint.load(tmp_path / "x.pth.tar")
-
-
-@pytest.mark.parametrize("damage", ["cut", "a bit", "empty", "nan", "a foreign optimiser"])
-def test_a_damaged_checkpoint_is_refused(master, own, damage):
-    path = Path(f"{own}-719", "ckpts", LAST)
-    content, raw = tensors(own), bytearray(path.read_bytes())
-    if damage == "nan":
-        content["metalearner"]["metalstm.cI"][7] = torch.nan
-        torch.save(content, path)
+@pytest.mark.parametrize("damage", ["cut", "a bit", "empty", "a foreign optimiser", "cut log"])
+def test_a_damaged_run_is_refused(master, own, damage):
+    path, log = Path(f"{own}-719", "ckpts", LAST), Path(f"{own}-719", "metrics.jsonl")
+    raw = bytearray(path.read_bytes())
+    if damage == "cut log":
+        log.write_text("")
     elif damage == "a foreign optimiser":
-        torch.save(content | {"optim": {"state": {}, "param_groups": []}}, path)
+        torch.save(tensors(own) | {"optim": {"state": {}, "param_groups": []}}, path)
     else:
         raw[len(raw) // 2] ^= 1
         path.write_bytes({"cut": raw[: len(raw) // 2], "a bit": raw, "empty": b""}[damage])
-    before = metrics(own)
-    refused(train(master, own, "--resume", "auto", episode=6), LAST)
-    assert metrics(own) == before
+    before = log.read_text()
+    refused(train(master, own, "--resume", "auto", episode=6), log if "log" in damage else LAST)
+    assert log.read_text() == before
 
 
 def test_a_checkpoint_of_the_port_can_be_trained_on(master, own, tmp_path):
@@ -463,8 +378,8 @@ def test_a_checkpoint_of_the_port_can_be_trained_on(master, own, tmp_path):
 # ---- Numbers that are not finite ----
 
 
-def poisoned(at):
-    """train_episode whose query images are not finite in the given calls."""
+def poison(monkeypatch, at):
+    """Make the query images of the training episodes with these numbers not finite."""
     original, count = parallel.train_episode, [0]
 
     def train_episode(episode, *args):
@@ -473,11 +388,11 @@ def poisoned(at):
             episode = episode._replace(query=episode.query * float("nan"))
         return original(episode, *args)
 
-    return train_episode
+    monkeypatch.setattr(parallel, "train_episode", train_episode)
 
 
 def test_they_never_enter_the_weights(master, tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel, "train_episode", poisoned({2}))
+    poison(monkeypatch, {2})
     succeeded(train(master, tmp_path / "logs", val_freq=1, episode=3))
     one, two, three = (tensors(tmp_path / "logs", f"meta-learner-{k}.pth.tar") for k in (1, 2, 3))
     assert_same(one["metalearner"], two["metalearner"])
@@ -487,7 +402,7 @@ def test_they_never_enter_the_weights(master, tmp_path, monkeypatch):
 
 
 def test_a_row_of_them_stops_training(master, tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel, "train_episode", poisoned(range(4, 100)))
+    poison(monkeypatch, range(4, 100))
     done = train(master, tmp_path / "logs", "--log-freq", "5", episode=40)
     refused(done, "22 updates", "meta-learner-best.pth.tar", "--lr")
     assert metrics(tmp_path / "logs", "train")[-1]["episode"] == 25

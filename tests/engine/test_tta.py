@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from baselines.linear_head import LinearHead
 from dataloader import scan_split
 from engine.backend import dataset, select_backend
 from engine.evaluation import CROSS_SCHEDULE, Evaluator, is_mini_imagenet, run_test
@@ -16,19 +17,9 @@ from engine.flags import ROOT, parse, resolve
 from engine.model import Model
 from engine.tta import class_permutations, evaluate_tta
 from episode import Episode, evaluate_episode
-from learner import FlatModule
 
 SMALL = "--cpu --image-size 16 --n-class 3 --n-shot 2 --n-eval 2 --epoch 2 --hidden-size 4 "
 SMALL += "--n-workers 0 --bi-init -2 -1"
-
-
-class Head(FlatModule):
-    def __init__(self):
-        super().__init__()
-        self.cls = nn.Linear(48, 3)
-
-    def forward(self, x):
-        return self.cls(x)
 
 
 class Pool(nn.Module):
@@ -46,7 +37,8 @@ def make_model(method, args):
     backend = select_backend(args)
     torch.manual_seed(0)
     if method == "linear-head":
-        learner, backbone = Head(), Pool()
+        learner, backbone = LinearHead(48, 3), Pool()
+        nn.init.normal_(learner.cls.weight, std=0.1)
     else:
         learner, backbone = backend.learner(16, 1e-3, 0.95, 3), None
     meta = backend.metalearner(4, 4, learner.size(), (-2.0, -1.0))
@@ -78,9 +70,13 @@ def plain(episode, w_grad, wo_grad, model, batch_size, transductive=False):
 
 
 def test_one_permutation_is_the_ordinary_evaluation(setup):
+    """And a probability of 0 has a finite loss."""
     found = evaluate_tta(*setup, class_permutations(3, 1, 0), False)
     for a, b in zip(found, plain(*setup), strict=True):
         assert torch.allclose(a, b, rtol=1e-5)
+    setup[3].metalearner.metalstm.cI.data.mul_(1e4)
+    loss, _ = evaluate_tta(*setup, class_permutations(3, 1, 0), False)
+    assert 10 < float(loss) < 90  # -log of the smallest float32 is 87
 
 
 def test_probabilities_are_the_mean_over_the_views(setup):
@@ -99,12 +95,6 @@ def test_probabilities_are_the_mean_over_the_views(setup):
     assert float(percent) == pytest.approx(100 * float(right))
 
 
-def test_a_probability_of_0_has_a_finite_loss(setup):
-    setup[3].metalearner.metalstm.cI.data.mul_(1e4)
-    loss, _ = evaluate_tta(*setup, class_permutations(3, 1, 0), False)
-    assert 10 < float(loss) < 90  # -log of the smallest float32 is 87
-
-
 def test_with_all_permutations_the_classes_order_is_nothing(setup):
     episode, places = setup[0], torch.tensor([2, 0, 1])
     other = episode._replace(support_y=places[episode.support_y], query_y=places[episode.query_y])
@@ -115,13 +105,6 @@ def test_with_all_permutations_the_classes_order_is_nothing(setup):
     for evaluate, alike in ((tta, True), (plain, False)):
         losses = [float(evaluate(shown, *setup[1:])[0]) for shown in (episode, other)]
         assert (losses[0] == pytest.approx(losses[1], rel=1e-4)) == alike
-
-
-def test_with_flips_left_and_right_are_alike(setup):
-    episode, one = setup[0], class_permutations(3, 1, 0)
-    other = episode._replace(support=flipped(episode.support), query=flipped(episode.query))
-    losses = [float(evaluate_tta(e, *setup[1:], one, True)[0]) for e in (episode, other)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("setup", ["plain", "fast"], indirect=True)
@@ -165,11 +148,6 @@ def run_small(master, *flags, method="lstm", trained_on=2):
     return run_test(args, backend, make_model(method, args), trained_on)
 
 
-def test_no_data_set_gives_no_results():
-    args = make_args()
-    assert Evaluator(args, select_backend(args), make_model("lstm", args))(None) == ([], [])
-
-
 @pytest.mark.parametrize("method", ["lstm", "linear-head"])
 def test_evaluator_equals_one_episode_at_a_time(master, method):
     args = make_args("--data-root", str(master))
@@ -183,32 +161,28 @@ def test_evaluator_equals_one_episode_at_a_time(master, method):
     assert len(calls) == 3
 
 
-def test_counts_are_of_the_same_episodes(master, capsys):
-    (both,) = run_small(master, "--episode-test", "6", "3")
+@pytest.mark.parametrize("method", ["lstm", "linear-head"])
+def test_a_test_says_of_what_it_is(master, method, capsys):
+    """All counts are of the same episodes; other shots take the authors' schedule."""
+    tta = ("--tta-permutations", "3", "--tta-flip", "true")
+    (one,) = run_small(master, "--episode-test", "3", method=method)
+    same, other = run_small(
+        master, "--episode-test", "6", "3", "--shots", "2", "1", *tta, method=method
+    )
     out = capsys.readouterr().out
-    (first,) = run_small(master, "--episode-test", "3")
     assert "3 episodes" in out
     assert "6 episodes" in out
-    assert (both["counts"], first["counts"]) == ([3, 6], [3])
-    assert both["losses"][:3] == first["losses"]
-    assert both["mini_imagenet"] is False
-
-
-def test_other_shots_take_the_authors_schedule(master):
-    tests = run_small(master, "--episode-test", "2", "--shots", "1", "2")
-    schedules = {t["n_shot"]: (t["epoch"], t["batch_size"]) for t in tests}
-    assert schedules == {1: tuple(CROSS_SCHEDULE.values()), 2: (2, 25)}
-
-
-@pytest.mark.parametrize("method", ["lstm", "linear-head"])
-def test_a_test_says_how_it_was_augmented(master, method):
-    flags = ("--tta-permutations", "3", "--tta-flip", "true")
-    (one,) = run_small(master, "--episode-test", "2", method=method)
-    (many,) = run_small(master, "--episode-test", "2", *flags, method=method)
-    assert one["tta"] == {"permutations": 1, "flip": False}
-    assert many["tta"] == {"permutations": 3, "flip": True}
-    assert one["losses"] != many["losses"]
-    assert one["fingerprint"] == many["fingerprint"]
+    assert (one["counts"], same["counts"]) == ([3], [3, 6])
+    assert (one["tta"], same["tta"]) == (
+        {"permutations": 1, "flip": False},
+        {"permutations": 3, "flip": True},
+    )
+    assert one["losses"] != same["losses"][:3]
+    assert (one["fingerprint"], one["mini_imagenet"]) == (same["fingerprint"], False)
+    schedules = [(t["n_shot"], t["epoch"], t["batch_size"]) for t in (one, same, other)]
+    assert schedules == [(2, 2, 25), (2, 2, 25), (1, *CROSS_SCHEDULE.values())]
+    (again,) = run_small(master, "--episode-test", "3", *tta, method=method)
+    assert again["losses"] == same["losses"][:3]
 
 
 def test_the_classes_decide_what_is_mini_imagenet():

@@ -1,6 +1,5 @@
 """Batched augmentation against torchvision, and PyTorch's code against the kernel."""
 
-import tarfile
 from pathlib import Path
 from unittest import mock
 
@@ -8,23 +7,12 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from PIL import Image
 
-from dataloader import (
-    MEAN,
-    STD,
-    Augmentation,
-    draw_augmentation,
-    eval_image,
-    load_image,
-    train_image,
-)
+from dataloader import MEAN, STD, draw_augmentation, eval_image, load_image, train_image
 from fast import augment, native
 from fast.augment import Windows
 from fast.library import library
 
-TINY64 = ROOT / "shared" / "data" / "tiny64.tar.gz"
 PHOTOGRAPH = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
 
 
@@ -35,21 +23,6 @@ def photographs():
     images = [photograph.resize(size) for size in sizes]
     images += [photograph.crop((150 + 10 * k, 100, 150 + 10 * k + 84, 184)) for k in range(12)]
     return [*images, photograph.resize((84, 84)).convert("L").convert("RGB")]
-
-
-def tiny64():
-    """The first 300 images of a data set that some machines have beside the repository."""
-    if not TINY64.is_file():
-        pytest.skip(f"{TINY64} is not here")
-    images = []
-    with tarfile.open(TINY64) as archive:
-        for member in archive:
-            if member.isfile():
-                with Image.open(archive.extractfile(member)) as image:
-                    images.append(image.convert("RGB"))
-            if len(images) == 300:
-                break
-    return images
 
 
 def to_tensor(image):
@@ -76,12 +49,10 @@ def without_kernels():
     return mock.patch.object(native, "handles", return_value=False)
 
 
-@pytest.mark.parametrize(("source", "repeats"), [(photographs, 3), (tiny64, 1)])
-def test_training_images_are_torchvisions(source, repeats):
-    differences = []
-    for index in range(repeats):
-        images = source()
-        pixels, sizes = padded(images)
+def test_training_images_are_torchvisions():
+    images, differences = photographs(), []
+    pixels, sizes = padded(images)
+    for index in range(3):
         drawn = draw_augmentation(5, "train", index, sizes)
         x = transform(pixels, Windows.crops(drawn.box, 84), 84, drawn)
         plain = [to_tensor(train_image(image, drawn, k, 84)) for k, image in enumerate(images)]
@@ -91,27 +62,14 @@ def test_training_images_are_torchvisions(source, repeats):
     assert differences.max() < 4
 
 
-@pytest.mark.parametrize("source", [photographs, tiny64])
 @pytest.mark.parametrize("size", [84, 32])
 @pytest.mark.parametrize(("kind", "setting"), [("centres", "port"), ("squashed", "none")])
-def test_evaluation_images_are_torchvisions(kind, setting, size, source):
-    images = source()
+def test_evaluation_images_are_torchvisions(kind, setting, size):
+    images = photographs()
     pixels, sizes = padded(images)
     x = transform(pixels, getattr(Windows, kind)(sizes, size), size)
     plain = torch.stack([to_tensor(eval_image(image, size, setting)) for image in images])
     assert (x - plain).abs().mean() < 0.5
-
-
-@pytest.mark.parametrize("flip", [None, False, True])
-def test_identity_crop_is_exact(flip):
-    """Without colour jitter: the hue is rounded to Pillow's steps even if it does not change."""
-    pixels, _ = padded([load_image(PHOTOGRAPH).resize((84, 84))])
-    windows = Windows.crops(np.array([[0, 0, 84, 84]]), 84)
-    drawn = None if flip is None else Augmentation(windows, np.array([flip]), None, None)
-    with without_kernels():
-        eager = transform(pixels, windows, 84, drawn)
-    for x in (eager, transform(pixels, windows, 84, drawn)):
-        assert (x - (pixels.flip(3) if flip else pixels)).abs().max() < 1e-3
 
 
 @pytest.mark.skipif(not library().functions, reason="no compiled kernels")

@@ -1,7 +1,6 @@
-"""The Triton kernels. Without a GPU, Triton's interpreter runs them, and its compiler translates
-them for two GPUs.
-"""
+"""The Triton kernels. Without a GPU, Triton interprets them, and compiles them for two GPUs."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -132,9 +131,7 @@ def channels_last(*shape):
     ],
 )
 def test_learner_matches_pytorch(kernels, monkeypatch, parts, image_size, memory_format):
-    """In float64: loss, gradient and running statistics after two minibatches, and logits. With few
-    programs each works on several tiles; some channels have a negative scale or zero.
-    """
+    """In float64, after two minibatches; with few programs each works on several tiles."""
     monkeypatch.setattr(blocks, "PARTS", parts)
     plain, fast = (network(image_size, 1e-3, 0.9, 3) for network in (Conv4, FastConv4))
     with torch.no_grad():
@@ -230,9 +227,7 @@ def norm_args():
 @on_both
 @pytest.mark.parametrize("size", [(2, 2), (3, 2), (7, 10)])
 def test_tied_maxima_matches_pytorch(size):
-    """Integers: the first of the largest takes the gradient, but none where ReLU closes. Pixels
-    beyond an odd size's last window only count in the statistics.
-    """
+    """Integers: the first of the largest takes the gradient; the last pixels of odd sizes count."""
     out = compare_norm(channels_last(4, 32, *size).mul(1.5).round())[0]
     assert 0.1 < (out == 0).float().mean() < 0.9
 
@@ -261,9 +256,7 @@ def test_nonfinite_block_matches_pytorch(monkeypatch, block):
 
 @on_both
 def test_bfloat16_block_matches_pytorch():
-    """Numbers of eight bits, far apart in each window: a rounding moves no maximum. (The
-    interpreter rounds towards zero, a GPU to nearest.)
-    """
+    """Numbers of eight bits, far apart in each window, so that no rounding moves a maximum."""
     windows = torch.stack([torch.randperm(4) for _ in range(4 * 32 * 3 * 4)])
     y = windows.view(4, 32, 3, 4, 2, 2).permute(0, 1, 2, 4, 3, 5).reshape(4, 32, 6, 8)
     y = y.to(DEVICE).float().contiguous(memory_format=torch.channels_last)
@@ -305,27 +298,15 @@ def only_even_sizes(x, conv, norm):
     return learner._train_block(x, conv, norm) * (1 + x.shape[3] % 2)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "agrees"),
-    [
-        (learner._train_block, True),
-        (no_gradient, False),
-        (no_statistics, False),
-        (only_even_sizes, False),
-    ],
-)
-def test_block_check_compares_everything(kernel, agrees):
-    """Outputs of even and odd sizes, statistics and gradients; it leaves no trace."""
+def test_checks_compare_everything(capsys):
+    """Outputs of even and odd sizes, statistics and gradients; they leave no trace."""
     x, conv, norm = block_args(3)
-    before = norm.running_mean.clone()
+    before, eager = norm.running_mean.clone(), learner._train_block
     results = lambda function: learner._results(function, x, conv, norm)  # noqa: E731
-    assert gpu._agrees(kernel, learner._train_block, 1e-3, results) == agrees
+    for kernel in (eager, no_gradient, no_statistics, only_even_sizes):
+        assert gpu._agrees(kernel, eager, 1e-3, results) == (kernel is eager)
     assert torch.equal(norm.running_mean, before)
     assert conv.weight.grad is None
-
-
-def test_meta_learner_check_compares_everything():
-    """A wrong gradient shows."""
     metalearner, eager = FastMetaLearner(4, 5, 40), FastMetaLearner._in_pytorch
     args = torch.tensor(1.3), torch.randn(40, 1), MetaLearner.initial_state(metalearner)
 
@@ -333,9 +314,9 @@ def test_meta_learner_check_compares_everything():
         state = eager(self, *args)
         return state._replace(c=state.c.detach() + 2 * (state.c - state.c.detach()))
 
-    for kernel, agrees in ((eager, True), (wrong, False)):
-        results = lambda function: metalearner._two_updates(function, *args)  # noqa: E731
-        assert gpu._agrees(kernel, eager, 1e-3, results) == agrees
+    results = lambda function: metalearner._two_updates(function, *args)  # noqa: E731
+    assert gpu._agrees(eager, eager, 1e-3, results)
+    assert not gpu._agrees(wrong, eager, 1e-3, results)
 
 
 class OnGPU(torch.Tensor):
@@ -366,9 +347,10 @@ def test_failing_and_wrong_kernels_are_left_out(capsys, unchecked):
         calls.append("broken")
         raise SystemError("no compiler\nmore")
 
-    for kernel, expected in ((good, True), (bad, False), (broken, False)):
+    for kernel in (good, bad, broken):
         for _ in range(3):
-            assert gpu.works(kernel, torch.clone, 0.01, x, lambda f: [f(x)]) == expected
+            right = gpu.works(kernel, torch.clone, 0.01, x, lambda f: [f(x)])
+            assert right == (kernel is good)
     assert calls == ["good", "bad", "broken"]
     wrong, failing = capsys.readouterr().out.splitlines()
     assert "kernel bad" in wrong
@@ -393,9 +375,7 @@ def test_each_number_of_channels_is_checked(monkeypatch, capsys, unchecked, dtyp
         function = learner._triton_or(learner._train_block, right_for_3, x.to(dtype), conv, norm)
         assert (function is right_for_3) == (channels == 3)
     assert checked == [3, 3, 32, 32]  # an even and an odd size each
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "right_for_3 (32 channels" in line
-    assert "differs" in line
+    assert "right_for_3 (32 channels" in capsys.readouterr().out
 
 
 def test_blocks_run_the_kernels_that_work(kernels, monkeypatch):
@@ -426,12 +406,8 @@ def test_offsets_beyond_int32_are_left_to_pytorch(monkeypatch, unchecked):
     monkeypatch.setattr(gpu, "works", lambda *_: True)
     for module in (meta, colour, blocks):
         monkeypatch.setattr(module, "INT32", 100)
-    for owner, name in (
-        (meta.MetaStep, "apply"),
-        (colour, "colour"),
-        (blocks, "train_block"),
-        (blocks, "eval_block"),
-    ):
+    kernels = (meta.MetaStep, "apply"), (colour, "colour")
+    for owner, name in (*kernels, (blocks, "train_block"), (blocks, "eval_block")):
         monkeypatch.setattr(owner, name, lambda *_: pytest.fail("the kernel ran"))
     metalearner, grad = FastMetaLearner(4, 5, 40), torch.randn(40, 1)
     metalearner(torch.tensor(1.3), grad, metalearner.initial_state())
@@ -445,22 +421,18 @@ def test_kernels_launch_on_the_tensors_device(monkeypatch):
     """Whichever is the current one."""
     current, launched = [0], []
 
-    class Device:
-        def __init__(self, device):
-            self.index = device.index
-
-        def __enter__(self):
-            current.append(self.index)
-
-        def __exit__(self, *args):
-            current.pop()
+    @contextlib.contextmanager
+    def device(device):
+        current.append(device.index)
+        yield
+        current.pop()
 
     class Kernel:
         def __getitem__(self, programs):
             return lambda *args, **options: launched.append((current[-1], programs, args, options))
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
-    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "device", device)
     for index in (0, 1, None):
         x = SimpleNamespace(is_cuda=index is not None, device=SimpleNamespace(index=index))
         gpu.launch(Kernel(), (2,), x, 3, C=4)

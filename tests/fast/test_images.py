@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -7,12 +8,13 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, DATASETS
+from conftest import CPU, DATASETS, dataset, photograph, same
 from PIL import Image
 
-from dataloader import MEAN, STD, episodes, load_image, scan_split
+from dataloader import MEAN, STD, episodes, scan_split
 from fast import images
 from fast.images import FOLDER, DecodedSplit, decoded, reduced_size
+from imagefiles import load_image
 from utils import UserError
 
 
@@ -131,6 +133,23 @@ def test_cache_dir_that_cannot_be_written(data, tmp_path):
         build(data, cache_dir=tmp_path / "file" / "inside")
 
 
+def test_others_may_read_the_cache_as_the_umask_says(data, monkeypatch):
+    before = os.umask(0o027)
+    try:
+        build(data)
+    finally:
+        os.umask(before)
+    (folder,) = (p for p in (data / FOLDER).iterdir() if p.is_dir())
+    assert folder.stat().st_mode & 0o777 == 0o750
+
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(np, "load", refuse)  # root may read everything
+    with pytest.raises(UserError, match=rf"{folder.name}/index\.npz.*--cache-dir"):
+        build(data)
+
+
 def test_read_only_data_root(data, tmp_path):
     data.chmod(0o555)
     try:
@@ -190,3 +209,41 @@ def test_episodes_match_plain_ones(master, split, augment, pixels, mean_differen
     differences = torch.cat(differences)
     assert differences.mean() < mean_difference
     assert differences.max() < (4 if augment == "port" and split == "train" else 1)
+
+
+def test_a_pickled_data_set_holds_no_pixels(master):
+    """What workers get that are not forked."""
+    data = dataset("fast", master)
+    content = pickle.dumps(data)
+    assert len(content) < data._decoded._pixels.size / 4
+    assert same(pickle.loads(content)[1], data[1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_that_are_spawned(master):
+    before, data = multiprocessing.get_start_method(), dataset("fast", master, length=2)
+    try:
+        multiprocessing.set_start_method("spawn", force=True)
+        spawned = list(episodes(data, 0, 1, CPU, False))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert all(same(a, data[k]) for k, a in enumerate(spawned))
+    assert len(spawned) == 2
+
+
+@pytest.mark.parametrize("augment", ["port", "none"])
+def test_panoramas_take_memory_by_their_pixels(tmp_path, augment, monkeypatch):
+    """And come to the same bits as if all images were padded to one size."""
+    rng = np.random.default_rng(0)
+    for c, size in enumerate([(40, 1000), (1000, 40), (50, 30)]):
+        (tmp_path / "train" / f"{c}").mkdir(parents=True)
+        for k in range(5):
+            photograph(rng, *size).save(tmp_path / "train" / f"{c}" / f"{k}.png")
+    data = dataset("fast", tmp_path, image_size=20, augment=augment)
+    pixels = 3 * data._decoded.sizes.prod(axis=1).sum()
+    assert data.draw(0).buffer.numel() < images.PADDING * pixels + 5000
+    grouped = data[0]
+    monkeypatch.setattr(images, "PADDING", 1 << 20)
+    assert data.draw(0).buffer.numel() > 10 * pixels
+    assert same(grouped, data[0])

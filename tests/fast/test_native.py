@@ -17,7 +17,6 @@ from fast.metalearner import FastMetaLearner
 from fast.native import PatchMoments
 
 NO_KERNELS = SimpleNamespace(functions={}, state="")
-NONFINITE = pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 CHANNELS = pytest.mark.parametrize("channels", [3, 32])
 
 
@@ -97,24 +96,48 @@ def train(x, conv, norm):
     return train_block(x, conv, norm, PatchMoments.of(x.detach()) if x.shape[1] == 3 else None)
 
 
-@CHANNELS
-@pytest.mark.parametrize(
-    ("height", "width"), [(16, 16), (21, 10), (10, 21), (5, 5), (2, 7), (42, 42)]
-)
-def test_block(compiled, channels, height, width):
-    """With odd sizes, whose last row and column only count in the statistics."""
-    conv, norm = layers(channels)
-    x = channels_last(3, channels, height, width).requires_grad_(channels == 32)
-    grad_out = torch.randn(3, 32, height // 2, width // 2)
+def spread(parameter):
+    """The same parameter as every second number of something."""
+    values = torch.stack((parameter.detach(), torch.full_like(parameter, torch.nan)), dim=-1)
+    return torch.nn.Parameter(values[..., 0])
+
+
+def check_block(monkeypatch, x, conv, norm):
+    """Output, gradients, running statistics and test output are those of PyTorch."""
+    grad_out = torch.randn(1, 32, x.shape[2] // 2, x.shape[3] // 2).expand(len(x), -1, -1, -1)
 
     def run():
         norm.reset_running_stats()
         out = train(x, conv, norm)
         learned = [conv.weight, norm.weight, norm.bias, *([x] if x.requires_grad else [])]
         grads = torch.autograd.grad(out, learned, grad_out)
-        return [out, *grads, norm.running_mean.clone(), norm.running_var.clone()]
+        with torch.no_grad():
+            tested = eval_block(x, conv, norm)
+        return [out, tested, *grads, norm.running_mean.clone(), norm.running_var.clone()]
 
-    check_plain(compiled, run)
+    check_plain(monkeypatch, run)
+
+
+SIZES = [(16, 16), (21, 10), (10, 21), (5, 5), (2, 7), (42, 42)]
+
+
+@CHANNELS
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_block(compiled, channels, height, width):
+    """With odd sizes, whose last row and column only count in the statistics."""
+    x = channels_last(3, channels, height, width).requires_grad_(channels == 32)
+    check_block(compiled, x, *layers(channels))
+
+
+@CHANNELS
+def test_block_with_any_strides(compiled, channels):
+    """Spread weights; an input and a gradient that repeat one image; images with a gradient."""
+    conv, norm = layers(channels)
+    for module in (conv, norm):
+        for name, p in list(module.named_parameters()):
+            setattr(module, name, spread(p))
+    check_block(compiled, torch.randn(1, channels, 9, 8).expand(3, -1, -1, -1), conv, norm)
+    check_block(compiled, channels_last(2, 3, 8, 8).requires_grad_(), *layers(3))
 
 
 @pytest.mark.parametrize(
@@ -160,15 +183,14 @@ def test_block_in_bf16(compiled, channels):
 
 
 @CHANNELS
-@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @torch.no_grad()
-def test_block_in_eval_mode(compiled, channels, dtype, close):
+def test_block_in_eval_mode_in_bf16(compiled, channels):
     conv, norm = layers(channels)
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.5, 2)
-    x = channels_last(2, channels, 11, 14).to(dtype)
-    assert eval_block(x, conv, norm).dtype == dtype
-    check_plain(compiled, lambda: [eval_block(x, conv, norm).float()], close)
+    x = channels_last(2, channels, 11, 14).bfloat16()
+    assert eval_block(x, conv, norm).dtype == torch.bfloat16
+    check_plain(compiled, lambda: [eval_block(x, conv, norm).float()], 1e-2)
 
 
 def test_first_of_equal_maxima_gets_the_gradient(compiled):
@@ -183,13 +205,19 @@ def test_first_of_equal_maxima_gets_the_gradient(compiled):
     assert run().abs().max() > 1
 
 
-@NONFINITE
-@CHANNELS
-def test_nonfinite_numbers_stay_so(compiled, channels, bad):
-    x, good = channels_last(2, channels, 8, 8), torch.randn(300, 1)
-    x[0, 1, 3, 3] = bad
-    assert not torch.isfinite(train(x, *layers(channels))).all()
-    meta, grad = FastMetaLearner(4, 5, 300), good.clone()
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nonfinite_numbers_stay_so(compiled, bad):
+    for channels in (3, 32):
+        x = channels_last(2, channels, 8, 8)
+        x[0, 1, 3, 3] = bad
+        assert not torch.isfinite(train(x, *layers(channels))).all()
+    learner, x = FastConv4(32, 1e-3, 0.9, 5), channels_last(2, 3, 32, 32)
+    x[1, 2, 5, 5] = bad
+    loss, grad = learner.loss_and_grad(x, torch.tensor([0, 4]))
+    assert loss.isnan()
+    assert not grad.isfinite().all()
+    meta, good = FastMetaLearner(4, 5, 300), torch.randn(300, 1)
+    grad = good.clone()
     grad[7] = bad
 
     def run():
@@ -201,7 +229,7 @@ def test_nonfinite_numbers_stay_so(compiled, channels, bad):
     assert torch.equal(finite, plain(compiled, run))
 
 
-def test_patch_moments(compiled):
+def test_patch_moments(compiled, calls):
     for shape in ((2, 3, 9, 14), (1, 3, 16, 16), (3, 3, 2, 2)):
         x = channels_last(*shape)
         patches = torch.nn.functional.unfold(x.double(), 3, padding=1).transpose(0, 1).flatten(1)
@@ -209,7 +237,24 @@ def test_patch_moments(compiled):
         assert relative(total, patches.sum(1)) < 1e-5
         assert relative(product, patches @ patches.t()) < 1e-6
         assert count == patches.shape[1]
-    assert PatchMoments.of(x.double()) is None
+    calls.clear()
+    others = [
+        (400, 1, 128, 128),
+        (2, 32, 8, 8),
+        (2, 4, 8, 8),
+        (3, 8, 8),
+        (0, 3, 8, 8),
+        (2, 3, 1, 8),
+    ]
+    images = [x.double(), *(torch.rand(shape) for shape in others)]
+    assert [PatchMoments.of(x) for x in images] == [None] * len(images)
+    assert not calls
+
+
+def test_moments_of_other_images_are_not_used(compiled):
+    block, x = layers(3), channels_last(2, 3, 8, 8)
+    expected = train_block(x, *block)
+    assert torch.equal(train_block(x, *block, PatchMoments.of(x[:1])), expected)
 
 
 @pytest.mark.parametrize(("hidden_size", "n_params"), [(20, 900), (20, 128), (1, 5), (7, 130)])
@@ -254,18 +299,16 @@ def test_an_episode(compiled, calls, conv_dtype, close):
     """The kernels do all the work of a test and a training episode, three updates each."""
     results = run_episode(conv_dtype)
     kind = "float" if conv_dtype is None else "bfloat16"
-    # the query images take one more pass: in eval mode, then in train mode with their own moments
-    expected = Counter({"meta_forward": 6, "meta_backward": 3})
+    by_type = {f"{name}_{kind}" for name in library.BY_TYPE}
     if conv_dtype is None:  # one call an update
-        convolutions = {"convolve": 6, "convolve_to_input": 3, "convolve_to_filters": 3}
-        expected |= Counter({"learner_gradient": 6} | convolutions)
-        passes = 1
+        assert set(calls) == by_type | set(library.ONE_TYPE) - {
+            "augment",
+            "learner_gradient_frozen",
+        }
+        assert calls["learner_gradient"] == 6
     else:  # the convolutions, but for the first block's, are PyTorch's
-        passes = 7
-    by_type = {"first_forward": passes, "first_backward": passes, "first_eval": 1}
-    by_type |= {"block_forward": 3 * passes, "block_backward": 3 * passes, "block_eval": 3}
-    by_type["patch_moments"] = 3
-    assert calls == expected | Counter({f"{name}_{kind}": n for name, n in by_type.items()})
+        assert set(calls) == by_type | {"meta_forward", "meta_backward"}
+    assert (calls["meta_forward"], calls["meta_backward"]) == (6, 3)
     calls.clear()
     eager = plain(compiled, lambda: run_episode(conv_dtype))
     assert not calls
@@ -308,15 +351,6 @@ def test_loss_and_grad_of_misfits(compiled):
             plain(compiled, lambda args=args: learner.loss_and_grad(*args))
 
 
-@NONFINITE
-def test_nonfinite_loss_and_grad(compiled, bad):
-    learner, x = FastConv4(32, 1e-3, 0.9, 5), channels_last(2, 3, 32, 32)
-    x[1, 2, 5, 5] = bad
-    loss, grad = learner.loss_and_grad(x, torch.tensor([0, 4]))
-    assert loss.isnan()
-    assert not grad.isfinite().all()
-
-
 def test_threads_change_no_bit(compiled):
     (conv, norm), (conv2, norm2) = layers(3), layers(32)
     learner, x, y = FastConv4(42, 1e-3, 0.9, 4), channels_last(12, 3, 42, 42), torch.arange(12) % 4
@@ -349,17 +383,14 @@ def other_layers(channels, n_filters=32, kernel_size=3):
 
 MISFITS = {  # images and layers
     "1 channel": (torch.rand(2, 1, 8, 8), lambda: other_layers(1)),
-    "5 channels": (torch.rand(2, 5, 8, 8), lambda: other_layers(5)),
     "8 filters": (torch.rand(2, 3, 8, 8), lambda: other_layers(3, 8)),
     "5x5 filters": (torch.rand(2, 3, 8, 8), lambda: other_layers(3, 32, 5)),
     "other channels": (torch.rand(2, 3, 8, 8), lambda: other_layers(32)),
     "float64": (torch.rand(2, 3, 8, 8).double(), lambda: layers(3, torch.float64)),
     "float64 weights": (torch.rand(2, 3, 8, 8), lambda: layers(3, torch.float64)),
     "float16": (torch.rand(2, 3, 8, 8).half(), lambda: layers(3)),
-    "1 px wide": (torch.rand(2, 3, 8, 1), lambda: layers(3)),
     "1 px": (torch.rand(2, 32, 1, 1), lambda: layers(32)),
     "no images": (torch.rand(0, 3, 8, 8), lambda: layers(3)),
-    "no activations": (torch.rand(0, 32, 8, 8), lambda: layers(32)),
     "3-dimensional": (torch.rand(3, 8, 8), lambda: layers(3)),
     "meta": (torch.rand(2, 3, 8, 8, device="meta"), lambda: (m.to("meta") for m in layers(3))),
     "sparse": (torch.rand(2, 3, 8, 8).to_sparse(), lambda: layers(3)),
@@ -400,58 +431,6 @@ def test_autocast_is_pytorchs(compiled, calls):
     assert not calls
 
 
-def test_moments_of_other_shapes(compiled, calls):
-    shapes = [
-        (400, 1, 128, 128),
-        (2, 32, 8, 8),
-        (2, 4, 8, 8),
-        (3, 8, 8),
-        (0, 3, 8, 8),
-        (2, 3, 1, 8),
-    ]
-    assert [PatchMoments.of(torch.rand(shape)) for shape in shapes] == [None] * len(shapes)
-    assert not calls
-
-
-def test_moments_of_other_images_are_not_used(compiled):
-    block, x = layers(3), channels_last(2, 3, 8, 8)
-    expected = train_block(x, *block)
-    assert torch.equal(train_block(x, *block, PatchMoments.of(x[:1])), expected)
-
-
-def spread(parameter):
-    """The same parameter as every second number of something."""
-    values = torch.stack((parameter.detach(), torch.full_like(parameter, torch.nan)), dim=-1)
-    return torch.nn.Parameter(values[..., 0])
-
-
-@CHANNELS
-def test_any_strides(compiled, channels):
-    """Spread weights; an input and a gradient that repeat one image."""
-    conv, norm = layers(channels)
-    for module in (conv, norm):
-        for name, p in list(module.named_parameters()):
-            setattr(module, name, spread(p))
-    x = torch.randn(1, channels, 9, 8).expand(3, -1, -1, -1)
-    grad_out = torch.randn(1, 32, 4, 4).expand(3, -1, -1, -1)
-
-    def run():
-        norm.reset_running_stats()
-        out = train(x, conv, norm)
-        with torch.no_grad():
-            tested = eval_block(x, conv, norm)
-        learned = [conv.weight, norm.weight, norm.bias]
-        return [out, tested, *torch.autograd.grad(out, learned, grad_out)]
-
-    check_plain(compiled, run)
-
-
-def test_images_that_need_a_gradient(compiled):
-    block, x = layers(3), channels_last(2, 3, 8, 8).requires_grad_()
-    grad_out = torch.randn(2, 32, 4, 4)
-    check_plain(compiled, lambda: torch.autograd.grad(train(x, *block), [x], grad_out))
-
-
 @CHANNELS
 def test_second_backward_pass(compiled, channels):
     """Through the same graph: the same bits; through the gradient: autograd's error."""
@@ -467,14 +446,10 @@ def test_second_backward_pass(compiled, channels):
         grad.sum().backward()
 
 
-def test_norm_of_another_width(compiled):
-    conv, _ = layers(3)
-    with pytest.raises((ValueError, RuntimeError)):
-        train_block(channels_last(2, 3, 8, 8), conv, torch.nn.BatchNorm2d(1))
-
-
-def test_misfit_steps_are_refused(compiled):
+def test_misfits_are_refused(compiled):
     """No reading beyond a tensor's end."""
+    with pytest.raises((ValueError, RuntimeError)):
+        train_block(channels_last(2, 3, 8, 8), layers(3)[0], torch.nn.BatchNorm2d(1))
     meta, loss = FastMetaLearner(4, 5, 300), torch.tensor(1.0)
     state, grad, short = meta.initial_state(), torch.randn(300, 1), torch.zeros(10, 1)
     changes = [{"f": short}, {"c": short}, {"lstm_h": state.lstm_h[:1]}]
@@ -502,9 +477,7 @@ def test_steps_with_any_strides(compiled):
 
 @pytest.mark.parametrize("image_size", [16, 37, 50])
 def test_windows_of_any_size(compiled, image_size):
-    """Narrower than a vector, with fewer rows than a filter, enlarged, reduced and mirrored;
-    pixels outside the windows do not matter.
-    """
+    """Of any size, enlarged, reduced and mirrored; pixels outside them do not matter."""
     sizes = [(2, 2), (3, 90), (100, 3), (20, 20), (7, 8), (1, 9), (99, 1), (40, 65), (12, 89)]
     n, extent = 2 * len(sizes), torch.tensor(sizes).repeat(2, 1)
     start = torch.tensor([100, 90]) - extent  # up to the last row and column
@@ -534,20 +507,16 @@ def run_augment(channels=3, start=0, extent=20, **changes):
 
 WRONG_ARGUMENTS = {
     "grey": {"channels": 1},
-    "start 1": {"start": 1},
     "start -1": {"start": -1},
     "start far": {"start": 10**6},
     "start overflows": {"start": 2**63 - 1},
     "empty window": {"extent": 0},
     "short flip": {"flip": torch.zeros(1, dtype=torch.bool)},
     "float flip": {"flip": torch.zeros(2)},
-    "short jitter": {"jitter": torch.ones(1, 4)},
     "float64 jitter": {"jitter": torch.ones(2, 4).double()},
     "order": {"order": torch.full((2, 4), 10**6)},
-    "int32 order": {"order": torch.arange(4).repeat(2, 1).int()},
     "channels first": {"out": torch.empty(2, 3, 16, 16)},
     "short out": {"out": channels_last(1, 3, 16, 16)},
-    "float16 out": {"out": channels_last(2, 3, 16, 16).half()},
 }
 
 
@@ -558,9 +527,9 @@ def test_misfit_augmentation_is_refused(compiled, changes):
         run_augment(**changes)
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 4, 8, 8), (0, 3, 8, 8)])
-def test_grey_and_empty_pixels_are_left_to_pytorch(compiled, shape):
-    assert not native.handles(torch.zeros(shape, dtype=torch.uint8), torch.uint8)
+def test_grey_and_empty_pixels_are_left_to_pytorch(compiled):
+    for shape in ((2, 1, 8, 8), (2, 4, 8, 8), (0, 3, 8, 8)):
+        assert not native.handles(torch.zeros(shape, dtype=torch.uint8), torch.uint8)
 
 
 # ---- Compiling ----
@@ -568,9 +537,7 @@ def test_grey_and_empty_pixels_are_left_to_pytorch(compiled, shape):
 
 @pytest.fixture
 def probe(tmp_path, monkeypatch):
-    """Loads a small library in place of the kernels: the function is called with (cache,
-    **environment) and returns whether there are kernels, and their state.
-    """
+    """Load a small library in place of the kernels: whether there are any, and their state."""
     source = tmp_path / "probe.cpp"
     source.write_text(
         'extern "C" { void* probe_address = &probe_address; const char* probe_arguments = "l"; }\n'
@@ -590,8 +557,8 @@ def probe(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"PATH": "none", "CXX": ""}, "install g++"),
-        ({"CXX": "/none/c++"}, "No such file"),
+        ({"PATH": "none", "CXX": ""}, "g++"),
+        ({"CXX": "/none/c++"}, "/none/c++"),
         ({"CXX": "/bin/false"}, "/bin/false"),
     ],
 )
@@ -599,18 +566,17 @@ def test_without_a_compiler(probe, tmp_path, environment, message):
     exists, state = probe(tmp_path / "cache", **environment)
     assert not exists
     assert message in state
-    assert "a third of the speed" in state
     assert not (tmp_path / "cache").exists()
 
 
 def test_compiler_error_is_shown(probe, tmp_path):
-    compiler = tmp_path / "c++"
-    script = "#!/bin/sh\n[ $1 = --version ] && exit 0\necho note >&2\n"
-    compiler.write_text(script + "echo 'a.cpp:1: error: bad' >&2\nexit 1\n")
+    compiler, message = tmp_path / "c++", "a.cpp:1: error: bad"
+    lines = ["#!/bin/sh", "[ $1 = --version ] && exit", "echo note >&2", f"echo '{message}' >&2"]
+    compiler.write_text("\n".join([*lines, "exit 1\n"]))
     compiler.chmod(0o755)
     exists, state = probe(tmp_path / "cache", CXX=str(compiler))
     assert not exists
-    assert "a.cpp:1: error: bad" in state
+    assert message in state
     assert list((tmp_path / "cache" / "lstm-meta-learner").iterdir()) == []
 
 
@@ -627,13 +593,9 @@ def test_compiled_once_and_again_if_damaged(probe, tmp_path):
     assert probe(cache.parent)[0]
     assert file.stat().st_size == first.st_size
     assert list(cache.iterdir()) == [file]
-
-
-@pytest.mark.skipif(not native.library().functions, reason="no compiler")
-def test_cache_that_cannot_be_written(probe, tmp_path):
     occupied = tmp_path / "file"
     occupied.write_text("")
-    assert probe(occupied)[0]
+    assert probe(occupied)[0]  # without a cache
     assert occupied.read_text() == ""
 
 
@@ -643,5 +605,5 @@ def test_cache_that_cannot_be_written(probe, tmp_path):
 )
 def test_slow_bf16_is_noted(monkeypatch, capability, precision, noted):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    way = select_backend(resolve({"cpu": True, "precision": precision}))
-    assert ("note: --precision bf16" in way.description) == noted
+    backend = select_backend(resolve({"cpu": True, "precision": precision}))
+    assert ("--precision bf16" in backend.description) == noted

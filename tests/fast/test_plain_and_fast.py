@@ -13,9 +13,7 @@ def close(results, expected, rel):
     return all(a.item() == pytest.approx(b.item(), rel=rel) for a, b in pairs)
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "length"), [(25, 3), (10, 2), pytest.param(25, 20, marks=SLOW)]
-)
+@pytest.mark.parametrize(("batch_size", "length"), [(10, 2), pytest.param(25, 20, marks=SLOW)])
 def test_consecutive_episodes_in_float64(master, batch_size, length):
     """Rounding cannot hide a wrong gradient, and has no room to grow."""
     plain, fast = (Model(w, 32, torch.float64, batch_size=batch_size) for w in ("plain", "fast"))
@@ -29,12 +27,10 @@ def test_consecutive_episodes_in_float64(master, batch_size, length):
 
 @pytest.mark.parametrize(
     ("image_size", "length"),
-    [(42, 3), pytest.param(42, 20, marks=SLOW), pytest.param(84, 3, marks=SLOW)],
+    [(42, 2), pytest.param(42, 20, marks=SLOW), pytest.param(84, 3, marks=SLOW)],
 )
 def test_single_episodes_in_float32(master, image_size, length):
-    """Each from the plain parameters, since rounding grows from episode to episode: in 20 episodes
-    in a row the two end 2e-3 to 3e-2 apart, and plain float32 3e-3 from plain float64.
-    """
+    """Each from the plain parameters: rounding grows to 2e-3 or 3e-2 in 20 episodes in a row."""
     plain, fast = (Model(w, image_size) for w in ("plain", "fast"))
     for episode in drawn(master, image_size, length):
         fast.meta.load_state_dict(plain.meta.state_dict())

@@ -204,3 +204,9 @@ def test_export_needs_a_test_and_a_checkpoint(tmp_path, monkeypatch):
         export_module.export(tmp_path / "nowhere")
     with pytest.raises(UserError, match="ckpts"):
         export_module.export(with_test(tmp_path / "a"))
+
+
+def test_the_data_in_the_current_folder_have_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with_test(tmp_path / "a", flags=("--data-root", "."))
+    assert json.loads((tmp_path / "a" / NAME).read_text())["tests"][0]["data"] == tmp_path.name

@@ -1,0 +1,192 @@
+"""Image files: which of a folder's entries are images, and their pixels.
+
+One rule for training, prediction, ``prepare.py`` and its ``--check``. Imports no PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from utils import UserError, is_junk
+
+# Pillow only recognises these, or needs other programs to decode them
+_STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# photographs of 108 megapixels are real; Pillow still refuses twice its limit, 179 megapixels
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+# ---- Folders ----
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """The suffixes of images that Pillow can decode here, in lower case."""
+    known = Image.registered_extensions().items()
+    return frozenset(s.lower() for s, kind in known if kind in Image.OPEN and kind not in _STUBS)
+
+
+def suffix(name: str) -> str:
+    """A file name's suffix in lower case, with its dot."""
+    return os.path.splitext(name)[1].lower()
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image, by its suffix."""
+    return suffix(name) in suffixes()
+
+
+def nfc(text: str) -> str:
+    """Unicode NFC, in which names are compared: macOS writes é as two characters."""
+    return unicodedata.normalize("NFC", text)
+
+
+def read_text(path: Path) -> str:
+    """A text file that people have written: UTF-8, perhaps with a byte order mark; in NFC.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read, or is no UTF-8.
+    """
+    return nfc(path.read_text("utf-8-sig"))
+
+
+def entries(folder: Path) -> list[os.DirEntry[str]]:
+    """A folder's entries by name, without hidden ones and operating systems' litter.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    try:
+        with os.scandir(folder) as found:
+            return sorted((e for e in found if not is_junk(e.name)), key=lambda entry: entry.name)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be read ({e.strerror})") from e
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def walk(
+    folder: Path, without: Collection[str] = (), prefix: str = "", above: tuple = ()
+) -> Iterator[tuple[str, os.DirEntry[str], str]]:
+    """Yield (POSIX path in ``folder``, entry, "folder", "file" or "other") of all that is below it,
+    a folder before its content. Links are followed, but not nowhere and not in circles.
+
+    Args:
+        without: real paths of folders to leave out.
+        prefix, above: of the recursion.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    found = entries(folder)
+    if not above:
+        info = folder.stat()
+        above = ((info.st_dev, info.st_ino),)
+    for entry in found:
+        name = prefix + entry.name
+        if not is_folder(entry):
+            try:
+                yield name, entry, "file" if entry.is_file() else "other"
+            except OSError:
+                yield name, entry, "other"
+        elif not without or os.path.realpath(entry.path) not in without:
+            info = os.stat(entry.path)
+            key = info.st_dev, info.st_ino
+            yield name, entry, "other" if key in above else "folder"
+            if key not in above:
+                yield from walk(Path(entry.path), without, f"{name}/", (*above, key))
+
+
+def images_below(folder: Path, without: Iterable[Path] = ()) -> list[Path]:
+    """The images anywhere below a folder, by name; a note counts what else is there.
+
+    Args:
+        without: images to leave out, however they are named.
+
+    Raises:
+        UserError: the folder or one in it cannot be read.
+    """
+    files = [name for name, _, kind in walk(folder) if kind == "file"]
+    note_unknown(folder, (name for name in files if not is_image(name)))
+    known = {os.path.realpath(path) for path in without}
+    found = [folder / name for name in files if is_image(name)]
+    return [path for path in found if not known or os.path.realpath(path) not in known]
+
+
+def unknown_formats(names: Iterable[str]) -> str:
+    """'3 files of unknown format: .heic, .txt' of files that are not images; '' of none."""
+    kinds = Counter(suffix(name) or "no suffix" for name in names)
+    return f"{kinds.total()} files of unknown format: {', '.join(sorted(kinds))}" if kinds else ""
+
+
+def note_unknown(folder: Path, names: Iterable[str]) -> None:
+    """Print a note that counts the files that are left out, once a process."""
+    if text := unknown_formats(names):
+        _print_once(f"note: {folder}: left out {text}")
+
+
+@functools.cache
+def _print_once(line: str) -> None:
+    print(line, flush=True)
+
+
+# ---- Pixels ----
+
+
+def load_image(path: Path, file: IO[bytes] | None = None) -> Image.Image:
+    """Decode one file to RGB: upright by its EXIF orientation, transparency on white.
+
+    Args:
+        file: the file's content, if it is open already.
+
+    Raises:
+        UserError: it cannot be decoded, is implausibly large, or has pixels of unknown range.
+    """
+    try:
+        with Image.open(file or path) as image:
+            image.load()
+            return _to_rgb(_upright(image))
+    except Exception as e:  # Pillow's decoders raise nearly anything on damaged files
+        reason = str(e).replace(repr(str(path)), "").replace(str(path), "").strip(" :")
+        reason = (reason or type(e).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a readable image ({reason}); remove or replace it") from e
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # its EXIF block is damaged, not its pixels
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        values = np.asarray(image)
+        if image.mode == "F":
+            if not (values.min() >= 0 and values.max() <= 1):
+                raise ValueError("floats outside 0 to 1")
+            values = values * 255
+        elif values.min() < 0 or values.max() > 65535:
+            raise ValueError("integers outside 0 to 65535")
+        else:  # 16 bits, which older versions of Pillow call "I"
+            values = values >> 8
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
