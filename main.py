@@ -25,7 +25,7 @@ if __name__ == "__main__":
 if code := run_main(check_packages, ["numpy", "PIL", "tqdm", "torch", "torchvision"]):
     sys.exit(code)
 
-from baselines.linear_head import build_linear_head, initialise
+from baselines.methods import BUILDERS, initialise, training_split
 from baselines.pretrain import pretrain
 from dataloader import check_splits, scan_split
 from engine.backend import Backend, adam, dataset, make_learner, make_metalearner, select_backend
@@ -33,7 +33,7 @@ from engine.checkpoint import load_for_test, load_weights
 from engine.distributed import SINGLE_PROCESS, Ranks
 from engine.evaluation import Evaluator, run_test
 from engine.folder import RunFolder
-from engine.model import Model
+from engine.model import Model, Trainable
 from engine.parallel import make_train_step
 from engine.run import Run
 from episode import learned
@@ -41,10 +41,10 @@ from tools import export, plots, predict, report, results, tables, trace
 from tools.predictor import Predictor
 
 
-def build(args: argparse.Namespace, backend: Backend) -> Model:
+def build(args: argparse.Namespace, backend: Backend) -> Trainable:
     """Line 1 of algorithm 1: the learner pair; the meta-learner, whose cI starts as theirs."""
-    if args.method == "linear-head":
-        return build_linear_head(args, backend)
+    if args.method != "lstm":
+        return BUILDERS[args.method](args, backend)
     learner_w_grad = make_learner(args, backend)
     learner_wo_grad = copy.deepcopy(learner_w_grad)
     metalearner = make_metalearner(args, backend, learner_w_grad)
@@ -63,7 +63,8 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
         ranks.compare({"device": backend.description})
         check_splits(args.data_root)
         lengths = {"train": args.episode} | ({"val": args.episode_val} if args.val_freq else {})
-        splits = {name: scan_split(args.data_root, name) for name in lengths}
+        names = {"train": training_split(args.method), "val": "val"}
+        splits = {k: scan_split(args.data_root, names[k]) for k in lengths}
         sets = {k: dataset(args, backend, splits[k], n) for k, n in lengths.items()}
         model = build(args, backend)
         optimizer = adam(args, backend, learned(model.metalearner))
@@ -80,14 +81,13 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
                     run.log_validation(*evaluate(val_set, run.stop_if_asked))
             run.finish()
         if args.plots and ranks.rank == 0:
-            if val_set is not None:
-                trace.write_trace(folder.path, val_set, model, args.batch_size, backend.device)
+            trace.write_trace(folder.path, val_set, model, args.batch_size, backend.device)
             plots.draw(folder.path)
 
 
 def load_model(
     cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS
-) -> tuple[argparse.Namespace, dict, Backend, Model]:
+) -> tuple[argparse.Namespace, dict, Backend, Trainable]:
     """Load what is tested or predicts: its flags, checkpoint, backend and networks."""
     args, checkpoint = load_for_test(cli_args, ranks)
     backend = select_backend(args, ranks.local)
@@ -116,22 +116,12 @@ def load_predictor(cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS) -
     return Predictor(args, backend, model, trained_on)
 
 
-def plot(cli_args: dict[str, object], _: Ranks) -> None:
-    """Draw a run. Given the data, also the updates of one that has no record of them."""
-    folder = plots.run_to_draw(resolve(cli_args))
-    if {"data", "data_root"} & cli_args.keys() and not (folder / trace.NAME).exists():
-        args, _checkpoint, backend, model = load_model({**cli_args, "resume": str(folder)})
-        val_set = dataset(args, backend, scan_split(args.data_root, "val"), trace.N_EPISODES)
-        trace.write_trace(folder, val_set, model, args.batch_size, backend.device)
-    plots.plot(folder)
-
-
 MODES = {
     "train": train,
     "test": test,
     "pretrain": pretrain,
     "predict": lambda *loaded: predict.predict(load_predictor(*loaded)),
-    "plot": plot,
+    "plot": lambda cli_args, _: plots.plot_mode(cli_args, load_model),
     "results": lambda cli_args, _: tables.results_mode(resolve(cli_args)),
     "export": lambda cli_args, _: export.export_mode(resolve(cli_args)),
 }

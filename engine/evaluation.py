@@ -16,11 +16,11 @@ from engine.backend import Backend, dataset
 from engine.distributed import SINGLE_PROCESS, Ranks
 from engine.flags import ROOT
 from engine.logger import result_line
-from engine.model import Model
+from engine.model import Trainable
 from engine.parallel import EpisodePool
 from engine.process import begin_worker
 from engine.tta import class_permutations, evaluate_tta
-from episode import Episode, evaluate_episode
+from episode import Episode
 from learner import FlatModule
 
 
@@ -52,7 +52,7 @@ class Evaluator:
         self,
         args: argparse.Namespace,
         backend: Backend,
-        model: Model,
+        model: Trainable,
         ranks: Ranks = SINGLE_PROCESS,
     ):
         permutations = class_permutations(args.n_class, args.tta_permutations or 1, args.seed)
@@ -60,12 +60,10 @@ class Evaluator:
         augmented = len(permutations) > 1 or args.tta_flip
 
         def evaluate(episode: Episode, *pair: FlatModule) -> tuple[Tensor, Tensor]:
-            size, transductive = args.batch_size, args.transductive
             if augmented:
-                how = (size, permutations, args.tta_flip, transductive)
+                how = (args.batch_size, permutations, args.tta_flip, args.transductive)
                 return evaluate_tta(episode, *pair, model, *how)
-            embedded, metalearner = model.embed(episode), model.metalearner
-            return evaluate_episode(embedded, *pair, metalearner, size, transductive)
+            return model.evaluate(args, episode, *pair)
 
         self.args, self.device, self.ranks = args, backend.device, ranks
         self.pool = EpisodePool(evaluate, backend, model)
@@ -105,7 +103,7 @@ def is_mini_imagenet(classes: list[str]) -> bool:
 def run_test(
     args: argparse.Namespace,
     backend: Backend,
-    model: Model,
+    model: Trainable,
     trained_on: int,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> list[dict]:
@@ -122,7 +120,7 @@ def run_test(
     counts, tests = sorted(set(args.episode_test)), []
     for n_shot in args.shots or [args.n_shot]:
         size, divisor = schedule(args, trained_on, args.n_class * n_shot)
-        model.metalearner.grad_divisor = divisor
+        model.metalearner.grad_divisor = divisor  # type: ignore[assignment]
         these = argparse.Namespace(**{**vars(args), "n_shot": n_shot, "batch_size": size})
         test_set = dataset(these, backend, scan_split(args.data_root, "test"), counts[-1])
         ranks.begin({"device": backend.description, "test images": test_set.fingerprint})

@@ -5,17 +5,19 @@ Importing this module does not need Matplotlib; ``tools/figures.py`` does.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from dataloader import scan_split
+from engine.backend import dataset
 from engine.checkpoint import LAST, resolve_checkpoint
-from engine.flags import run_folder
+from engine.flags import resolve, run_folder
 from tools.class_names import display_name
 from tools.results import NAME as RESULTS
-from tools.trace import read_trace
+from tools.trace import N_EPISODES, read_trace, write_trace
+from tools.trace import NAME as TRACE
 from utils import UserError, pip_install
 
 
@@ -35,13 +37,24 @@ def load_figures() -> ModuleType:
     return figures
 
 
-def run_to_draw(args: argparse.Namespace) -> Path:
-    """The folder of the run that ``--resume``, or else ``--save`` and ``--seed``, names."""
-    if args.resume in (None, "auto"):
-        return run_folder(args)
-    place = Path(resolve_checkpoint(args.resume, args.seed, LAST))
-    folder = place if place.is_dir() else place.parent  # a run's checkpoints are in its ckpts/
-    return folder.resolve().parent if folder.resolve().name == "ckpts" else folder
+def plot_mode(cli_args: dict[str, object], load_model: Callable[..., tuple]) -> None:
+    """Draw the run that ``--resume``, or else ``--save`` and ``--seed``, names. Given the data,
+    also the updates of one that has no record of them.
+
+    Args:
+        load_model: ``main.load_model``.
+    """
+    args = resolve(cli_args)
+    folder = run_folder(args)
+    if args.resume not in (None, "auto"):
+        place = Path(resolve_checkpoint(args.resume, args.seed, LAST)).resolve()
+        folder = place if place.is_dir() else place.parent
+        folder = folder.parent if folder.name == "ckpts" else folder
+    if {"data", "data_root"} & cli_args.keys() and not (folder / TRACE).exists():
+        args, _, backend, model = load_model({**cli_args, "resume": str(folder)})
+        val_set = dataset(args, backend, scan_split(args.data_root, "val"), N_EPISODES)
+        write_trace(folder, val_set, model, args.batch_size, backend.device)
+    plot(folder)
 
 
 @contextmanager
