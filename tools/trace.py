@@ -33,9 +33,9 @@ def write_trace(
 
     In an exported run's folder it holds no photographs.
     """
-    if dataset is None or not isinstance(model.metalearner, MetaLearner):
+    gates = isinstance(model, Model) and isinstance(model.metalearner, MetaLearner)
+    if dataset is None or not gates:
         return
-    assert isinstance(model, Model)
     arrays = record(dataset.first(N_EPISODES), model, batch_size, device)
     if not (folder / "ckpts").is_dir():
         del arrays["images"]

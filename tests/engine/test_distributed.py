@@ -28,7 +28,7 @@ from conftest import (
 )
 from torch.distributed import TCPStore
 
-from engine import checkpoint, distributed, evaluation
+from engine import checkpoint, distributed
 from engine import model as models
 from engine.backend import select_backend
 from engine.flags import parse, resolve
@@ -343,7 +343,7 @@ def test_a_rank_that_dies_during_a_validation_ends_all(master, tmp_path):
 
     def prepare(rank):
         if rank == 1:
-            evaluation.evaluate_episode = lambda *_: os._exit(9)
+            models.evaluate_episode = lambda *_: os._exit(9)
 
     argv = training(master, tmp_path / "logs", *M6[2:], "--meta-batch", "2")
     began = time.monotonic()

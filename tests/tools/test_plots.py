@@ -17,6 +17,7 @@ from dataloader import scan_split
 from engine.backend import dataset, select_backend
 from engine.flags import parse, resolve
 from engine.model import Model
+from metalearner import MetaLearner
 from tools import plots
 from tools.trace import NAME, QUANTILES, read_trace, write_trace
 from utils import UserError
@@ -119,10 +120,11 @@ def test_a_damaged_trace_is_named(run):
 def test_a_trace_for_publication_holds_no_photograph(tmp_path, monkeypatch):
     arrays = {"images": np.ones(3), "moved": np.ones(3)}
     monkeypatch.setattr("tools.trace.record", lambda *_: dict(arrays))
-    write_trace(tmp_path, SimpleNamespace(first=int), None, 25, None)
+    what = SimpleNamespace(first=int), Model(None, None, MetaLearner(4, 1, 3)), 25, None
+    write_trace(tmp_path, *what)
     assert np.load(tmp_path / NAME).files == ["moved"]
     (tmp_path / "ckpts").mkdir()
-    write_trace(tmp_path, SimpleNamespace(first=int), None, 25, None)
+    write_trace(tmp_path, *what)
     assert np.load(tmp_path / NAME).files == ["images", "moved"]
 
 
