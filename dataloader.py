@@ -151,7 +151,7 @@ def check_split(split: Split, n_class: int, n_shot: int, n_eval: int) -> None:
         UserError: there are too few classes, or a class has too few images; it is named.
     """
     if len(split.classes) < n_class:
-        found = f"the {split.name} split has only {len(split.classes)} classes"
+        found = f"the {split.name} split has only {len(split.classes)} classes; lower it"
         raise UserError(f"--n-class {n_class}: {found}")
     needed = n_shot + n_eval
     short = [k for k, images in enumerate(split.files) if len(images) < needed]

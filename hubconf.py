@@ -4,7 +4,7 @@
     model = torch.hub.load("path/to/this/clone", "load_pretrained",
                            "miniImagenet-5s5c-pretrained-53", source="local")
     model.adapt(images, labels)         # five classes, some examples of each
-    shares = model.predict(others)      # [N, 5], columns as in model.classes
+    model.predict(others)               # probabilities [N, 5], columns as in model.classes
 
 This repository's modules import each other as ``utils``, ``learner``, ... While they load, they
 stand in ``sys.modules`` in place of yours of the same names; then yours are put back. Nothing is

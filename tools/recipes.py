@@ -1,4 +1,4 @@
-"""The recipes, as ``scripts/train_*.sh`` define them, and the name of whatever a run did."""
+"""The recipes, as ``scripts/train_*.sh`` define them, and a name for what any run did."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done with a test's numbers: they are kept in the run's folder, printed and drawn."""
+"""Keeps, prints and draws the results of a test."""
 
 from __future__ import annotations
 
