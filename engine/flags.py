@@ -53,6 +53,10 @@ def boolean(text: str) -> bool:
     return values[text.lower()]
 
 
+def _listed(title: str, items: dict[str, str]) -> str:
+    return f"{title}:\n" + "".join(f"  {k:<13} {v}\n" for k, v in items.items()) + "\n"
+
+
 def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     """The parser, which leaves out flags that are not given; all defaults; the hyper-parameters."""
     parser = Parser(
@@ -61,8 +65,8 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="The LSTM meta-learner of Ravi & Larochelle (ICLR 2017).\n"
         "The defaults are the 5-way 5-shot recipe of the PyTorch port of 2019.",
-        epilog="examples:\n  python main.py --mode train --data-root data/miniImagenet\n"
-        "  python main.py --mode test",
+        epilog=_listed("modes", MODES) + _listed("methods", METHODS) + "examples:\n"
+        "  python main.py --mode train --data-root data/miniImagenet\n  python main.py --mode test",
         argument_default=argparse.SUPPRESS,
     )
     defaults: dict[str, object] = {}
@@ -90,11 +94,18 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     count, bias = int_range(1), float_range(-100, 100)
 
     add = group("what to do")
-    add("--mode", "train", "; ".join(f"{k}: {v}" for k, v in MODES.items()), choices=tuple(MODES))
+    add("--mode", "train", "one of the modes below", "MODE", choices=tuple(MODES))
     words = "checkpoint or run folder to continue (its last) or test (its best); "
     add("--resume", None, words + "auto: this run's own, if there is one", "PATH")
     add("--save", "logs", "the run folder is SAVE-SEED", "PATH")
-    add("--seed", 719, "seed of the initialisation and of all episodes", "N", True, type=int_range(0, 2**32 - 1))
+    add(
+        "--seed",
+        719,
+        "seed of initialisation and episodes",
+        "N",
+        True,
+        type=int_range(0, 2**32 - 1),
+    )
     words = "minutes between two snapshots"
     add("--save-minutes", 5.0, words, "X", type=float_range(0, 1e6))
     add("--runs", None, "results: run folders", "DIR", nargs="+")
@@ -173,8 +184,7 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     add("--grad-clip", 0.25, "largest norm of the meta-gradient", "X", True, type=clip)
 
     add = group("beyond the paper")
-    words = "; ".join(f"{k}: {v}" for k, v in METHODS.items())
-    add("--method", "lstm", words, hyper=True, choices=tuple(METHODS))
+    add("--method", "lstm", "one of the methods below", "METHOD", True, choices=tuple(METHODS))
     words = "pretrain: cosine similarities, or a linear classifier as for the paper's baselines"
     add("--classifier", "cosine", words, hyper=True, choices=("cosine", "linear"))
     words = "differentiate the learner's losses and gradients, too, which the paper treats as "
