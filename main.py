@@ -81,6 +81,7 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
                     run.log_validation(*evaluate(val_set, run.stop_if_asked))
             run.finish()
         if args.plots and ranks.rank == 0:
+            announce("drawing the run")
             trace.write_trace(folder.path, val_set, model, args.batch_size, backend.device)
             plots.draw(folder.path)
 

@@ -105,5 +105,5 @@ def plot(folder: Path, wanted: str | None = None) -> list[Path]:
                 except OSError as e:
                     why = f"cannot be written ({e.strerror}); free some space"
                     raise UserError(f"{folder / 'plots'}: {why}") from e
-    print("drawn: " + " ".join(map(str, written)))
+    print(f"drawn: {folder / 'plots'}: {' '.join(path.name for path in written)}")
     return written
