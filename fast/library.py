@@ -99,7 +99,8 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
     run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
     version = run([*compiler, "--version"], timeout=60).stdout
     sources, openmp = [p.read_text() for p in (MAIN, *sorted(FOLDER.glob("*.h")))], _openmp()
-    parts = (*sources, *FLAGS, *GCC_FLAGS, *compiler[1:], version, platform.platform(), *_processor(), *openmp)
+    parts = (*sources, *FLAGS, *GCC_FLAGS, *compiler[1:], version, platform.platform())
+    parts += (*_processor(), *openmp)
     key = hashlib.sha256(os.fsencode("\0".join(parts))).hexdigest()[:16]
     cache, cached = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), False
     folder = Path(cache) / "lstm-meta-learner"
@@ -121,7 +122,7 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
                 run([*compiler, "-shared", compiled, *openmp, "-o", linked], timeout=300)
                 library = ctypes.CDLL(linked)
                 break
-            except (OSError, subprocess.SubprocessError):
+            except (OSError, subprocess.CalledProcessError):
                 if not more:
                     raise
         with open(linked, "r+b") as file:  # the loader ignores what follows the library
