@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from learner import FlatModule
-from metalearner import MetaLearner, MetaState
+from metalearner import UpdateRule
 
 
 class Episode(NamedTuple):
@@ -45,8 +45,8 @@ def minibatches(episode: Episode, batch_size: int) -> Iterator[tuple[Tensor, Ten
 
 
 def updates(
-    episode: Episode, learner_w_grad: FlatModule, metalearner: MetaLearner, batch_size: int
-) -> Iterator[tuple[Tensor, MetaState]]:
+    episode: Episode, learner_w_grad: FlatModule, metalearner: UpdateRule, batch_size: int
+) -> Iterator[tuple[Tensor, Any]]:
     """Train the learner on the support set, one update of the meta-learner per minibatch.
 
     Args:
@@ -75,7 +75,7 @@ def updates(
 
 
 def adapt(
-    episode: Episode, learner_w_grad: FlatModule, metalearner: MetaLearner, batch_size: int
+    episode: Episode, learner_w_grad: FlatModule, metalearner: UpdateRule, batch_size: int
 ) -> tuple[Tensor, list[Tensor]]:
     """Run all updates of an episode.
 
@@ -107,7 +107,7 @@ def accuracy(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(dim=1) == y).float().mean() * 100.0
 
 
-def learned(metalearner: MetaLearner) -> list[Tensor]:
+def learned(metalearner: torch.nn.Module) -> list[Tensor]:
     """The meta-learner's trainable parameters, in the order of its gradient."""
     return [p for p in metalearner.parameters() if p.requires_grad]
 
@@ -116,7 +116,7 @@ def meta_gradient(
     episode: Episode,
     learner_w_grad: FlatModule,
     learner_wo_grad: FlatModule,
-    metalearner: MetaLearner,
+    metalearner: UpdateRule,
     batch_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate an episode's query loss with respect to the meta-learner's parameters.
@@ -144,7 +144,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 def update_metalearner(
     gradients: Tensor,
     losses: Tensor,
-    metalearner: MetaLearner,
+    metalearner: UpdateRule,
     optimizer: torch.optim.Optimizer,
     grad_clip: float,
     step: Callable[[torch.optim.Optimizer, Tensor], None] = step_if_finite,
@@ -176,7 +176,7 @@ def train_episode(
     episode: Episode,
     learner_w_grad: FlatModule,
     learner_wo_grad: FlatModule,
-    metalearner: MetaLearner,
+    metalearner: UpdateRule,
     optimizer: torch.optim.Optimizer,
     batch_size: int,
     grad_clip: float,
@@ -202,7 +202,7 @@ def evaluate_episode(
     episode: Episode,
     learner_w_grad: FlatModule,
     learner_wo_grad: FlatModule,
-    metalearner: MetaLearner,
+    metalearner: UpdateRule,
     batch_size: int,
     transductive: bool = False,
 ) -> tuple[Tensor, Tensor]:

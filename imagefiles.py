@@ -5,6 +5,7 @@ One rule for training, prediction, ``prepare.py`` and its ``--check``. Imports n
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import unicodedata
@@ -160,21 +161,21 @@ def load_image(path: Path, file: IO[bytes] | None = None) -> Image.Image:
     try:
         with Image.open(file or path) as image:
             image.load()
-            return _to_rgb(_upright(image))
+            return to_rgb(image)
     except Exception as e:  # Pillow's decoders raise nearly anything on damaged files
         reason = str(e).replace(repr(str(path)), "").replace(str(path), "").strip(" :")
         reason = (reason or type(e).__name__).splitlines()[0]
         raise UserError(f"{path}: not a readable image ({reason}); remove or replace it") from e
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # its EXIF block is damaged, not its pixels
-        return image
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB, upright by its EXIF orientation, transparency on white.
 
-
-def _to_rgb(image: Image.Image) -> Image.Image:
+    Raises:
+        ValueError: its pixels have no known range.
+    """
+    with contextlib.suppress(Exception):  # its EXIF block is damaged, not its pixels
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         values = np.asarray(image)
         if image.mode == "F":

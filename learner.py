@@ -211,9 +211,13 @@ class Conv4(FlatModule):
             [B, n_filters * (image_size // 16)^2].
         """
         for b in range(1, N_BLOCKS + 1):
-            conv, norm = getattr(self, f"conv{b}"), getattr(self, f"norm{b}")
-            x = F.max_pool2d(F.relu(norm(conv(x))), 2)
+            x = self.block(b, x)
         return x.flatten(1)
+
+    def block(self, b: int, x: Tensor) -> Tensor:
+        """Compute block b, from 1 to 4: [B, C, H, W] -> [B, n_filters, H // 2, W // 2]."""
+        conv, norm = getattr(self, f"conv{b}"), getattr(self, f"norm{b}")
+        return F.max_pool2d(F.relu(norm(conv(x))), 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the logits [B, n_classes] of images [B, 3, image_size, image_size]."""

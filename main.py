@@ -25,25 +25,26 @@ if __name__ == "__main__":
 if code := run_main(check_packages, ["numpy", "PIL", "tqdm", "torch", "torchvision"]):
     sys.exit(code)
 
-from baselines.linear_head import build_linear_head, initialise
+from baselines.methods import BUILDERS, initialise, training_split
 from baselines.pretrain import pretrain
 from dataloader import check_splits, scan_split
 from engine.backend import Backend, adam, dataset, make_learner, make_metalearner, select_backend
 from engine.checkpoint import load_for_test, load_weights
-from engine.distributed import Ranks
+from engine.distributed import SINGLE_PROCESS, Ranks
 from engine.evaluation import Evaluator, run_test
 from engine.folder import RunFolder
-from engine.model import Model
+from engine.model import Model, Trainable
 from engine.parallel import make_train_step
 from engine.run import Run
 from episode import learned
 from tools import export, plots, predict, report, results, tables, trace
+from tools.predictor import Predictor
 
 
-def build(args: argparse.Namespace, backend: Backend) -> Model:
+def build(args: argparse.Namespace, backend: Backend) -> Trainable:
     """Line 1 of algorithm 1: the learner pair; the meta-learner, whose cI starts as theirs."""
-    if args.method == "linear-head":
-        return build_linear_head(args, backend)
+    if args.method != "lstm":
+        return BUILDERS[args.method](args, backend)
     learner_w_grad = make_learner(args, backend)
     learner_wo_grad = copy.deepcopy(learner_w_grad)
     metalearner = make_metalearner(args, backend, learner_w_grad)
@@ -62,7 +63,8 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
         ranks.compare({"device": backend.description})
         check_splits(args.data_root)
         lengths = {"train": args.episode} | ({"val": args.episode_val} if args.val_freq else {})
-        splits = {name: scan_split(args.data_root, name) for name in lengths}
+        names = {"train": training_split(args.method), "val": "val"}
+        splits = {k: scan_split(args.data_root, names[k]) for k in lengths}
         sets = {k: dataset(args, backend, splits[k], n) for k, n in lengths.items()}
         model = build(args, backend)
         optimizer = adam(args, backend, learned(model.metalearner))
@@ -79,14 +81,13 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
                     run.log_validation(*evaluate(val_set, run.stop_if_asked))
             run.finish()
         if args.plots and ranks.rank == 0:
-            if val_set is not None:
-                trace.write_trace(folder.path, val_set, model, args.batch_size, backend.device)
+            trace.write_trace(folder.path, val_set, model, args.batch_size, backend.device)
             plots.draw(folder.path)
 
 
 def load_model(
-    cli_args: dict[str, object], ranks: Ranks
-) -> tuple[argparse.Namespace, dict, Backend, Model]:
+    cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS
+) -> tuple[argparse.Namespace, dict, Backend, Trainable]:
     """Load what is tested or predicts: its flags, checkpoint, backend and networks."""
     args, checkpoint = load_for_test(cli_args, ranks)
     backend = select_backend(args, ranks.local)
@@ -108,18 +109,19 @@ def test(cli_args: dict[str, object], ranks: Ranks) -> None:
         report.record(path, args, checkpoint, tests, backend.device, ranks.size)
 
 
-def answer(cli_args: dict[str, object], ranks: Ranks) -> None:
-    """Adapt to the user's examples and classify images (``--mode predict``)."""
-    args, _, backend, model = load_model(cli_args, ranks)
-    predict.predict(args, backend, model)
+def load_predictor(cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS) -> Predictor:
+    """Load a model that adapts to the user's examples and classifies images."""
+    args, checkpoint, backend, model = load_model(cli_args, ranks)
+    trained_on = checkpoint.get("hyper_parameters", {}).get("n_shot", args.n_shot)
+    return Predictor(args, backend, model, trained_on)
 
 
 MODES = {
     "train": train,
     "test": test,
     "pretrain": pretrain,
-    "predict": answer,
-    "plot": lambda cli_args, _: plots.plot_mode(resolve(cli_args)),
+    "predict": lambda *loaded: predict.predict(load_predictor(*loaded)),
+    "plot": lambda cli_args, _: plots.plot_mode(cli_args, load_model),
     "results": lambda cli_args, _: tables.results_mode(resolve(cli_args)),
     "export": lambda cli_args, _: export.export_mode(resolve(cli_args)),
 }

@@ -9,7 +9,7 @@ coordinates.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,49 @@ class MetaState(NamedTuple):
     f: Tensor  # [P, 1]
     i: Tensor  # [P, 1]
     c: Tensor  # [P, 1], the learner's parameters
+
+
+class UpdateRule(nn.Module):
+    """A rule that trains the learner: what ``episode.py`` needs of a meta-learner.
+
+    Derive your own from this class: ``__init__`` makes its parameters, among them the learner's
+    initialisation [P, 1], and the two methods below use them; ``examples/own_update_rule.py`` is
+    one. All parameters with ``requires_grad`` are trained.
+
+    Attributes:
+        grad_divisor: by what a minibatch's gradient is divided before ``forward`` takes it; 0: by
+            its number of images.
+        second_order: whether training differentiates the learner's loss and gradient, too.
+    """
+
+    grad_divisor: int = 0
+    second_order: bool = False
+
+    def initial_state(self) -> Any:
+        """The state before the first update: a tuple with a field ``c``, the parameter cI."""
+        raise NotImplementedError
+
+    def forward(self, loss: Tensor, grad: Tensor, state: Any) -> Any:
+        """One update of the learner.
+
+        Args:
+            loss: [], mean cross entropy of the minibatch; a constant unless ``second_order``.
+            grad: [P, 1], its gradient divided by ``grad_divisor``; likewise.
+            state: from ``initial_state`` or the last call.
+
+        Returns:
+            The new state; ``state.c`` holds the learner's new parameters with their graph.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def init_cI(self, flat_params: Tensor) -> None:
+        """Start from the learner's own initialisation.
+
+        Args:
+            flat_params: [P], as ``Conv4.get_flat_params`` returns it.
+        """
+        self.initial_state().c.copy_(flat_params.reshape(-1, 1))
 
 
 class MetaLSTMCell(nn.Module):
@@ -99,7 +142,7 @@ class MetaLSTMCell(nn.Module):
         return f, i, torch.sigmoid(f) * c - torch.sigmoid(i) * grad
 
 
-class MetaLearner(nn.Module):
+class MetaLearner(UpdateRule):
     """The LSTM that reads loss and gradient, and the cell that updates the learner.
 
     Args:
@@ -149,16 +192,7 @@ class MetaLearner(nn.Module):
         return MetaState(h, h, zero, zero, cI)
 
     def forward(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
-        """One update of the learner.
-
-        Args:
-            loss: [], mean cross entropy of the minibatch; a constant unless ``second_order``.
-            grad: [P, 1], its gradient divided once more by ``grad_divisor``; likewise.
-            state: from ``initial_state`` or the last call.
-
-        Returns:
-            The new state; ``state.c`` holds the learner's new parameters with their graph.
-        """
+        """See ``UpdateRule.forward``."""
         x = torch.cat((prep(loss).expand(len(grad), 2), prep(grad.squeeze(1)).t()), dim=1)  # [P, 4]
         h, c = self.lstm(x, (state.lstm_h, state.lstm_c))
         return MetaState(h, c, *self.metalstm(h, grad, state.f, state.i, state.c))

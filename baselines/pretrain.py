@@ -1,12 +1,12 @@
 """Pre-training: the learner classifies all training classes, as an ordinary network.
 
-A batch is an episode of all classes in the order of their names, support and query set alike. The
-classifier compares directions only, cos(features, weights of a class), as in Gidaris & Komodakis
-and in Qi et al. (both 2018): the images of a class then lie in one direction, to which one step of
-gradient descent moves a linear head that starts at zero.
+A batch is an episode of all classes in the order of their names, support and query set alike. By
+default the classifier compares directions only, cos(features, weights of a class), as in Gidaris &
+Komodakis and in Qi et al. (both 2018): the images of a class then lie in one direction, to which
+one step of gradient descent moves a linear head that starts at zero. ``--classifier linear`` is the
+network that the paper's baselines start from (section 5.1).
 
-The paper's baselines start from such a network (section 5.1). Meta-learning from it is due to Rusu
-et al. and Sun et al. (both 2019).
+Meta-learning from a pre-trained network is due to Rusu et al. and Sun et al. (both 2019).
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ def pretrain_batch(
     optimizer: torch.optim.Optimizer,
     grad_clip: float,
     step: Callable[[torch.optim.Optimizer, Tensor], None] = step_if_finite,
+    classifier: str = "cosine",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Update the network once by the cosine classification loss of an episode's images.
+    """Update the network once by the classification loss of an episode's images.
 
     Args:
         episode: of all classes, in the same order in each call.
@@ -46,6 +47,7 @@ def pretrain_batch(
         optimizer: of the network's parameters.
         grad_clip: largest norm of the gradient.
         step: ``step_if_finite`` or its equal.
+        classifier: "cosine" or "linear".
 
     Returns:
         Loss [], accuracy [] in percent, and whether the update was skipped [], bool; on the device.
@@ -54,8 +56,11 @@ def pretrain_batch(
     y = torch.cat((episode.support_y, episode.query_y))
     network.train()
     network.reset_batch_stats()
-    features, classes = F.normalize(network.features(x)), F.normalize(network.cls.weight)
-    logits = COSINE_SCALE * F.linear(features, classes)
+    if classifier == "linear":
+        logits = network(x)
+    else:
+        features, classes = F.normalize(network.features(x)), F.normalize(network.cls.weight)
+        logits = COSINE_SCALE * F.linear(features, classes)
     loss = F.cross_entropy(logits, y)
     parameters = list(network.parameters())
     how = {"allow_unused": True, "materialize_grads": True}
@@ -91,10 +96,9 @@ def pretrain(cli_args: dict[str, object], ranks: Ranks) -> None:
         train_set = dataset(args, backend, train_files, args.episode, in_order=True)
         network = make_learner(args, backend)
         optimizer = adam(args, backend, list(network.parameters()))
+        how = (network, optimizer, args.grad_clip, backend.step, args.classifier)
         train_step = backend.capture(
-            lambda batch: pretrain_batch(batch, network, optimizer, args.grad_clip, backend.step),
-            (network,),
-            optimizer,
+            lambda batch: pretrain_batch(batch, *how), (network,), optimizer
         )
         with Run(
             folder, {"network": network}, optimizer, {"train": train_set}, backend.device

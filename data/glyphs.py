@@ -18,6 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook's own may not exist here
+
 import matplotlib
 import numpy as np
 import PIL

@@ -150,7 +150,7 @@ def make_metalearner(
     sizes = (args.input_size, args.hidden_size, learner.size())
     how = (args.lstm_init, args.grad_divisor, args.second_order)
     metalearner = backend.metalearner(*sizes, *ranges, *how).to(backend.device)
-    metalearner.metalstm.init_cI(learner.get_flat_params())
+    metalearner.init_cI(learner.get_flat_params())
     return metalearner
 
 

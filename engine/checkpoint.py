@@ -213,4 +213,4 @@ def load_init(model: Model, content: dict, path: Path) -> None:
         if stored.shape[:1] != tensor.shape[:1] and stored.shape[1:] == tensor.shape[1:]:
             network[name] = torch.zeros_like(tensor)
     load_weights({"network": learner}, {"network": network}, path)
-    model.metalearner.metalstm.init_cI(learner.get_flat_params())
+    model.metalearner.init_cI(learner.get_flat_params())

@@ -16,15 +16,30 @@ from engine.backend import Backend, dataset
 from engine.distributed import SINGLE_PROCESS, Ranks
 from engine.flags import ROOT
 from engine.logger import result_line
-from engine.model import Model
+from engine.model import Trainable
 from engine.parallel import EpisodePool
 from engine.process import begin_worker
 from engine.tta import class_permutations, evaluate_tta
-from episode import Episode, evaluate_episode
+from episode import Episode
 from learner import FlatModule
 
-# the authors', for a number of shots that the model was not trained on
-CROSS_SCHEDULE = {"epoch": 5, "batch_size": 5}
+
+def schedule(args: argparse.Namespace, trained_on: int, n_support: int) -> tuple[int, int]:
+    """How to adapt to ``n_support`` images in all: in as many updates as in training, with steps of
+    the same size. A note says if the model was trained on another number of images.
+
+    Args:
+        trained_on: images per class.
+
+    Returns:
+        The images of a minibatch, and ``MetaLearner.grad_divisor``.
+    """
+    usual = args.n_class * trained_on
+    if n_support == usual:
+        return args.batch_size, args.grad_divisor
+    print(f"note: adapts to {n_support} examples, trained on {usual}; updates are as in training")
+    n_minibatches = -(-usual // args.batch_size)
+    return -(-n_support // n_minibatches), args.grad_divisor or min(args.batch_size, usual)
 
 
 class Evaluator:
@@ -37,7 +52,7 @@ class Evaluator:
         self,
         args: argparse.Namespace,
         backend: Backend,
-        model: Model,
+        model: Trainable,
         ranks: Ranks = SINGLE_PROCESS,
     ):
         permutations = class_permutations(args.n_class, args.tta_permutations or 1, args.seed)
@@ -45,12 +60,10 @@ class Evaluator:
         augmented = len(permutations) > 1 or args.tta_flip
 
         def evaluate(episode: Episode, *pair: FlatModule) -> tuple[Tensor, Tensor]:
-            size, transductive = args.batch_size, args.transductive
             if augmented:
-                how = (size, permutations, args.tta_flip, transductive)
+                how = (args.batch_size, permutations, args.tta_flip, args.transductive)
                 return evaluate_tta(episode, *pair, model, *how)
-            embedded, metalearner = model.embed(episode), model.metalearner
-            return evaluate_episode(embedded, *pair, metalearner, size, transductive)
+            return model.evaluate(args, episode, *pair)
 
         self.args, self.device, self.ranks = args, backend.device, ranks
         self.pool = EpisodePool(evaluate, backend, model)
@@ -90,15 +103,14 @@ def is_mini_imagenet(classes: list[str]) -> bool:
 def run_test(
     args: argparse.Namespace,
     backend: Backend,
-    model: Model,
+    model: Trainable,
     trained_on: int,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> list[dict]:
     """Test on each of ``--shots`` (or on ``--n-shot``) and print the accuracy for each count in
     ``--episode-test``.
 
-    All counts are of the same episodes: the first 100 of the 600 are the 100. A number of shots
-    other than ``trained_on`` is tested with ``CROSS_SCHEDULE``.
+    All counts are of the same episodes: the first 100 of the 600 are the 100.
 
     Returns:
         For each number of shots: the episodes' shape and schedule, ``tta`` and ``transductive``,
@@ -107,17 +119,17 @@ def run_test(
     """
     counts, tests = sorted(set(args.episode_test)), []
     for n_shot in args.shots or [args.n_shot]:
-        schedule = {"epoch": args.epoch, "batch_size": args.batch_size}
-        if args.shots and n_shot != trained_on:
-            schedule = CROSS_SCHEDULE
-        these = argparse.Namespace(**{**vars(args), "n_shot": n_shot, **schedule})
+        size, divisor = schedule(args, trained_on, args.n_class * n_shot)
+        model.metalearner.grad_divisor = divisor  # type: ignore[assignment]
+        these = argparse.Namespace(**{**vars(args), "n_shot": n_shot, "batch_size": size})
         test_set = dataset(these, backend, scan_split(args.data_root, "test"), counts[-1])
         ranks.begin({"device": backend.description, "test images": test_set.fingerprint})
         losses, accuracies = Evaluator(these, backend, model, ranks)(test_set)
-        name = f"test {n_shot}-shot ({schedule['epoch']} x {schedule['batch_size']})"
+        name = f"test {n_shot}-shot ({args.epoch} x {size})"
         for count in counts:
             print(result_line(name if args.shots else "test", losses[:count], accuracies[:count]))
-        test = {"n_class": args.n_class, "n_shot": n_shot, "n_eval": args.n_eval, **schedule}
+        test = {"n_class": args.n_class, "n_shot": n_shot, "n_eval": args.n_eval}
+        test |= {"epoch": args.epoch, "batch_size": size}
         test["tta"] = {"permutations": args.tta_permutations or 1, "flip": args.tta_flip}
         test["transductive"] = args.transductive
         test["fingerprint"] = test_set.fingerprint

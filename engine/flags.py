@@ -15,7 +15,8 @@ from utils import Parser, UserError, float_range, int_range
 
 MIN_IMAGE_SIZE, INPUT_SIZE = 16, 4  # learner.py's and metalearner.py's, which import PyTorch
 ROOT = Path(__file__).resolve().parent.parent
-PATHS = ("save", "resume", "data_root", "cache_dir", "init_from", "support", "query", "out", "runs")
+PATHS = ["save", "resume", "data_root", "cache_dir", "init_from", "support", "query", "out"]
+PATHS += ["to", "runs"]
 # which a checkpoint carries for a resumed run: its length, and what its validations depend on
 RUN_FLAGS = ("episode", "val_freq", "episode_val", "transductive", "tta_permutations", "tta_flip")
 MODES = {
@@ -23,10 +24,25 @@ MODES = {
     "test": "test a checkpoint on episodes of the test classes",
     "predict": "classify your own images",
     "pretrain": "train the learner alone, on batches of all training classes, for --init-from",
-    "plot": "draw a run",
+    "plot": "draw a run; with --data or --data-root also the updates of one that was not finished",
     "results": "print a table of tested runs",
-    "export": "copy what is worth publishing of a run into results/",
+    "export": "copy what is worth publishing of a run",
 }
+
+
+METHODS = {
+    "lstm": "the paper's",
+    "sgd": "gradient descent with one learned step size",
+    "meta-sgd": "with one for each parameter",
+    "linear-head": "the LSTM trains a linear head on frozen features",
+    "nearest": "nearest neighbour on frozen features",
+    "finetune": "gradient descent from a pre-trained network",
+    "matching": "matching network",
+    "matching-fce": "with full context embeddings",
+    "protonet": "prototypical network",
+}
+INNER_LOOP = ("lstm", "sgd", "meta-sgd", "linear-head")  # an update rule trains learners
+PRETRAINED = ("linear-head", "nearest", "finetune")  # start from a run of --mode pretrain
 
 
 def boolean(text: str) -> bool:
@@ -80,6 +96,7 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     words = "minutes between two snapshots"
     add("--save-minutes", 5.0, words, "X", type=float_range(0, 1e6))
     add("--runs", None, "results: run folders", "DIR", nargs="+")
+    add("--to", "exported", "export: the folder in which a run's new folder is made", "DIR")
     add("--means", False, "results: one row per recipe, the mean over seeds where there are three")
 
     add = group("data")
@@ -154,8 +171,10 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     add("--grad-clip", 0.25, "largest norm of the gradient", "X", True, type=clip)
 
     add = group("beyond the paper")
-    words = "lstm: the paper's; linear-head: the LSTM trains a linear head on frozen features"
-    add("--method", "lstm", words, hyper=True, choices=("lstm", "linear-head"))
+    words = "; ".join(f"{k}: {v}" for k, v in METHODS.items())
+    add("--method", "lstm", words, hyper=True, choices=tuple(METHODS))
+    words = "pretrain: compare directions only, or the paper's baselines' linear classifier"
+    add("--classifier", "cosine", words, hyper=True, choices=("cosine", "linear"))
     words = "second order: the meta-gradient goes through the learner's loss and gradient, too, "
     words += "which the paper takes for constants"
     add("--second-order", False, words, hyper=True)
@@ -250,7 +269,7 @@ def _expanded(name: str, path: str) -> str:
     if path != "~" and not path.startswith("~/"):
         return path
     try:
-        return str(Path(path).expanduser())
+        return str(Path(path).expanduser()) + "/" * path.endswith("/")  # --out DIR/
     except RuntimeError as e:  # no HOME, and a user without an entry in the list of users
         raise UserError(f"{spelled(name)} {path}: there is no home folder; set HOME") from e
 
@@ -284,9 +303,28 @@ def resolve(
         raise UserError(f"--bn-shift {args.bn_shift:g}: is for --method linear-head only")
     if args.transductive and args.method == "linear-head":
         raise UserError("--transductive true: a linear head has no batch norm; leave it out")
+    if args.classifier != "cosine" and args.mode != "pretrain":
+        raise UserError(f"--classifier {args.classifier}: is for --mode pretrain only")
+    if args.method not in INNER_LOOP:
+        _check_without_inner_loop(args)
     if args.transductive and args.mode == "predict":
         raise UserError("--transductive true: a prediction must not depend on the other images")
     return args
+
+
+def _check_without_inner_loop(args: argparse.Namespace) -> None:
+    for name in ("transductive", "tta_permutations", "tta_flip", "meta_batch", "second_order"):
+        value = getattr(args, name)
+        if value != DEFAULTS[name]:
+            shown = str(value).lower()
+            raise UserError(f"{spelled(name)} {shown}: is not for --method {args.method}")
+    if args.mode == "predict":
+        raise UserError(f"--mode predict: is not for --method {args.method}")
+    if args.init_from and args.method not in PRETRAINED:
+        raise UserError(f"--init-from {args.init_from}: --method {args.method} starts from scratch")
+    if args.shots and args.method == "finetune":
+        advice = "its rate is chosen for one number of shots; leave it out"
+        raise UserError(f"--shots {' '.join(map(str, args.shots))}: {advice}")
 
 
 def check(argv: list[str]) -> None:

@@ -18,7 +18,8 @@ from engine.flags import DEFAULTS, RUN_FLAGS, resolve, run_folder, spelled
 from utils import UserError, file_lock
 
 # hyper-parameters that shape the first episode, and cannot change after it
-START_ONLY = ("bn_scale", "lstm_init", "bf_init", "bi_init", "method", "bn_shift", "learner")
+START_ONLY = {"bn_scale", "lstm_init", "bf_init", "bi_init", "method", "bn_shift", "classifier"}
+START_ONLY |= {"learner"}
 
 
 class RunFolder:

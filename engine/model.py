@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import argparse
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from episode import Episode
+from episode import Episode, evaluate_episode, meta_gradient
 from learner import FlatModule
-from metalearner import MetaLearner
+from metalearner import UpdateRule
+
+
+class Trainable(Protocol):
+    """What a training trains and a test tests: ``Model``, or a baseline without an inner loop."""
+
+    @property
+    def metalearner(self) -> nn.Module:
+        """The module whose parameters are trained."""
+
+    @property
+    def learners(self) -> tuple[FlatModule, ...]:
+        """Networks that an episode overwrites; of several episodes at once each has its own."""
+
+    @property
+    def saved(self) -> dict[str, nn.Module]:
+        """The modules that a checkpoint holds, by their key in it."""
+
+    def gradient(
+        self, args: argparse.Namespace, episode: Episode, *learners: FlatModule
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient [G] of ``metalearner``, query loss [], query accuracy [] in percent."""
+
+    def evaluate(
+        self, args: argparse.Namespace, episode: Episode, *learners: FlatModule
+    ) -> tuple[Tensor, Tensor]:
+        """Query loss [] and query accuracy [] in percent."""
 
 
 class Model(NamedTuple):
-    """What a training trains and a test tests.
+    """A pair of learners and the update rule that trains them in each episode.
 
     Attributes:
         backbone: frozen network that turns images into the learner's inputs; None for the paper's
@@ -22,7 +49,7 @@ class Model(NamedTuple):
 
     learner_w_grad: FlatModule
     learner_wo_grad: FlatModule
-    metalearner: MetaLearner
+    metalearner: UpdateRule
     backbone: nn.Module | None = None
 
     @property
@@ -47,3 +74,16 @@ class Model(NamedTuple):
             return episode
         support, query = self.inputs(episode.support), self.inputs(episode.query)
         return episode._replace(support=support, query=query)
+
+    def gradient(
+        self, args: argparse.Namespace, episode: Episode, *learners: FlatModule
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``episode.meta_gradient``."""
+        return meta_gradient(self.embed(episode), *learners, self.metalearner, args.batch_size)
+
+    def evaluate(
+        self, args: argparse.Namespace, episode: Episode, *learners: FlatModule
+    ) -> tuple[Tensor, Tensor]:
+        """See ``episode.evaluate_episode``."""
+        how = (args.batch_size, args.transductive)
+        return evaluate_episode(self.embed(episode), *learners, self.metalearner, *how)

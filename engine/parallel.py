@@ -6,32 +6,35 @@ import argparse
 import copy
 import queue
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from engine.backend import Backend
 from engine.distributed import Ranks
-from engine.model import Model
-from episode import Episode, meta_gradient, train_episode, update_metalearner
+from engine.model import Trainable
+from episode import Episode, update_metalearner
 from learner import FlatModule
 
 TrainStep = Callable[[int, list[Episode]], tuple[Tensor, Tensor, Tensor]]
 
 
 class EpisodePool:
-    """Applies a function of an episode and a pair of learners to many episodes, in order.
+    """Applies a function of an episode and its learners to many episodes, in order.
 
     With ``fast/`` on a CPU, several episodes run side by side on one thread each: faster than one
     after another on all threads, and the same bits for any number of cores.
 
     Args:
-        function: (episode, learner_w_grad, learner_wo_grad) -> tuple of tensors.
+        function: (episode, *learners) -> tuple of tensors.
         backend: says how many run at once.
         model: whose learners are copied for each of them.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], backend: Backend, model: Model):
+    def __init__(
+        self, function: Callable[..., tuple[Tensor, ...]], backend: Backend, model: Trainable
+    ):
         self.function, self.map = function, backend.map
         pairs = [copy.deepcopy(model.learners) for _ in range(backend.n_parallel)]
         self.free: queue.SimpleQueue = queue.SimpleQueue()
@@ -40,7 +43,7 @@ class EpisodePool:
         self.run_one = backend.capture(self._run_one, (*pairs[0], *model.saved.values()))
 
     def _run_one(self, episode: Episode) -> tuple[Tensor, ...]:
-        pair: tuple[FlatModule, FlatModule] = self.free.get()
+        pair: tuple[FlatModule, ...] = self.free.get()
         try:
             return self.function(episode, *pair)
         finally:
@@ -54,7 +57,7 @@ class EpisodePool:
 def make_train_step(
     args: argparse.Namespace,
     backend: Backend,
-    model: Model,
+    model: Trainable,
     optimizer: torch.optim.Optimizer,
     ranks: Ranks,
 ) -> TrainStep:
@@ -72,6 +75,7 @@ def make_train_step(
         if args.lr_decay:
             rate = learning_rate(args, n - args.meta_batch)
             optimizer.param_groups[0]["lr"].fill_(rate)
+        torch.manual_seed(args.seed + n)  # of dropout: the same in a resumed run
         return update(batch)
 
     return train_step
@@ -83,14 +87,15 @@ def learning_rate(args: argparse.Namespace, seen: int) -> float:
 
 
 def _single_step(
-    args: argparse.Namespace, backend: Backend, model: Model, optimizer: torch.optim.Optimizer
+    args: argparse.Namespace, backend: Backend, model: Trainable, optimizer: torch.optim.Optimizer
 ) -> Callable[[list[Episode]], tuple[Tensor, Tensor, Tensor]]:
     """One episode an update, as in the paper."""
 
     def step(episode: Episode) -> tuple[Tensor, Tensor, Tensor]:
-        how = (args.batch_size, args.grad_clip, backend.step)
-        networks = (*model.learners, model.metalearner)
-        return train_episode(model.embed(episode), *networks, optimizer, *how)
+        gradient, loss, percent = model.gradient(args, episode, *model.learners)
+        how = (model.metalearner, optimizer, args.grad_clip, backend.step)
+        skipped = update_metalearner(gradient.unsqueeze(0), loss.unsqueeze(0), *how)
+        return loss, percent, skipped
 
     modules = (*model.learners, *model.saved.values())
     captured = backend.capture(step, modules, optimizer)
@@ -100,7 +105,7 @@ def _single_step(
 def _meta_batch_step(
     args: argparse.Namespace,
     backend: Backend,
-    model: Model,
+    model: Trainable,
     optimizer: torch.optim.Optimizer,
     ranks: Ranks,
 ) -> Callable[[list[Episode]], tuple[Tensor, Tensor, Tensor]]:
@@ -109,15 +114,12 @@ def _meta_batch_step(
     The bits are the same for any number of ranks and, with ``fast/`` on a CPU, of cores.
     """
 
-    def gradient(episode: Episode, *pair: FlatModule) -> tuple[Tensor, ...]:
-        return meta_gradient(model.embed(episode), *pair, model.metalearner, args.batch_size)
-
     def update(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gradients, losses, accuracies = rows[:, :-2], rows[:, -2], rows[:, -1]
         how = (model.metalearner, optimizer, args.grad_clip, backend.step)
         return losses, accuracies, update_metalearner(gradients, losses, *how)
 
-    pool = EpisodePool(gradient, backend, model)
+    pool = EpisodePool(partial(model.gradient, args), backend, model)
 
     def step(batch: list[Episode]) -> tuple[Tensor, Tensor, Tensor]:
         own = [torch.cat([t.view(-1) for t in results]) for results in pool(batch)]

@@ -134,7 +134,9 @@ class Run:
         args = self.args
         classes = ", ".join(f"{len(d.split.classes)} {s}" for s, d in self.datasets.items())
         module: Any = next(iter(self.modules.values()))
-        size = module.metalstm.cI.numel() if hasattr(module, "metalstm") else module.size()
+        rule = hasattr(module, "initial_state")
+        learned = [module.initial_state().c] if rule else module.parameters()
+        size = sum(p.numel() for p in learned)
         data = args.data_root.absolute().name  # "" for "."
         return (
             f"{args.n_class}-way {args.n_shot}-shot, {args.image_size} px, {size} learner "

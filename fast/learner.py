@@ -44,27 +44,27 @@ class FastConv4(Conv4):
 
     def features(self, x: Tensor) -> Tensor:
         """See ``Conv4.features``; fastest on images in channels_last memory format."""
-        x, moments = self._prepared(x)
-        for b in range(1, N_BLOCKS + 1):
-            conv, norm = getattr(self, f"conv{b}"), getattr(self, f"norm{b}")
-            if self._twice:
-                x = _train_block(x, conv, norm)
-            elif norm.training:
-                x = train_block(x, conv, norm, moments if b == 1 else None)
-            else:
-                x = eval_block(x, conv, norm)
-        return x.flatten(1).to(self.norm1.weight.dtype)
+        return super().features(x).to(self.norm1.weight.dtype)
+
+    def block(self, b: int, x: Tensor) -> Tensor:
+        """See ``Conv4.block``."""
+        conv, norm = getattr(self, f"conv{b}"), getattr(self, f"norm{b}")
+        x, moments = self._prepared(x) if b == 1 else (x, None)
+        if self._twice:
+            return _train_block(x, conv, norm)
+        return train_block(x, conv, norm, moments) if norm.training else eval_block(x, conv, norm)
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, native.PatchMoments | None]:
         """The images in ``conv_dtype`` and, for the CPU kernels, their moments; kept for the next
         update with the same images.
         """
-        if self._last is None or self._last[0] is not x or self._last[1] != x._version:
+        last = self._last  # of this thread: frozen features are shared by several
+        if last is None or last[0] is not x or last[1] != x._version:
             images, moments = x.to(self.conv_dtype or x.dtype), None
             if self.norm1.training and native.handles_block(images, self.conv1.weight):
                 moments = native.PatchMoments.of(images)
-            self._last = x, x._version, images, moments
-        return self._last[2:]
+            last = self._last = x, x._version, images, moments
+        return last[2:]
 
     def loss_and_grad(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """See ``FlatModule.loss_and_grad``."""

@@ -1,4 +1,4 @@
-"""Copies what is worth publishing of a tested run into ``results/``."""
+"""Copies what is worth publishing of a tested run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST
-from engine.flags import ROOT, run_folder
+from engine.flags import run_folder
 from tools import metrics, results, trace
 from tools.recipes import recipe_name
 from utils import UserError, atomic_write
@@ -22,11 +22,11 @@ PUBLISHED += ("about", "classes")
 
 def export_mode(args: argparse.Namespace) -> None:
     """Export this run and print where."""
-    print(f"written to {export(run_folder(args))}")
+    print(f"written to {export(run_folder(args), Path(args.to))}")
 
 
-def export(folder: Path) -> Path:
-    """Copy a tested run into ``results/<data>-<shots>s<ways>c-<recipe>-<seed>/``.
+def export(folder: Path, to: Path) -> Path:
+    """Copy a tested run into ``to/<data>-<shots>s<ways>c-<recipe>-<seed>/``.
 
     That is its logs, results, trace and pictures, and the best checkpoint without the optimiser's
     state; no photograph, which are not ours to publish.
@@ -41,21 +41,22 @@ def export(folder: Path) -> Path:
     stored, seed = content["training"]["hyper_parameters"], content["training"]["seed"]
     slug = re.sub(r"[^\w.]+", "-", recipe_name(stored).replace(", but ", "-"))
     shape = f"{stored.get('n_shot')}s{stored.get('n_class')}c"
-    target = ROOT / "results" / f"{content['tests'][0]['data']}-{shape}-{slug}-{seed}"
+    target = to / f"{content['tests'][0]['data']}-{shape}-{slug}-{seed}"
     if target.exists():
-        raise UserError(f"{target}: exists already; remove it first")
+        raise UserError(f"{target}: exists already; give another --to, or remove it")
     best = checkpoints.find_checkpoint(folder, BEST, LAST)
     if best is None:
         raise UserError(f"{folder}/ckpts: no checkpoint there")
     checkpoint = checkpoints.load(best)
     kept = {k: checkpoint[k] for k in PUBLISHED if k in checkpoint}
     checkpoints.save(kept, target / "meta-learner.pth.tar")
-    for path in (
-        *(folder / name for name in ("console.log", metrics.NAME, results.NAME)),
-        *sorted((folder / "plots").glob("*.png")),
-    ):
-        if path.is_file() and path.name != "confusion.png":
-            shutil.copy(path, target)
+    for name in ("console.log", metrics.NAME, results.NAME):
+        if (folder / name).is_file():
+            shutil.copy(folder / name, target)
+    for path in sorted((folder / "plots").glob("*.png")):
+        if path.name != "confusion.png":
+            (target / "plots").mkdir(exist_ok=True)
+            shutil.copy(path, target / "plots")
     if (arrays := trace.read_trace(folder)) is not None:
         arrays.pop("images", None)
         with atomic_write(target / trace.NAME) as file:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "Agg"  # a notebook's own may not exist here
@@ -34,7 +35,7 @@ from tools.metrics import read_metrics
 from tools.results import NAME as RESULTS
 from tools.results import read_results, variant
 from tools.trace import QUANTILES
-from utils import summary
+from utils import UserError, summary
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 STYLE = {
@@ -48,7 +49,7 @@ STYLE = {
     "svg.hashsalt": "meta-lstm",
     "figure.constrained_layout.use": True,
     "text.parse_math": False,  # a $ in a file's name is a dollar
-    "mathtext.fontset": "dejavuserif",
+    "axes.formatter.useoffset": False,
 }
 CI = r"$\mathit{cI}$"  # for texts with parse_math
 PAUSE = 5  # a stretch of training so many times slower than the median is taken for an interruption
@@ -113,19 +114,26 @@ def style(texts: Iterable[str]) -> Iterator[None]:
         yield
 
 
+def layer_name(layer: str) -> str:
+    """The name of a layer of ``Conv4`` in words; others stay."""
+    return re.sub(
+        r"^conv(?=\d+$)", "convolution ", {"cls": "classifier"}.get(str(layer), str(layer))
+    )
+
+
 # ---- Numbers ----
 
 
 def smooth(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each value and its neighbours, ``width`` in all.
 
-    Near the ends there are fewer, but as many on either side: the first value and the last stay as
-    they are.
+    Near the start there are fewer, but as many on either side: the first value, where curves are
+    steep, stays as it is. Near the end those on the right are missing.
 
     Args:
         values: [N], NaN where nothing finite was logged.
     """
-    reach = [min(width // 2, k, len(values) - 1 - k) for k in range(len(values))]
+    reach = [min(width // 2, k) for k in range(len(values))]
     windows = [values[k - r : k + r + 1] for k, r in enumerate(reach)]
     finite = [w[np.isfinite(w)] for w in windows]
     mean = np.array([w.mean() if len(w) else math.nan for w in finite])
@@ -162,8 +170,8 @@ def settings(folder: Path) -> dict[str, object]:
     """A run's hyper-parameters and its mode, from its checkpoint or else from its tests; empty if
     it has neither.
     """
-    if (folder / "ckpts" / LAST).is_file():
-        content = checkpoints.load(folder / "ckpts" / LAST)
+    with suppress(UserError):  # there is none, or it is not readable any more
+        content = checkpoints.load(checkpoints.find_checkpoint(folder, LAST) or folder)
         return {"mode": content.get("mode", "train"), **content.get("hyper_parameters", {})}
     return (
         read_results(folder)["training"]["hyper_parameters"] if (folder / RESULTS).exists() else {}
@@ -214,6 +222,8 @@ def curves(folder: Path) -> Figure:
                 look = {"color": ORANGE, "fmt": "s--", "markersize": 3, "linewidth": 1}
                 axis.errorbar(at, centre, half, capsize=2, **look, label="validation, ± 95 %")
         axes[row, 0].set_ylabel(label)
+    axes[1, 0].xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+    axes[1, 0].xaxis.set_major_formatter("{x:,.0f}")
     axes[1, 0].set_xlabel("batches" if known.get("mode") == "pretrain" else "episodes")
     axes[1, 1].set_xlabel(f"{unit} of training, without validations and pauses")
     name = shorten(folder.resolve().name, 50)
@@ -247,9 +257,10 @@ def gates(name: str, trace: dict[str, np.ndarray]) -> Figure:
             axis.plot(t, gate[:, :, k, 0].T, color=GREY, linewidth=0.5, alpha=0.4)
             axis.plot(t, gate[:, :, k, 0].mean(0), color=colour, marker="o", markersize=3)
             if row == 0:
-                axis.set_title(shorten(str(layer), 24))
+                axis.set_title(shorten(layer_name(layer), 24))
             else:
                 axis.set_xlabel("update")
+                axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes[row, 0].set_ylabel(f"{key} gate")
     figure.suptitle(f"{shorten(name, 30)}: gates, layer by layer")
     low, high = f"{QUANTILES[0]:.0%}", f"{QUANTILES[-1]:.0%}"
@@ -262,11 +273,11 @@ def gates(name: str, trace: dict[str, np.ndarray]) -> Figure:
 def movement(name: str, trace: dict[str, np.ndarray]) -> Figure:
     """How far each layer has moved from cI."""
     moved = trace["moved"].mean(0)
-    figure, axis = plt.subplots(figsize=(6, 3.6))
+    figure, axis = plt.subplots(figsize=(7, 3.6))
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(trace["layers"])))
     for k, (layer, colour) in enumerate(zip(trace["layers"], colours, strict=True)):
         look = {"color": colour, "linestyle": ("-", "--", "-.", ":")[k % 4]}
-        look |= {"marker": "os^Dv"[k % 5], "markersize": 4, "label": shorten(str(layer), 24)}
+        look |= {"marker": "os^Dv"[k % 5], "markersize": 4, "label": shorten(layer_name(layer), 24)}
         axis.plot(np.arange(1, len(moved) + 1), 100 * moved[:, k], **look)
     axis.set(xlabel="update", title=f"{shorten(name, 36)}: movement, layer by layer", yscale="log")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -5,15 +5,19 @@ Importing this module does not need Matplotlib; ``tools/figures.py`` does.
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from dataloader import scan_split
+from engine.backend import dataset
 from engine.checkpoint import LAST, resolve_checkpoint
-from engine.flags import run_folder
+from engine.flags import resolve, run_folder
 from tools.class_names import display_name
 from tools.results import NAME as RESULTS
-from tools.trace import read_trace
+from tools.trace import N_EPISODES, read_trace, write_trace
+from tools.trace import NAME as TRACE
 from utils import UserError, pip_install
 
 
@@ -33,32 +37,44 @@ def load_figures() -> ModuleType:
     return figures
 
 
-def plot_mode(args: argparse.Namespace) -> None:
-    """Draw the run that ``--resume``, or else ``--save`` and ``--seed``, names."""
+def plot_mode(cli_args: dict[str, object], load_model: Callable[..., tuple]) -> None:
+    """Draw the run that ``--resume``, or else ``--save`` and ``--seed``, names. Given the data,
+    also the updates of one that has no record of them.
+
+    Args:
+        load_model: ``main.load_model``.
+    """
+    args = resolve(cli_args)
     folder = run_folder(args)
     if args.resume not in (None, "auto"):
-        place = Path(resolve_checkpoint(args.resume, args.seed, LAST))
-        folder = place if place.is_dir() else place.parent  # a run's checkpoints are in its ckpts/
-        folder = folder.resolve().parent if folder.resolve().name == "ckpts" else folder
-    _print(plot(folder))
+        place = Path(resolve_checkpoint(args.resume, args.seed, LAST)).resolve()
+        folder = place if place.is_dir() else place.parent
+        folder = folder.parent if folder.name == "ckpts" else folder
+    if {"data", "data_root"} & cli_args.keys() and not (folder / TRACE).exists():
+        args, _, backend, model = load_model({**cli_args, "resume": str(folder)})
+        val_set = dataset(args, backend, scan_split(args.data_root, "val"), N_EPISODES)
+        write_trace(folder, val_set, model, args.batch_size, backend.device)
+    plot(folder)
+
+
+@contextmanager
+def optional() -> Iterator[None]:
+    """Draw if that is possible: a broken Matplotlib costs pictures only, and a note says so."""
+    try:
+        yield
+    except Exception as e:  # a broken package raises nearly anything
+        why = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
+        print(f"note: pictures are left out: {why}")
 
 
 def draw(folder: Path, name: str | None = None) -> None:
-    """Draw a run; without Matplotlib a line says that the pictures are left out."""
-    try:
-        load_figures()
-    except UserError as e:
-        print(f"note: pictures are left out: {e}")
-        return
-    _print(plot(folder, name))
-
-
-def _print(paths: list[Path]) -> None:
-    print("drawn: " + " ".join(str(path) for path in paths))
+    """Draw a run, if it can be drawn."""
+    with optional():
+        plot(folder, name)
 
 
 def plot(folder: Path, wanted: str | None = None) -> list[Path]:
-    """Draw everything that a run folder has the numbers for.
+    """Draw everything that a run folder has the numbers for, and print what.
 
     Args:
         wanted: draw only the picture of this name.
@@ -89,4 +105,5 @@ def plot(folder: Path, wanted: str | None = None) -> list[Path]:
                 except OSError as e:
                     why = f"cannot be written ({e.strerror}); free some space"
                     raise UserError(f"{folder / 'plots'}: {why}") from e
+    print("drawn: " + " ".join(map(str, written)))
     return written

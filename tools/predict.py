@@ -1,38 +1,25 @@
-"""Few-shot learning in use: adapt to the user's own photographs, then classify others.
-
-Probabilities are averaged over permutations of the classes, see engine/tta.py. The order of the
-classes follows the examples' pixels, so predictions do not depend on file or folder names.
-"""
+"""``--mode predict``: classifies the user's own photographs, by ``tools/predictor.py``."""
 
 from __future__ import annotations
 
-import argparse
-import copy
 import csv
-import hashlib
 import io
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
-from dataloader import draw_order, eval_image, scan_classes, to_input
-from engine.backend import Backend
-from engine.model import Model
-from engine.tta import adapt_view, class_permutations, probabilities, sides, views
-from episode import Episode
+from dataloader import scan_classes
 from imagefiles import images_below, load_image
-from learner import FlatModule
 from tools.class_names import display_name
-from tools.plots import load_figures
+from tools.plots import load_figures, optional
+from tools.predictor import Predictor
 from utils import UserError, atomic_write
 
-CHUNK = 64  # images that are decoded and classified at once
 SHOWN = 24  # images in the picture
 
 
@@ -57,75 +44,18 @@ def gather(paths: list[str], support: list[Path]) -> list[Path]:
     return found
 
 
-def prepare(path: Path, args: argparse.Namespace) -> Tensor:
-    """Decode and transform as for validation: [3, image_size, image_size] float32."""
-    return to_input([eval_image(load_image(path), args.image_size, args.augment)], args.pixels)[0]
-
-
-def by_content(images: list[list[Tensor]]) -> list[tuple[int, Tensor]]:
-    """Sort classes, and the examples of each, by their pixels: names play no part.
-
-    Args:
-        images: by class.
-
-    Returns:
-        (number of the class, image) of each example.
+def readable(files: list[Path], read: list[Path]) -> Iterator[Image.Image]:
+    """Decode images and note their paths in ``read``; one that cannot be read is left out, with a
+    note.
     """
-    keyed = [
-        sorted((hashlib.sha256(x.numpy().tobytes()).digest(), i) for i, x in enumerate(of_class))
-        for of_class in images
-    ]
-    return [
-        (k, images[k][i])
-        for k in sorted(range(len(images)), key=keyed.__getitem__)
-        for _, i in keyed[k]
-    ]
-
-
-def adapted_learners(
-    args: argparse.Namespace,
-    backend: Backend,
-    model: Model,
-    examples: list[tuple[int, Tensor]],
-    permutations: Tensor,
-) -> list[FlatModule]:
-    """Adapt to the examples, anew for each view of them.
-
-    Args:
-        examples: from ``by_content``.
-        permutations: [N, n], the output of each class.
-
-    Returns:
-        The adapted learners, one per view, in eval mode.
-    """
-    device, nothing = backend.device, torch.empty(0, device=backend.device)
-    support = sides(torch.stack([x for _, x in examples]).to(device), model, args.tta_flip)
-    labels = torch.tensor([k for k, _ in examples], device=device)
-    drawn = draw_order(args.seed, "test", 0, args.epoch, len(labels), args.shuffle)
-    order = torch.from_numpy(drawn).to(device)
-    episode, found = Episode(support[0], labels, nothing, nothing, order), []
-    for view in views(permutations, args.tta_flip):
-        found.append(copy.deepcopy(model.learner_wo_grad))
-        pair = (model.learner_w_grad, found[-1])
-        adapt_view(episode, support, view, *pair, model, args.batch_size)
-    return found
-
-
-def chunks(files: list[Path], args: argparse.Namespace) -> Iterator[tuple[list[Path], Tensor]]:
-    """Decode images, ``CHUNK`` at a time; one that cannot be read is left out, with a note."""
-    bar = tqdm(total=len(files), desc="predict", unit="image", leave=False, disable=None)
-    for start in range(0, len(files), CHUNK):
-        good, images = [], []
-        for path in files[start : start + CHUNK]:
-            try:
-                images.append(prepare(path, args))
-                good.append(path)
-            except UserError as e:
-                tqdm.write(f"note: skipped {e}")
-            bar.update()
-        if good:
-            yield good, torch.stack(images)
-    bar.close()
+    for path in tqdm(files, desc="predict", unit="image", leave=False, disable=None):
+        try:
+            image = load_image(path)
+        except UserError as e:
+            tqdm.write(f"note: skipped {e}")
+        else:
+            read.append(path)
+            yield image
 
 
 def table(classes: list[str], files: list[Path], probabilities: np.ndarray) -> bytes:
@@ -137,7 +67,11 @@ def table(classes: list[str], files: list[Path], probabilities: np.ndarray) -> b
         writer.writerow(
             [file, classes[row.argmax()], f"{row.max():.4f}", *(f"{p:.4f}" for p in row)]
         )
-    return text.getvalue().encode("utf-8", "backslashreplace")  # names may hold bytes of any kind
+    return _printable(text.getvalue()).encode()
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()  # names may hold bytes of any kind
 
 
 def picture(
@@ -191,86 +125,59 @@ def _square(image: Image.Image, side: int) -> Image.Image:
     )
 
 
-def _examples(args: argparse.Namespace) -> tuple[list[str], list[list[Path]]]:
-    classes, support = scan_classes(Path(args.support), "--support")
-    place, more = f"--support {args.support}", len(classes) - args.n_class
-    if more:
-        advice = f"leave out {more} of them" if more > 0 else f"add {-more}"
-        if len(classes) > 1:
-            advice += f", or train with --n-class {len(classes)}"
-        have = f"{len(classes)} classes, but {args.resume} was trained for {args.n_class}"
-        raise UserError(f"{place}: {have}; {advice}")
-    for name, images in zip(classes, support, strict=True):
-        if not images:
-            raise UserError(f"{place}/{name}: no images there; a class needs at least one example")
-    return classes, support
-
-
-def _targets(args: argparse.Namespace, images: list[Path]) -> tuple[Path, Path]:
-    """OUT.csv and OUT.png, neither of which may be one of the images."""
-    stem = re.sub(r"\.(csv|png)$", "", args.out, flags=re.IGNORECASE)
+def _targets(out: str) -> tuple[Path, Path]:
+    """OUT.csv and OUT.png, of a folder OUT those of ``predictions`` in it; neither may exist."""
+    if out.endswith(("/", os.sep)) or os.path.isdir(out or "."):
+        out = os.path.join(out, "predictions")
+    stem = re.sub(r"\.(csv|png)$", "", out, flags=re.IGNORECASE)
     targets = Path(f"{stem}.csv"), Path(f"{stem}.png")
-    if targets[1].resolve() in {path.resolve() for path in images}:
-        advice = f"would replace {targets[1]}, which is one of the images; choose another name"
-        raise UserError(f"--out {args.out}: {advice}")
+    for path in filter(os.path.lexists, targets):
+        raise UserError(f"{path}: exists already; give another --out, or remove it")
     return targets
 
 
-@torch.no_grad()
-def predict(args: argparse.Namespace, backend: Backend, model: Model) -> None:
+def predict(predictor: Predictor) -> None:
     """Adapt to the classes in ``--support`` and say which of them each image in ``--query`` shows.
 
     Raises:
         UserError: a flag is missing, the number of classes is not the checkpoint's, an example or
-            all of the images cannot be read, or an image or another prediction would be replaced.
+            all of the images cannot be read, or an earlier prediction would be replaced.
     """
+    args = predictor.args
     for flag, value in (("--support", args.support), ("--query", args.query)):
         if value is None:
             raise UserError(f"{flag}: needed by --mode predict")
-    classes, support = _examples(args)
+    classes, support = scan_classes(Path(args.support), "--support")
+    for name, images in zip(classes, support, strict=True):
+        if not images:
+            advice = "no images there; a class needs at least one example"
+            raise UserError(f"--support {args.support}/{name}: {advice}")
     files = gather(args.query, [path for of_class in support for path in of_class])
-    csv_path, png_path = _targets(
-        args, [*files, *(path for of_class in support for path in of_class)]
-    )
-    # as large steps as in training, also from fewer examples
-    model.metalearner.grad_divisor = model.metalearner.grad_divisor or min(
-        args.batch_size, args.n_class * args.n_shot
-    )
-    examples = by_content([[prepare(path, args) for path in of_class] for of_class in support])
-    place = {k: rank for rank, k in enumerate(dict.fromkeys(k for k, _ in examples))}
-    count = args.tta_permutations or len(classes)
-    permutations = class_permutations(len(classes), count, args.seed)
-    permutations = permutations[:, [place[k] for k in range(len(classes))]].to(backend.device)
-    learners = adapted_learners(args, backend, model, examples, permutations)
-    seen, read, rows = views(permutations, args.tta_flip), [], []
-    for good, images in chunks(files, args):
-        query = sides(images.to(backend.device), model, args.tta_flip)
-        each = [probabilities(query, *pair) for pair in zip(seen, learners, strict=True)]
-        rows.append(torch.stack(each).double().mean(0).cpu().numpy())
-        read += good
+    csv_path, png_path = _targets(args.out)
+    labels = [name for name, of_class in zip(classes, support, strict=True) for _ in of_class]
+    try:
+        predictor.adapt(
+            map(load_image, (path for of_class in support for path in of_class)), labels
+        )
+    except UserError as e:
+        raise UserError(f"--support {args.support}: {e}") from e
+    read: list[Path] = []
+    shares = predictor.predict(readable(files, read)).numpy()
     if not read:
         query = " ".join(args.query)
         raise UserError(f"--query {query}: none of the {len(files)} files is a readable image")
-    shares = np.concatenate(rows)
-    content = table(classes, read, shares)
-    if csv_path.exists() and csv_path.read_bytes() != content:
-        raise UserError(f"{csv_path}: holds another prediction; give another --out, or remove it")
-    width = max(len(str(file)) for file in read)
-    over = f"{len(permutations)} permutations of the classes" + " and flips" * args.tta_flip
-    print(f"{'image':<{width}}  class, probability (mean over {over})")
+    with atomic_write(csv_path) as file:
+        file.write(table(classes, read, shares))
+    names = [_printable(str(file)).replace("\n", "\\n") for file in read]
+    width = max(map(len, names))
+    averaged = f"mean over {len(predictor.adapted)} adaptations"
+    print(f"{'image':<{width}}  class, probability ({averaged})")
     shown = {c: c if display_name(c) == c else f"{c} ({display_name(c)})" for c in classes}
-    for file, row in zip(read, shares, strict=True):
-        print(f"{file!s:<{width}}  {shown[classes[row.argmax()]]}, {row.max():.2f}")
-    _write(csv_path, content)
-    try:
+    for name, row in zip(names, shares, strict=True):
+        print(f"{name:<{width}}  {shown[classes[row.argmax()]]}, {row.max():.2f}")
+    print(f"written to {csv_path}")
+    with optional():
         drawn = picture(classes, support, read, shares)
-    except UserError as e:
-        print(f"note: the picture is left out: {e}\nwritten to {csv_path}")
-        return
-    _write(png_path, drawn)
-    print(f"written to {csv_path} and {png_path}")
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic_write(path) as file:
-        file.write(content)
+        with atomic_write(png_path) as file:
+            file.write(drawn)
+        print(f"written to {png_path}")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 from pathlib import Path
 
 from engine import checkpoint as checkpoints
 from engine.checkpoint import LAST
 from engine.flags import spelled
 from tools.metrics import read_metrics
+from tools.recipes import text
 from utils import UserError, atomic_write, file_lock
 
 NAME = "results.json"
@@ -73,7 +75,7 @@ def write_results(
             "asked_for": _asked_for(folder, checkpoint),
         },
         "validation": best if best.get("episode") == checkpoint["episode"] else None,
-        "data": args.data_root.absolute().name,  # "" for "."
+        "data": Path(os.path.abspath(args.data_root)).name,  # also of --data-root .
         "episodes_drawn_by_seed": args.seed,
         "contradicts_training": contradictions(args, stored),
         "about": about,
@@ -147,9 +149,11 @@ def _is_test(test: dict) -> bool:
 
 
 def variant(test: dict) -> str:
-    """How a test differs from the plain one: its batch norm and test-time augmentation."""
+    """How a test differs from the plain one: its flags, batch norm and test-time augmentation."""
+    apart = {k: v for k, v in test["contradicts_training"].items() if k not in ("n_shot", "seed")}
+    flags = ", ".join(f"{spelled(k)[2:]} {text(v)}" for k, v in apart.items())
     tta = test["tta"]
     over = [f"{tta['permutations']} permutations"] * (tta["permutations"] > 1)
     over += ["flips"] * tta["flip"]
-    words = ["transductive"] * test["transductive"]
+    words = [f"tested with {flags}"] * bool(flags) + ["transductive"] * test["transductive"]
     return ", ".join(words + [f"TTA: {' and '.join(over)}"] * bool(over))

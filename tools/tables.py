@@ -7,9 +7,9 @@ import math
 import statistics
 from pathlib import Path
 
-from engine.flags import run_folder, spelled
+from engine.flags import run_folder
 from tools.markdown import markdown_table
-from tools.recipes import recipe_name, starts_from, text
+from tools.recipes import recipe_name, starts_from
 from tools.results import read_results, variant
 from utils import UserError, summary
 
@@ -146,9 +146,6 @@ def _name(training: dict, test: dict, shots: int) -> str:
     if alike != Path(starts_from(recipe, trained_on)).name:
         suffix = "-SEED" if alike != origin else ""
         words.append(f"initialised from {alike}{suffix}" if origin else "from scratch")
-    for k, value in test["contradicts_training"].items():
-        if k not in ("n_shot", "seed"):
-            words.append(f"tested with {spelled(k)[2:]} {text(value)}")
     return ", ".join(words + [variant(test)] * bool(variant(test)))
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dataloader import EpisodeDataset, episodes
-from engine.model import Model
+from engine.model import Model, Trainable
 from episode import accuracy, query_loss, updates
 from learner import FlatModule
+from metalearner import MetaLearner
 from utils import UserError, atomic_write
 
 NAME = "trace.npz"
@@ -21,12 +22,25 @@ ARRAYS = ("layers", "classes", "forget", "input", "moved", "support", "query", "
 
 
 def write_trace(
-    folder: Path, dataset: EpisodeDataset, model: Model, batch_size: int, device: torch.device
+    folder: Path,
+    dataset: EpisodeDataset | None,
+    model: Trainable,
+    batch_size: int,
+    device: torch.device,
 ) -> None:
-    """Record the first ``N_EPISODES`` of a data set into a run folder, as ``trace.npz``."""
-    some = dataset.first(N_EPISODES)
+    """Record the first ``N_EPISODES`` of a data set into a run folder, as ``trace.npz``, if there
+    is one and the model has gates.
+
+    In an exported run's folder it holds no photographs.
+    """
+    gates = isinstance(model, Model) and isinstance(model.metalearner, MetaLearner)
+    if dataset is None or not gates:
+        return
+    arrays = record(dataset.first(N_EPISODES), model, batch_size, device)
+    if not (folder / "ckpts").is_dir():
+        del arrays["images"]
     with atomic_write(folder / NAME) as file:
-        np.savez_compressed(file, **record(some, model, batch_size, device))
+        np.savez_compressed(file, **arrays)
 
 
 def read_trace(folder: Path) -> dict[str, np.ndarray] | None:

@@ -24,7 +24,7 @@ from conftest import (
 )
 from torch.nn.functional import cross_entropy
 
-from baselines.linear_head import MEASURED
+from baselines.methods import MEASURED
 from baselines.pretrain import pretrain_batch
 from dataloader import episodes
 from learner import Conv4

@@ -87,20 +87,25 @@ def test_a_checkpoint_of_the_port(master, trained, tmp_path):
     assert "after 4 episodes" in succeeded(run_test(master, "nowhere", *flags))
 
 
-def test_what_is_worth_publishing(master, own, tmp_path, monkeypatch):
-    monkeypatch.setattr("tools.export.ROOT", tmp_path)
-    export = ("--mode", "export", "--save", own)
+def test_what_is_worth_publishing(master, own, tmp_path):
+    export = ("--mode", "export", "--save", own, "--to", tmp_path / "exported")
     refused(run_cli(*export), "own-719")
     succeeded(run_test(None, own, "--episode-test", 2))
     succeeded(run_cli(*export))
-    (folder,) = (tmp_path / "results").iterdir()
+    (folder,) = (tmp_path / "exported").iterdir()
     files = {"console.log", "meta-learner.pth.tar", "metrics.jsonl", "results.json"}
     assert {p.name for p in folder.iterdir()} == files
     for path in folder.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes()
         assert str(master.parent).encode() not in path.read_bytes()
     succeeded(run_test(master, "nowhere", "--resume", folder, "--episode-test", 2))
-    refused(run_cli(*export), str(folder))
+    refused(run_cli(*export), str(folder), "--to")
+    draw = ("--mode", "plot", "--resume", folder, "--cpu", "--n-workers", 0)
+    succeeded(run_cli(*draw))
+    assert {p.stem for p in (folder / "plots").iterdir()} == {"curves", "histogram"}
+    succeeded(run_cli(*draw, "--data-root", master))
+    assert (folder / "plots" / "gates.png").exists()
+    assert (folder / "trace.npz").stat().st_size < 200_000
 
 
 # ---- Where the images are ----

@@ -30,7 +30,7 @@ from engine.backend import select_backend
 from utils import UserError
 
 FLOORS = dict.fromkeys(("learner", "metalearner", "episode", "dataloader", "imagefiles"), 1)
-FLOORS |= {"utils": 0, "fast": 2, "engine": 3, "tools": 4, "baselines": 4, "main": 5}
+FLOORS |= {"utils": 0, "fast": 2, "engine": 3, "tools": 4, "baselines": 4, "main": 5, "hubconf": 6}
 PACKAGES = ("fast", "engine", "tools", "baselines")
 
 
@@ -76,7 +76,7 @@ def test_imports_run_one_way():
     height = {name: FLOORS[name.split(".")[0]] for name in modules()}
     arrows = {(name, other) for name, others in graph().items() for other in others}
     assert {(a, b) for a, b in arrows if height[b] > height[a]} == set()
-    assert not {(a, b) for a, b in arrows if a == "utils" or b == "main"}
+    assert {a for a, b in arrows if a == "utils" or b == "main"} == {"hubconf"}
     sides = {(a, b) for a, b in arrows if {a.split(".")[0], b.split(".")[0]} == {*PACKAGES[2:]}}
     assert sides == set()  # neither of tools and baselines needs the other
     assert {a for a, b in arrows if height[b] == 2 < height[a]} == {"engine.backend"}
@@ -134,6 +134,14 @@ def test_the_commands_of_the_readme_exist():
         own = words[1:2] == ["main.py"] or re.match(r"scripts/(train|eval|pretrain)", words[1])
         if own and "--help" not in words:
             flags.check(words[2:])
+
+
+def test_git_ignores_what_the_readme_makes():
+    tracked("README.md")  # in a git repository
+    made = ["logs-authors-719/", "short-719/", "predictions.csv", "predictions.png", "exported/"]
+    command = ["git", "check-ignore", "--stdin"]
+    done = subprocess.run(command, cwd=ROOT, input="\n".join(made), capture_output=True, text=True)
+    assert done.stdout.splitlines() == made
 
 
 # ---- Without fast/ ----

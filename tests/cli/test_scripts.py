@@ -109,7 +109,7 @@ def test_an_active_environment_that_lacks_something(repository, tmp_path, line, 
     log = environment(tmp_path / "active", f'case "$*" in "-m pip install"*) exit {status} ;; esac')
     run = use_python(repository, VIRTUAL_ENV=str(tmp_path / "active"))
     assert run.stdout.startswith(f"installing requirements.txt into {tmp_path}/active (")
-    assert pip_calls(log) == ["-m pip install -r requirements.txt"]
+    assert pip_calls(log) == ["-m pip -V", "-m pip install -r requirements.txt"]
     assert not (repository / ".venv").exists()
     if status == 0:
         assert run.returncode == 0, run.stderr

@@ -28,7 +28,8 @@ from conftest import (
 )
 from torch.distributed import TCPStore
 
-from engine import checkpoint, distributed, evaluation, parallel
+from engine import checkpoint, distributed
+from engine import model as models
 from engine.backend import select_backend
 from engine.flags import parse, resolve
 from engine.folder import RunFolder
@@ -273,14 +274,14 @@ def in_gradient(do):
     """For ``prepare``: ``do(rank, call)`` before each of a rank's episodes."""
 
     def prepare(rank):
-        original, calls = parallel.meta_gradient, []
+        original, calls = models.meta_gradient, []
 
         def meta_gradient(*args):
             calls.append(0)
             do(rank, len(calls))
             return original(*args)
 
-        parallel.meta_gradient = meta_gradient
+        models.meta_gradient = meta_gradient
 
     return prepare
 
@@ -312,13 +313,13 @@ def test_a_signal_to_one_rank_is_heeded_by_all(master, tmp_path):
 
 
 def not_finite(rank):
-    original = parallel.meta_gradient
+    original = models.meta_gradient
 
     def meta_gradient(*args):
         gradient, *rest = original(*args)
         return gradient * (float("nan") if rank == 1 else 1), *rest
 
-    parallel.meta_gradient = meta_gradient
+    models.meta_gradient = meta_gradient
 
 
 def full_disk(rank):
@@ -342,7 +343,7 @@ def test_a_rank_that_dies_during_a_validation_ends_all(master, tmp_path):
 
     def prepare(rank):
         if rank == 1:
-            evaluation.evaluate_episode = lambda *_: os._exit(9)
+            models.evaluate_episode = lambda *_: os._exit(9)
 
     argv = training(master, tmp_path / "logs", *M6[2:], "--meta-batch", "2")
     began = time.monotonic()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, refused, train, training
 
-from engine import parallel
+from engine import model as models
 from engine.backend import select_backend
 from engine.distributed import PeerLost, Ranks
 from engine.flags import resolve
@@ -37,7 +37,7 @@ def test_one_line_names_the_flags(master, tmp_path, monkeypatch, error):
     def fails(*args):
         raise error
 
-    monkeypatch.setattr(parallel, "train_episode", fails)
+    monkeypatch.setattr(models, "meta_gradient", fails)
     done = train(master, tmp_path / "logs")
     refused(done, "out of memory", "--image-size", "--filters", "--n-workers")
 
@@ -47,7 +47,7 @@ def test_other_errors_are_not_explained_away(master, tmp_path, monkeypatch, erro
     def fails(*args):
         raise error
 
-    monkeypatch.setattr(parallel, "train_episode", fails)
+    monkeypatch.setattr(models, "meta_gradient", fails)
     with pytest.raises(type(error)):
         train(master, tmp_path / "logs")
 

@@ -20,7 +20,7 @@ from conftest import (
     train,
 )
 
-from engine import parallel
+from engine import model as models
 from episode import adapt, meta_gradient, query_loss, train_episode, update_metalearner
 
 M2 = ("--meta-batch", "2", "--log-freq", "3")
@@ -110,7 +110,7 @@ def test_the_same_bits_on_any_number_of_cores(master, batched, tmp_path, n_threa
 
 def test_a_signal_waits_for_the_end_of_the_update(master, batched, tmp_path, monkeypatch, backend):
     """It comes in the second update's first episode; a resumed run has the bits of another one."""
-    original, calls, save = parallel.meta_gradient, [], tmp_path / "logs"
+    original, calls, save = models.meta_gradient, [], tmp_path / "logs"
 
     def signalled(*args):
         calls.append(0)
@@ -118,7 +118,7 @@ def test_a_signal_waits_for_the_end_of_the_update(master, batched, tmp_path, mon
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args)
 
-    monkeypatch.setattr(parallel, "meta_gradient", signalled)
+    monkeypatch.setattr(models, "meta_gradient", signalled)
     flags = (*M2, "--resume", "auto", *(["--plain"] if backend == "plain" else []))
     assert train(master, save, *flags, **LONG).returncode == 128 + signal.SIGTERM
     assert tensors(save)["episode"] == 4

@@ -30,7 +30,8 @@ from conftest import (
     training,
 )
 
-from engine import evaluation, logger, parallel, run
+from engine import logger, run
+from engine import model as models
 from engine.flags import parse
 from engine.folder import RunFolder
 from fast import images
@@ -107,7 +108,7 @@ INSTANTS = {  # where -> function, and the call that kills
     "later snapshot": (os, "replace", 7),
     "writing a snapshot": (torch, "save", 5),
     "metrics": (logger, "_append", 9),
-    "first validation": (evaluation, "evaluate_episode", 2),
+    "first validation": (models, "evaluate_episode", 2),
     "end of a validation": (run, "summary", 9),
     "decoding": (images, "_decode", 30),
 }
@@ -256,7 +257,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 @pytest.mark.parametrize(("number", "during"), [*((n, "train") for n in SIGNALS), (15, "val")])
 def test_a_signal_saves_and_ends(master, trained, tmp_path, monkeypatch, number, during):
     """During a validation it ends at once, and the validation is repeated."""
-    at = {"train": (parallel, "train_episode"), "val": (evaluation, "evaluate_episode")}[during]
+    at = {"train": (models, "meta_gradient"), "val": (models, "evaluate_episode")}[during]
     save, handler = tmp_path / "logs", signal.getsignal(number)
     before_call(monkeypatch, *at, lambda: os.kill(os.getpid(), number))
     done = train(master, save)
@@ -380,15 +381,15 @@ def test_a_checkpoint_of_the_port_can_be_trained_on(master, own, tmp_path):
 
 def poison(monkeypatch, at):
     """Make the query images of the training episodes with these numbers not finite."""
-    original, count = parallel.train_episode, [0]
+    original, count = models.meta_gradient, [0]
 
-    def train_episode(episode, *args):
+    def meta_gradient(episode, *args):
         count[0] += 1
         if count[0] in at:
             episode = episode._replace(query=episode.query * float("nan"))
         return original(episode, *args)
 
-    monkeypatch.setattr(parallel, "train_episode", train_episode)
+    monkeypatch.setattr(models, "meta_gradient", meta_gradient)
 
 
 def test_they_never_enter_the_weights(master, tmp_path, monkeypatch):

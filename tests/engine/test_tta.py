@@ -12,7 +12,7 @@ from torch import nn
 from baselines.linear_head import LinearHead
 from dataloader import scan_split
 from engine.backend import dataset, select_backend
-from engine.evaluation import CROSS_SCHEDULE, Evaluator, is_mini_imagenet, run_test
+from engine.evaluation import Evaluator, is_mini_imagenet, run_test, schedule
 from engine.flags import ROOT, parse, resolve
 from engine.model import Model
 from engine.tta import class_permutations, evaluate_tta
@@ -163,7 +163,7 @@ def test_evaluator_equals_one_episode_at_a_time(master, method):
 
 @pytest.mark.parametrize("method", ["lstm", "linear-head"])
 def test_a_test_says_of_what_it_is(master, method, capsys):
-    """All counts are of the same episodes; other shots take the authors' schedule."""
+    """All counts are of the same episodes."""
     tta = ("--tta-permutations", "3", "--tta-flip", "true")
     (one,) = run_small(master, "--episode-test", "3", method=method)
     same, other = run_small(
@@ -180,9 +180,26 @@ def test_a_test_says_of_what_it_is(master, method, capsys):
     assert one["losses"] != same["losses"][:3]
     assert (one["fingerprint"], one["mini_imagenet"]) == (same["fingerprint"], False)
     schedules = [(t["n_shot"], t["epoch"], t["batch_size"]) for t in (one, same, other)]
-    assert schedules == [(2, 2, 25), (2, 2, 25), (1, *CROSS_SCHEDULE.values())]
+    assert schedules == [(2, 2, 25), (2, 2, 25), (1, 2, 3)]
     (again,) = run_small(master, "--episode-test", "3", *tta, method=method)
     assert again["losses"] == same["losses"][:3]
+
+
+def test_other_shots_keep_the_updates_and_the_size_of_a_step(master, capsys):
+    one, two = run_small(master, "--episode-test", "2", "--shots", "1", "2")
+    assert capsys.readouterr().out.count("note: ") == 1
+    assert [(t["epoch"], t["batch_size"]) for t in (one, two)] == [(2, 3), (2, 25)]
+    (as_trained,) = run_small(master, "--episode-test", "2", "--n-shot", "1", "--grad-divisor", "6")
+    (by_three,) = run_small(master, "--episode-test", "2", "--n-shot", "1", "--grad-divisor", "3")
+    assert one["losses"] == as_trained["losses"] != by_three["losses"]
+    assert two["losses"] == run_small(master, "--episode-test", "2")[0]["losses"]
+
+
+def test_the_schedule_for_other_numbers_of_examples():
+    """Training with 3 x 2 images in one minibatch, or in two."""
+    one, two = make_args("--batch-size", "25"), make_args("--batch-size", "3")
+    assert [schedule(one, 2, n) for n in (3, 6, 12)] == [(3, 6), (25, 0), (12, 6)]
+    assert [schedule(two, 2, n) for n in (3, 6, 12)] == [(2, 3), (3, 0), (6, 3)]
 
 
 def test_the_classes_decide_what_is_mini_imagenet():

@@ -1,21 +1,24 @@
-"""Traces, pictures and predictions of a small model."""
+"""Traces and pictures of a small model."""
 
 import copy
-import csv
 import json
+import os
 import shutil
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, succeeded
 
 from dataloader import scan_split
 from engine.backend import dataset, select_backend
 from engine.flags import parse, resolve
 from engine.model import Model
+from metalearner import MetaLearner
 from tools import plots
-from tools.predict import predict
 from tools.trace import NAME, QUANTILES, read_trace, write_trace
 from utils import UserError
 
@@ -38,6 +41,7 @@ def traced(master, tmp_path_factory):
     args = resolve(parse([*SMALL.split(), "--data-root", str(master)]))
     backend = select_backend(args)
     val_set = dataset(args, backend, scan_split(master, "val"), 4)
+    (folder / "ckpts").mkdir()
     write_trace(folder, val_set, make_model(backend), 25, backend.device)
     events = [{"event": "val", "episode": 1}]
     for n in (2, 4, 6):
@@ -86,66 +90,65 @@ def test_a_validation_before_the_log_has_no_time(run):
     assert lines[1][1] == pytest.approx(2)
 
 
+def test_an_exported_pre_training_counts_batches(run):
+    content = {"episode": 6, "mode": "pretrain", "network": {"weight": torch.ones(1)}}
+    torch.save(content, run / "meta-learner.pth.tar")
+    labels = [axes.get_xlabel() for axes in plots.load_figures().curves(run).axes]
+    assert "batches" in labels
+
+
+def test_words_and_numbers_of_the_pictures(run):
+    figures = plots.load_figures()
+    trace = read_trace(run)
+    with figures.style([]):
+        gates = figures.gates("run", {**trace, "forget": 0.997 + trace["forget"] * 1e-5})
+    gates.canvas.draw()
+    titles = [axes.get_title() for axes in gates.axes[:5]]
+    assert titles == [f"convolution {k}" for k in range(1, 5)] + ["classifier"]
+    assert gates.axes[0].yaxis.get_offset_text().get_text() == ""
+    mean, std = figures.smooth(np.array([8.0, 4.0, 2.0, 2.0, 5.0]), 3)
+    assert list(mean) == pytest.approx([8, 14 / 3, 8 / 3, 3, 3.5])  # no leap at the end
+    assert std[0] == 0
+
+
 def test_a_damaged_trace_is_named(run):
     (run / NAME).write_bytes(b"junk")
     with pytest.raises(UserError, match=r"trace\.npz"):
         plots.plot(run)
 
 
-# ---- Predictions ----
+def test_a_trace_for_publication_holds_no_photograph(tmp_path, monkeypatch):
+    arrays = {"images": np.ones(3), "moved": np.ones(3)}
+    monkeypatch.setattr("tools.trace.record", lambda *_: dict(arrays))
+    what = SimpleNamespace(first=int), Model(None, None, MetaLearner(4, 1, 3)), 25, None
+    write_trace(tmp_path, *what)
+    assert np.load(tmp_path / NAME).files == ["moved"]
+    (tmp_path / "ckpts").mkdir()
+    write_trace(tmp_path, *what)
+    assert np.load(tmp_path / NAME).files == ["images", "moved"]
 
 
-@pytest.fixture
-def photographs(master, tmp_path):
-    """Three classes of examples."""
-    for k in range(3):
-        name = f"test class {k}"
-        shutil.copytree(master / "test" / name, tmp_path / "support" / name)
-    return tmp_path
+@pytest.mark.parametrize("fault", ["missing", "broken"])
+def test_a_broken_matplotlib_costs_pictures_alone(run, monkeypatch, capsys, fault):
+    if fault == "missing":
+        without_matplotlib(monkeypatch)
+    else:
+        monkeypatch.setattr(plots.load_figures(), "curves", lambda folder: 1 / 0)
+    plots.draw(run)
+    assert ("matplotlib" if fault == "missing" else "ZeroDivisionError") in capsys.readouterr().out
 
 
-def answers(place, master, *flags, out="answer"):
-    argv = [*SMALL.split(), "--mode", "predict", "--support", str(place / "support"), "--query"]
-    argv += [str(master / "test" / "test class 1"), "--out", str(place / out), *flags]
-    args = resolve(parse(argv))
-    backend = select_backend(args)
-    predict(args, backend, make_model(backend))
-    with (place / f"{out}.csv").open(encoding="utf-8") as file:
-        return list(csv.reader(file))
-
-
-def test_predictions_are_written_and_not_replaced(photographs, master):
-    head, *rows = answers(photographs, master)
-    assert head[3:] == ["test class 0", "test class 1", "test class 2"]
-    assert len(rows) == 8
-    for row in rows:
-        shares = [float(p) for p in row[3:]]
-        assert sum(shares) == pytest.approx(1, abs=1e-3)
-        assert row[1] == head[3:][shares.index(max(shares))]
-    assert (photographs / "answer.png").exists()
-    answers(photographs, master)
-    with pytest.raises(UserError, match=r"answer\.csv"):
-        answers(photographs, master, "--tta-permutations", "1", "--tta-flip", "true")
-
-
-def test_names_play_no_part(photographs, master):
-    before = answers(photographs, master)
-    (photographs / "support" / "test class 0").rename(photographs / "support" / "z")
-    after = answers(photographs, master, out="renamed")
-    assert after[0][3:] == [*before[0][4:], "z"]
-    assert [row[3:] for row in after[1:]] == [[*r[4:], r[3]] for r in before[1:]]
-
-
-def test_without_matplotlib_the_csv_is_written(photographs, master, monkeypatch, capsys):
+def without_matplotlib(monkeypatch):
     monkeypatch.delitem(sys.modules, "tools.figures", raising=False)
     monkeypatch.delattr("tools.figures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert len(answers(photographs, master)) == 9
-    assert "matplotlib" in capsys.readouterr().out
-    assert not (photographs / "answer.png").exists()
 
 
-def test_another_number_of_classes_is_refused(photographs, master):
-    shutil.rmtree(photographs / "support" / "test class 0")
-    with pytest.raises(UserError, match="--support"):
-        answers(photographs, master)
+@pytest.mark.parametrize(
+    "command", [["data/glyphs.py", "--help"], ["-c", "from tools.figures import plt; plt.figure()"]]
+)
+def test_the_backend_of_a_notebook_is_not_looked_for(command):
+    """It is inherited by what a notebook starts, also in an environment without Jupyter."""
+    env = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    command = [sys.executable, *command]
+    succeeded(subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True))

@@ -10,9 +10,9 @@ import pytest
 
 from engine.checkpoint import BEST, LAST
 from engine.flags import DEFAULTS, HYPER_PARAMETERS, parse, resolve
-from tools import export as export_module
+from tools.export import export
 from tools.recipes import recipes
-from tools.results import NAME, contradiction_notes, read_results, write_results
+from tools.results import NAME, contradiction_notes, read_results, variant, write_results
 from tools.tables import interval, results_mode, t_quantile, tables
 from utils import UserError
 
@@ -166,6 +166,13 @@ def test_untested_folders_are_skipped_or_refused(tmp_path, capsys):
         tables([tmp_path / "nowhere"])
 
 
+def test_a_test_with_flags_of_its_own_says_so(tmp_path):
+    folder = with_test(tmp_path / "a", flags=("--epoch", "5", "--grad-divisor", "5"))
+    (test,) = read_results(folder)["tests"]
+    assert variant(test) == "tested with epoch 5, grad-divisor 5"
+    assert variant(test) in rows_of(tables([folder]))[1][0]
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"tests": 3}', "\0"])
 def test_other_files_are_refused(tmp_path, content):
     (tmp_path / NAME).write_text(content)
@@ -198,15 +205,16 @@ def test_damaged_results_are_refused(tmp_path, name, value):
         read_results(tmp_path / "a")
 
 
-def test_export_needs_a_test_and_a_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(export_module, "ROOT", tmp_path)
+def test_export_needs_a_test_and_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
-        export_module.export(tmp_path / "nowhere")
+        export(tmp_path / "nowhere", tmp_path)
     with pytest.raises(UserError, match="ckpts"):
-        export_module.export(with_test(tmp_path / "a"))
+        export(with_test(tmp_path / "a"), tmp_path)
 
 
-def test_the_data_in_the_current_folder_have_its_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with_test(tmp_path / "a", flags=("--data-root", "."))
-    assert json.loads((tmp_path / "a" / NAME).read_text())["tests"][0]["data"] == tmp_path.name
+def test_a_data_set_in_the_working_directory_has_a_name(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    for root in (".", "train/.."):
+        folder = with_test(tmp_path / "a", flags=("--data-root", root))
+        assert tables([folder]).startswith("mine, 5-way")

@@ -1,0 +1,69 @@
+"""Gradient descent in the LSTM's place: its cell with a forget gate of 1 and an input gate that is
+learned as a number, not computed (equation 2 of the paper).
+
+``sgd`` has one step size for all parameters, ``meta-sgd`` (Li et al., 2017) one for each. cI is
+learned, so the former is first-order MAML (Finn et al., 2017) with a learned step size, or with
+``--second-order true`` MAML itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from engine.backend import Backend, make_learner
+from engine.model import Model
+from metalearner import UpdateRule
+
+
+class DescentState(NamedTuple):
+    """The state between two updates."""
+
+    c: Tensor  # [P, 1], the learner's parameters
+
+
+class GradientDescent(UpdateRule):
+    """c_t = c_{t-1} - sigmoid(bI) * grad_t.
+
+    Args:
+        n_learner_params: P, the length of the learner's flat parameter vector.
+        n_rates: 1, or P for a step size of each parameter.
+        bi_range: range of the uniform distribution from which bI starts.
+        grad_divisor, second_order: see ``UpdateRule``.
+    """
+
+    def __init__(
+        self,
+        n_learner_params: int,
+        n_rates: int,
+        bi_range: tuple[float, float] = (-5.0, -4.0),
+        grad_divisor: int = 0,
+        second_order: bool = False,
+    ):
+        super().__init__()
+        self.grad_divisor, self.second_order = grad_divisor, second_order
+        self.cI = nn.Parameter(torch.zeros(n_learner_params, 1))
+        self.bI = nn.Parameter(torch.empty(n_rates, 1).uniform_(*bi_range))
+
+    def initial_state(self) -> DescentState:
+        """See ``UpdateRule.initial_state``."""
+        return DescentState(self.cI)
+
+    def forward(self, loss: Tensor, grad: Tensor, state: DescentState) -> DescentState:
+        """See ``UpdateRule.forward``."""
+        return DescentState(state.c - torch.sigmoid(self.bI) * grad)
+
+
+def build(args: argparse.Namespace, backend: Backend) -> Model:
+    """Make the learner pair and the rule that the flags ask for, whose cI starts as theirs."""
+    learner = make_learner(args, backend)
+    size = learner.size()
+    n_rates = size if args.method == "meta-sgd" else 1
+    how = (tuple(args.bi_init), args.grad_divisor, args.second_order)
+    rule = GradientDescent(size, n_rates, *how)
+    rule.to(backend.device).init_cI(learner.get_flat_params())
+    return Model(learner, copy.deepcopy(learner), rule)

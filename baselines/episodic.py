@@ -1,0 +1,57 @@
+"""Methods without an inner loop: a network sees a whole episode and classifies its query set."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.backend import Backend, make_learner
+from episode import Episode, accuracy, learned
+from learner import FlatModule
+
+
+class EpisodicModel(NamedTuple):
+    """A module ``forward(episode) -> logits`` [n_class * n_eval, n_class], trained by episodes.
+
+    It stands in ``metalearner``'s place: it is what the optimiser trains and a checkpoint holds.
+    """
+
+    metalearner: nn.Module
+    learners: tuple[FlatModule, ...] = ()
+
+    @property
+    def saved(self) -> dict[str, nn.Module]:
+        """The modules that a checkpoint holds, by their key in it."""
+        return {"metalearner": self.metalearner}
+
+    def gradient(self, args: argparse.Namespace, episode: Episode) -> tuple[Tensor, ...]:
+        """See ``engine.model.Trainable``; in train mode."""
+        logits = self.metalearner.train()(episode)
+        loss = F.cross_entropy(logits, episode.query_y)
+        parameters = learned(self.metalearner)
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        gradient = torch.cat([g.reshape(-1) for g in grads])
+        return gradient, loss.detach(), accuracy(logits.detach(), episode.query_y)
+
+    @torch.no_grad()
+    def evaluate(self, args: argparse.Namespace, episode: Episode) -> tuple[Tensor, Tensor]:
+        """See ``engine.model.Trainable``; in eval mode."""
+        logits = self.metalearner.eval()(episode)
+        return F.cross_entropy(logits, episode.query_y), accuracy(logits, episode.query_y)
+
+
+def make_embedding(args: argparse.Namespace, backend: Backend) -> FlatModule:
+    """Make the learner without its classifier: images [B, 3, H, W] -> features [B, F]."""
+    network = make_learner(args, backend)
+    network.n_features = network.cls.in_features
+    network.cls = nn.Identity()
+    return network
+
+
+def one_hot(episode: Episode, n_class: int) -> Tensor:
+    """The support set's labels as rows with a single 1, [n_class * n_shot, n_class], float."""
+    return F.one_hot(episode.support_y, n_class).to(episode.support.dtype)

@@ -1,0 +1,93 @@
+"""Fine-tuning a pre-trained network in each episode by gradient descent, as the authors do.
+
+All parameters are trained, from the pre-trained convolutions and a random classifier, in batches
+and passes that the flags set; the query images are normalised with the running statistics. The
+learning rate and its decay come from ``GRID``: a "training episode" is an episode of the validation
+classes, on which every pair is tried; the pair with the best accuracy so far is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from baselines.episodic import EpisodicModel
+from engine.backend import Backend, make_learner
+from episode import Episode, accuracy, minibatches
+from learner import FlatModule
+
+# (rate, decay): the n-th update, from 0, has the rate rate / (1 + n * decay)
+GRID = tuple(
+    itertools.product((0.5, 0.1, 0.01, 1e-3, 1e-4, 1e-5), (1, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 0))
+)
+
+
+class FineTuning(nn.Module):
+    """The network to start from, and the accuracy of each pair of ``GRID`` summed over episodes."""
+
+    def __init__(self, network: FlatModule):
+        super().__init__()
+        self.network = network.requires_grad_(False)
+        self.register_buffer("grid", torch.tensor(GRID), persistent=False)
+        self.register_buffer("accuracy", torch.zeros(len(GRID)))
+        self.nothing = nn.Parameter(torch.zeros(0))  # an optimiser needs a parameter
+
+    def best(self) -> Tensor:
+        """The best pair's place in ``GRID`` [1], the first of equal ones; without a wait."""
+        return self.accuracy.argmax().view(1)
+
+
+class FineTuningModel(EpisodicModel):
+    """Its learner is trained anew in each episode."""
+
+    def tuned(
+        self, args: argparse.Namespace, episode: Episode, learner: FlatModule, pair: Tensor
+    ) -> Tensor:
+        """Train ``learner`` on the support set; the logits of the query set.
+
+        Args:
+            pair: [2], rate and decay.
+        """
+        network, (rate, decay) = self.metalearner.network, pair
+        flat = network.get_flat_params()
+        learner.copy_flat_params(flat)
+        learner.copy_buffers(network)
+        learner.train()
+        for n, (x, y) in enumerate(minibatches(episode, args.batch_size)):
+            grad = learner.loss_and_grad(x, y)[1].squeeze(1)
+            flat = flat - rate / (1 + n * decay) * grad
+            learner.copy_flat_params(flat)
+        return learner.eval()(episode.query)
+
+    @torch.no_grad()
+    def gradient(
+        self, args: argparse.Namespace, episode: Episode, learner: FlatModule
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Try all pairs; an empty gradient, loss and accuracy of the best so far."""
+        module = self.metalearner
+        logits = torch.stack([self.tuned(args, episode, learner, pair) for pair in module.grid])
+        module.accuracy += torch.stack([accuracy(each, episode.query_y) for each in logits])
+        best = logits.index_select(0, module.best())[0]
+        loss = F.cross_entropy(best, episode.query_y)
+        return torch.zeros_like(module.nothing), loss, accuracy(best, episode.query_y)
+
+    @torch.no_grad()
+    def evaluate(
+        self, args: argparse.Namespace, episode: Episode, learner: FlatModule
+    ) -> tuple[Tensor, Tensor]:
+        """Train with the best pair."""
+        pair = self.metalearner.grid.index_select(0, self.metalearner.best())[0]
+        logits = self.tuned(args, episode, learner, pair)
+        return F.cross_entropy(logits, episode.query_y), accuracy(logits, episode.query_y)
+
+
+def build(args: argparse.Namespace, backend: Backend) -> FineTuningModel:
+    """Make the method that the flags ask for, on a network with random weights."""
+    network = make_learner(args, backend)
+    learner = copy.deepcopy(network)
+    return FineTuningModel(FineTuning(network).to(backend.device), (learner,))

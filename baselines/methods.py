@@ -1,0 +1,96 @@
+"""The methods besides the paper's, by ``--method``: how each is built and how it starts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from baselines import descent, finetune, linear_head, matching, nearest, protonet
+from dataloader import EpisodeDataset, episodes
+from engine.backend import Backend
+from engine.checkpoint import load_init, load_weights
+from engine.flags import PRETRAINED, spelled
+from engine.model import Trainable
+from learner import N_BLOCKS
+from utils import UserError
+
+BUILDERS: dict[str, Callable[[argparse.Namespace, Backend], Trainable]] = {
+    "sgd": descent.build,
+    "meta-sgd": descent.build,
+    "linear-head": linear_head.build,
+    "nearest": nearest.build,
+    "finetune": finetune.build,
+    "matching": matching.build,
+    "matching-fce": matching.build,
+    "protonet": protonet.build,
+}
+MEASURED = 20  # training episodes whose images' batch statistics are averaged
+SAME = ("image_size", "filters", "pixels", "learner")  # as in the training that --init-from names
+
+
+def training_split(method: str) -> str:
+    """The split that training episodes come from: fine-tuning only chooses its rate."""
+    return "val" if method == "finetune" else "train"
+
+
+def initialise(
+    args: argparse.Namespace,
+    model: Trainable,
+    origin: tuple[Path, dict] | None,
+    train_set: EpisodeDataset,
+) -> None:
+    """Start from the checkpoint that ``--init-from`` names, if there is one.
+
+    Raises:
+        UserError: it does not fit, or a method that needs one has none.
+    """
+    if origin is None:
+        if args.method in PRETRAINED:
+            raise UserError(f"--method {args.method}: needs --init-from, a run of --mode pretrain")
+        return
+    path, content = origin
+    for name in SAME:
+        value, stored = getattr(args, name), content.get("hyper_parameters", {}).get(name)
+        if stored not in (None, value):
+            raise UserError(f"{spelled(name)} {value}: {path} was trained with {stored}; give that")
+    if args.method not in PRETRAINED:
+        load_init(model, content, path)
+        return
+    network = model.backbone if args.method == "linear-head" else model.metalearner.network
+    _load_convolutions(network, content, path, args.method)
+    if content.get("mode") == "pretrain" and args.method != "finetune":
+        measure_statistics(network, train_set)
+    shifted = content.get("hyper_parameters", {}).get("bn_shift", 0)  # the features of a head
+    norm = network.get_submodule(f"norm{N_BLOCKS}")
+    with torch.no_grad():  # see docs/pretrained.md
+        norm.bias.add_((args.bn_shift - shifted) * norm.weight.abs())
+
+
+def _load_convolutions(network: nn.Module, content: dict, path: Path, method: str) -> None:
+    """Load all but the classifier of a pre-training, or of the features of a linear head."""
+    weights = content["network"] if content.get("mode") == "pretrain" else content.get("backbone")
+    if weights is None or (method == "linear-head" and "backbone" in content):
+        raise UserError(f"{path}: --method {method} starts from a run of --mode pretrain")
+    kept = {k: v for k, v in weights.items() if not k.startswith("cls.")}
+    own = {k: v for k, v in network.state_dict().items() if k.startswith("cls.")}
+    load_weights({"network": network}, {"network": kept | own}, path)
+
+
+@torch.no_grad()
+def measure_statistics(network: nn.Module, train_set: EpisodeDataset) -> None:
+    """Set batch norm's running statistics to the mean over the first training episodes' images."""
+    device = next(network.parameters()).device
+    norms = [network.get_submodule(f"norm{b}") for b in range(1, N_BLOCKS + 1)]
+    momentum = norms[0].momentum
+    network.train()
+    for k, episode in enumerate(episodes(train_set.first(MEASURED), 0, 0, device, False), 1):
+        for norm in norms:
+            norm.momentum = 1 / k  # a plain average over the batches
+        network(torch.cat((episode.support, episode.query)))
+    for norm in norms:
+        norm.momentum = momentum
+    network.eval()

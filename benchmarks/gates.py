@@ -1,0 +1,206 @@
+"""What the LSTM adds: its trained cI with other rules in its place, on the same test episodes.
+
+    python benchmarks/gates.py logs-719 logs-1shot-719 --out what-the-lstm-adds --episode-test 300
+
+For each run: the LSTM as trained; its gates frozen to their mean over validation episodes and the
+coordinates of each parameter tensor, for each update or over all of them; and gradient descent,
+with the one step size, then with the step size of each layer, that is most accurate on the
+validation episodes. Step sizes are multiplied or divided by 2 as long as that helps, layers one
+after the other. The differences from the LSTM are paired, with 95 % intervals over episodes. Writes
+OUT.md and OUT.png. Other flags are main.py's, such as ``--data-root``; they follow the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from textwrap import fill
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from paired import difference, interval
+from torch import Tensor
+
+from dataloader import EpisodeDataset, episodes, scan_split
+from engine.backend import Backend, dataset, select_backend
+from engine.checkpoint import BEST, LAST, load_for_test, load_weights, resolve_checkpoint
+from engine.evaluation import Evaluator
+from engine.flags import DEFAULTS, parse
+from engine.model import Model
+from episode import updates
+from main import build
+from metalearner import UpdateRule
+from tools.markdown import markdown_table
+from tools.plots import load_figures
+from tools.trace import layers
+from utils import Parser, UserError, run_main, summary
+
+HEADER = ("rule, from the same cI", "accuracy, %", "difference from the LSTM")
+
+
+class FixedState(NamedTuple):
+    """The state between two updates."""
+
+    c: Tensor  # [P, 1], the learner's parameters
+    t: int  # updates so far
+
+
+class FixedGates(UpdateRule):
+    """c_t = f_t * c_{t-1} - i_t * grad_t; the gates are given, [T, P, 1] or for all [1, P, 1]."""
+
+    def __init__(self, cI: Tensor, f: Tensor, i: Tensor, grad_divisor: int):
+        super().__init__()
+        self.cI, self.f, self.i, self.grad_divisor = cI.detach(), f, i, grad_divisor
+
+    def initial_state(self) -> FixedState:
+        """See ``UpdateRule.initial_state``."""
+        return FixedState(self.cI, 0)
+
+    def forward(self, loss: Tensor, grad: Tensor, state: FixedState) -> FixedState:
+        """See ``UpdateRule.forward``."""
+        f, i = (gate[min(state.t, len(gate) - 1)] for gate in (self.f, self.i))
+        return FixedState(f * state.c - i * grad, state.t + 1)
+
+
+@torch.no_grad()
+def mean_gates(model: Model, val_set: EpisodeDataset, batch_size: int, device) -> Tensor:
+    """Average f and i over a data set's episodes and each parameter tensor: [2, T, P, 1]."""
+    learner, rule = model.learner_w_grad, model.metalearner
+    sizes = [shape.numel() for _, _, shape in learner.slots()]
+    total: Any = 0
+    for episode in episodes(val_set, 0, 0, device, False):
+        steps = [s for _, s in updates(model.embed(episode), learner, rule, batch_size)]
+        total = total + torch.stack([torch.stack([s.f, s.i]).sigmoid() for s in steps], dim=1)
+    parts = (total / len(val_set)).split(sizes, dim=2)  # [2, T, size, 1] each
+    return torch.cat([part.mean(2, keepdim=True).expand_as(part) for part in parts], dim=2)
+
+
+def climb(
+    score: Callable[[list[float]], float], steps: list[float], groups: list[list[int]]
+) -> list[float]:
+    """Multiply or divide by 2 the steps of each group in turn, as long as the score rises."""
+    best = score(steps)
+    for group in groups:
+        for factor in (2.0, 0.5):
+            moved = False
+            while True:
+                tried = [s * factor if k in group else s for k, s in enumerate(steps)]
+                found = score(tried)
+                if found <= best:
+                    break
+                best, steps, moved = found, tried, True
+            if moved:
+                break
+    return steps
+
+
+def rules(
+    model: Model, args: argparse.Namespace, backend: Backend, val_set: EpisodeDataset
+) -> Iterator[tuple[str, UpdateRule]]:
+    """Yield each rule's name and the rule, one after another, for they take time to find."""
+    trained = model.metalearner
+    cI, divisor = trained.initial_state().c, trained.grad_divisor
+    yield "the LSTM as trained", trained
+    f, i = mean_gates(model, val_set, args.batch_size, backend.device)
+    frozen = "its gates frozen to their mean over each tensor"
+    yield f"{frozen}, by update", FixedGates(cI, f, i, divisor)
+    f, i = (gate.mean(0, keepdim=True) for gate in (f, i))
+    yield f"{frozen} and all updates", FixedGates(cI, f, i, divisor)
+    places, one = layers(model.learner_w_grad), torch.ones_like(cI).unsqueeze(0)
+
+    def descent(steps: list[float]) -> FixedGates:
+        sizes = torch.tensor([place.stop - place.start for place in places.values()])
+        values = torch.tensor(steps).repeat_interleave(sizes).to(cI).view(1, -1, 1)
+        return FixedGates(cI, one, values, divisor)
+
+    def score(steps: list[float]) -> float:
+        rule = model._replace(metalearner=descent(steps))
+        return summary(Evaluator(args, backend, rule)(val_set)[1])["mean"]
+
+    everything = list(range(len(places)))
+    steps = climb(score, [float(i.mean())] * len(places), [everything])
+    yield f"gradient descent, one step size ({steps[0]:.3g})", descent(steps)
+    steps = climb(score, steps, [[k] for k in everything])
+    shown = ", ".join(f"{name} {s:.3g}" for name, s in zip(places, steps, strict=True))
+    yield f"gradient descent, a step size per layer ({shown})", descent(steps)
+
+
+def compare(run: str, flags: dict) -> tuple[str, list[tuple[str, list[float]]]]:
+    """Test all rules on a run's cI; its title, and each rule's name and accuracies in %.
+
+    Raises:
+        UserError: there is no checkpoint, or it is not one of the paper's method.
+    """
+    path = resolve_checkpoint(run, flags.get("seed", DEFAULTS["seed"]), BEST, LAST, flag="RUN")
+    args, checkpoint = load_for_test({**flags, "resume": path})
+    if args.method not in ("lstm", "linear-head"):
+        raise UserError(f"{run}: is of --method {args.method}, which has no gates to freeze")
+    backend = select_backend(args)
+    model = build(args, backend)
+    load_weights(model.saved, checkpoint, Path(path))
+    val_set, test_set = (
+        dataset(args, backend, scan_split(args.data_root, split), n)
+        for split, n in (("val", args.episode_val), ("test", max(args.episode_test)))
+    )
+    found = []
+    for name, rule in rules(model, args, backend, val_set):
+        tested = Evaluator(args, backend, model._replace(metalearner=rule))(test_set)[1]
+        found.append((name, tested))
+        print(f"{args.n_shot}-shot: {name}: {interval(tested)}", file=sys.stderr)
+    title = f"{Path(run).name}, {args.n_class}-way {args.n_shot}-shot, {len(tested)} test episodes"
+    return f"{title}, chosen on {len(val_set)} validation episodes", found
+
+
+def table(found: list[tuple[str, list[float]]]) -> str:
+    """The rules of one run, a row for each."""
+    first = found[0][1]
+    rows = [
+        (name, interval(a), difference(a, first) if a is not first else "") for name, a in found
+    ]
+    return markdown_table(HEADER, rows)
+
+
+def draw(runs: list[tuple[str, list[tuple[str, list[float]]]]], path: Path) -> None:
+    """Draw the differences from the LSTM with their intervals, one panel for each run."""
+    figures = load_figures()
+    with figures.style([]):
+        figure, axes = figures.plt.subplots(
+            len(runs), 1, figsize=(7, 2.5 * len(runs)), squeeze=False
+        )
+        for (title, found), ax in zip(runs, axes[:, 0], strict=True):
+            first, names = found[0][1], [name.partition(" (")[0] for name, _ in found[1:]]
+            names = [fill(name, 30) for name in names]
+            spans = [summary([a - b for a, b in zip(v, first, strict=True)]) for _, v in found[1:]]
+            means, halves = ([s[key] for s in spans] for key in ("mean", "ci95"))
+            ax.errorbar(means, names, xerr=halves, fmt="o", color=figures.BLUE, capsize=3)
+            ax.axvline(0, color=figures.GREY, linewidth=1)
+            ax.set(
+                title=title.partition(", chosen")[0],
+                xlabel="difference from the LSTM, percentage points",
+            )
+            ax.invert_yaxis()
+        figure.savefig(path, dpi=150)
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(description=__doc__.partition("\n")[0], epilog="other flags: as main.py's")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder or checkpoint")
+    parser.add_argument("--out", default="gates", metavar="PATH", help="writes OUT.md and OUT.png")
+    args, others = parser.parse_known_args(argv)
+    done, flags = [], parse(others)
+    for run in args.runs:
+        title, found = compare(run, flags)
+        print(f"{title}:\n\n{table(found)}\n", flush=True)
+        done.append((title, found))
+        text = "\n\n".join(f"{title}:\n\n{table(found)}" for title, found in done)
+        Path(f"{args.out}.md").write_text(text + "\n", encoding="utf-8")
+        draw(done, Path(f"{args.out}.png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, sys.argv[1:]))

@@ -1,0 +1,66 @@
+"""The models of results/ and your own, for use in other programs: ``torch.hub`` or an import.
+
+    import torch
+    model = torch.hub.load("path/to/this/clone", "load_pretrained",
+                           "miniImagenet-5s5c-pretrained-53", source="local")
+    model.adapt(images, labels)         # five classes, some examples of each
+    shares = model.predict(others)      # [N, 5], columns as in model.classes
+
+This repository's modules import each other as ``utils``, ``learner``, ... While they load, they
+stand in ``sys.modules`` in place of yours of the same names; then yours are put back. Nothing is
+imported later.
+"""
+
+import contextlib
+import functools
+import pathlib
+import sys
+
+dependencies = ["torch", "torchvision", "PIL", "numpy", "tqdm"]
+_ROOT = pathlib.Path(__file__).resolve().parent
+_NAMES = {p.stem for p in (*_ROOT.glob("*.py"), *(q.parent for q in _ROOT.glob("*/__init__.py")))}
+_PUBLISHED = sorted(path.parent.name for path in _ROOT.glob("results/*/meta-learner.pth.tar"))
+_loaded: dict = {}  # our modules by name
+
+
+@contextlib.contextmanager
+def _own_modules():
+    found = {name: m for name, m in sys.modules.items() if name.split(".")[0] in _NAMES}
+    for name, module in found.items():
+        if _ROOT not in pathlib.Path(getattr(module, "__file__", None) or "").parents:
+            del sys.modules[name]
+    sys.modules.update(_loaded)
+    sys.path.insert(0, str(_ROOT))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(_ROOT))
+        for name in [name for name in sys.modules if name.split(".")[0] in _NAMES]:
+            _loaded[name] = sys.modules.pop(name)
+        sys.modules.update(found)
+
+
+def load_pretrained(name_or_path, *flags):
+    """A trained model as a ``tools.predictor.Predictor``: ``adapt(images, labels)``,
+    ``predict(images)`` and ``features(images)``.
+
+    Args:
+        name_or_path: a folder's name in results/, or the path of a run's folder or checkpoint.
+        flags: of ``python main.py --mode predict``, such as "--cpu" or "--tta-flip", "true".
+
+    Raises:
+        utils.UserError: there is no such model, or it cannot be used.
+    """
+    path = _ROOT / "results" / name_or_path if name_or_path in _PUBLISHED else name_or_path
+    with _own_modules():
+        import torch
+
+        from engine.flags import parse
+        from main import load_predictor
+
+        with torch.random.fork_rng():  # the program's random numbers stay as they are
+            return load_predictor(parse(["--mode=predict", f"--resume={path}", *flags]))
+
+
+for _name in _PUBLISHED:  # torch.hub.load(clone, "miniImagenet-5s5c-pretrained-53", source="local")
+    globals()[_name] = functools.partial(load_pretrained, _name)

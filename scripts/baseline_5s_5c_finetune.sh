@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Fine-tuning; run baseline_pretrain.sh first, with the same seed. Each "episode" is one of the
+# validation classes, on which all rates and decays are tried. 1-shot: --n-shot 1 --save OTHER.
+# Edit the flags below; flags given to this script override them. All others: python main.py --help
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+use_python requirements.txt
+
+exec "$PYTHON" "$ROOT/main.py" --mode train \
+  --n-shot 5 \
+  --episode 100 \
+  --epoch 15 \
+  --batch-size 25 \
+  --bn-momentum 0.1 \
+  --log-freq 10 \
+  --val-freq 0 \
+  --augment none \
+  --pixels unit \
+  --method finetune \
+  --init-from logs-baseline-pretrain \
+  --save logs-finetune \
+  --resume auto \
+  "$@"

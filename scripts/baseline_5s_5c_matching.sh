@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Matching network. The authors take 64 filters: --filters 64.
+# It serves every number of shots (--shots 1 5 in a test).
+# Edit the flags below; flags given to this script override them. All others: python main.py --help
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+use_python requirements.txt
+
+exec "$PYTHON" "$ROOT/main.py" --mode train \
+  --n-shot 5 \
+  --lr 1e-4 \
+  --episode 75000 \
+  --grad-clip 1000 \
+  --bn-momentum 0.1 \
+  --augment none \
+  --pixels unit \
+  --method matching \
+  --save logs-matching \
+  --resume auto \
+  "$@"

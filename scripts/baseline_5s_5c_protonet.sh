@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Prototypical network, in 5-way episodes. It serves every number of shots (--shots 1 5 in a test).
+# Edit the flags below; flags given to this script override them. All others: python main.py --help
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+use_python requirements.txt
+
+exec "$PYTHON" "$ROOT/main.py" --mode train \
+  --n-shot 5 \
+  --lr 1e-3 \
+  --episode 50000 \
+  --grad-clip 1000 \
+  --bn-momentum 0.1 \
+  --augment none \
+  --pixels unit \
+  --method protonet \
+  --save logs-protonet \
+  --resume auto \
+  "$@"

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Gradient descent with one learned step size from a learned initialisation (first-order MAML) in the
+# LSTM's place; all else as in train_5s_5c_authors.sh, but a step may be the whole gradient.
+# 1-shot: --n-shot 1 --epoch 12 --batch-size 5 --bn-momentum 0.9 --save OTHER.
+# Edit the flags below; flags given to this script override them. All others: python main.py --help
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+use_python requirements.txt
+
+exec "$PYTHON" "$ROOT/main.py" --mode train \
+  --n-shot 5 \
+  --lr 1e-3 \
+  --episode 50000 \
+  --epoch 8 \
+  --batch-size 25 \
+  --grad-clip 0.25 \
+  --augment none \
+  --pixels unit \
+  --shuffle episode \
+  --grad-divisor 1 \
+  --method sgd \
+  --save logs-sgd \
+  --resume auto \
+  "$@"

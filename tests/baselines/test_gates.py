@@ -1,0 +1,88 @@
+"""benchmarks/gates.py: other rules in the LSTM's place, on the same episodes."""
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make, new_episode, run_test, succeeded, train
+
+from engine.model import Model
+from episode import adapt
+from utils import UserError
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+gates = importlib.import_module("gates")
+
+
+@pytest.fixture(scope="module")
+def run(master, tmp_path_factory):
+    save = tmp_path_factory.mktemp("gates") / "logs"
+    succeeded(train(master, save))
+    return save
+
+
+def test_the_mean_of_constant_gates_is_the_rule_itself(monkeypatch):
+    _, w_grad, wo_grad, meta = make("plain", dtype=torch.float64)
+    with torch.no_grad():
+        meta.metalstm.WF.zero_()
+        meta.metalstm.WI.zero_()
+    drawn = [new_episode(dtype=torch.float64) for _ in range(3)]
+    monkeypatch.setattr(gates, "episodes", lambda episodes, *_: episodes)
+    f, i = gates.mean_gates(Model(w_grad, wo_grad, meta), drawn, 3, "cpu")
+    assert f.shape == i.shape == (4, w_grad.size(), 1)  # 2 passes of 2 minibatches
+    assert torch.allclose(i, meta.metalstm.bI.sigmoid().double().expand_as(i))
+    cI = meta.initial_state().c
+    with torch.no_grad():
+        expected = adapt(drawn[0], w_grad, meta, 3)[0]
+        for slices in (slice(None), slice(1)):
+            rule = gates.FixedGates(cI, f[slices], i[slices], meta.grad_divisor)
+            assert torch.allclose(adapt(drawn[0], w_grad, rule, 3)[0], expected, rtol=1e-12)
+
+
+def test_means_are_taken_over_a_tensor_not_over_all(monkeypatch):
+    _, w_grad, wo_grad, meta = make("plain", dtype=torch.float64)
+    drawn = [new_episode(dtype=torch.float64)]
+    monkeypatch.setattr(gates, "episodes", lambda episodes, *_: episodes)
+    _, i = gates.mean_gates(Model(w_grad, wo_grad, meta), drawn, 6, "cpu")
+    with torch.no_grad():
+        steps = list(gates.updates(drawn[0], w_grad, meta, 6))
+    for t, (_, state) in enumerate(steps):
+        values = w_grad.slices(state.i.sigmoid())
+        for mean, part in zip(w_grad.slices(i[t]), values, strict=True):
+            assert torch.allclose(mean, part.mean().expand_as(mean))
+
+
+def test_climbing_ends_at_the_best_steps():
+    def score(steps):
+        return -sum(abs(math.log2(s / best)) for s, best in zip(steps, (8, 0.5, 1), strict=True))
+
+    assert gates.climb(score, [1.0, 1.0, 1.0], [[0], [1], [2]]) == [8.0, 0.5, 1.0]
+    assert gates.climb(lambda steps: -abs(steps[0] - 0.25), [1.0, 1.0], [[0, 1]]) == [0.25, 0.25]
+
+
+def test_rows_and_picture_of_a_run(run, tmp_path, capsys):
+    flags = ["--cpu", "--n-workers", "0", "--episode-val", "2", "--episode-test", "3"]
+    assert gates.main([f"{run}-719", "--out", str(tmp_path / "out"), *flags]) == 0
+    printed = capsys.readouterr().out
+    rows = [line.split("|")[1:4] for line in printed.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 5
+    assert (tmp_path / "out.md").read_text().strip() == printed.strip()
+    assert (tmp_path / "out.png").stat().st_size > 1000
+    succeeded(run_test(None, run, "--episode-test", 3))
+    (test,) = json.loads(Path(f"{run}-719/results.json").read_text())["tests"]
+    first, *others = rows
+    mean = sum(test["accuracies"]) / 3
+    assert float(first[1].split()[0]) == pytest.approx(mean, abs=0.01)
+    for row in others:
+        apart = float(row[1].split()[0]) - mean
+        assert float(row[2].split()[0]) == pytest.approx(apart, abs=0.02)
+
+
+def test_a_method_without_gates_is_refused(master, tmp_path):
+    succeeded(train(master, tmp_path / "net", "--method", "protonet", episode=1, val_freq=0))
+    with pytest.raises(UserError, match=r"net-719.*protonet"):
+        gates.main([f"{tmp_path}/net-719", "--cpu"])

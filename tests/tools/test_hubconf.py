@@ -1,0 +1,145 @@
+"""``hubconf.py`` in other programs, and the notebook."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, photograph, run_cli, succeeded
+from PIL import Image
+
+import hubconf
+from imagefiles import load_image, to_rgb
+from tools import predict
+from utils import UserError
+
+HEAD, LSTM = "miniImagenet-5s5c-pretrained-53", "miniImagenet-1s5c-authors-719"
+FOREIGN = """
+import sys
+import main, utils, learner, tools
+import torch
+from PIL import Image
+
+root, name, data, answer = sys.argv[1:]
+theirs = {name: sys.modules[name] for name in ("main", "utils", "learner", "tools")}
+state, path = torch.get_rng_state(), list(sys.path)
+model = torch.hub.load(root, "load_pretrained", name, "--cpu", source="local")
+assert {name: sys.modules[name] for name in theirs} == theirs
+assert torch.equal(torch.get_rng_state(), state) and sys.path == path
+assert not {"episode", "engine", "fast"} & sys.modules.keys()
+import tools.mine
+again = torch.hub.load(root, name, "--cpu", source="local")
+images = [Image.open(f"{data}/{c}/{k}.jpg") for c in "abcde" for k in range(2)]
+again.adapt(images, [c for c in "abcde" for _ in range(2)])
+model.adapt(images, [c for c in "abcde" for _ in range(2)])
+assert torch.equal(again.features(images), model.features(images))
+torch.save(model.predict(images), answer)
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Five classes of two images, one of which is turned by its EXIF data."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(1)
+    for c in "abcde":
+        (root / c).mkdir()
+        for k in range(2):
+            exif = Image.Exif()
+            exif[0x0112] = 6 if k else 1
+            photograph(rng, 100, 90).save(root / c / f"{k}.jpg", exif=exif)
+    return root
+
+
+def adapted(name, data, *flags, open=load_image):
+    model = hubconf.load_pretrained(name, "--cpu", *flags)
+    model.adapt([open(p) for p in sorted(data.glob("*/*"))], [c for c in "abcde" for _ in "01"])
+    return model
+
+
+def by_command(name, data, tmp_path, monkeypatch, *flags):
+    """The probabilities that ``--mode predict`` writes, before they are rounded."""
+    found, table = [], predict.table
+    monkeypatch.setattr(predict, "table", lambda *a: (found.append(a[2]), table(*a))[1])
+    argv = ["--mode", "predict", "--resume", ROOT / "results" / name, "--cpu", *flags]
+    out = ["--support", data, "--query", *sorted(data.glob("*/*")), "--out", tmp_path / "answer"]
+    succeeded(run_cli(*argv, *out))
+    return torch.from_numpy(found[0])
+
+
+@pytest.mark.parametrize("name", [HEAD, LSTM])
+def test_it_answers_as_the_command_to_the_bit(name, data, tmp_path, monkeypatch):
+    flags = ("--tta-flip", "true", "--tta-permutations", "2", "--epoch", "2")
+    expected = by_command(name, data, tmp_path, monkeypatch, *flags)
+    model = adapted(name, data, *flags, open=Image.open)
+    assert model.classes == list("abcde")
+    images = [Image.open(path) for path in sorted(data.glob("*/*"))]
+    tensors = [torch.from_numpy(np.array(to_rgb(i))).permute(2, 0, 1) for i in images]
+    for given in (images, iter(images), tensors, [t / 255 for t in tensors]):
+        assert torch.equal(model.predict(given), expected)
+    assert model.features(images).shape == (10, 800)
+    assert model.predict([]).shape == (0, 5)
+
+
+def test_modules_of_the_same_names_do_not_meet(data, tmp_path, monkeypatch):
+    """Neither those that are imported already nor those that come first on the path."""
+    expected = by_command(HEAD, data, tmp_path, monkeypatch)
+    for name in ("main", "utils", "learner", "episode", "fast", "tools/__init__", "tools/mine"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text("class Mine: pass\n")
+    (tmp_path / "program.py").write_text(FOREIGN)
+    command = [sys.executable, "program.py", ROOT, HEAD, data, tmp_path / "answer.pt"]
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    env.pop("PYTHONPATH", None)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "answer.pt"), expected)
+
+
+def test_what_the_hub_lists():
+    listed = {f for f in dir(hubconf) if callable(getattr(hubconf, f)) and f[0] != "_"}
+    runs = {path.parent.name for path in (ROOT / "results").glob("*/meta-learner.pth.tar")}
+    assert listed == {"load_pretrained"} | runs
+    assert HEAD in runs
+
+
+def test_what_cannot_be_is_refused(data):
+    with pytest.raises(UserError, match="nowhere"):
+        hubconf.load_pretrained("nowhere")
+    model = hubconf.load_pretrained(LSTM, "--cpu")
+    image = Image.new("RGB", (90, 90))
+    for call in (model.predict, model.features):
+        with pytest.raises(UserError, match="adapt"):
+            call([image])
+    with pytest.raises(UserError, match=r"2 images.*1 label"):
+        model.adapt([image, image], ["a"])
+    with pytest.raises(UserError, match="2 classes"):
+        model.adapt([image, image], ["a", "b"])
+    for wrong in (torch.ones(90, 90), torch.ones(3, 9, 9) * 2, torch.ones(4, 9, 9)):
+        with pytest.raises(UserError, match="tensor"):
+            model.adapt([wrong], ["a"])
+
+
+def test_another_number_of_examples_is_noted(data, capsys):
+    adapted(LSTM, data, "--tta-permutations", "1", "--epoch", "1")
+    assert "10 examples, trained on 5" in capsys.readouterr().out
+
+
+def test_the_notebook(monkeypatch):
+    """Its cells run, without Jupyter, and most answers are right."""
+    path = ROOT / "examples" / "predict.ipynb"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["metadata"]["language_info"]["name"]) == (4, "python")
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    names: dict = {}
+    for cell in notebook["cells"]:
+        assert cell.keys() >= {"cell_type", "metadata", "source"}
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            exec("".join(cell["source"]), names)
+    assert names["accuracy"] > 0.6
+    assert names["features"].shape == (25, 800)
+    assert isinstance(names["sheet"], Image.Image)

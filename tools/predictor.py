@@ -1,0 +1,163 @@
+"""A trained model in use: it adapts to a few images of each class and classifies others.
+
+Probabilities are averaged over permutations of the classes, see engine/tta.py. The order of the
+classes follows the examples' pixels, so predictions do not depend on labels or on their order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+from collections.abc import Hashable, Iterable, Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dataloader import draw_order, eval_image, to_input
+from engine.backend import Backend
+from engine.evaluation import schedule
+from engine.model import Model
+from engine.tta import View, adapt_view, class_permutations, probabilities, sides, views
+from episode import Episode
+from imagefiles import to_rgb
+from learner import FlatModule
+from utils import UserError
+
+CHUNK = 64  # images that are classified at once
+
+
+class Predictor:
+    """Classifies images by a few examples of each class.
+
+    Images are PIL images, or tensors [3, H, W]: uint8, or floats from 0 to 1. Any size will do.
+
+    Attributes:
+        classes: the labels, in the order of the columns of ``predict``; empty before ``adapt``.
+        adapted: the views that ``predict`` averages over, each with its adapted learner.
+    """
+
+    def __init__(self, args: argparse.Namespace, backend: Backend, model: Model, trained_on: int):
+        self.args, self.backend, self.model, self.trained_on = args, backend, model, trained_on
+        self.classes: list[Hashable] = []
+        self.adapted: list[tuple[View, FlatModule]] = []
+
+    @torch.no_grad()
+    def adapt(self, images: Iterable[Image.Image | Tensor], labels: Iterable[Hashable]) -> None:
+        """Learn new classes; forgets those of an earlier call.
+
+        Args:
+            images: the examples, at least one of each class.
+            labels: what each shows, such as names or numbers; as many different ones as the model
+                was trained for.
+
+        Raises:
+            UserError: there are more or fewer labels than that, or than images.
+        """
+        args, model, device = self.args, self.model, self.backend.device
+        inputs, labels = [self._input(image) for image in images], list(labels)
+        classes = list(dict.fromkeys(labels))
+        if len(inputs) != len(labels):
+            raise UserError(f"{len(inputs)} images, but {len(labels)} labels; give one for each")
+        if more := len(classes) - args.n_class:
+            advice = f"leave out {more} of them" if more > 0 else f"add {-more}"
+            advice += f", or train with --n-class {len(classes)}" if len(classes) > 1 else ""
+            trained = f"{args.resume} was trained for {args.n_class}"
+            raise UserError(f"{len(classes)} classes, but {trained}; {advice}")
+        examples = by_content(
+            [[x for x, label in zip(inputs, labels, strict=True) if label == c] for c in classes]
+        )
+        place = {k: rank for rank, k in enumerate(dict.fromkeys(k for k, _ in examples))}
+        permutations = class_permutations(
+            len(classes), args.tta_permutations or len(classes), args.seed
+        )
+        permutations = permutations[:, [place[k] for k in range(len(classes))]].to(device)
+        support = sides(torch.stack([x for _, x in examples]).to(device), model, args.tta_flip)
+        y = torch.tensor([k for k, _ in examples], device=device)
+        drawn = draw_order(args.seed, "test", 0, args.epoch, len(y), args.shuffle)
+        nothing = torch.empty(0, device=device)
+        episode = Episode(support[0], y, nothing, nothing, torch.from_numpy(drawn).to(device))
+        size, model.metalearner.grad_divisor = schedule(args, self.trained_on, len(y))
+        self.classes, self.adapted = classes, []
+        for view in views(permutations, args.tta_flip):
+            learner = copy.deepcopy(model.learner_wo_grad)
+            adapt_view(episode, support, view, model.learner_w_grad, learner, model, size)
+            self.adapted.append((view, learner))
+
+    @torch.no_grad()
+    def predict(self, images: Iterable[Image.Image | Tensor]) -> Tensor:
+        """Probabilities [N, n] of the classes, float64 on the CPU.
+
+        Raises:
+            UserError: ``adapt`` has not been called, or an image is something else.
+        """
+        if not self.classes:
+            raise UserError("no classes to choose from; call adapt(images, labels) first")
+        rows = [torch.empty(0, len(self.classes), dtype=torch.float64)]
+        for batch in self._batches(images):
+            query = sides(batch, self.model, self.args.tta_flip)
+            each = [probabilities(query, *pair) for pair in self.adapted]
+            rows.append(torch.stack(each).double().mean(0).cpu())
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def features(self, images: Iterable[Image.Image | Tensor]) -> Tensor:
+        """What the classifier reads, [N, F] float32 on the CPU.
+
+        With ``--method lstm`` they are those of the adapted learner, the first of those that
+        ``predict`` averages over.
+
+        Raises:
+            UserError: they depend on the examples, and ``adapt`` has not been called; or the
+                network has no method ``features``.
+        """
+        network = self.model.backbone
+        if network is None and not self.adapted:
+            raise UserError("features depend on the examples; call adapt(images, labels) first")
+        read = network or getattr(self.adapted[0][1], "features", None)
+        if read is None:
+            raise UserError("features: the learner has no method of this name")
+        return torch.cat([read(batch).flatten(1).cpu() for batch in self._batches(images)])
+
+    def _batches(self, images: Iterable[Image.Image | Tensor]) -> Iterator[Tensor]:
+        images = iter(images)
+        while chunk := list(islice(images, CHUNK)):
+            yield torch.stack([self._input(image) for image in chunk]).to(self.backend.device)
+
+    def _input(self, image: Image.Image | Tensor) -> Tensor:
+        """Transform as for validation: [3, image_size, image_size] float32."""
+        image = to_rgb(_from_tensor(image) if isinstance(image, Tensor) else image)
+        image = eval_image(image, self.args.image_size, self.args.augment)
+        return to_input([image], self.args.pixels)[0]
+
+
+def _from_tensor(image: Tensor) -> Image.Image:
+    if image.is_floating_point() and image.min() >= 0 and image.max() <= 1:
+        image = (image * 255).round().to(torch.uint8)
+    if image.dim() != 3 or len(image) != 3 or image.dtype != torch.uint8:
+        found = f"a tensor {list(image.shape)} of {image.dtype}"
+        raise UserError(f"{found} is no image; give [3, H, W] uint8, or floats from 0 to 1")
+    return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
+
+
+def by_content(images: list[list[Tensor]]) -> list[tuple[int, Tensor]]:
+    """Sort classes, and the examples of each, by their pixels: names play no part.
+
+    Args:
+        images: by class.
+
+    Returns:
+        (number of the class, image) of each example.
+    """
+    keyed = [
+        sorted((hashlib.sha256(x.numpy().tobytes()).digest(), i) for i, x in enumerate(of_class))
+        for of_class in images
+    ]
+    return [
+        (k, images[k][i])
+        for k in sorted(range(len(images)), key=keyed.__getitem__)
+        for _, i in keyed[k]
+    ]
