@@ -31,8 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for utils
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for formats
 
 from formats import DATA
-from formats.build import build, is_built
-from formats.manifest import Item, Manifest
+from formats.build import Item, Manifest, build, is_built
 
 from utils import Parser, UserError, int_range, run_main
 
@@ -218,15 +217,8 @@ def _run(argv: list[str]) -> int:
     flags = {"seed": args.seed, "image_size": args.image_size, "per_class": args.per_class}
     settings = {"source": "glyphs", "recipe": RECIPE, **flags}
     dest = Path(os.path.abspath(args.dest))
-    try:
-        if is_built(dest, settings):
-            print(f"{args.dest}: is there already: nothing to do")
-        else:
-            build(manifest(**flags), dest, settings)
-            print(f"{args.dest}: 64 train, 16 val, 20 test classes of {args.per_class} images")
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to resume", file=sys.stderr)
-        return 130
+    if not is_built(dest, settings):
+        build(dest, settings, lambda _: manifest(**flags))
     return 0
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PREPARE = ROOT / "data" / "prepare.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 prepare = importlib.import_module("prepare")
-manifest = importlib.import_module("formats.manifest")
+splits = importlib.import_module("formats.splits")
 
 SPLITS = ("train", "val", "test")
 CLASSES = json.loads((ROOT / "data" / "splits" / "mini-imagenet.json").read_text())

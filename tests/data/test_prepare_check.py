@@ -9,7 +9,7 @@ import shutil
 import prepare_formats as formats
 import pytest
 from PIL import Image
-from prepare_formats import CLASSES, SPLITS, manifest, prepare
+from prepare_formats import CLASSES, SPLITS, prepare, splits
 
 from utils import UserError
 
@@ -54,8 +54,8 @@ def own(at, classes=2, images=3):
 
 
 def test_mini_imagenet_is_called_by_its_name(tmp_path, check, monkeypatch):
-    assert (manifest.MINI.per_class, manifest.TINY.per_class) == (600, 450)
-    monkeypatch.setattr("formats.manifest.MINI.per_class", 3)
+    assert (splits.MINI.per_class, splits.TINY.per_class) == (600, 450)
+    monkeypatch.setattr("formats.splits.MINI.per_class", 3)
     code, out = check(formats.layout_folder(tmp_path))
     assert (code, verdict(out)) == (0, "mini-ImageNet, 64/16/20 x 3")
     assert row(out, "train")[:5] == ["train", "64", "192", "3", "20x20"]
@@ -64,7 +64,7 @@ def test_mini_imagenet_is_called_by_its_name(tmp_path, check, monkeypatch):
 
 
 def test_what_is_missing_or_too_much_is_named(tmp_path, check, monkeypatch):
-    monkeypatch.setattr("formats.manifest.MINI.per_class", 3)
+    monkeypatch.setattr("formats.splits.MINI.per_class", 3)
     source = formats.layout_folder(tmp_path)
     lost, moved, short = CLASSES["train"][5], CLASSES["val"][1], CLASSES["test"][7]
     shutil.rmtree(source / "train" / lost)
@@ -164,7 +164,7 @@ def test_other_data_sets(tmp_path, check):
 
 
 def test_first_600_of_ilsvrc_are_not_called_mini_imagenet(tmp_path, check, monkeypatch, capsys):
-    monkeypatch.setattr("formats.manifest.MINI.per_class", 5)
+    monkeypatch.setattr("formats.splits.MINI.per_class", 5)
     source = formats.ilsvrc_folder(tmp_path)
     for split in SPLITS:
         (tmp_path / f"{split}.csv").unlink()
@@ -177,13 +177,13 @@ def test_first_600_of_ilsvrc_are_not_called_mini_imagenet(tmp_path, check, monke
 
 def test_published_images_are_known_by_their_fingerprints(tmp_path, check, monkeypatch):
     published = {"train": "a0f6099e953b59a0", "val": "47092cf1f09ba147", "test": "8b64ff4d6c3030ef"}
-    assert manifest.MINI.fingerprints == published
-    monkeypatch.setattr("formats.manifest.MINI.per_class", 3)
+    assert splits.MINI.fingerprints == published
+    monkeypatch.setattr("formats.splits.MINI.per_class", 3)
     source = formats.layout_folder(tmp_path)
     out = check(source)[1]
     assert "published" not in verdict(out)
     fingerprints = {split: row(out, split)[-1] for split in SPLITS}
-    monkeypatch.setattr("formats.manifest.MINI.fingerprints", fingerprints)
+    monkeypatch.setattr("formats.splits.MINI.fingerprints", fingerprints)
     assert "published" in verdict(check(source)[1])
     a_file(source, "val").write_bytes(formats.photograph([77]))
     assert "published" not in verdict(check(source)[1])
