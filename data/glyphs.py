@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for utils
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for formats
 
 from formats import DATA
-from formats.build import Item, Manifest, build, is_built
+from formats.build import Manifest, build, is_built
 
 from utils import Parser, UserError, int_range, run_main
 
@@ -185,12 +185,12 @@ class Glyphs:
 def manifest(seed: int, image_size: int, per_class: int) -> Manifest:
     """The manifest of the whole data set."""
     digits = max(3, len(str(per_class - 1)))
-    items = [
-        Item(split, class_name(character), f"{index:0{digits}d}.jpg", (character, index))
+    items = {
+        f"{split}/{class_name(character)}/{index:0{digits}d}.jpg": (character, index)
         for split, characters in class_splits().items()
         for character in characters
         for index in range(per_class)
-    ]
+    }
     packages = (("matplotlib", matplotlib), ("numpy", np), ("pillow", PIL))
     versions = ", ".join(f"{name} {package.__version__}" for name, package in packages)
     return Manifest(f"characters drawn with {versions}", Glyphs(seed, image_size), items)

@@ -34,23 +34,6 @@ _SUFFIXES = {b"\x89PNG": ".png", b"RIFF": ".webp", b"BM": ".bmp"}  # of other co
 
 
 @dataclass
-class Item:
-    """One image: its place in the data set, its key in the reader's stream, and its size in bytes
-    if that is known before it is read. A name without a suffix gets one by the image's content.
-    """
-
-    split: str
-    cls: str
-    name: str
-    key: Any
-    size: int | None = None
-
-    @property
-    def path(self) -> str:
-        return f"{self.split}/{self.cls}/{self.name}"
-
-
-@dataclass
 class Manifest:
     """What to make of a source.
 
@@ -58,7 +41,8 @@ class Manifest:
         found: the source's format, for the user.
         reader: its ``stream(keys)`` yields (key, image) of a set of keys; an image is the path or
             the bytes of an image file, or an array uint8 [H, W, 3].
-        items: the images; their names are safe and their paths and keys unique.
+        items: {split/class/name: key} of the images, each under one key. A name without a suffix
+            gets one by the image's content.
         notes: lines for the user.
         published: False if the images are known not to be the published choice.
         dest: the name of the folder to make; None for the one that was asked for.
@@ -66,7 +50,7 @@ class Manifest:
 
     found: str
     reader: Any
-    items: list[Item]
+    items: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     published: bool = True
     dest: str | None = None
@@ -103,11 +87,10 @@ def is_built(dest: Path, settings: dict[str, Any]) -> bool:
     raise UserError(f"{dest}: {fault}: remove it, or {advice}")
 
 
-def _images(folder: Path) -> dict[str, int]:
-    """{<split>/<class>/<image>: bytes} of a data set."""
-    files, placed = Source(folder).files.items(), tuple(f"{split}/" for split in SPLITS)
-    placed_files = ((name, x) for name, x in files if name.startswith(placed))
-    return {name: x.stat().st_size for name, x in placed_files if name.count("/") == 2}
+def _images(folder: Path) -> list[str]:
+    """<split>/<class>/<image> of a data set."""
+    names, placed = Source(folder).files, tuple(f"{split}/" for split in SPLITS)
+    return [name for name in names if name.count("/") == 2 and name.startswith(placed)]
 
 
 def build(
@@ -141,7 +124,11 @@ def build(
                 is_built(dest, settings)  # refuses a data set of another source
                 _fill(work, manifest, dest, link, settings["source"])
                 report = examine(work)
-                _refuse_unreadable(report.unreadable, manifest, settings["source"])
+                if bad := report.unreadable:
+                    keys = manifest.items  # of names with and without a suffix
+                    keys = {p: keys.get(p, keys.get(os.path.splitext(p)[0])) for p in bad}
+                    bad = [f"{keys[path]} ({why})" for path, why in bad.items()]
+                    raise UserError(f"{settings['source']}: {some(bad, 10)}")
             except (UserError, MemoryError, RecursionError):
                 shutil.rmtree(work, ignore_errors=True)
                 raise
@@ -185,33 +172,20 @@ def _clear(work: Path, settings: dict[str, Any]) -> None:
         shutil.rmtree(work)
 
 
-def _refuse_unreadable(bad: dict[str, str], manifest: Manifest, source: str) -> None:
-    bad = bad | {os.path.splitext(name)[0]: why for name, why in bad.items()}  # without a suffix
-    lines = [f"{item.key} ({bad[item.path]})" for item in manifest.items if item.path in bad]
-    if lines:
-        raise UserError(f"{source}: {some(lines, 10)}")
-
-
 def _fill(work: Path, manifest: Manifest, dest: Path, link: str, source: str) -> None:
     """Write all images of a manifest that an interrupted run has not written."""
-    print(f"found: {source}: {manifest.found}")
-    for note in manifest.notes:
-        print(f"note: {note}")
-    folders = {(item.split, item.cls) for item in manifest.items}
-    counts = "/".join(str(sum(split == of for of, _ in folders)) for split in SPLITS)
+    folders = {path.rpartition("/")[0] for path in manifest.items}
+    counts = "/".join(str(sum(f.startswith(f"{split}/") for f in folders)) for split in SPLITS)
     total = len(manifest.items)
+    print(f"found: {source}: {manifest.found}", *manifest.notes, sep="\nnote: ")
     print(f"writing: {counts} classes, {total} images -> {dest}", flush=True)
-    stored = _images(work)
-    stored |= {os.path.splitext(name)[0]: size for name, size in stored.items()}
-    left = {
-        item.key: item.path
-        for item in manifest.items
-        if item.path not in stored or item.size not in (None, stored[item.path])
-    }
+    stored = set(_images(work))
+    stored |= {os.path.splitext(name)[0] for name in stored}  # of a name without a suffix
+    left = {key: path for path, key in manifest.items.items() if path not in stored}
     if done := total - len(left):
         print(f"resuming: {done} of {total} images are there")
     for folder in folders:
-        work.joinpath(*folder).mkdir(parents=True, exist_ok=True)
+        (work / folder).mkdir(parents=True, exist_ok=True)
     images = manifest.reader.stream(set(left))
     if getattr(manifest.reader, "archive", None):
         link = "move"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -18,12 +19,11 @@ from imagefiles import is_image, nfc, read_text, suffix, unknown_formats
 from utils import SPLITS, UserError
 
 from .arrays import Pickles, Shards
-from .build import Item, Manifest
+from .build import Manifest
 from .sources import ARCHIVES, SPLIT_NAMES, WNID, Source, natural, some, unpack
 from .splits import MINI, TINY, Classes, is_numbers, read_split_file, split_parts
 
 _STRAY = 20  # more images than these beside pickles, shards or tars are a data set of their own
-_LARGEST = 1 << 28  # bytes; a larger file is not an image of a data set
 _RANKED = re.compile(r"(n\d{8})(\d{8})\.\w+")  # Ravi & Larochelle's names: class, number
 _OMNIGLOT = re.compile(r"(?:.*/)?images_(?:background|evaluation)/([^/]+)/([^/]+)/[^/]+")
 _FILE_COLUMNS = ("filename", "file_name", "file", "image_name", "image", "path")
@@ -56,28 +56,34 @@ def detect(source: Source, args: argparse.Namespace, scratch: Path) -> Manifest:
     if hits:
         ((what, matches),) = hits.items()
         reader = ARRAYS[what][1](source, matches, args)
-        parts, names, sizes = reader.keys, reader.names, {}
+        parts, names = reader.keys, reader.names
         if not reader.named:
             notes.append("the labels are numbers without names: classes are called by number")
     else:
         tables = _find_tables(source, args)
         source = reader = _unpacked(source, args, scratch)
         parts, names = _from_images(source, tables or _find_tables(source, args), args)
-        sizes = {name: entry.stat().st_size for name, entry in source.files.items()}
     if args.link != "copy" and (hits or source.archive):
         raise UserError(f"--link {args.link}: only image files of a folder can be linked")
     splits, how, known, cut = split_parts(parts, source, args)
-    items = [
-        Item(part, cls, name, key, sizes.get(key))
-        for part, classes in splits.items()
+    items = {
+        f"{split}/{cls}/{name}": key
+        for split, classes in splits.items()
         for cls, keys in classes.items()
         for name, key in zip(_file_names(cls, keys, names, reader.suffix), keys, strict=True)
-    ]
-    _refuse(source, items)
+    }
+    for path in items:
+        for name in path.split("/", 2)[1:]:
+            odd = name.startswith(".") or any(ord(c) < 32 or c in "/\\" for c in name)
+            if odd or not 0 < len(os.fsencode(name)) <= 240:
+                raise source.error(f"{name[:80]!r} cannot be the name of a class or file")
+    if len(used := set(items.values())) < len(items):
+        twice = Counter(items.values()).most_common(1)[0][0]
+        raise source.error(f"{twice} is listed twice")
     published = not (cut and known is MINI)
     if not published:
         notes.append("these are NOT the published images: for those give CSV files with --csv DIR")
-    used, files = {item.key for item in items}, [] if hits else list(source.files)
+    files = [] if hits else list(source.files)
     odd = [name for name in files if not is_image(name)]
     odd = [name for name in odd if not name.lower().endswith((".csv", ".txt", ".json"))]
     for left_out, those in (
@@ -103,21 +109,6 @@ def _file_names(cls: str, keys: list, names: dict, usual: str) -> list[str]:
     own = [name if is_image(name) else "" for name in own]
     numbers = [f"{cls}_{rank:04d}{suffix(name) or usual}" for rank, name in enumerate(own)]
     return own if len(set(own)) == len(own) and all(own) else numbers
-
-
-def _refuse(source: Source, items: list[Item]) -> None:
-    """Raise UserError if an image is listed twice, is too large, or has an unsafe name."""
-    for item in items:
-        for name in (item.cls, item.name):
-            length = len(name.encode("utf-8", "surrogateescape"))
-            odd = name.startswith(".") or any(ord(c) < 32 or c in "/\\" for c in name)
-            if odd or not 0 < length <= 240:
-                raise source.error(f"{name[:80]!r} cannot be the name of a class or file")
-        if (item.size or 0) > _LARGEST:
-            raise source.error(f"{item.key} has {item.size} bytes: no image")
-    ((key, n),) = Counter(item.key for item in items).most_common(1)
-    if n > 1:
-        raise source.error(f"{key} is listed twice")
 
 
 def _unpacked(source: Source, args: argparse.Namespace, scratch: Path) -> Source:
@@ -196,10 +187,17 @@ def _from_images(
         there = unknown_formats(source.files) or "no files"
         raise source.error(f"holds no images, but {there}; data/README.md lists the formats")
     groups = _by_folder(images)
-    parts, names = _layout(source, groups), {name: _base(name) for name in images}
+    parts = _layout(source, groups)
     if tables and not parts:
         return _from_tables(source, groups, images, tables)
-    return parts or _class_folders(source, groups, args), names
+    parts = parts or _class_folders(source, groups, args)
+    filled = {str(folder) for name in images for folder in PurePosixPath(name).parents}
+    used = (name for of in parts.values() for names in of.values() for name in names)
+    parents = {str(PurePosixPath(name).parent.parent) for name in used}
+    for folder in sorted(source.dirs - filled, key=natural):
+        if str(PurePosixPath(folder).parent) in parents:
+            raise source.error(f"class folder {folder} holds no image: fill it or remove it")
+    return parts, {name: _base(name) for name in images}
 
 
 def _by_folder(images: list[str]) -> Groups:
@@ -224,27 +222,16 @@ def _by_folder(images: list[str]) -> Groups:
     return groups
 
 
-def _refuse_empty(source: Source, parents: list[str]) -> None:
-    """Raise UserError if a folder beside class folders has no image anywhere below it."""
-    images = filter(is_image, source.files)
-    filled = {str(folder) for name in images for folder in PurePosixPath(name).parents}
-    for folder in sorted(source.dirs - filled, key=natural):
-        if str(PurePosixPath(folder).parent) in parents:
-            raise source.error(f"class folder {folder} holds no image: fill it or remove it")
-
-
 def _layout(source: Source, groups: Groups) -> dict[str, Classes] | None:
     """{train,val,test}/<class>/<image>, perhaps between more folders; None if it is not that.
 
     Two of the three folders are enough if both have the same classes."""
     layouts: dict[str, dict[str, Classes]] = {}
-    used: dict[str, list[str]] = {}
     for parent, classes in groups.items():
         folders = parent.split("/")
         at = [n for n, folder in enumerate(folders) if folder.lower() in SPLIT_NAMES]
         if at:
             above, split = "/".join(folders[: at[0]]), SPLIT_NAMES[folders[at[-1]].lower()]
-            used.setdefault(above, []).append(parent)
             part = layouts.setdefault(above, {}).setdefault(split, {})
             for cls, names in classes.items():
                 part.setdefault(cls, []).extend(names)
@@ -255,10 +242,7 @@ def _layout(source: Source, groups: Groups) -> dict[str, Classes] | None:
     }
     if len(whole) > 1:
         raise source.error(f"holds {len(whole)} data sets ({some(whole)}): give one's folder")
-    for above, parts in whole.items():
-        _refuse_empty(source, used[above])
-        return parts
-    return None
+    return next(iter(whole.values()), None)
 
 
 def _class_folders(source: Source, groups: Groups, args: argparse.Namespace) -> dict[str, Classes]:
@@ -266,17 +250,16 @@ def _class_folders(source: Source, groups: Groups, args: argparse.Namespace) -> 
     if not groups:
         advice = "make a folder for each class, or give --csv DIR"
         raise source.error(f"holds images, but neither class folders nor CSV files: {advice}")
-    lists = [set(MINI.split_of), set(TINY.split_of)]
+    lists = [MINI.split_of.keys(), TINY.split_of.keys()]
     if args.split:
-        lists = [] if is_numbers(args.split) else [set(read_split_file(Path(args.split)))]
-    for wanted in lists if len(groups) > 1 else ():
-        fitting = [classes for classes in groups.values() if wanted <= set(classes)]
+        lists = [] if is_numbers(args.split) else [read_split_file(Path(args.split)).keys()]
+    for wanted in lists:
+        fitting = [classes for classes in groups.values() if wanted <= classes.keys()]
         if len(fitting) == 1:
             return {"all": fitting[0]}
     if len(groups) > 1:
         what = f"holds class folders in {len(groups)} places ({some(groups)})"
         raise source.error(f"{what}, which are not train, val and test: give one")
-    _refuse_empty(source, list(groups))
     return {"all": next(iter(groups.values()))}
 
 
