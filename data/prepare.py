@@ -32,21 +32,18 @@ except ModuleNotFoundError as missing:
         raise
     sys.exit(print_error(f"{missing.name} is missing; run: {pip_install()}"))
 
-_EXAMPLES = """\
+_EPILOG = """\
 data/README.md lists the sources, for example:
   python data/prepare.py split_minidataset          a clone of github.com/Deo0330/split_minidataset
-  python data/prepare.py mini-imagenet.tar.gz       {train,val,test}/<class>/<image>, nested or not
-  python data/prepare.py ravi/                      images/ with train.csv, val.csv and test.csv
-  python data/prepare.py pickles/                   or parquet/: arrays
-  python data/prepare.py ILSVRC2012_img_train.tar --csv meta-learning-lstm/data/miniImagenet
-  python data/prepare.py tiny-imagenet-200.zip      makes data/tiny64
   python data/prepare.py CUB_200_2011/images --split 100/50/50 --seed 1 --dest data/cub
-  python data/prepare.py omniglot                   the word itself: torchvision downloads it
-  python data/prepare.py --check data/miniImagenet
 
 exit codes: 0 done; 1 --check has findings; 2 bad input or no room, nothing changed; 130
 interrupted: run it again.
 """
+_SPLIT = (
+    'how to split classes: a JSON file {"train": [class, ...], "val": [...], "test": [...]}, '
+    f"or numbers of classes (default: mini-ImageNet's lists; omniglot: {omniglot.SPLIT})"
+)
 
 
 def _parser() -> Parser:
@@ -54,34 +51,31 @@ def _parser() -> Parser:
         prog="prepare.py",
         usage="prepare.py SOURCE [--dest DIR] [options]\n       prepare.py --check DIR",
         description="Makes {train,val,test}/<class>/<image> of mini-ImageNet in any known format.",
-        epilog=_EXAMPLES,
+        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def add(name: str, text: str, **kwargs: Any) -> None:
-        parser.add_argument(name, help=text, **kwargs)
+    def add(name: str, text: str, metavar: str | None, **kwargs: Any) -> None:
+        parser.add_argument(name, help=text, metavar=metavar, **kwargs)
 
     text = "folder or archive, whose format is found automatically; or the word omniglot"
-    add("source", text, metavar="SOURCE", nargs="?")
+    add("source", text, "SOURCE", nargs="?")
     text = "print what DIR holds, its faults, and the next command; writes nothing"
-    add("--check", text, metavar="DIR", type=Path)
+    add("--check", text, "DIR", type=Path)
     text = f"folder to make (default: {DATA}/miniImagenet, tiny64 or omniglot; none with --split)"
-    add("--dest", text, metavar="DIR", type=Path)
+    add("--dest", text, "DIR", type=Path)
+    links = ("copy", "hard", "symlink")
     text = "copy, hard link or symlink the files of a SOURCE folder (default: copy)"
-    add("--link", text, choices=("copy", "hard", "symlink"), default="copy")
+    add("--link", text, None, choices=links, default="copy")
     text = "folder of train.csv, val.csv and test.csv (default: in SOURCE, or beside it)"
-    add("--csv", text, metavar="DIR", type=Path)
-    text = (
-        'how to split classes: a JSON file {"train": [class, ...], "val": [...], "test": [...]}, '
-        f"or numbers of classes (default: mini-ImageNet's lists; omniglot: {omniglot.SPLIT})"
-    )
-    add("--split", text, metavar="FILE|A/B/C")
-    text = "draws the classes for --split A/B/C (default: 719)"
-    add("--seed", text, metavar="N", type=int_range(0, 2**63 - 1), default=719)
+    add("--csv", text, "DIR", type=Path)
+    add("--split", _SPLIT, "FILE|A/B/C")
+    seed = int_range(0, 2**63 - 1)
+    add("--seed", "draws the classes for --split A/B/C (default: 719)", "N", type=seed, default=719)
     text = "names of labels 0, 1, ..., one a line, for Parquet shards that lack them"
-    add("--class-names", text, metavar="FILE", type=Path)
-    text = "omniglot: where torchvision puts omniglot-py/ (default: %(default)s)"
-    add("--download", text, metavar="DIR", type=Path, default=DATA)
+    add("--class-names", text, "FILE", type=Path)
+    text = f"omniglot: where torchvision puts omniglot-py/ (default: {DATA})"
+    add("--download", text, "DIR", type=Path, default=DATA)
     return parser
 
 

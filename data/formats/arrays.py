@@ -1,4 +1,8 @@
-"""Images in pickles and Parquet shards. `Pickles` and `Shards` are readers of `build.Manifest`."""
+"""Images in pickles and Parquet shards.
+
+A reader's ``rows`` yields (key, file name or None, label) of each image of a file, and its
+``stream`` (key, image) of the wanted keys. A key is (file, row), a label is a number or a name.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +21,39 @@ from utils import UserError, pip_install
 from . import safe_pickle
 from .sources import SPLIT_NAMES, WNID, Source
 
-Key = tuple[str, int]  # an image: (pickle or shard, row)
-Keys = dict[str, dict[str, list[Key]]]  # {split: {class: [key of each image]}}
+Key = tuple[str, int]
+Label = int | str
+
+
+def read_table(
+    reader: Pickles | Shards, splits: dict[str, str]
+) -> tuple[dict[str, dict[Label, list[Key]]], dict[Key, str]]:
+    """{split: {class: [key of each image]}} of the files {name: split}, and the known file names.
+
+    Numbers become the WordNet ids that their images' file names begin with, if all have one.
+    """
+    table: dict[str, dict[Label, list[Key]]] = {}
+    names: dict[Key, str] = {}
+    for file, split in splits.items():
+        classes = table.setdefault(split, {})
+        for key, name, label in reader.rows(file):
+            classes.setdefault(nfc(label) if isinstance(label, str) else label, []).append(key)
+            if name:
+                names[key] = nfc(PurePosixPath(name.replace("\\", "/")).name)
+    wnids: dict[Label, set[str]] = {}
+    for classes in table.values():
+        for label, keys in classes.items():
+            if isinstance(label, int):
+                wnids.setdefault(label, set()).update(names.get(key, "")[:9] for key in keys)
+    if all(len(of) == 1 and WNID.fullmatch(*of) for of in wnids.values()):
+        for split, classes in table.items():
+            table[split] = {next(iter(wnids.get(c, {c}))): keys for c, keys in classes.items()}
+    return table, names
 
 
 class Pickles:
-    """One pickle for each split: image_data uint8 [N, H, W, 3] and class_dict {class: indices}; or
-    data uint8 [N, H, W, 3] and labels [N], numbers or names.
-
-    Args:
-        splits: {the pickle's name in ``source``: split}.
-
-    Attributes:
-        keys: {split: {class: [key of each image]}}.
-        named: whether the classes have names.
-        names: {}, as the images have none.
+    """Pickles of image_data uint8 [N, H, W, 3] and class_dict {class: indices}; or of data uint8
+    [N, H, W, 3] and labels [N], numbers or names. One at a time is in memory.
 
     Raises:
         UserError: a pickle is refused, or its images and labels do not fit together.
@@ -39,20 +61,15 @@ class Pickles:
 
     suffix = ".png"
 
-    def __init__(self, source: Source, splits: dict[str, str]):
-        self._source, self.named = source, True
-        self.names: dict[Key, str] = {}
-        self.keys: Keys = {}
-        for name, split in splits.items():
-            images, data = self._load(name)
-            count, shown = len(images), f"{source.path}: {name}"
-            del images  # before the next one is loaded
-            read = _of_labels if "labels" in data else _of_class_dict
-            for row, cls in enumerate(read(data, count, shown)):
-                if isinstance(cls, int):
-                    # numbers may start from 0 again in each file: the split's name keeps them apart
-                    cls, self.named = f"{split}-{cls:03d}", False
-                self.keys.setdefault(split, {}).setdefault(nfc(cls), []).append((name, row))
+    def __init__(self, source: Source):
+        self._source = source
+
+    def rows(self, name: str) -> Iterator[tuple[Key, None, Label]]:
+        images, data = self._load(name)
+        read = _of_labels if "labels" in data else _of_class_dict
+        classes = read(data, len(images), f"{self._source.path}: {name}")
+        del images, data  # before the next one is loaded
+        yield from (((name, row), None, label) for row, label in enumerate(classes))
 
     def _load(self, name: str) -> tuple[np.ndarray, dict[str, Any]]:
         """The images uint8 [N, H, W, 3] of a pickle, and the rest of it."""
@@ -106,7 +123,7 @@ def _of_class_dict(data: dict[str, Any], count: int, shown: str) -> list[str]:
     return classes
 
 
-def _split_of(name: str) -> str:
+def split_in_name(name: str) -> str:
     """The split in a shard's name, or in its folders' names, the nearest first; else "train"."""
     tokens = re.split(r"[^a-z]+", "/".join(reversed(PurePosixPath(name.lower()).parts)))
     return next((SPLIT_NAMES[token] for token in tokens if token in SPLIT_NAMES), "train")
@@ -116,14 +133,7 @@ class Shards:
     """Parquet shards with a column of images {bytes, path} and one of labels, numbers or names.
 
     Args:
-        shards: their names in ``source``.
-        class_names: the names of labels 0, 1, ...; None takes them from the shards' metadata, or
-            else from the images' paths.
-
-    Attributes:
-        keys: {split: {class: [key of each image]}}; a class without a name is a number of 3 digits.
-        named: whether the classes have names.
-        names: {key: file name} where the path is known.
+        class_names: the names of labels 0, 1, ...; None takes them from the shards' metadata.
 
     Raises:
         UserError: pyarrow or a column is missing, a shard is damaged, or a label is wrong.
@@ -131,7 +141,7 @@ class Shards:
 
     suffix = ""  # the images tell
 
-    def __init__(self, source: Source, shards: list[str], class_names: list[str] | None = None):
+    def __init__(self, source: Source, class_names: list[str] | None):
         try:
             import pyarrow
             import pyarrow.parquet
@@ -139,25 +149,17 @@ class Shards:
             advice = pip_install("pyarrow")
             raise source.error(f"Parquet files need pyarrow; run: {advice}") from None
         self._arrow, self._source, self._class_names = pyarrow, source, class_names
-        self.names: dict[Key, str] = {}
-        rows: dict[tuple[str, str | int], list[Key]] = {}
-        for name in shards:
-            for key, path, label in self._rows(name, "path", 4096):
-                rows.setdefault((_split_of(name), self._class(label, key)), []).append(key)
-                if path:
-                    self.names[key] = nfc(PurePosixPath(path.replace("\\", "/")).name)
-        # numbers are named by the WordNet ids that their images' paths begin with, if each has one
-        wnids = {}
-        for (_, cls), keys in rows.items():
-            starts = {self.names.get(key, "")[:9] for key in keys}
-            if isinstance(cls, int):
-                wnids[cls] = starts.pop() if len(starts) == 1 else ""
-        self.named = all(map(WNID.fullmatch, wnids.values()))
-        self.keys: Keys = {}
-        for (split, cls), keys in sorted(rows.items(), key=str):
-            if isinstance(cls, int):
-                cls = wnids[cls] if self.named else f"{cls:03d}"
-            self.keys.setdefault(split, {}).setdefault(cls, []).extend(keys)
+
+    def rows(self, name: str) -> Iterator[tuple[Key, str | None, Label]]:
+        for key, path, label in self._rows(name, "path", 4096):
+            known = self._class_names
+            if not isinstance(label, str):
+                if not isinstance(label, int) or not 0 <= label < len(known or range(2**63 - 1)):
+                    classes = f" of {len(known)} classes" if known else ""
+                    where = f"{name}: row {key[1]}"
+                    raise self._source.error(f"{where}: wrong label {label!r}{classes}")
+                label = known[label] if known else label
+            yield key, path, label
 
     def _rows(self, name: str, part: str, batch: int) -> Iterator[tuple[Key, Any, Any]]:
         """Yield (key, the image's ``part``, label) of each of a shard's rows, ``batch`` of them in
@@ -196,15 +198,6 @@ class Shards:
                 names = info["features"][label]["names"]
                 self._class_names = list(map(str, names)) if isinstance(names, list) else None
         return "image" if "image" in images else images[0], label
-
-    def _class(self, value: Any, key: Key) -> str | int:
-        if isinstance(value, str):
-            return nfc(value)
-        known = self._class_names
-        if not isinstance(value, int) or value < 0 or (known and value >= len(known)):
-            classes = f" of {len(known)} classes" if known else ""
-            raise self._source.error(f"{key[0]}: row {key[1]}: wrong label {value!r}{classes}")
-        return nfc(known[value]) if known else value
 
     def stream(self, wanted: set[Key]) -> Iterator[tuple[Key, bytes]]:
         """Yield (key, bytes of the image file) of the wanted keys."""

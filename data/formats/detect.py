@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from imagefiles import is_image, nfc, read_text, suffix, unknown_formats
 from utils import SPLITS, UserError
 
-from .arrays import Pickles, Shards
+from .arrays import Pickles, Shards, read_table, split_in_name
 from .build import Manifest
 from .sources import ARCHIVES, SPLIT_NAMES, WNID, Source, natural, some, unpack
 from .splits import MINI, TINY, Classes, is_numbers, read_split_file, split_parts
@@ -45,7 +45,7 @@ def detect(source: Source, args: argparse.Namespace, scratch: Path) -> Manifest:
     """
     hits = {
         what: {name: found for name in source.files if (found := re.fullmatch(p, _base(name)))}
-        for what, (p, _) in ARRAYS.items()
+        for what, p in ARRAYS.items()
     }
     hits = {what: matches for what, matches in hits.items() if matches}
     images = sum(map(is_image, source.files))
@@ -55,10 +55,7 @@ def detect(source: Source, args: argparse.Namespace, scratch: Path) -> Manifest:
     notes, what = [], "image files"
     if hits:
         ((what, matches),) = hits.items()
-        reader = ARRAYS[what][1](source, matches, args)
-        parts, names = reader.keys, reader.names
-        if not reader.named:
-            notes.append("the labels are numbers without names: classes are called by number")
+        reader, parts, names, notes = _from_arrays(source, what, matches, args)
     else:
         tables = _find_tables(source, args)
         source = reader = _unpacked(source, args, scratch)
@@ -140,38 +137,46 @@ def is_wanted(name: str, args: argparse.Namespace) -> bool:
 # ---- Pickles and shards ----
 
 
-def _pickles(source: Source, matches: dict[str, re.Match], _: argparse.Namespace) -> Pickles:
-    splits = {name: match.group(match.lastindex) for name, match in matches.items()}
-    if len(set(splits.values())) < len(splits):
-        raise source.error(f"holds a split's pickle twice ({', '.join(splits)}): give one folder")
-    return Pickles(source, splits)
-
-
-def _shards(source: Source, matches: dict[str, re.Match], args: argparse.Namespace) -> Shards:
-    names = None
-    if args.class_names:
-        names = [line.strip() for line in read_text(args.class_names).splitlines() if line.strip()]
-    reader = Shards(source, list(matches), names)
-    if not reader.named:
-        sets = {frozenset(classes) for classes in reader.keys.values()}
-        if not args.split and len(sets) < 3:
+def _from_arrays(
+    source: Source, what: str, matches: dict[str, re.Match], args: argparse.Namespace
+) -> tuple[Pickles | Shards, dict[str, Classes], dict, list[str]]:
+    """The reader, the table, the known file names, and notes."""
+    reader: Pickles | Shards
+    if what == "Parquet shards":
+        text = read_text(args.class_names) if args.class_names else ""
+        class_names = [line.strip() for line in text.splitlines() if line.strip()]
+        reader, splits = Shards(source, class_names or None), {n: split_in_name(n) for n in matches}
+    else:
+        reader, splits = Pickles(source), {n: m.group(m.lastindex) for n, m in matches.items()}
+        if len(set(splits.values())) < len(splits):
+            there = ", ".join(splits)
+            raise source.error(f"holds a split's pickle twice ({there}): give one folder")
+    table, names = read_table(reader, splits)
+    sets, note = set(map(frozenset, table.values())), []
+    if any(isinstance(label, int) for labels in sets for label in labels):
+        note = ["the labels are numbers without names: classes are called by number"]
+        if not args.split and len(sets) < len(SPLITS):
             raise source.error(
-                "every class is in every shard and the labels are numbers without names: "
+                "every class is in every file and the labels are numbers without names: "
                 "give the names, one a line, with --class-names FILE"
             )
-        # without --split, numbers start from 0 again in each split
-        reader.keys = {
-            split: {f"{'class' if args.split else split}-{c}": k for c, k in classes.items()}
-            for split, classes in reader.keys.items()
+    # numbers may start from 0 again in each pickle, and without --split in each shard
+    whole = args.split and isinstance(reader, Shards)
+    parts = {
+        split: {
+            f"{'class' if whole else split}-{c:03d}" if isinstance(c, int) else c: keys
+            for c, keys in sorted(classes.items(), key=str)
         }
-    return reader
+        for split, classes in table.items()
+    }
+    return reader, parts, names, note
 
 
 _CATEGORY = r"miniImageNet_category_split_(?:train_phase_(train)|(val|test))\.pickle"
-ARRAYS = {  # what it is: the pattern of its files' names, and what opens it
-    "mini-imagenet-cache pickles": (r"mini-imagenet-cache-(train|val|test)\.pkl", _pickles),
-    "miniImageNet_category_split pickles": (_CATEGORY, _pickles),
-    "Parquet shards": (r"(?i:.*\.parquet)", _shards),
+ARRAYS = {  # what it is: the pattern of its files' names
+    "mini-imagenet-cache pickles": r"mini-imagenet-cache-(train|val|test)\.pkl",
+    "miniImageNet_category_split pickles": _CATEGORY,
+    "Parquet shards": r"(?i:.*\.parquet)",
 }
 
 
