@@ -9,7 +9,7 @@ import shutil
 import prepare_formats as formats
 import pytest
 from PIL import Image
-from prepare_formats import CLASSES, SPLITS, prepare, splits
+from prepare_formats import CLASSES, SPLITS, make, prepare, splits
 
 from utils import UserError
 
@@ -56,7 +56,7 @@ def own(at, classes=2, images=3):
 def test_mini_imagenet_is_called_by_its_name(tmp_path, check, monkeypatch):
     assert (splits.MINI.per_class, splits.TINY.per_class) == (600, 450)
     monkeypatch.setattr("formats.splits.MINI.per_class", 3)
-    code, out = check(formats.layout_folder(tmp_path))
+    code, out = check(make("mini_folder", tmp_path))
     assert (code, verdict(out)) == (0, "mini-ImageNet, 64/16/20 x 3")
     assert row(out, "train")[:5] == ["train", "64", "192", "3", "20x20"]
     assert row(out, "val")[:4] == ["val", "16", "48", "3"]
@@ -65,7 +65,7 @@ def test_mini_imagenet_is_called_by_its_name(tmp_path, check, monkeypatch):
 
 def test_what_is_missing_or_too_much_is_named(tmp_path, check, monkeypatch):
     monkeypatch.setattr("formats.splits.MINI.per_class", 3)
-    source = formats.layout_folder(tmp_path)
+    source = make("mini_folder", tmp_path)
     lost, moved, short = CLASSES["train"][5], CLASSES["val"][1], CLASSES["test"][7]
     shutil.rmtree(source / "train" / lost)
     (source / "val" / moved).rename(source / "test" / moved)
@@ -92,7 +92,7 @@ def test_what_is_missing_or_too_much_is_named(tmp_path, check, monkeypatch):
 )
 def test_faults_are_reported(spoil, culprit, tmp_path, check, capsys):
     dest = tmp_path / "out"
-    assert prepare.main([str(formats.layout_folder(tmp_path)), "--dest", str(dest)]) == 0
+    assert prepare.main([str(make("mini_folder", tmp_path)), "--dest", str(dest)]) == 0
     capsys.readouterr()
     formats.write(dest, {".decoded/train/1.npy": b"x", "train/.DS_Store": b"x"})  # no fault
     before = check(dest)[1]
@@ -145,7 +145,7 @@ def test_check_training_and_prediction_have_one_verdict(
 
 
 def test_an_image_that_is_there_twice_is_a_note(tmp_path, check):
-    source = formats.layout_folder(tmp_path)
+    source = make("mini_folder", tmp_path)
     train, val, test = (a_file(source, split) for split in SPLITS)
     (train.parent / "again.jpg").write_bytes(train.read_bytes())
     (test.parent / "again.jpg").write_bytes(val.read_bytes())
@@ -165,7 +165,7 @@ def test_other_data_sets(tmp_path, check):
 
 def test_first_600_of_ilsvrc_are_not_called_mini_imagenet(tmp_path, check, monkeypatch, capsys):
     monkeypatch.setattr("formats.splits.MINI.per_class", 5)
-    source = formats.ilsvrc_folder(tmp_path)
+    source = make("ilsvrc_folder", tmp_path)
     for split in SPLITS:
         (tmp_path / f"{split}.csv").unlink()
     assert prepare.main([str(source), "--dest", str(tmp_path / "out")]) == 0
@@ -179,7 +179,7 @@ def test_published_images_are_known_by_their_fingerprints(tmp_path, check, monke
     published = {"train": "a0f6099e953b59a0", "val": "47092cf1f09ba147", "test": "8b64ff4d6c3030ef"}
     assert splits.MINI.fingerprints == published
     monkeypatch.setattr("formats.splits.MINI.per_class", 3)
-    source = formats.layout_folder(tmp_path)
+    source = make("mini_folder", tmp_path)
     out = check(source)[1]
     assert "published" not in verdict(out)
     fingerprints = {split: row(out, split)[-1] for split in SPLITS}
@@ -191,7 +191,7 @@ def test_published_images_are_known_by_their_fingerprints(tmp_path, check, monke
 
 @pytest.mark.parametrize("by_file", [False, True])
 def test_ones_own_split_of_mini_imagenets_classes_is_no_fault(by_file, tmp_path, check, capsys):
-    source, split = formats.class_folders(tmp_path), "60/20/20"
+    source, split = make("class_folders", tmp_path), "60/20/20"
     if by_file:
         lists = {name: CLASSES[name][:n] for name, n in zip(SPLITS, (6, 2, 2), strict=True)}
         split = tmp_path / "split.json"
@@ -254,7 +254,7 @@ def test_fingerprint_of_a_png_is_of_its_pixels(tmp_path, check):
 
 
 def test_fingerprint_is_of_the_classes_images(tmp_path, check):
-    source = formats.layout_folder(tmp_path)
+    source = make("mini_folder", tmp_path)
     first = row(check(source)[1], "train")[-1]
     image = a_file(source, "train")
     image.rename(image.with_name("renamed.jpg"))
