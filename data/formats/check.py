@@ -25,7 +25,6 @@ from .sources import Source, natural, some
 from .splits import MINI, TINY, Known
 
 RECORD = "prepared.json"  # in the data set: what it was made from, and its fingerprints
-SCRIPTS = DATA.parent / "scripts"
 _LOSSY = (b"\xff\xd8", b"RIFF")  # the first bytes of JPEG and WebP
 
 
@@ -151,7 +150,7 @@ def print_report(folder: Path, report: Report) -> int:
     for note in notes:
         print(f"note: {note}")
     correct = f"correct what is listed above, then: --check {folder}"
-    print(f"next: {correct if findings else _next_command(folder, report, record)}")
+    print(f"next: {correct if findings else _next_command(folder, report)}")
     return 1 if findings else 0
 
 
@@ -215,17 +214,9 @@ def _first_ten(lines: list[str]) -> list[str]:
     return lines[:10] + [f"and {len(lines) - 10} more like this"] * (len(lines) > 10)
 
 
-def _next_command(folder: Path, report: Report, record: dict[str, Any]) -> str:
+def _next_command(folder: Path, report: Report) -> str:
     """The command that trains on a sound data set."""
-    script, flags = "train_5s_5c.sh", ["--data-root", str(folder)]
-    source, usual = record.get("settings", {}).get("source"), folder.resolve() == DATA / folder.name
-    if source == "omniglot":
-        script, flags = "train_omniglot.sh", [] if usual else flags
-    elif source == "glyphs" == folder.name and usual:
-        script, flags = "quickstart.sh", []
-    elif source == "glyphs":
-        side = max(max(size) for sizes in report.sizes.values() for size in sizes)
-        flags += ["--image-size", str(side), "--augment", "none"]
+    flags = ["--data-root", str(folder)]
     classes, images = min(map(len, report.classes.values())), min(report.counts.values())
     if classes < 2 or images < 2:
         return "add images: training needs 2 classes in each split, and 2 images of each class"
@@ -234,7 +225,7 @@ def _next_command(folder: Path, report: Report, record: dict[str, Any]) -> str:
     if images < 20:
         shots = min(5, images // 2)
         flags += ["--n-shot", str(shots), "--n-eval", str(min(15, images - shots))]
-    path = SCRIPTS / script
+    path = DATA.parent / "scripts" / "train_5s_5c.sh"
     shown = path.relative_to(Path.cwd()) if Path.cwd() in path.parents else path
     return shlex.join(["bash", str(shown), *flags])
 
