@@ -155,9 +155,9 @@ def _from_arrays(
     sets, note = set(map(frozenset, table.values())), []
     if any(isinstance(label, int) for labels in sets for label in labels):
         note = ["the labels are numbers without names: classes are called by number"]
-        if not args.split and len(sets) < len(SPLITS):
+        if isinstance(reader, Shards) and not args.split and len(sets) < len(SPLITS):
             raise source.error(
-                "every class is in every file and the labels are numbers without names: "
+                "every class is in every shard and the labels are numbers without names: "
                 "give the names, one a line, with --class-names FILE"
             )
     # numbers may start from 0 again in each pickle, and without --split in each shard
@@ -332,6 +332,7 @@ def _from_tables(
     labels = {label for *_, label in rows}
     fitting = [classes for classes in groups.values() if labels <= set(classes)]
     classes = fitting[0] if len(fitting) == 1 else {}
+    by_rank = not any(_RANKED.fullmatch(_base(name)) for name in images)
     at: dict[str, list[str]] = {}
     for name in images:
         at.setdefault(_base(name), []).append(name)
@@ -341,7 +342,7 @@ def _from_tables(
         found, match = at.get(name, []), _RANKED.fullmatch(name)
         if len(found) > 1 and label in classes:
             found = [file for file in found if file in classes[label]]
-        elif not found and match and match.group(1) == label:
+        elif not found and by_rank and match and match.group(1) == label:
             rank = int(match.group(2))
             found = classes.get(label, [])[rank - 1 : rank] if rank else []
         if len(found) == 1:
