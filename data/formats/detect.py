@@ -347,7 +347,7 @@ def _from_tables(
             found = classes.get(label, [])[rank - 1 : rank] if rank else []
         if len(found) == 1:
             parts[split].setdefault(label, []).append(found[0])
-            names[found[0]] = name
+            names[found[0]] = name if is_image(name) else _base(found[0])
         else:
             faults.append(f"{where}: {source.path} has {len(found) or 'no'} images {name}")
     if faults:

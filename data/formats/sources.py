@@ -174,6 +174,8 @@ def unpack(
         name = shown if path == shown else f"{shown}: {path.name}"
         try:
             skipped += _unpack(path, folder / part, name, wanted)
+            if folder.parent in path.parents:  # it was unpacked itself: make room
+                path.unlink()
         except (*_DAMAGE, OSError) as error:
             if isinstance(error, FileExistsError | NotADirectoryError):
                 twice = PurePosixPath(error.filename).name

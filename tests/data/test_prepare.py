@@ -109,6 +109,14 @@ def test_split_by_file(encoding, form, packed, tmp_path, run):
     assert folders(tmp_path / "out") == {split: sorted(names) for split, names in lists.items()}
 
 
+def test_csv_names_without_an_images_suffix(tmp_path, run):
+    source = make("ilsvrc_folder", tmp_path)
+    for path in tmp_path.glob("*.csv"):
+        path.write_text(path.read_text().replace("0002.jpg", "0002.raw"))
+    assert run(source)[0] == 0
+    assert sorted(tree(tmp_path / "out").values()) == sorted(dataset().values())
+
+
 def test_names_in_csv_files_are_compared_in_nfc(tmp_path, run):
     for k, split in enumerate(SPLITS):
         nfd = unicodedata.normalize("NFD", f"été{k}")
