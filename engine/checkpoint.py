@@ -50,6 +50,11 @@ def resolve_checkpoint(named: str, seed: int, *names: str, flag: str = "--resume
     return str(find_checkpoint(places[0], *names) or places[0])
 
 
+def short_name(path: Path) -> str:
+    """A checkpoint as ``run folder/file``."""
+    return "/".join([part for part in path.resolve().parts if part != "ckpts"][-2:])
+
+
 def load(path: Path, flag: str = "--resume") -> dict:
     """Read a checkpoint of this project or of the port.
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dataloader import EpisodeDataset, episodes
 from engine import checkpoint as checkpoints
-from engine.checkpoint import BEST, LAST
+from engine.checkpoint import BEST, LAST, short_name
 from engine.flags import stored_flags
 from engine.folder import RunFolder
 from engine.logger import Logger, open_tensorboard, result_line
@@ -69,7 +69,7 @@ class Run:
         if folder.origin is not None:
             path, origin = folder.origin
             self.seen_before = origin.get("classes", [])
-            started = {"checkpoint": _short(path), "episode": origin["episode"]}
+            started = {"checkpoint": short_name(path), "episode": origin["episode"]}
             self.about["started_from"] = started
         if folder.checkpoint is not None:
             self._restore(folder.checkpoint, Path(self.args.resume), data)
@@ -108,7 +108,7 @@ class Run:
             return
         # another folder begins its own logs and keeps its own best checkpoint
         self.state.best, self.state.validated, self.state.logs_end_at = None, n, {}
-        self.about["resumed_from"] = {"checkpoint": _short(path), "episode": n}
+        self.about["resumed_from"] = {"checkpoint": short_name(path), "episode": n}
         self.about["changed"] = self.folder.changed
 
     def _open_logs(self) -> None:
@@ -318,11 +318,6 @@ class Run:
             note = f", best by validation: episode {best['episode']}" if best else ""
             self.bar.close()
             self.logger.info(f"done: {self.folder.path.name}/ckpts/{LAST}{note}")
-
-
-def _short(path: Path) -> str:
-    """A checkpoint as ``run folder/file``."""
-    return "/".join([part for part in path.resolve().parts if part != "ckpts"][-2:])
 
 
 def _duration(seconds: float) -> str:
