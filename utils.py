@@ -133,8 +133,11 @@ def pip_install(what: str = f"-r {shlex.quote(REQUIREMENTS)}") -> str:
     return f"{first}{python} -m pip install {what}"
 
 
-def load_package(name: str) -> ModuleType:
+def load_package(name: str, package: str = "") -> ModuleType:
     """Import a module of another package.
+
+    Args:
+        package: what to install, if that is not in requirements.txt or has another name.
 
     Raises:
         UserError: the package, or one that it imports, is missing or broken; how to install it.
@@ -143,8 +146,9 @@ def load_package(name: str) -> ModuleType:
         return importlib.import_module(name)
     except Exception as e:  # a broken package raises nearly anything
         if isinstance(e, ModuleNotFoundError) and "." not in (e.name or "."):
-            raise UserError(f"{e.name} is missing; run: {pip_install()}") from e
-        package = name.partition(".")[0].replace("PIL", "pillow")
+            advice = pip_install(package) if package else pip_install()
+            raise UserError(f"{e.name} is missing; run: {advice}") from e
+        package = package or name.partition(".")[0].replace("PIL", "pillow")
         why = next(iter(str(e).splitlines()), "") or type(e).__name__
         advice = pip_install(f"--force-reinstall {package}")
         raise UserError(f"{package} cannot be loaded ({why}); run: {advice}") from e

@@ -22,8 +22,8 @@ from paired import difference, interval
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST, find_checkpoint
 from engine.flags import HYPER_PARAMETERS, spelled
+from engine.logger import read_metrics
 from tools.markdown import markdown_table
-from tools.metrics import read_metrics
 from tools.recipes import text
 from utils import Parser, UserError, int_range, run_main, summary
 

@@ -12,7 +12,9 @@ from typing import IO
 
 from tqdm import tqdm
 
-from utils import UserError, pip_install, summary
+from utils import UserError, load_package, summary
+
+METRICS = "metrics.jsonl"
 
 
 def result_line(name: str, losses: list[float], accuracies: list[float]) -> str:
@@ -35,7 +37,7 @@ class Logger:
         UserError: a file cannot be written, or is shorter than ``end_at`` says.
     """
 
-    NAMES = ("console.log", "metrics.jsonl")
+    NAMES = ("console.log", METRICS)
 
     def __init__(self, folder: Path, end_at: dict[str, int]):
         self.folder = folder
@@ -91,12 +93,31 @@ def open_tensorboard(folder: Path, episode: int):
     """Open a writer that hides what a killed process may have written after ``episode``.
 
     Raises:
-        UserError: TensorBoard is not installed.
+        UserError: TensorBoard is missing or broken.
     """
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except Exception as e:  # it is missing, or a broken package, which raises nearly anything
-        why = next(iter(str(e).splitlines()), "") or type(e).__name__
-        advice = pip_install("tensorboard")
-        raise UserError(f"--tensorboard: cannot be loaded ({why}); run: {advice}") from e
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=episode + 1)
+        writer = load_package("torch.utils.tensorboard", "tensorboard").SummaryWriter
+    except UserError as e:
+        raise UserError(f"--tensorboard: {e}") from e
+    return writer(str(folder / "tensorboard"), purge_step=episode + 1)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """Read a run's events in order, without a last line that was cut off.
+
+    Raises:
+        UserError: the file cannot be read, or no training is logged there.
+    """
+    path, events = folder / METRICS, []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); name a run folder") from e
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and "event" in event:
+                events.append(event)
+    if not any(e["event"] == "train" for e in events):
+        raise UserError(f"{path}: no episode of training is logged there yet")
+    return events

@@ -30,8 +30,8 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from engine import checkpoint as checkpoints
 from engine.checkpoint import LAST
+from engine.logger import read_metrics
 from tools.class_names import display_name
-from tools.metrics import read_metrics
 from tools.results import NAME as RESULTS
 from tools.results import read_results, variant
 from tools.trace import QUANTILES

@@ -7,10 +7,14 @@ import math
 import statistics
 from pathlib import Path
 
+import torch
+
 from engine.flags import run_folder
+from engine.provenance import provenance
+from tools import plots
 from tools.markdown import markdown_table
 from tools.recipes import recipe_name, starts_from
-from tools.results import read_results, variant
+from tools.results import read_results, variant, write_results
 from utils import UserError, summary
 
 # accuracy in percent, 5-way on mini-ImageNet, by shots: who, what was tested, validation, and test
@@ -47,6 +51,28 @@ def interval(values: list[float]) -> tuple[float, float]:
     """Mean over seeds and half-width of its 95 % interval by Student's t distribution."""
     half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return statistics.fmean(values), half
+
+
+def report(
+    path: Path,
+    args: argparse.Namespace,
+    checkpoint: dict,
+    tests: list[dict],
+    device: torch.device,
+    n_processes: int,
+) -> None:
+    """Keep tests of a run's checkpoint in the run's folder, and print and draw them.
+
+    A checkpoint at another place than a run's ``ckpts/`` has no folder for them.
+    """
+    if path.resolve().parent.name != "ckpts":
+        return
+    folder = path.resolve().parent.parent
+    about = provenance(device, n_processes)
+    written = write_results(folder, args, checkpoint, tests, about)
+    print(f"written to {written}\n\n{tables([folder])}")
+    if args.plots and (folder / "plots").is_dir():
+        plots.draw(folder, "histogram")
 
 
 def results_mode(args: argparse.Namespace) -> None:

@@ -10,10 +10,10 @@ import torch
 
 from engine import provenance as provenance_module
 from engine.flags import DEFAULTS, HYPER_PARAMETERS, METHODS, ROOT
+from engine.logger import read_metrics
 from engine.provenance import commit, cpu_name, provenance
 from tools.class_names import display_name
 from tools.markdown import markdown_table
-from tools.metrics import read_metrics
 from tools.recipes import recipe_name, recipes, starts_from
 from utils import UserError
 
