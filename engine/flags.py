@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from utils import Parser, UserError, float_range, int_range
@@ -336,23 +335,21 @@ def check(argv: list[str]) -> None:
         resolve(parse(argv))
 
 
-def check_stored(path: Path, stored: dict[str, object], what: str, known: Iterable[str]) -> None:
+def check_stored(path: Path, content: dict) -> None:
     """Check that the flags that a checkpoint carries are known, with values that they admit.
-
-    Args:
-        what: what they are called in errors.
 
     Raises:
         UserError: one is not; it is named.
     """
-    for name, value in stored.items():
-        words = [str(v) for v in value] if isinstance(value, list) else [str(value)]
-        try:
-            parsed = parse([spelled(name), *words]).get(name) if name in known else None
-        except UserError as e:
-            raise UserError(f"{path}: its {what} {name} {value} cannot be: {e}") from e
-        if parsed != value:
-            raise UserError(f"{path}: its {what} {name} {value} is unknown")
+    for table, known in (("hyper_parameters", HYPER_PARAMETERS), ("run_flags", RUN_FLAGS)):
+        for name, value in content.get(table, {}).items():
+            words = map(str, value if isinstance(value, list) else [value])
+            try:
+                parsed = parse([spelled(name), *words]).get(name) if name in known else None
+            except UserError as e:
+                raise UserError(f"{path}: its {name} {value} cannot be: {e}") from e
+            if parsed != value:
+                raise UserError(f"{path}: its {name} {value} is unknown")
 
 
 def run_folder(args: argparse.Namespace) -> Path:

@@ -74,19 +74,17 @@ class Run:
         if folder.checkpoint is not None:
             self._restore(folder.checkpoint, Path(self.args.resume), data)
         self.state.asked_for, self.state.data = self.args.episode, data
-        self._stack = contextlib.ExitStack()
         self.signals, self.saved_at = Signals(), time.monotonic()
-        self._stack.callback(self.signals.restore)
         # of rank 0 only
         self.logger: Any = None
         self.tensorboard: Any = None
         self.bar: Any = None
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(self._stack.close)
+        with contextlib.ExitStack() as stack:  # closed here after an error, else in __exit__
+            stack.callback(self.signals.restore)
             self.ranks.begin({f"{split} images": value for split, value in data.items()})
             if self.ranks.rank == 0:
-                self._open_logs()
-            on_error.pop_all()
+                self._open_logs(stack)
+            self._stack = stack.pop_all()
         self.began = self.logged = self.state.episode
         self.since, self.paused = time.perf_counter(), 0.0
 
@@ -111,16 +109,16 @@ class Run:
         self.about["resumed_from"] = {"checkpoint": short_name(path), "episode": n}
         self.about["changed"] = self.folder.changed
 
-    def _open_logs(self) -> None:
+    def _open_logs(self, stack: contextlib.ExitStack) -> None:
         args, state, folder = self.args, self.state, self.folder
         if not folder.continues and folder.ckpt(LAST).exists():
             advice = "continue it with --resume auto, or give another --save or --seed"
             raise UserError(f"{folder.path}: holds a run already; {advice}")
         if args.tensorboard:
             self.tensorboard = open_tensorboard(folder.path, state.episode)
-            self._stack.callback(self.tensorboard.close)
+            stack.callback(self.tensorboard.close)
         ends = state.logs_end_at or dict.fromkeys(Logger.NAMES, 0)
-        self.logger = self._stack.enter_context(contextlib.closing(Logger(folder.path, ends)))
+        self.logger = stack.enter_context(contextlib.closing(Logger(folder.path, ends)))
         for left in folder.ckpt("").glob(".*.tmp"):  # by a process that was killed while writing
             left.unlink(missing_ok=True)
         if state.episode == 0:
@@ -128,7 +126,7 @@ class Run:
         else:  # not in the log, which equals that of an undisturbed run
             print(f"resuming after episode {state.episode} of {args.episode}, in {folder.path}")
         bar = tqdm(total=args.episode, initial=state.episode, desc="train", unit="ep", disable=None)
-        self.bar = self._stack.enter_context(bar)
+        self.bar = stack.enter_context(bar)
 
     def _description(self) -> str:
         args = self.args

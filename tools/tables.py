@@ -17,19 +17,15 @@ from tools.recipes import recipe_name, starts_from
 from tools.results import read_results, variant, write_results
 from utils import UserError, summary
 
+_TESTED = "after {} of 50,000 episodes"
 # accuracy in percent, 5-way on mini-ImageNet, by shots: who, what was tested, validation, and test
 # on 600 episodes (the paper's table 1; the port's README)
 PUBLISHED = {
     5: [
         ("paper", "", "", "60.60 ± 0.71"),
         ("the authors' code as the port's writer ran it", "", "", "about 53"),
-        *(
-            (f"the port, seed {seed}", f"after {episode} of 50,000 episodes", val, test)
-            for seed, episode, val, test in (
-                (719, "41,000", "59.08 (std 9.9)", "57.76 (std 8.6)"),
-                (53, "44,000", "58.04 (std 9.1)", "58.14 (std 8.5)"),
-            )
-        ),
+        ("the port, seed 719", _TESTED.format("41,000"), "59.08 (std 9.9)", "57.76 (std 8.6)"),
+        ("the port, seed 53", _TESTED.format("44,000"), "58.04 (std 9.1)", "58.14 (std 8.5)"),
     ],
     1: [("paper", "", "", "43.44 ± 0.77")],
 }
@@ -115,8 +111,8 @@ def _table(key: tuple, rows: list[tuple[dict, dict]], means_alone: bool) -> str:
     counts = {count for _, test in rows for count in test["counts"]}
     counts = sorted(counts | ({PUBLISHED_COUNT} if published else set()))
     groups: dict[tuple, list] = {}  # of runs that differ in their seed only
-    for training, test in rows:
-        groups.setdefault(_group(training, test, shots), []).append((training, test))
+    for row in rows:
+        groups.setdefault(_group(*row, shots), []).append(row)
     lines, has_means = [], False
     for name, kind, seen, asked in sorted(groups, key=str):
         group = groups[name, kind, seen, asked]
