@@ -21,9 +21,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 try:
     import fcntl
@@ -60,37 +61,25 @@ class Parser(argparse.ArgumentParser):
 
 def int_range(low: int, high: int = 10**9) -> Callable[[str], int]:
     """A parser of whole numbers from ``low`` to ``high``."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f"is {text!r}, but must be a whole number from {low} to {high}"
-            )
-        return value
-
-    return parse
+    return partial(_number, int, "a whole number", low, high, False)
 
 
-def float_range(low: float, high: float, low_open: bool = False) -> Callable[[str], float]:
+def float_range(low: int, high: int, low_open: bool = False) -> Callable[[str], float]:
     """A parser of finite numbers from ``low`` (itself excluded if ``low_open``) to ``high``."""
+    return partial(_number, float, "a number", low, high, low_open)
 
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or (low_open and value == low):
-            bound = "above" if low_open else "from"
-            raise argparse.ArgumentTypeError(
-                f"is {text!r}, but must be a number {bound} {low:g} up to {high:g}"
-            )
-        return value
 
-    return parse
+def _number(kind: type, what: str, low: int, high: int, low_open: bool, text: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high or (low_open and value == low):
+        bound = "above" if low_open else "from"
+        raise argparse.ArgumentTypeError(
+            f"is {text!r}, but must be {what} {bound} {low} up to {high}"
+        )
+    return value
 
 
 def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:

@@ -93,7 +93,7 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     add("--save", "logs", "the run folder is SAVE-SEED", "PATH")
     add("--seed", 719, "initialisation and episodes", "N", True, type=int_range(0, 2**32 - 1))
     words = "minutes between two snapshots"
-    add("--save-minutes", 5.0, words, "X", type=float_range(0, 1e6))
+    add("--save-minutes", 5.0, words, "X", type=float_range(0, 10**6))
     add("--runs", None, "results: run folders", "DIR", nargs="+")
     add("--to", "exported", "export: the folder in which a run's new folder is made", "DIR")
     add("--means", False, "results: one row per recipe, the mean over seeds where there are three")
@@ -166,7 +166,7 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     add("--lr-decay", 0.0, words, "X", True, type=float_range(0, 1))
     words = "episodes of an update, whose gradients are averaged"
     add("--meta-batch", 1, words, "M", True, type=int_range(1, 10**6))
-    clip = float_range(0, 1e6, low_open=True)
+    clip = float_range(0, 10**6, low_open=True)
     add("--grad-clip", 0.25, "largest norm of the gradient", "X", True, type=clip)
 
     add = group("beyond the paper")

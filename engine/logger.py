@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from utils import UserError, load_package, summary
 
-METRICS = "metrics.jsonl"
+CONSOLE, METRICS = "console.log", "metrics.jsonl"
 
 
 def result_line(name: str, losses: list[float], accuracies: list[float]) -> str:
@@ -37,19 +37,17 @@ class Logger:
         UserError: a file cannot be written, or is shorter than ``end_at`` says.
     """
 
-    NAMES = ("console.log", METRICS)
+    NAMES = (CONSOLE, METRICS)
 
     def __init__(self, folder: Path, end_at: dict[str, int]):
-        self.folder = folder
         how = {"encoding": "utf-8", "errors": "backslashreplace"}  # file names are any bytes
         try:
-            self._console, self._metrics = ((folder / name).open("a", **how) for name in self.NAMES)
-            for file, name in zip((self._console, self._metrics), self.NAMES, strict=True):
-                size = (folder / name).stat().st_size
+            self._files = {name: (folder / name).open("a", **how) for name in self.NAMES}
+            for name, size in self._sizes().items():
                 if size < end_at.get(name, 0):
                     found = f"{size} bytes, but the snapshot saw {end_at[name]}"
-                    raise UserError(f"{file.name}: {found}; choose another --save")
-                file.truncate(end_at.get(name, size))
+                    raise UserError(f"{folder / name}: {found}; choose another --save")
+                self._files[name].truncate(end_at.get(name, size))
         except OSError as e:
             raise UserError(
                 f"{folder}: cannot be written ({e.strerror}); choose another --save"
@@ -57,14 +55,17 @@ class Logger:
 
     def position(self) -> dict[str, int]:
         """The lengths of the two files in bytes, once they are safely on disk."""
-        for file in (self._console, self._metrics):
+        for file in self._files.values():
             os.fsync(file.fileno())
-        return {name: (self.folder / name).stat().st_size for name in self.NAMES}
+        return self._sizes()
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
 
     def info(self, text: str) -> None:
         """Print a line, above the progress bar if there is one, and keep it with its time."""
         tqdm.write(text)
-        _append(self._console, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        _append(self._files[CONSOLE], f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def event(self, kind: str, **values) -> None:
         """Append one JSON object; wall-clock times go under ``time``, infinities become null."""
@@ -72,11 +73,11 @@ class Logger:
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in values.items()
         }
-        _append(self._metrics, json.dumps({"event": kind, **values}) + "\n")
+        _append(self._files[METRICS], json.dumps({"event": kind, **values}) + "\n")
 
     def close(self) -> None:
         """Close both files."""
-        for file in (self._console, self._metrics):
+        for file in self._files.values():
             with contextlib.suppress(OSError):  # what could not be written was reported then
                 file.close()
 
