@@ -50,11 +50,8 @@ def validation(folder: Path, events: list[dict], at: int | None) -> dict:
 
 def flags(stored: dict[str, object], first: dict[str, object]) -> str:
     """The hyper-parameters that differ from the first run's, as flags."""
-    words = []
-    for name in HYPER_PARAMETERS:
-        if stored.get(name) != first.get(name):
-            words.append(f"`{spelled(name)} {text(stored.get(name))}`")
-    return ", ".join(words)
+    apart = [k for k in HYPER_PARAMETERS if stored.get(k) != first.get(k)]
+    return ", ".join(f"`{spelled(k)} {text(stored.get(k))}`" for k in apart)
 
 
 def compare(folders: list[Path], at: int | None = None) -> str:
