@@ -37,7 +37,7 @@ from engine.model import Model, Trainable
 from engine.parallel import make_train_step
 from engine.run import Run
 from episode import learned
-from tools import export, plots, predict, report, results, tables, trace
+from tools import export, plots, predict, results, tables, trace
 from tools.predictor import Predictor
 
 
@@ -107,7 +107,7 @@ def test(cli_args: dict[str, object], ranks: Ranks) -> None:
         print(note)
     tests = run_test(args, backend, model, trained_on or args.n_shot, ranks)
     if ranks.rank == 0:
-        report.record(path, args, checkpoint, tests, backend.device, ranks.size)
+        tables.report(path, args, checkpoint, tests, backend.device, ranks.size)
 
 
 def load_predictor(cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS) -> Predictor:

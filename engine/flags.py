@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from utils import Parser, UserError, float_range, int_range
@@ -107,7 +106,7 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
         type=int_range(0, 2**32 - 1),
     )
     words = "minutes between two snapshots"
-    add("--save-minutes", 5.0, words, "X", type=float_range(0, 1e6))
+    add("--save-minutes", 5.0, words, "X", type=float_range(0, 10**6))
     add("--runs", None, "results: run folders", "DIR", nargs="+")
     add("--to", "exported", "export: the folder in which a run's new folder is made", "DIR")
     add("--means", False, "results: one row per recipe, the mean over seeds where there are three")
@@ -180,7 +179,7 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     add("--lr-decay", 0.0, words, "X", True, type=float_range(0, 1))
     words = "episodes of an update, whose gradients are averaged"
     add("--meta-batch", 1, words, "M", True, type=int_range(1, 10**6))
-    clip = float_range(0, 1e6, low_open=True)
+    clip = float_range(0, 10**6, low_open=True)
     add("--grad-clip", 0.25, "largest norm of the meta-gradient", "X", True, type=clip)
 
     add = group("beyond the paper")
@@ -348,23 +347,21 @@ def check(argv: list[str]) -> None:
         resolve(parse(argv))
 
 
-def check_stored(path: Path, stored: dict[str, object], what: str, known: Iterable[str]) -> None:
+def check_stored(path: Path, content: dict) -> None:
     """Check that the flags that a checkpoint carries are known, with values that they admit.
-
-    Args:
-        what: what they are called in errors.
 
     Raises:
         UserError: one is not; it is named.
     """
-    for name, value in stored.items():
-        words = [str(v) for v in value] if isinstance(value, list) else [str(value)]
-        try:
-            parsed = parse([spelled(name), *words]).get(name) if name in known else None
-        except UserError as e:
-            raise UserError(f"{path}: its {what} {name} {value} cannot be: {e}") from e
-        if parsed != value:
-            raise UserError(f"{path}: its {what} {name} {value} is unknown")
+    for table, known in (("hyper_parameters", HYPER_PARAMETERS), ("run_flags", RUN_FLAGS)):
+        for name, value in content.get(table, {}).items():
+            words = map(str, value if isinstance(value, list) else [value])
+            try:
+                parsed = parse([spelled(name), *words]).get(name) if name in known else None
+            except UserError as e:
+                raise UserError(f"{path}: its {name} {value} cannot be: {e}") from e
+            if parsed != value:
+                raise UserError(f"{path}: its {name} {value} is unknown")
 
 
 def run_folder(args: argparse.Namespace) -> Path:

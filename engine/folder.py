@@ -47,11 +47,10 @@ class RunFolder:
 
     def __init__(self, cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS):
         args = resolve(cli_args)
-        self._stack, self.ranks, self.path = contextlib.ExitStack(), ranks, run_folder(args)
-        if ranks.rank == 0:
-            self._stack.enter_context(_exclusive(self.path))
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(self._stack.close)
+        self.ranks, self.path = ranks, run_folder(args)
+        with contextlib.ExitStack() as stack:  # closed here after an error, else in __exit__
+            if ranks.rank == 0:
+                stack.enter_context(_exclusive(self.path))
             found = self._load(args) if ranks.rank == 0 else None
             resume, self.checkpoint, self.origin = ranks.exchange(found)[0]
             checkpoint = self.checkpoint or {}
@@ -65,9 +64,8 @@ class RunFolder:
             self.changed = {k: v for k, v in given.items() if stored[k] != v}
             self._refuse_changes(str(resume), stored)
             self.args = resolve({**cli_args, "resume": resume}, stored)
-            seen = checkpoint.get("episode", 0)
-            _check_meta_batch(self.args, seen, ranks.size)
-            on_error.pop_all()
+            _check_meta_batch(self.args, checkpoint.get("episode", 0), ranks.size)
+            self._stack = stack.pop_all()
 
     def _load(self, args: argparse.Namespace) -> tuple[str | None, dict | None, tuple | None]:
         resume, init_from, checkpoint, origin = args.resume, args.init_from, None, None

@@ -12,7 +12,8 @@ import numpy as np
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST
 from engine.flags import run_folder
-from tools import metrics, results, trace
+from engine.logger import Logger
+from tools import results, trace
 from tools.recipes import recipe_name
 from utils import UserError, atomic_write
 
@@ -50,7 +51,7 @@ def export(folder: Path, to: Path) -> Path:
     checkpoint = checkpoints.load(best)
     kept = {k: checkpoint[k] for k in PUBLISHED if k in checkpoint}
     checkpoints.save(kept, target / "meta-learner.pth.tar")
-    for name in ("console.log", metrics.NAME, results.NAME):
+    for name in (*Logger.NAMES, results.NAME):
         if (folder / name).is_file():
             shutil.copy(folder / name, target)
     for path in sorted((folder / "plots").glob("*.png")):

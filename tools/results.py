@@ -11,7 +11,7 @@ from pathlib import Path
 from engine import checkpoint as checkpoints
 from engine.checkpoint import LAST
 from engine.flags import spelled
-from tools.metrics import read_metrics
+from engine.logger import read_metrics
 from tools.recipes import text
 from utils import UserError, atomic_write, file_lock
 

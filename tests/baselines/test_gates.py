@@ -64,14 +64,12 @@ def test_climbing_ends_at_the_best_steps():
     assert gates.climb(lambda steps: -abs(steps[0] - 0.25), [1.0, 1.0], [[0, 1]]) == [0.25, 0.25]
 
 
-def test_rows_and_picture_of_a_run(run, tmp_path, capsys):
+def test_rows_of_a_run(run, capsys):
     flags = ["--cpu", "--n-workers", "0", "--episode-val", "2", "--episode-test", "3"]
-    assert gates.main([f"{run}-719", "--out", str(tmp_path / "out"), *flags]) == 0
+    assert gates.main([f"{run}-719", *flags]) == 0
     printed = capsys.readouterr().out
     rows = [line.split("|")[1:4] for line in printed.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 5
-    assert (tmp_path / "out.md").read_text().strip() == printed.strip()
-    assert (tmp_path / "out.png").stat().st_size > 1000
     succeeded(run_test(None, run, "--episode-test", 3))
     (test,) = json.loads(Path(f"{run}-719/results.json").read_text())["tests"]
     first, *others = rows
