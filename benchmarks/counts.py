@@ -1,0 +1,198 @@
+"""Count what an episode asks of a GPU, without one: launches, bytes, and copies from the host.
+
+    python benchmarks/counts.py
+
+PyTorch's meta device takes the GPU's way through the code and computes nothing. Each operation that
+reads or writes memory counts as one launch, and its operands as its bytes; a Triton kernel counts
+as one launch that touches its arguments once. With Triton, a launch is a node of the CUDA graph;
+without, cuDNN and cuBLAS need more. So the numbers compare versions, and predict no times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import pkgutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataloader import scan_split
+from engine.backend import adam, dataset, select_backend
+from engine.distributed import SINGLE_PROCESS
+from engine.flags import resolve
+from engine.model import Model
+from engine.parallel import make_train_step
+from episode import learned
+from fast import gpu
+from fast.images import FastEpisodeDataset
+from main import build
+from tools.markdown import markdown_table
+from tools.recipes import recipes
+from utils import Parser, UserError, run_main
+
+META = torch.device("meta")
+NO_LAUNCH = {"detach", "_unsafe_view", "lift_fresh"}
+NO_LAUNCH |= {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
+EPISODE, AUGMENTATION = "training episode without augmentation and Adam", "augmentation"
+
+
+class Count(NamedTuple):
+    """What a call asks of the device."""
+
+    launches: int
+    bytes: int
+    copies: int  # from the host
+
+
+class Counter(TorchDispatchMode):
+    """Counts PyTorch's operations, and stands in for Triton kernels to count them, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = self.bytes = self.copies = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        channels_last = torch.channels_last
+        if name == "convolution" and args[0].is_contiguous(memory_format=channels_last):
+            out = out.contiguous(memory_format=channels_last)  # as cuDNN's
+        if func.is_view or name in NO_LAUNCH:
+            return out
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        outputs = [t for t in outputs if not any(t is i for i in inputs)]
+        if len({t.device for t in (*inputs, *outputs) if t.dim() or t.device == META}) > 1:
+            self.copies += 1
+            return out
+        # a list of tensors takes one launch if all have one type, else one for each
+        lists = [a for a in args if isinstance(a, list | tuple) and a and isinstance(a[0], Tensor)]
+        mixed = name.startswith("_foreach") and len({t.dtype for a in lists for t in a}) > 1
+        self.launches += len(lists[0]) if mixed else 1
+        written = inputs if func._schema.is_mutable else []
+        self.bytes += sum(map(_size, (*inputs, *outputs, *written)))
+        return out
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        """As ``kernel[grid]`` of a Triton kernel."""
+
+        def launch(*args: object, **constants: object) -> None:
+            self.launches += 1
+            self.bytes += sum(_size(t) for t in args if isinstance(t, Tensor))
+
+        return launch
+
+
+def _size(t: Tensor) -> int:
+    return min(t.numel() * t.element_size(), t.untyped_storage().nbytes())  # expanded: once
+
+
+@contextlib.contextmanager
+def _in_place_of_triton(counter: Counter) -> Iterator[None]:
+    """Take the way through all Triton kernels of fast/gpu/, but count them instead.
+
+    Raises:
+        UserError: Triton is missing.
+    """
+    if gpu.triton is None:
+        raise UserError("Triton is missing; install PyTorch's CUDA build, which runs without a GPU")
+    with contextlib.ExitStack() as stack:
+        for found in pkgutil.iter_modules(gpu.__path__):
+            module = importlib.import_module(f"{gpu.__name__}.{found.name}")
+            for name, value in list(vars(module).items()):
+                if isinstance(value, gpu.triton.JITFunction):
+                    stack.enter_context(mock.patch.object(module, name, counter))
+        stack.enter_context(mock.patch.object(gpu, "works", return_value=True))
+        yield
+
+
+def count(function: Callable[[], object], triton: bool = False) -> Count:
+    """Count what one call asks of the meta device."""
+    counter = Counter()
+    with _in_place_of_triton(counter) if triton else contextlib.nullcontext(), counter:
+        function()
+    return Count(counter.launches, counter.bytes, counter.copies)
+
+
+def _noise(folder: Path, n_class: int, n_image: int) -> None:
+    """A data set of noise."""
+    rng = np.random.default_rng(0)
+    for c in range(n_class):
+        (folder / "train" / f"{c}").mkdir(parents=True)
+        for k in range(n_image):
+            pixels = rng.integers(0, 256, (84, 84, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "train" / f"{c}" / f"{k}.png")
+
+
+def parts(n_shot: int, folder: Path) -> dict[str, Callable[[], object]]:
+    """The parts of a training episode of the port's recipe, on the meta device.
+
+    Args:
+        folder: an empty one, for images.
+    """
+    args = resolve({**recipes()["port", n_shot], "cpu": True, "data_root": str(folder)})
+    _noise(folder, args.n_class, args.n_shot + args.n_eval)
+    on_cpu = select_backend(args)
+    model = Model(*(m if m is None else m.to(META) for m in build(args, on_cpu)))
+    backend = on_cpu._replace(
+        device=META,
+        dataset=partial(FastEpisodeDataset, device=META, cache_dir=folder),
+        adam=torch.optim.Adam,
+        step=lambda *_: None,
+    )
+    train_set = dataset(args, backend, scan_split(folder, "train"), 1)
+    optimizer = adam(args, backend, learned(model.metalearner))
+    train_step = make_train_step(args, backend, model, optimizer, SINGLE_PROCESS)
+    drawn = train_set[0]
+    episode = train_set.assemble(drawn, META)
+    w_grad, wo_grad, metalearner, _ = model
+    x, y = episode.support[: args.batch_size], episode.support_y[: args.batch_size]
+    loss, grad = torch.empty((), device=META), torch.empty(w_grad.size(), 1, device=META)
+
+    @torch.no_grad()
+    def classify() -> None:
+        wo_grad.eval()(episode.query)
+
+    return {
+        AUGMENTATION: lambda: train_set.assemble(drawn, META),
+        "loss and gradient of one inner update": lambda: w_grad.train().loss_and_grad(x, y),
+        "update of the meta-learner, forward and backward": lambda: torch.autograd.grad(
+            sum(t.sum() for t in metalearner(loss, grad, metalearner.initial_state())),
+            learned(metalearner),
+        ),
+        "classifying the query set": classify,
+        EPISODE: lambda: train_step(1, [episode]),
+    }
+
+
+def main(argv: list[str]) -> int:
+    Parser(description=__doc__.partition("\n")[0]).parse_args(argv)
+    rows = []
+    for n_shot in (5, 1):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, function in parts(n_shot, Path(folder)).items():
+                eager, triton = count(function), count(function, triton=True)
+                cells = [eager.launches, triton.launches]
+                cells += [f"{c.bytes / 1e6:.1f}" for c in (eager, triton)]
+                rows.append([f"{n_shot}-shot: {name}", *cells, triton.copies])
+    header = ["part", "launches", "with Triton", "MB", "with Triton", "copies from the host"]
+    print(markdown_table(header, rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, sys.argv[1:]))

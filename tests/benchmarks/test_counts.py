@@ -1,0 +1,35 @@
+"""benchmarks/counts.py: launches and host copies of a training episode, counted without a GPU."""
+
+import pytest
+import torch
+from helpers import counts, table
+
+pytest.importorskip("triton")
+
+
+# Nodes of the CUDA graph, by shots; where a change makes them fewer, lower the number here. 547 and
+# 775 until the root no longer copied cI into the learner a first time, before the inner loop.
+LAUNCHES = {5: 546, 1: 774}
+
+
+@pytest.mark.parametrize("n_shot", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_launches_and_host_copies_of_a_training_episode(n_shot, tmp_path):
+    parts = counts.parts(n_shot, tmp_path)
+    episode = counts.count(parts[counts.EPISODE], triton=True)
+    assert (episode.launches, episode.copies) == (LAUNCHES[n_shot], 0)
+    assert counts.count(parts[counts.AUGMENTATION], triton=True).copies == 1
+
+
+def test_what_counts():
+    x = torch.zeros(3, device="meta")
+    assert counts.count(lambda: (x + 1, x.view(3, 1))) == (1, 24, 0)
+    assert counts.count(lambda: torch.ones(3).to("meta")).copies == 1
+    assert counts.count(lambda: x.copy_(torch.ones(3))).copies == 1
+
+
+def test_the_table(monkeypatch, capsys):
+    part = {"a part": lambda: torch.zeros(3, device="meta") + 1}
+    monkeypatch.setattr(counts, "parts", lambda n_shot, folder: part)
+    rows = table(counts, capsys)
+    assert [row["part"] for row in rows] == ["5-shot: a part", "1-shot: a part"]
+    assert {row["launches"] for row in rows} == {"2"}
