@@ -145,8 +145,8 @@ def test_what_cannot_be_is_refused(data):
         model.adapt([image, image], ["a"])
     with pytest.raises(UserError, match="2 classes"):
         model.adapt([image, image], ["a", "b"])
-    wrong = [torch.ones(90, 90), torch.ones(3, 9, 9) * 2, torch.ones(4, 9, 9), torch.ones(3, 0, 0)]
-    for wrong in (*wrong, np.ones((9, 9, 3)), "a.jpg"):
+    shapes = (torch.ones(90, 90), torch.ones(4, 9, 9), torch.ones(3, 0, 0))
+    for wrong in (*shapes, torch.ones(3, 9, 9) * 2, np.ones((9, 9, 3)), "a.jpg"):
         with pytest.raises(UserError, match="tensor"):
             model.adapt([wrong], ["a"])
 
