@@ -96,14 +96,15 @@ def test_classes_that_training_has_seen_are_refused(data, run, tmp_path):
         gates.main([f"{run}-719", *flags])
 
 
-def test_other_shots_are_adapted_to_as_in_a_test(master, run, tmp_path):
+def test_other_shots_are_adapted_to_as_in_a_test(master, run, capsys):
     """On more images in as many updates, with the steps of training."""
     flags = ["--n-shot", "3", "--episode-test", "2", "--n-workers", "0", "--data-root", str(master)]
     tested = run_test(None, run, *flags, "--batch-size", "2", "--grad-divisor", "0")
     ours = ["--cpu", "--episode-val", "2", "--batch-size", "2", "--grad-divisor", "0"]
     _, found = gates.compare(f"{run}-719", parse([*flags, *ours]))
     mean = sum(found[0][1]) / 2
-    assert f"accuracy: {mean:.2f} %" in succeeded(tested)
+    assert f"accuracy {mean:.2f} " in succeeded(tested)
+    assert "9 examples, trained on 3" in capsys.readouterr().out
 
 
 def test_where_to_write_is_asked_first(run, tmp_path):
