@@ -110,7 +110,7 @@ MODULES = {  # the network -> what the line says
     "nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(768, 3))": "dropout",
     "nn.Linear(9, 3)": "RuntimeError",
     "Copies()": "copies",
-    "nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten(), nn.Linear(768, 3))": "track_running_stats",
+    "normed(nn.BatchNorm2d(3, track_running_stats=False))": "track_running_stats",
     "Ordered()": "mixes images",
     "normed(nn.BatchNorm1d(768))": "Expected more than 1 value",
     "Average()": "network.mean",
@@ -139,7 +139,8 @@ class Copies(nn.Module):
     def forward(self, x):
         return x.flatten(1) @ self.kept[0].t()
 def normed(norm):
-    return nn.Sequential(nn.Flatten(), norm, nn.Linear(768, 3))
+    flat = [nn.Flatten(), norm] if isinstance(norm, nn.BatchNorm1d) else [norm, nn.Flatten()]
+    return nn.Sequential(*flat, nn.Linear(768, 3))
 class Ordered(nn.Module):
     def __init__(self):
         super().__init__()
