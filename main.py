@@ -61,7 +61,8 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
         backend = select_backend(args, ranks.local)
         print(f"{backend.description}\ntraining on {args.data_root}, into {folder.path}")
         ranks.compare({"device": backend.description})
-        check_splits(args.data_root)
+        started_from = folder.origin[1].get("classes", ()) if folder.origin else ()
+        check_splits(args.data_root, started_from, ("val", "test"))
         lengths = {"train": args.episode} | ({"val": args.episode_val} if args.val_freq else {})
         names = {"train": training_split(args.method), "val": "val"}
         splits = {k: scan_split(args.data_root, names[k]) for k in lengths}

@@ -1,13 +1,13 @@
 """What the LSTM adds: its trained cI with other rules in its place, on the same test episodes.
 
-    python benchmarks/gates.py logs-719 logs-1shot-719 --episode-test 300
+    python benchmarks/gates.py logs-719 logs-1shot-719 --out what-the-lstm-adds --episode-test 300
 
 For each run: the LSTM as trained; its gates frozen to their mean over validation episodes and the
 coordinates of each parameter tensor, for each update or over all of them; and gradient descent,
 with the one step size, then with the step size of each layer, that is most accurate on the
 validation episodes. Step sizes are multiplied or divided by 2 as long as that helps, layers one
-after the other. The differences from the LSTM are paired, with 95 % intervals over episodes. Other
-flags are main.py's, such as ``--data-root``; they follow the runs.
+after the other. The differences from the LSTM are paired, with 95 % intervals over episodes. Writes
+OUT.md and OUT.png. Other flags are main.py's, such as ``--data-root``; they follow the runs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,15 +25,17 @@ import torch
 from paired import difference, interval
 from torch import Tensor
 
-from dataloader import EpisodeDataset, episodes, scan_split
-from engine.backend import Backend, dataset
-from engine.evaluation import Evaluator
-from engine.flags import parse
+from dataloader import EpisodeDataset, check_splits, episodes, scan_split
+from engine.backend import Backend, dataset, select_backend
+from engine.checkpoint import BEST, LAST, load_for_test, load_weights, resolve_checkpoint
+from engine.evaluation import Evaluator, schedule
+from engine.flags import DEFAULTS, parse
 from engine.model import Model
 from episode import updates
-from main import load_model
+from main import build
 from metalearner import UpdateRule
 from tools.markdown import markdown_table
+from tools.plots import load_figures
 from tools.trace import layers
 from utils import Parser, UserError, run_main, summary
 
@@ -82,13 +85,16 @@ def climb(
     """Multiply or divide by 2 the steps of each group in turn, as long as the score rises."""
     best = score(steps)
     for group in groups:
-        before = steps
         for factor in (2.0, 0.5):
-            if steps is before:  # else the other direction has helped
+            moved = False
+            while True:
                 tried = [s * factor if k in group else s for k, s in enumerate(steps)]
-                while (found := score(tried)) > best:
-                    best, steps = found, tried
-                    tried = [s * factor if k in group else s for k, s in enumerate(steps)]
+                found = score(tried)
+                if found <= best:
+                    break
+                best, steps, moved = found, tried, True
+            if moved:
+                break
     return steps
 
 
@@ -123,37 +129,82 @@ def rules(
     yield f"gradient descent, a step size per layer ({shown})", descent(steps)
 
 
-def compare(run: str, flags: dict[str, object]) -> str:
-    """Test all rules on a run's cI; a title and the table, a row for each.
+def compare(run: str, flags: dict) -> tuple[str, list[tuple[str, list[float]]]]:
+    """Test all rules on a run's cI; its title, and each rule's name and accuracies in %.
 
     Raises:
         UserError: there is no checkpoint, or it is not one of the paper's method.
     """
-    args, _, backend, model = load_model({**flags, "resume": run})
+    path = resolve_checkpoint(run, flags.get("seed", DEFAULTS["seed"]), BEST, LAST, flag="RUN")
+    args, checkpoint = load_for_test({**flags, "resume": path})
     if args.method not in ("lstm", "linear-head"):
         raise UserError(f"{run}: is of --method {args.method}, which has no gates to freeze")
+    backend = select_backend(args)
+    model = build(args, backend)
+    load_weights(model.saved, checkpoint, Path(path))
+    check_splits(args.data_root, checkpoint.get("classes", ()), ("val", "test"))
+    trained_on = checkpoint.get("hyper_parameters", {}).get("n_shot", args.n_shot)
+    how = schedule(args, trained_on, args.n_class * args.n_shot)  # as --mode test
+    args.batch_size, model.metalearner.grad_divisor = how
     val_set, test_set = (
         dataset(args, backend, scan_split(args.data_root, split), n)
         for split, n in (("val", args.episode_val), ("test", max(args.episode_test)))
     )
-    rows, first = [], []
+    found = []
     for name, rule in rules(model, args, backend, val_set):
         tested = Evaluator(args, backend, model._replace(metalearner=rule))(test_set)[1]
-        rows.append((name, interval(tested), difference(tested, first) if first else ""))
-        first = first or tested
+        found.append((name, tested))
         print(f"{args.n_shot}-shot: {name}: {interval(tested)}", file=sys.stderr)
-    title = f"{Path(run).name}, {args.n_class}-way {args.n_shot}-shot, {len(first)} test episodes"
-    title += f", chosen on {len(val_set)} validation episodes"
-    return f"{title}:\n\n{markdown_table(HEADER, rows)}\n"
+    title = f"{Path(run).name}, {args.n_class}-way {args.n_shot}-shot, {len(tested)} test episodes"
+    return f"{title}, chosen on {len(val_set)} validation episodes", found
+
+
+def table(found: list[tuple[str, list[float]]]) -> str:
+    """The rules of one run, a row for each."""
+    first = found[0][1]
+    rows = [
+        (name, interval(a), difference(a, first) if a is not first else "") for name, a in found
+    ]
+    return markdown_table(HEADER, rows)
+
+
+def draw(runs: list[tuple[str, list[tuple[str, list[float]]]]], path: Path) -> None:
+    """Draw the differences from the LSTM with their intervals, one panel for each run."""
+    figures = load_figures()
+    with figures.style([]):
+        figure, axes = figures.plt.subplots(
+            len(runs), 1, figsize=(7, 2.5 * len(runs)), squeeze=False
+        )
+        for (title, found), ax in zip(runs, axes[:, 0], strict=True):
+            first, names = found[0][1], [name.partition(" (")[0] for name, _ in found[1:]]
+            names = [fill(name, 30) for name in names]
+            spans = [summary([a - b for a, b in zip(v, first, strict=True)]) for _, v in found[1:]]
+            means, halves = ([s[key] for s in spans] for key in ("mean", "ci95"))
+            ax.errorbar(means, names, xerr=halves, fmt="o", color=figures.BLUE, capsize=3)
+            ax.axvline(0, color=figures.GREY, linewidth=1)
+            ax.set(
+                title=title.partition(", chosen")[0],
+                xlabel="difference from the LSTM, percentage points",
+            )
+            ax.invert_yaxis()
+        figure.savefig(path, dpi=150)
 
 
 def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__.partition("\n")[0], epilog="other flags: as main.py's")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder or checkpoint")
+    parser.add_argument("--out", default="gates", metavar="PATH", help="writes OUT.md and OUT.png")
     args, others = parser.parse_known_args(argv)
-    flags = parse(others)
+    done, flags, out = [], parse(others), Path(args.out)
+    if not out.name or not out.parent.is_dir():
+        raise UserError(f"--out {args.out}: give a name in a folder that exists")
     for run in args.runs:
-        print(compare(run, flags), flush=True)
+        title, found = compare(run, flags)
+        print(f"{title}:\n\n{table(found)}\n", flush=True)
+        done.append((title, found))
+        text = "\n\n".join(f"{title}:\n\n{table(found)}" for title, found in done)
+        Path(f"{args.out}.md").write_text(text + "\n", encoding="utf-8")
+        draw(done, Path(f"{args.out}.png"))
     return 0
 
 

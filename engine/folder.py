@@ -14,7 +14,15 @@ from pathlib import Path
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST
 from engine.distributed import SINGLE_PROCESS, Ranks
-from engine.flags import DEFAULTS, RUN_FLAGS, resolve, run_folder, spelled
+from engine.flags import (
+    DEFAULTS,
+    INNER_LOOP,
+    RUN_FLAGS,
+    resolve,
+    run_folder,
+    spelled,
+    split_learner,
+)
 from utils import UserError, file_lock
 
 # hyper-parameters that shape the first episode, and cannot change after it
@@ -61,7 +69,7 @@ class RunFolder:
             if self.continues and "run_flags" in checkpoint:
                 stored = stored | {k: DEFAULTS[k] for k in RUN_FLAGS} | checkpoint["run_flags"]
             given = {k: v for k, v in cli_args.items() if k in stored.keys() - free}
-            self.changed = {k: v for k, v in given.items() if stored[k] != v}
+            self.changed = {k: v for k, v in given.items() if _essence(stored[k]) != _essence(v)}
             self._refuse_changes(str(resume), stored)
             self.args = resolve({**cli_args, "resume": resume}, stored)
             _check_meta_batch(self.args, checkpoint.get("episode", 0), ranks.size)
@@ -111,6 +119,12 @@ class RunFolder:
         self._stack.close()
 
 
+def _essence(value: object) -> object:
+    """A flag's value, but of --learner FILE:NAME@DIGEST without FILE, which may move."""
+    learner = isinstance(value, str) and "@" in value
+    return split_learner(value)[1:] if learner else value
+
+
 def _typed(value: object) -> str:
     if isinstance(value, bool | None):
         return str(value).lower()
@@ -126,6 +140,8 @@ def _check_meta_batch(args: argparse.Namespace, seen: int, n_ranks: int) -> None
     m = args.meta_batch
     if m % n_ranks:
         advice = f"give --meta-batch {m + -m % n_ranks}"
+        if args.method not in INNER_LOOP:
+            advice = f"--method {args.method} trains in one; start it without torchrun"
         raise UserError(f"--meta-batch {m}: {n_ranks} processes cannot share it evenly; {advice}")
     for flag, n in (("--episode", args.episode), ("--val-freq", args.val_freq)):
         if n % m:

@@ -119,6 +119,26 @@ def read_metrics(folder: Path) -> list[dict]:
             event = json.loads(line)
             if isinstance(event, dict) and "event" in event:
                 events.append(event)
+    try:
+        sound = all(map(_is_sound, events))
+    except (KeyError, TypeError, AttributeError):  # a part is missing
+        sound = False
+    if not sound:
+        raise UserError(f"{path}: holds what no training logs; name another run")
     if not any(e["event"] == "train" for e in events):
         raise UserError(f"{path}: no episode of training is logged there yet")
     return events
+
+
+def _is_sound(event: dict) -> bool:
+    """Whether an event has what it is read for; missing parts may raise."""
+    if event["event"] == "train":
+        numbers = [event["mean_loss"], event["mean_accuracy"], event["time"]["seconds"]]
+        sound = event["time"]["episodes_per_second"] > 0
+    elif event["event"] == "val":
+        numbers = [event[name][k] for name in ("loss", "accuracy") for k in ("mean", "ci95")]
+        numbers, sound = numbers + event.get("accuracies", []), True
+    else:
+        return True
+    sound = sound and all(isinstance(x, (int, float)) for x in numbers)
+    return sound and isinstance(event["episode"], int)

@@ -96,7 +96,7 @@ class Run:
         n = self.state.episode
         for split, fingerprint in self.state.data.items():
             if data.get(split, fingerprint) != fingerprint:
-                place = f"{self.args.data_root}/{split}"
+                place = f"{self.args.data_root}/{self.datasets[split].split.name}"
                 advice = "bring them back, or start anew with another --save"
                 raise UserError(f"{place}: other images than {path} was trained on; {advice}")
         if n > self.args.episode:
