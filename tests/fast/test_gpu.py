@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from dataloader import draw_augmentation
 from fast import augment, gpu, learner, native
-from fast.gpu import blocks, colour, convolution, meta
+from fast.gpu import blocks, colour, convolution, meta, update
 from fast.learner import FastConv4
 from fast.metalearner import FastMetaLearner
 from learner import Conv4
@@ -104,7 +104,7 @@ def kernels(monkeypatch):
         tiles = {channels: {"ROWS": 4096} for channels in convolution.FILTERS_BACKWARD}
         monkeypatch.setattr(convolution, "ROWS", 4096)
         monkeypatch.setattr(convolution, "FILTERS_BACKWARD", tiles)
-    in_triton = blocks.train_block, blocks.eval_block
+    in_triton = blocks.train_block, blocks.eval_block, update.classifier
     monkeypatch.setattr(native, "library", lambda: SimpleNamespace(functions={}))
     monkeypatch.setattr(gpu, "works", lambda kernel, *_: kernel in in_triton)
 
@@ -142,6 +142,10 @@ def test_learner_matches_pytorch(kernels, monkeypatch, parts, image_size, memory
     plain, fast = plain.double().train(), fast.to(DEVICE).train()
     x, y = torch.randn(2, 6, 3, image_size, image_size).double(), torch.arange(6) % 3
     for images in x:
+        values = torch.cat([plain.get_flat_params()[:-3], torch.randn(3).double()])
+        for model in (plain, fast):  # the second time the filters move into the kernels' order
+            model.copy_flat_params(values.to(model.cls.bias))
+        assert_close([fast.get_flat_params()], [plain.get_flat_params()], EXACT)
         on_device = images.float().to(DEVICE).contiguous(memory_format=memory_format)
         loss, grad = fast.loss_and_grad(on_device, y.to(DEVICE))
         expected, expected_grad = plain.loss_and_grad(images, y)
@@ -169,7 +173,7 @@ def test_golden_episode_matches_pytorch(kernels, monkeypatch):
 @pytest.mark.parametrize("channels", [3, 32])
 def test_convolution_matches_pytorch(channels, size, monkeypatch):
     """Output and both gradients, in float64; with few programs each works on several tiles."""
-    monkeypatch.setattr(convolution, "MAX_PARTS", 2)
+    monkeypatch.setattr(convolution, "PROGRAMS", 6)
     weight = torch.randn(32, channels, 3, 3, device=DEVICE)
     x, grad_out = channels_last(3, channels, *size), torch.randn(3, 32, *size, device=DEVICE)
 
