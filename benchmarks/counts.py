@@ -83,8 +83,12 @@ class Counter(TorchDispatchMode):
         lists = [a for a in args if isinstance(a, list | tuple) and a and isinstance(a[0], Tensor)]
         mixed = name.startswith("_foreach") and len({t.dtype for a in lists for t in a}) > 1
         self.launches += len(lists[0]) if mixed else 1
-        written = inputs if func._schema.is_mutable else []
-        self.bytes += sum(map(_size, (*inputs, *outputs, *written)))
+        written = [
+            argument
+            for argument, declared in zip(args, func._schema.arguments, strict=False)
+            if declared.alias_info is not None and declared.alias_info.is_write
+        ]
+        self.bytes += sum(map(_size, (*inputs, *outputs, *tree_leaves(written))))
         return out
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:

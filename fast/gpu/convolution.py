@@ -157,7 +157,7 @@ def filters_gradient(x: Tensor, grad: Tensor, out: Tensor) -> None:
     _, channels, *size = x.shape
     lines, pixels = 1 if channels == 3 else 3, x[:, 0].numel()
     options = {"C": channels, "PRECISION": PRECISION, **FILTERS_BACKWARD[channels]}
-    per, programs = shares(pixels, options["ROWS"], PROGRAMS // lines)
+    per, programs = shares(pixels, 2 * options["ROWS"], PROGRAMS // lines)
     out = kernels_order(out)
     parts = out.new_empty(*programs, *out.shape)
     launch(_filters_backward, (*programs, lines), x, grad, parts, pixels, per, *size, **options)
