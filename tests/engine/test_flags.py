@@ -71,3 +71,9 @@ def test_help_gives_each_flag_its_default():
         assert spelled(name) in text
         if default not in (None, False, True) and not isinstance(default, list):
             assert f"(default: {default})" in text
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 2), (2, 2), (6, 3), (64, 8)])
+def test_workers_by_cores(cores, workers, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    assert default_workers() == workers
