@@ -120,7 +120,7 @@ def backends(device: torch.device) -> list[str]:
 
 def end_to_end(root: Path, rounds: int, workers: int, device: torch.device) -> list[str]:
     """Episodes from images on disk to the update, each backend with its own data pipeline."""
-    names = [*backends(device), "fast bf16"]
+    names = [*backends(device), *(["fast bf16"] if device.type == "cuda" else [])]
     spent = {}
     for split in ("train", "test"):
 

@@ -60,14 +60,16 @@ def select_backend(args: argparse.Namespace, local: tuple[int, int] = (0, 1)) ->
 
     Raises:
         UserError: ``--gpu`` names no GPU, there are too few, one cannot be used, or a flag needs
-            ``fast/``.
+            a GPU or ``fast/``.
     """
     device, name = _device(args, *local)
-    if not args.plain and importlib.util.find_spec("fast") is not None:
-        return _fast(args, device, name)
     why = "--plain" if args.plain else "there is no folder fast/"
-    if args.precision != "fp32":
-        raise UserError(f"--precision {args.precision}: needs fast/ ({why}); give --precision fp32")
+    plain = args.plain or importlib.util.find_spec("fast") is None
+    if args.precision == "bf16" and (plain or device.type == "cpu"):
+        problem = why if plain else "this is a CPU, where fp32 is faster"
+        raise UserError(f"--precision bf16: needs a GPU and fast/ ({problem}); give fp32")
+    if not plain:
+        return _fast(args, device, name)
     load_package("torchvision.transforms.functional")  # or worker processes would miss it later
     return Backend(device, f"device: {name}; plain PyTorch ({why})")
 
@@ -111,8 +113,6 @@ def _fast(args: argparse.Namespace, device: torch.device, name: str) -> Backend:
     keep_freed_memory()
     n_parallel = torch.get_num_threads() if on_cpu else 1
     description = f"device: {name}, {library().state}" if on_cpu else f"device: {name}"
-    if on_cpu and args.precision == "bf16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        description += "\nnote: --precision bf16 is many times slower than fp32 without AVX-512"
     cache_dir = Path(args.cache_dir) if args.cache_dir else None
     conv_dtype = {"fp32": None, "bf16": torch.bfloat16}[args.precision]
     return Backend(

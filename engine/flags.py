@@ -213,7 +213,7 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     words = "insist on GPU number N (default: the first one, else the CPU)"
     add("--gpu", None, words, "N", type=int_range(0, 63))
     add("--plain", False, "plain PyTorch, without fast/: slower, equal to rounding", **switch)
-    words = "precision of the learner's convolutions"
+    words = "precision of the learner's convolutions; bf16 needs a GPU"
     add("--precision", "fp32", words, hyper=True, choices=("fp32", "bf16"))
     add("--plots", True, "draw the run at the end of training")
     add("--tensorboard", False, "also write TensorBoard's files into the run folder", **switch)

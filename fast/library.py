@@ -16,23 +16,21 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 FOLDER = Path(__file__).resolve().parent / "kernels"
 MAIN = FOLDER / "kernels.cpp"  # includes the headers
 COMPILERS = ("g++", "c++")
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC"]
-FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
-FLAGS += ["-fno-predictive-commoning", "-Wno-psabi"]  # the former optimisation spills registers
+# clang on ARM knows no -march=native
+ARCH = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+FLAGS = ["-std=c++17", "-O3", ARCH, "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+# Tried first. Apple's clang knows no OpenMP, and any clang's needs another runtime than g++'s.
+GCC_FLAGS = ["-fopenmp", "-fno-predictive-commoning"]  # the latter optimisation spills registers
 DIGEST = 32  # bytes of a SHA-256
 SLOWER = "without compiled kernels, at a third of the speed"
 
-# the kernels' names; those in BY_TYPE end in one of SUFFIX
-ONE_TYPE = ("augment", "convolve", "convolve_to_input", "convolve_to_filters")
-ONE_TYPE += ("learner_gradient", "learner_gradient_frozen", "meta_forward", "meta_backward")
-BY_TYPE = ("block_forward", "block_backward", "block_eval")
-BY_TYPE += ("first_forward", "first_backward", "first_eval", "patch_moments")
-SUFFIX = {torch.float32: "_float", torch.bfloat16: "_bfloat16"}
+KERNELS = ("augment", "convolve", "convolve_to_input", "convolve_to_filters")
+KERNELS += ("block_forward", "block_backward", "block_eval")
+KERNELS += ("first_forward", "first_backward", "first_eval", "patch_moments")
+KERNELS += ("learner_gradient", "learner_gradient_frozen", "meta_forward", "meta_backward")
 _TYPES = {"p": ctypes.c_void_p, "f": ctypes.c_float, "l": ctypes.c_int64}  # as in kernels.cpp
 
 
@@ -53,9 +51,10 @@ class Library:
         try:
             # CXX may be a command of several words, such as "ccache g++"
             library = _load([compiler] if shutil.which(compiler) else shlex.split(compiler))
-            by_type = [name + suffix for name in BY_TYPE for suffix in SUFFIX.values()]
-            self.functions = {name: _function(library, name) for name in (*ONE_TYPE, *by_type)}
-            self.state = f"kernels compiled by {Path(compiler).name}"
+            self.functions = {name: _function(library, name) for name in KERNELS}
+            parallel = ctypes.c_int.in_dll(library, "parallel").value
+            one = "" if parallel else " without OpenMP: one thread an episode"
+            self.state = f"kernels compiled by {Path(compiler).name}{one}"
         except (OSError, ValueError, subprocess.SubprocessError) as e:
             lines = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
             first = lines[0] if lines else type(e).__name__
@@ -100,7 +99,8 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
     run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
     version = run([*compiler, "--version"], timeout=60).stdout
     sources, openmp = [p.read_text() for p in (MAIN, *sorted(FOLDER.glob("*.h")))], _openmp()
-    parts = (*sources, *FLAGS, *compiler[1:], version, platform.platform(), *_processor(), *openmp)
+    parts = (*sources, *FLAGS, *GCC_FLAGS, *compiler[1:], version, platform.platform())
+    parts += (*_processor(), *openmp)
     key = hashlib.sha256(os.fsencode("\0".join(parts))).hexdigest()[:16]
     cache, cached = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), False
     folder = Path(cache) / "lstm-meta-learner"
@@ -116,11 +116,17 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
     print("compiling the kernels, which takes half a minute" + " once" * cached, flush=True)
     with tempfile.TemporaryDirectory(prefix=".compile-", dir=folder if cached else None) as work:
         compiled, linked = f"{work}/kernels.o", f"{work}/kernels.so"
-        run([*compiler, *FLAGS, "-c", str(MAIN), "-o", compiled], timeout=300)
-        run([*compiler, "-shared", compiled, *openmp, "-o", linked], timeout=300)
+        for more in (GCC_FLAGS, []):
+            try:
+                run([*compiler, *FLAGS, *more, "-c", str(MAIN), "-o", compiled], timeout=300)
+                run([*compiler, "-shared", compiled, *openmp, "-o", linked], timeout=300)
+                library = ctypes.CDLL(linked)
+                break
+            except (OSError, subprocess.CalledProcessError):
+                if not more:
+                    raise
         with open(linked, "r+b") as file:  # the loader ignores what follows the library
             file.write(hashlib.sha256(file.read()).digest())
-        library = ctypes.CDLL(linked)
         if cached:
             os.replace(linked, path)
         return library

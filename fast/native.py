@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fast.library import ONE_TYPE, SUFFIX, library
+from fast.library import library
 from learner import N_BLOCKS
 
 N_FILTERS = 32  # C in kernels/blocks.h; N_BLOCKS is BLOCKS in kernels/learner.h
@@ -26,14 +26,14 @@ STEP = 1e-3  # of the central difference for second order, as a share of the par
 # ---- Which tensors the kernels handle ----
 
 
-def handles(x: Tensor, *dtypes: torch.dtype) -> bool:
+def handles(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     """Whether the kernels are compiled and handle ``x``.
 
-    They handle tensors on the CPU that have one of ``dtypes`` (default: float32) and are not empty.
-    A batch [B, C, H, W] must also have 3 or 32 channels and at least 2x2 pixels. Under autocast
-    PyTorch picks the dtypes, so the answer is no.
+    They handle tensors on the CPU that have this ``dtype`` and are not empty. A batch [B, C, H, W]
+    must also have 3 or 32 channels and at least 2x2 pixels. Under autocast PyTorch picks the
+    dtypes, so the answer is no.
     """
-    fits = x.device.type == "cpu" and x.dtype in (dtypes or (torch.float32,)) and x.numel() > 0
+    fits = x.device.type == "cpu" and x.dtype == dtype and x.numel() > 0
     if x.dim() == 4:
         fits = fits and x.shape[1] in (3, N_FILTERS) and min(x.shape[2:]) >= 2
     return fits and not torch.is_autocast_enabled("cpu") and bool(library().functions)
@@ -42,7 +42,7 @@ def handles(x: Tensor, *dtypes: torch.dtype) -> bool:
 def handles_block(x: Tensor, weight: Tensor) -> bool:
     """Whether ``train_block`` and ``eval_block`` handle this input and these filters."""
     fits = x.dim() == 4 and weight.shape == (N_FILTERS, x.shape[1], 3, 3)
-    return fits and weight.dtype == torch.float32 and weight.is_cpu and handles(x, *SUFFIX)
+    return fits and weight.dtype == torch.float32 and weight.is_cpu and handles(x)
 
 
 def _checked(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -53,11 +53,10 @@ def _checked(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float
     return x.contiguous()
 
 
-def _call(name: str, first: Tensor, *others: Tensor | float | ctypes.Array | None) -> None:
-    """Call a kernel, for ``first``'s dtype if there are two; it trusts all sizes and layouts."""
-    arguments = [a.data_ptr() if isinstance(a, Tensor) else a for a in (first, *others)]
-    suffix = "" if name in ONE_TYPE else SUFFIX[first.dtype]
-    library().functions[name + suffix](*arguments, torch.get_num_threads())
+def _call(name: str, *arguments: Tensor | float | ctypes.Array | None) -> None:
+    """Call a kernel, which trusts all sizes, dtypes and layouts."""
+    arguments = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    library().functions[name](*arguments, torch.get_num_threads())
 
 
 # ---- Augmentation ----
@@ -114,14 +113,9 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _has_convolution(x: Tensor) -> bool:
-    """Whether there are convolution kernels for ``x``; in bfloat16 PyTorch's are faster."""
-    return x.shape[1] == N_FILTERS and x.dtype == torch.float32
-
-
 def _convolve(x: Tensor, weight: Tensor) -> Tensor:
     """A block's convolution, padded with zeros; ``x`` and the result are channels last."""
-    if not _has_convolution(x):
+    if x.shape[1] != N_FILTERS:
         return _channels_last(F.conv2d(x, weight, padding=1))
     y = torch.empty_like(x)
     _call("convolve", x, weight.contiguous(), y, *_size(x))
@@ -132,7 +126,7 @@ def _convolve_backward(
     grad: Tensor, x: Tensor, weight: Tensor, needs_grad_x: bool
 ) -> tuple[Tensor | None, Tensor]:
     """The gradients of input (None if not needed) and filters; all images are channels last."""
-    if not _has_convolution(x):
+    if x.shape[1] != N_FILTERS:
         geometry, mask = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1), [needs_grad_x, True, False]
         return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, mask)[:2]
     weight = weight.contiguous()
@@ -164,7 +158,7 @@ class PatchMoments(NamedTuple):
     @staticmethod
     def of(x: Tensor) -> PatchMoments | None:
         """The moments of images [B, 3, H, W]; None if the kernels do not handle ``x``."""
-        if x.dim() != 4 or x.shape[1] != 3 or not handles(x, *SUFFIX):
+        if x.dim() != 4 or x.shape[1] != 3 or not handles(x):
             return None
         total = x.new_empty(27, dtype=torch.float64)
         product = x.new_empty(27, 27, dtype=torch.float64)
@@ -181,7 +175,7 @@ class FirstBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, gamma, beta, eps, moments):
-        x, w = _channels_last(x), weight.to(x.dtype).float().contiguous()
+        x, w = _channels_last(x), weight.contiguous()
         gamma, beta = (_checked(t, (N_FILTERS,)) for t in (gamma, beta))
         out, switches = _empty_pooled(x), _empty_pooled(x, torch.uint8)
         mean, var = torch.empty_like(gamma), torch.empty_like(gamma)
@@ -209,13 +203,13 @@ class Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, gamma, beta, eps):
-        x, w = _channels_last(x), weight.to(x.dtype)
+        x = _channels_last(x)
         gamma, beta = (_checked(t, (N_FILTERS,)) for t in (gamma, beta))
-        y, pooled, out = _convolve(x, w), _empty_pooled(x), _empty_pooled(x)
+        y, pooled, out = _convolve(x, weight), _empty_pooled(x), _empty_pooled(x)
         switches = _empty_pooled(x, torch.uint8)
         mean, var = torch.empty_like(gamma), torch.empty_like(gamma)
         _call("block_forward", y, gamma, beta, eps, pooled, switches, out, mean, var, *_size(x))
-        ctx.save_for_backward(x, w, pooled, switches, gamma, beta, mean, var)
+        ctx.save_for_backward(x, weight, pooled, switches, gamma, beta, mean, var)
         ctx.eps, ctx.y = eps, y
         ctx.mark_non_differentiable(mean, var)
         return out, mean, var
@@ -223,14 +217,13 @@ class Block(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _mean, _var):
-        x, w, pooled, switches, gamma, beta, mean, var = ctx.saved_tensors
-        y = _convolve(x, w) if ctx.y is None else ctx.y
+        x, weight, pooled, switches, gamma, beta, mean, var = ctx.saved_tensors
+        y = _convolve(x, weight) if ctx.y is None else ctx.y
         ctx.y = None  # the kernel overwrites it with its gradient
         grads = [torch.empty_like(t) for t in (gamma, beta)]
         args = pooled, switches, y, gamma, beta, mean, var, ctx.eps, *grads
         _call("block_backward", _channels_last(grad), *args, *_size(x))
-        grad_x, grad_w = _convolve_backward(y, x, w, ctx.needs_input_grad[0])
-        return grad_x, grad_w.to(gamma.dtype), *grads, None
+        return *_convolve_backward(y, x, weight, ctx.needs_input_grad[0]), *grads, None
 
 
 def train_block(
@@ -267,11 +260,11 @@ def eval_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     The running statistics are folded into the convolution's weight and bias.
     """
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    weight = (conv.weight * scale.view(-1, 1, 1, 1)).to(x.dtype)
+    weight = conv.weight * scale.view(-1, 1, 1, 1)
     bias = _checked((conv.bias - norm.running_mean) * scale + norm.bias, (N_FILTERS,))
     x, out = _channels_last(x), _empty_pooled(x)
     if x.shape[1] == 3:
-        _call("first_eval", x, weight.float().contiguous(), bias, out, *_size(x))
+        _call("first_eval", x, weight.contiguous(), bias, out, *_size(x))
     else:
         _call("block_eval", _convolve(x, weight), bias, out, *_size(x))
     return out
@@ -290,7 +283,7 @@ def loss_and_grad(
     """``FlatModule.loss_and_grad`` of the learner in train mode, in one call.
 
     Args:
-        x: float32 images that ``handles_block`` accepts.
+        x: images that ``handles_block`` accepts.
         y: labels [B] int64. One outside 0..n_classes-1 makes the loss NaN: an error would have to
             wait for the labels.
         moments: of ``x``.

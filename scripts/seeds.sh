@@ -117,6 +117,7 @@ done
 if [ -n "$minutes" ]; then
   (sleep $((minutes * 60)) && for pid in "${pids[@]}"; do kill -TERM -- "-$pid" || true; done) 2>/dev/null &
   timer=$!
+  disown # no word about its end
 fi
 for pid in "${pids[@]}"; do
   wait "$pid" || { status=$? && failed=$((failed ? failed : status)); }

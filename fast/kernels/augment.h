@@ -65,7 +65,9 @@ template <int TAPS>
 INLINE void filter_across(const float* row, const Filter& filter, float* results) {
   for (int q = 0; q < filter.padded; q += LANES) {
     const int *first = &filter.first[q], base = std::min(first[0], first[LANES - 1]);
-    const ivec at = *reinterpret_cast<const ivec*>(first) - base;
+    ivec at;
+    std::memcpy(&at, first, sizeof at);
+    at -= base;
     vec sum{};
     for (int k = 0; k < (TAPS ? TAPS : filter.taps); k++) {
       vec x;

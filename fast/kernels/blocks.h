@@ -60,8 +60,8 @@ struct Affine {  // the map from each pooling window's maximum to the ReLU's inp
 // switches or, FROZEN, obeys those that it is given.
 constexpr int CLOSED = 4;
 
-template <bool FROZEN, class T>  // the output of a window, from its maximum's; switches may be null if they are not wanted
-INLINE void switch_on(vec y, uint8_t* switches, ivec at, T* out) {
+template <bool FROZEN>  // the output of a window, from its maximum's; switches may be null if they are not wanted
+INLINE void switch_on(vec y, uint8_t* switches, ivec at, float* out) {
   if (!FROZEN && switches) narrowed(switches, y <= 0 ? ivec{} + CLOSED : at);
   store(out, FROZEN ? keep(at != CLOSED, y) : relu(y));
 }
@@ -109,12 +109,12 @@ struct StatsGradient {
   }
 };
 
-template <bool FROZEN, class T>
-void pool_image(const T* y, const Signs& signs, T* pooled, uint8_t* switches, const Shape& s) {
+template <bool FROZEN>
+void pool_image(const float* y, const Signs& signs, float* pooled, uint8_t* switches, const Shape& s) {
   for (len r = 0; r < s.rows(); r++)
     for (len q = 0; q < s.columns(); q++)
       for (int v = 0; v < C; v += LANES) {
-        const T* p = y + (2 * r * s.width + 2 * q) * C + v;
+        const float* p = y + (2 * r * s.width + 2 * q) * C + v;
         const len to = (r * s.columns() + q) * C + v;
         ivec at = FROZEN ? widened(switches + to) : ivec{};
         const vec sign = load(signs.of + v), right = sign * load(p + C), below = sign * load(p + s.width * C);
@@ -126,11 +126,10 @@ void pool_image(const T* y, const Signs& signs, T* pooled, uint8_t* switches, co
 
 // Sum and sum of squares of each channel. For each pair of rows, the squared deviations from its mean are summed in float, and
 // mean^2 * n is added in double: a float sum of the squares themselves would lose digits.
-template <class T>
-void statistics_of_image(const T* y, const Shape& s, double* sums) {
+void statistics_of_image(const float* y, const Shape& s, double* sums) {
   std::memset(sums, 0, 2 * C * sizeof(double));
   for (len r = 0; r < s.height; r += 2) {
-    const T* p = y + r * s.width * C;
+    const float* p = y + r * s.width * C;
     const len n = (r + 1 < s.height ? 2 : 1) * s.width;
     vec mean[VECTORS] = {}, square[VECTORS] = {};
     for (len k = 0; k < n; k++)
@@ -149,8 +148,8 @@ void statistics_of_image(const T* y, const Shape& s, double* sums) {
   }
 }
 
-template <bool FROZEN, class T>
-void affine_relu_image(const T* pooled, T* out, const Affine& affine, uint8_t* switches, len size) {
+template <bool FROZEN>
+void affine_relu_image(const float* pooled, float* out, const Affine& affine, uint8_t* switches, len size) {
   for (len k = 0; k < size; k += C)
     UNROLL for (int v = 0; v < C; v += LANES) {
       const len at = k + v;
@@ -159,15 +158,15 @@ void affine_relu_image(const T* pooled, T* out, const Affine& affine, uint8_t* s
     }
 }
 
-template <class T, bool FROZEN = false>
-void block_forward(const T* y, const float* gamma, const float* beta, float eps, T* pooled, uint8_t* switches, T* out,
+template <bool FROZEN = false>
+void block_forward(const float* y, const float* gamma, const float* beta, float eps, float* pooled, uint8_t* switches, float* out,
                    float* mean, float* var, len images, len height, len width, len threads) {
   const Shape s{images, height, width};
   const Signs signs(gamma);
   std::vector<double> parts(s.images * 2 * C);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (len b = 0; b < s.images; b++) {
-    const T* of_image = y + b * s.height * s.width * C;
+    const float* of_image = y + b * s.height * s.width * C;
     statistics_of_image(of_image, s, &parts[b * 2 * C]);
     pool_image<FROZEN>(of_image, signs, pooled + b * s.pooled(), switches + b * s.pooled(), s);
   }
@@ -183,21 +182,19 @@ void block_forward(const T* y, const float* gamma, const float* beta, float eps,
 }
 
 // Eval mode: the ReLU of each window's maximum plus the bias.
-template <class T>
-void block_eval(const T* y, const float* bias, T* out, len images, len height, len width, len threads) {
+void block_eval(const float* y, const float* bias, float* out, len images, len height, len width, len threads) {
   const Shape s{images, height, width};
   const Affine affine = only_bias(bias);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (len b = 0; b < s.images; b++) {
-    T* of_image = out + b * s.pooled();
+    float* of_image = out + b * s.pooled();
     pool_image<false>(y + b * s.height * s.width * C, Signs(), of_image, nullptr, s);
     affine_relu_image<false>(of_image, of_image, affine, nullptr, s.pooled());
   }
 }
 
 // Sums over one image of the gradient at the ReLU's input, and of this gradient times the maximum.
-template <class T>
-void gradient_sums_of_image(const T* grad, const T* pooled, const uint8_t* switches, const Shape& s, double* sums) {
+void gradient_sums_of_image(const float* grad, const float* pooled, const uint8_t* switches, const Shape& s, double* sums) {
   std::memset(sums, 0, 2 * C * sizeof(double));
   for (len r = 0; r < s.rows(); r++) {
     vec plain[VECTORS] = {}, product[VECTORS] = {};
@@ -217,8 +214,7 @@ void gradient_sums_of_image(const T* grad, const T* pooled, const uint8_t* switc
 }
 
 // Overwrites y [B, H, W, C], the convolution's output, with its gradient.
-template <class T>
-void block_backward(const T* grad, const T* pooled, const uint8_t* switches, T* y, const float* gamma, const float* beta,
+void block_backward(const float* grad, const float* pooled, const uint8_t* switches, float* y, const float* gamma, const float* beta,
                     const float* mean, const float* var, float eps, float* grad_gamma, float* grad_beta, len images,
                     len height, len width, len threads) {
   const Shape s{images, height, width};
@@ -248,7 +244,7 @@ void block_backward(const T* grad, const T* pooled, const uint8_t* switches, T* 
             at = widened(switches + from);
           }
           const int left = int(r % 2) * 2;
-          T* p = y + ((b * s.height + r) * s.width + q) * C + v;
+          float* p = y + ((b * s.height + r) * s.width + q) * C + v;
           store(p, load(k0 + v) + load(k1 + v) * load(p) + keep(at == left, g));
           if (q + 1 < s.width) store(p + C, load(k0 + v) + load(k1 + v) * load(p + C) + keep(at == left + 1, g));
         }

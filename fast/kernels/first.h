@@ -14,10 +14,8 @@ struct Padded {  // an image [height, width, 3] with a border of zeros
   len stride;
   std::vector<float> pixels;
   explicit Padded(const Shape& s) : stride((s.width + 2) * 3), pixels((s.height + 2) * stride + LANES) {}
-  template <class T>
-  void copy(const T* x, const Shape& s) {
-    for (len r = 0; r < s.height; r++)
-      for (len k = 0; k < s.width * 3; k++) pixels[(r + 1) * stride + 3 + k] = number(x[r * s.width * 3 + k]);
+  void copy(const float* x, const Shape& s) {
+    for (len r = 0; r < s.height; r++) std::copy_n(x + r * s.width * 3, s.width * 3, &pixels[(r + 1) * stride + 3]);
   }
 };
 
@@ -33,10 +31,10 @@ struct Filters {
 };
 
 // What first_pixels keeps in registers: the outputs of PIXELS pooled pixels for GROUP vectors of filters.
-constexpr int PIXELS = 3, GROUP = LANES == 16 ? 2 : 1;
+constexpr int PIXELS = 3, GROUP = REGISTERS == 32 ? 2 : 1;
 
-template <bool FROZEN, int N, class T>  // computes N neighbouring pooled pixels
-INLINE void first_pixels(const float* in, len stride, const Filters& filters, const Affine& affine, uint8_t* switches, T* out) {
+template <bool FROZEN, int N>  // computes N neighbouring pooled pixels
+INLINE void first_pixels(const float* in, len stride, const Filters& filters, const Affine& affine, uint8_t* switches, float* out) {
   ROLLED for (int from = 0; from < C; from += GROUP * LANES) {
     vec y[2][2 * N][GROUP] = {};
     for (int row = 0; row < 3; row++)
@@ -59,8 +57,8 @@ INLINE void first_pixels(const float* in, len stride, const Filters& filters, co
   }
 }
 
-template <bool FROZEN, class T>
-void first_images(const T* x, const Filters& filters, const Affine& affine, uint8_t* switches, T* out, const Shape& s,
+template <bool FROZEN>
+void first_images(const float* x, const Filters& filters, const Affine& affine, uint8_t* switches, float* out, const Shape& s,
                   len threads) {
 #pragma omp parallel num_threads(threads)
   {
@@ -92,9 +90,9 @@ INLINE double output_times_tap(const double* products, const float* weight, int 
   return sum;
 }
 
-template <class T, bool FROZEN = false>
-void first_forward(const T* x, const float* weight, const float* gamma, const float* beta, float eps, const double* patches,
-                   const double* products, uint8_t* switches, T* out, float* mean, float* var, len images, len height,
+template <bool FROZEN = false>
+void first_forward(const float* x, const float* weight, const float* gamma, const float* beta, float eps, const double* patches,
+                   const double* products, uint8_t* switches, float* out, float* mean, float* var, len images, len height,
                    len width, len threads) {
   const Shape s{images, height, width};
   double exact[C];
@@ -111,8 +109,7 @@ void first_forward(const T* x, const float* weight, const float* gamma, const fl
 }
 
 // Eval mode: the ReLU of each window's maximum plus the bias.
-template <class T>
-void first_eval(const T* x, const float* weight, const float* bias, T* out, len images, len height, len width, len threads) {
+void first_eval(const float* x, const float* weight, const float* bias, float* out, len images, len height, len width, len threads) {
   first_images<false>(x, Filters(weight, Signs()), only_bias(bias), nullptr, out, Shape{images, height, width}, threads);
 }
 
@@ -149,8 +146,7 @@ INLINE void add_at_maxima(const float* quads, const float* grad, const uint8_t* 
 }
 
 // The gradient at the ReLU's input for a row of pooling windows, [columns, C]; its sums are added to plain [C].
-template <class T>
-INLINE void back_through_relu(const T* grad, const uint8_t* switches, len columns, float* back, float* plain) {
+INLINE void back_through_relu(const float* grad, const uint8_t* switches, len columns, float* back, float* plain) {
   for (int v = 0; v < C; v += LANES) {
     vec sum = load(plain + v);
     for (len k = v; k < columns * C; k += C) {
@@ -164,8 +160,7 @@ INLINE void back_through_relu(const T* grad, const uint8_t* switches, len column
 
 // Sums over one image of the gradient at the ReLU's input, [C], and of this gradient times the patch under the filter at the
 // window's maximum, [TAPS, C].
-template <class T>
-void first_sums_of_image(const Padded& padded, const T* grad, const uint8_t* switches, const Shape& s, float* back, float* quads,
+void first_sums_of_image(const Padded& padded, const float* grad, const uint8_t* switches, const Shape& s, float* back, float* quads,
                          double* result) {
   float sums[C + TAPS * C] = {};
   const len n = 6 * s.columns() + 3;
@@ -183,8 +178,7 @@ void first_sums_of_image(const Padded& padded, const T* grad, const uint8_t* swi
   std::copy_n(sums, C + TAPS * C, result);
 }
 
-template <class T>
-void first_backward(const T* grad, const T* x, const float* weight, const uint8_t* switches, const float* gamma,
+void first_backward(const float* grad, const float* x, const float* weight, const uint8_t* switches, const float* gamma,
                     const float* beta, const float* mean, const float* var, float eps, const double* patches,
                     const double* products, float* grad_weight, float* grad_gamma, float* grad_beta, len images, len height,
                     len width, len threads) {
@@ -222,8 +216,7 @@ void first_backward(const T* grad, const T* x, const float* weight, const uint8_
 }
 
 // Sum of the 3x3 patches, [TAPS], and of their outer products, [TAPS, TAPS]. Taps are in the order (colour, row, column).
-template <class T>
-void patch_moments(const T* x, double* patches, double* products, len images, len height, len width, len threads) {
+void patch_moments(const float* x, double* patches, double* products, len images, len height, len width, len threads) {
   const Shape s{images, height, width};
   constexpr int COUNT = 30, SIZE = TAPS * COUNT;  // the taps, ones for the plain sums, zeros up to a multiple of COLUMNS
   const int wide = whole_vectors(int(2 * s.width));  // two rows of pixels at a time
@@ -237,7 +230,7 @@ void patch_moments(const T* x, double* patches, double* products, len images, le
       for (len r = 0; r < s.height; r++)
         for (len q = 0; q < s.width; q++)
           for (int c = 0; c < 3; c++)
-            planes[c * plane + (r + 1) * stride + q + 1] = number(x[((b * s.height + r) * s.width + q) * 3 + c]);
+            planes[c * plane + (r + 1) * stride + q + 1] = x[((b * s.height + r) * s.width + q) * 3 + c];
       std::fill(sums.begin(), sums.end(), 0.0f);
       for (len r = 0; r < s.height; r += 2) {
         const int rows = r + 1 < s.height ? 2 : 1;

@@ -1,9 +1,8 @@
 // CPU kernels for the hot loops of an episode. They compute what learner.py, metalearner.py and augment.py describe.
 // library.py compiles and loads them; native.py checks the arguments and calls them.
 //
-// Tensors are contiguous. Images and activations are channels last: [images, height, width, channels]. T is float, or uint16_t
-// for the bits of a bfloat16. Sums are float over a few rows and double beyond, always in the same order, so the number of
-// threads changes no bit.
+// Tensors are contiguous. Images and activations are channels last: [images, height, width, channels]. Sums are float
+// over a few rows and double beyond, always in the same order, so the number of threads changes no bit.
 
 #include <type_traits>
 
@@ -36,20 +35,26 @@ constexpr const char* letters(void (*)(A...)) {
   void* name##_address = reinterpret_cast<void*>(function); \
   const char* name##_arguments = letters(function);         \
   }
-#define EXPORT_BOTH(name) EXPORT(name##_float, name<float>) EXPORT(name##_bfloat16, name<uint16_t>)
 
+extern "C" {
+#ifdef _OPENMP
+int parallel = 1;
+#else
+int parallel = 0;
+#endif
+}
 EXPORT(augment, augment)
 EXPORT(convolve, convolve)
 EXPORT(convolve_to_input, convolve_to_input)
 EXPORT(convolve_to_filters, convolve_to_filters)
+EXPORT(block_forward, block_forward<>)
+EXPORT(block_backward, block_backward)
+EXPORT(block_eval, block_eval)
+EXPORT(first_forward, first_forward<>)
+EXPORT(first_backward, first_backward)
+EXPORT(first_eval, first_eval)
+EXPORT(patch_moments, patch_moments)
 EXPORT(learner_gradient, learner_gradient<false>)
 EXPORT(learner_gradient_frozen, learner_gradient<true>)
 EXPORT(meta_forward, meta_forward)
 EXPORT(meta_backward, meta_backward)
-EXPORT_BOTH(block_forward)
-EXPORT_BOTH(block_backward)
-EXPORT_BOTH(block_eval)
-EXPORT_BOTH(first_forward)
-EXPORT_BOTH(first_backward)
-EXPORT_BOTH(first_eval)
-EXPORT_BOTH(patch_moments)

@@ -91,11 +91,11 @@ void learner_gradient(const float* x, const int64_t* labels, const double* patch
     Activations& a = blocks.back();
     float *y = a.y.get(), *pooled = a.pooled.get(), *out = a.out.get();
     if (b == 0) {
-      first_forward<float, FROZEN>(x, weight, gamma, beta, eps, patches, products, a.switches, out, a.mean, a.var, images, height,
+      first_forward<FROZEN>(x, weight, gamma, beta, eps, patches, products, a.switches, out, a.mean, a.var, images, height,
                                    width, threads);
     } else {
       convolve(a.in, weight, y, images, s.height, s.width, threads);
-      block_forward<float, FROZEN>(y, gamma, beta, eps, pooled, a.switches, out, a.mean, a.var, images, s.height, s.width,
+      block_forward<FROZEN>(y, gamma, beta, eps, pooled, a.switches, out, a.mean, a.var, images, s.height, s.width,
                                    threads);
     }
     const float unbiased = float(s.count()) / std::max<len>(s.count() - 1, 1);

@@ -15,7 +15,7 @@ constexpr int TILE = 128;  // coordinates of a tile
 constexpr float SMALL = 4.539992976e-05f;  // e^-10, where prep changes its form
 constexpr int CHUNKS = 16;  // partial sums, the same number for any number of threads, so that threads change no bit
 // The block of sums that weighted_sums keeps in registers; a smaller one would wait for the latency of its additions.
-constexpr int HELD = 5, WIDE = LANES == 16 ? 4 : 2;  // rows, and vectors of each
+constexpr int HELD = 5, WIDE = REGISTERS == 32 ? 4 : 2;  // rows, and vectors of each
 
 // out [rows, TILE] = start [rows], or zeros, + w times in [n, TILE]; w's number (r, k) lies at r * step + k * along.
 INLINE void weighted_sums(const float* w, int step, int along, const float* start, const float* in, int rows, int n,

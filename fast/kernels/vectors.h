@@ -1,4 +1,4 @@
-// Vectors of 16 floats, or of 8 without AVX-512: loading and storing, elementary functions, sums of products.
+// Vectors of 16 floats with AVX-512, of 8 with AVX2, of 4 elsewhere: loading and storing, elementary functions, sums of products.
 
 #pragma once
 
@@ -7,18 +7,30 @@
 #include <vector>
 #ifdef __AVX2__
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
 
+// LANES is what a register holds: compilers split wider vectors through memory. CHOOSE is for what they do not translate well.
 #ifdef __AVX512F__
-constexpr int LANES = 16;
-#else  // GCC splits vectors wider than the processor's through memory
-constexpr int LANES = 8;
+constexpr int LANES = 16, REGISTERS = 32;
+#define CHOOSE(avx512, avx2, other) avx512
+#elif defined(__AVX2__)
+constexpr int LANES = 8, REGISTERS = 16;
+#define CHOOSE(avx512, avx2, other) avx2
+#else
+#ifdef __aarch64__
+constexpr int LANES = 4, REGISTERS = 32;
+#else
+constexpr int LANES = 4, REGISTERS = 16;
 #endif
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint16_t half_vec __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+#define CHOOSE(avx512, avx2, other) other
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef float stored_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint8_t byte_vec __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef int64_t len;
 
@@ -31,48 +43,29 @@ constexpr int whole_vectors(int n) { return (n + LANES - 1) / LANES * LANES; }  
 INLINE ivec bits(vec x) { ivec b; memcpy(&b, &x, sizeof b); return b; }
 INLINE vec floats(ivec b) { vec x; memcpy(&x, &b, sizeof x); return x; }
 INLINE vec all(float x) { return x - vec{}; }
-INLINE vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
-INLINE void store(float* p, vec x) { *reinterpret_cast<vec*>(p) = x; }
-// GCC turns __builtin_convertvector into one conversion per number.
-#ifdef __AVX512F__
-INLINE ivec widened(const uint8_t* p) { return ivec(_mm512_maskz_cvtepu8_epi32(-1, _mm_loadu_si128((const __m128i*)p))); }
-INLINE ivec widened(const uint16_t* p) { return ivec(_mm512_maskz_cvtepu16_epi32(-1, _mm256_loadu_si256((const __m256i*)p))); }
-INLINE void narrowed(uint8_t* p, ivec x) { _mm512_mask_cvtepi32_storeu_epi8(p, -1, __m512i(x)); }
-INLINE void narrowed(uint16_t* p, ivec x) { _mm512_mask_cvtepi32_storeu_epi16(p, -1, __m512i(x)); }
-#elif defined(__AVX2__)
-INLINE ivec widened(const uint8_t* p) { return ivec(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
-INLINE ivec widened(const uint16_t* p) { return ivec(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p))); }
-INLINE __m128i packed(ivec x) {  // numbers from 0 to 65535
-  return _mm_packus_epi32(_mm256_castsi256_si128(__m256i(x)), _mm256_extracti128_si256(__m256i(x), 1));
+INLINE vec load(const float* p) { return *reinterpret_cast<const stored_vec*>(p); }
+INLINE void store(float* p, vec x) { *reinterpret_cast<stored_vec*>(p) = x; }
+INLINE ivec widened(const uint8_t* p) {
+  return CHOOSE(ivec(_mm512_maskz_cvtepu8_epi32(-1, _mm_loadu_si128((const __m128i*)p))),
+                ivec(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+                __builtin_convertvector(*reinterpret_cast<const byte_vec*>(p), ivec));
 }
-INLINE void narrowed(uint8_t* p, ivec x) { _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(packed(x), packed(x))); }
-INLINE void narrowed(uint16_t* p, ivec x) { _mm_storeu_si128((__m128i*)p, packed(x)); }
-#else
-INLINE ivec widened(const uint8_t* p) { return __builtin_convertvector(*reinterpret_cast<const byte_vec*>(p), ivec); }
-INLINE ivec widened(const uint16_t* p) { return __builtin_convertvector(*reinterpret_cast<const half_vec*>(p), ivec); }
-INLINE void narrowed(uint8_t* p, ivec x) { *reinterpret_cast<byte_vec*>(p) = __builtin_convertvector(x, byte_vec); }
-INLINE void narrowed(uint16_t* p, ivec x) { *reinterpret_cast<half_vec*>(p) = __builtin_convertvector(x, half_vec); }
-#endif
-INLINE vec load(const uint16_t* p) { return floats(widened(p) << 16); }
-INLINE void store(uint16_t* p, vec x) {  // rounds to nearest, ties to even; keeps NaN
-  const ivec b = bits(x), rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-  narrowed(p, (x != x ? (ivec{} + 0x7fc0) : rounded) & 0xffff);
-}
-INLINE float number(float x) { return x; }
-INLINE float number(uint16_t x) { uint32_t b = uint32_t(x) << 16; float f; memcpy(&f, &b, sizeof f); return f; }
-INLINE vec numbers(ivec x) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  return vec(_mm256_cvtepi32_ps(__m256i(x)));
+INLINE void narrowed(uint8_t* p, ivec x) {  // numbers from 0 to 255
+  const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(__m256i(x)), _mm256_extracti128_si256(__m256i(x), 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(half, half));
+}
 #else
-  return __builtin_convertvector(x, vec);
+INLINE void narrowed(uint8_t* p, ivec x) {
+  CHOOSE(_mm512_mask_cvtepi32_storeu_epi8(p, -1, __m512i(x)), ,
+         *reinterpret_cast<byte_vec*>(p) = __builtin_convertvector(x, byte_vec));
+}
 #endif
+INLINE vec numbers(ivec x) {
+  return CHOOSE(__builtin_convertvector(x, vec), vec(_mm256_cvtepi32_ps(__m256i(x))), __builtin_convertvector(x, vec));
 }
 INLINE ivec integers(vec x) {  // rounds towards zero
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  return ivec(_mm256_cvttps_epi32(__m256(x)));
-#else
-  return __builtin_convertvector(x, ivec);
-#endif
+  return CHOOSE(__builtin_convertvector(x, ivec), ivec(_mm256_cvttps_epi32(__m256(x))), __builtin_convertvector(x, ivec));
 }
 INLINE vec keep(ivec mask, vec x) { return floats(mask & bits(x)); }
 INLINE vec relu(vec x) { return x < 0 ? vec{} : x; }  // keeps NaN
@@ -91,35 +84,23 @@ template <bool KNOWN>  // the largest or, KNOWN, the one that at says
 INLINE vec maximum(vec a, vec b, vec c, vec d, ivec& at) {
   return !KNOWN ? largest(a, b, c, d, at) : at == 0 ? a : at == 1 ? b : at == 2 ? c : d;
 }
+INLINE vec permuted(vec x, ivec at) {
+#ifdef __aarch64__
+  return vec(vqtbl1q_u8(uint8x16_t(x), uint8x16_t(at * 0x04040404 + 0x03020100)));  // four bytes a number
+#else
+  [[maybe_unused]] vec y = {};
+  for (int k = 0; k < LANES; k++) y[k] = x[at[k] % LANES];
+  return CHOOSE(vec(_mm512_maskz_permutexvar_ps(-1, __m512i(at), __m512(x))),
+                vec(_mm256_permutevar8x32_ps(__m256(x), __m256i(at))), y);
+#endif
+}
 // repeated: four numbers in each group of four lanes. chosen: within each group, the numbers at the indices at, 0 to 3.
 INLINE vec repeated(const float* p) {
-#ifdef __AVX512F__
-  return vec(_mm512_maskz_broadcast_f32x4(-1, _mm_loadu_ps(p)));
-#elif defined(__AVX2__)
-  return vec(_mm256_broadcast_ps((const __m128*)p));
-#else
-  vec x;
-  for (int k = 0; k < LANES; k++) x[k] = p[k % 4];
-  return x;
-#endif
+  return CHOOSE(vec(_mm512_maskz_broadcast_f32x4(-1, _mm_loadu_ps(p))), vec(_mm256_broadcast_ps((const __m128*)p)), load(p));
 }
 INLINE vec chosen(vec x, ivec at) {
-#ifdef __AVX512F__
-  return vec(_mm512_maskz_permutevar_ps(-1, __m512(x), __m512i(at)));
-#elif defined(__AVX2__)
-  return vec(_mm256_permutevar_ps(__m256(x), __m256i(at)));
-#else
-  return __builtin_shuffle(x, at);
-#endif
-}
-INLINE vec permuted(vec x, ivec at) {  // of all lanes
-#ifdef __AVX512F__
-  return vec(_mm512_maskz_permutexvar_ps(-1, __m512i(at), __m512(x)));
-#elif defined(__AVX2__)
-  return vec(_mm256_permutevar8x32_ps(__m256(x), __m256i(at)));
-#else
-  return __builtin_shuffle(x, at);
-#endif
+  return CHOOSE(vec(_mm512_maskz_permutevar_ps(-1, __m512(x), __m512i(at))), vec(_mm256_permutevar_ps(__m256(x), __m256i(at))),
+                permuted(x, at));
 }
 INLINE double sum(vec x) {
   double s = 0;
@@ -127,43 +108,22 @@ INLINE double sum(vec x) {
   return s;
 }
 
-// The functions below have relative errors below 1e-6 and keep NaN. Instructions of AVX-512 and AVX2 halve their running time;
-// the last branches are for processors without either.
+// The functions below have relative errors below 1e-6 and keep NaN. Instructions of AVX-512 and AVX2 halve their running time.
 INLINE vec at_least(vec x, float limit) {
-#ifdef __AVX512F__
-  return vec(_mm512_max_ps(__m512(all(limit)), __m512(x)));
-#elif defined(__AVX2__)
-  return vec(_mm256_max_ps(__m256(all(limit)), __m256(x)));
-#else
-  return x < limit ? all(limit) : x;
-#endif
+  return CHOOSE(vec(_mm512_max_ps(__m512(all(limit)), __m512(x))), vec(_mm256_max_ps(__m256(all(limit)), __m256(x))),
+                x < limit ? all(limit) : x);
 }
 INLINE vec at_most(vec x, float limit) {
-#ifdef __AVX512F__
-  return vec(_mm512_min_ps(__m512(all(limit)), __m512(x)));
-#elif defined(__AVX2__)
-  return vec(_mm256_min_ps(__m256(all(limit)), __m256(x)));
-#else
-  return x > limit ? all(limit) : x;
-#endif
+  return CHOOSE(vec(_mm512_min_ps(__m512(all(limit)), __m512(x))), vec(_mm256_min_ps(__m256(all(limit)), __m256(x))),
+                x > limit ? all(limit) : x);
 }
 INLINE vec times_power_of_two(vec x, vec n) {  // n is a whole number from -126 to 127
-#ifdef __AVX512F__
-  return vec(_mm512_scalef_ps(__m512(x), __m512(n)));
-#else
-  return x * floats((integers(n) + 127) << 23);
-#endif
+  [[maybe_unused]] const vec power = floats((integers(n) + 127) << 23);
+  return CHOOSE(vec(_mm512_scalef_ps(__m512(x), __m512(n))), x * power, x * power);
 }
-INLINE vec reciprocal(vec x) {
-#ifdef __AVX512F__  // an estimate and one Newton step
-  const vec y = vec(_mm512_maskz_rcp14_ps(__mmask16(-1), __m512(x)));
-  return y * (2.0f - x * y);
-#elif defined(__AVX2__)
-  const vec y = vec(_mm256_rcp_ps(__m256(x)));
-  return y * (2.0f - x * y);
-#else
-  return 1.0f / x;
-#endif
+INLINE vec reciprocal(vec x) {  // an estimate and one Newton step
+  const vec y = CHOOSE(vec(_mm512_maskz_rcp14_ps(-1, __m512(x))), vec(_mm256_rcp_ps(__m256(x))), 1.0f / x);
+  return LANES == 4 ? y : y * (2.0f - x * y);
 }
 INLINE vec exponential(vec x) {  // for |x| <= 87
   const vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest whole number
@@ -202,8 +162,8 @@ void total(const std::vector<double>& parts, len n, len size, double* result) {
     for (len k = 0; k < size; k++) result[k] += parts[b * size + k];
 }
 
-// Size of the block of sums that add_products keeps in registers: of 32 with AVX-512, of 16 without.
-constexpr int ROWS = LANES == 16 ? 4 : 2, COLUMNS = 6;
+// Size of the block of sums that add_products keeps in registers.
+constexpr int ROWS = REGISTERS == 32 ? 4 : 2, COLUMNS = 6;
 
 // Adds to sums [rows, columns, LANES] the products of each row of a [rows, width] with each row of z [columns, width], lane by
 // lane. rows, columns and width are multiples of ROWS, COLUMNS and LANES. If a is z, the sums are symmetric, and blocks that

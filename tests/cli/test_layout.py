@@ -175,10 +175,11 @@ def test_without_fast_all_works_and_is_what_plain_gives(master, tmp_path):
     assert here == there
 
 
-@pytest.mark.parametrize("plain", [True, False], ids=["--plain", "no folder"])
-def test_without_fast_bfloat16_is_refused(monkeypatch, plain):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    args = flags.resolve({"cpu": True, "precision": "bf16", "plain": plain})
+@pytest.mark.parametrize("plain", [True, False, None], ids=["--plain", "no folder", "CPU"])
+def test_without_fast_or_a_gpu_bfloat16_is_refused(monkeypatch, plain):
+    if plain is not None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    args = flags.resolve({"cpu": True, "precision": "bf16", "plain": bool(plain)})
     with pytest.raises(UserError, match="--precision bf16"):
         select_backend(args)
 

@@ -144,6 +144,7 @@ def test_two_recipes_side_by_side_share_the_processor(clone):
     folders = [f"logs-{name}-{seed}" for name in ("authors", "1shot-authors") for seed in (719, 53)]
     run = seeds(clone, "719", "53", "--recipe", recipes, "--per-gpu", "4")
     assert run.returncode == 0, run.stderr
+    assert all(line.startswith("seed ") for line in run.stderr.splitlines())
     *calls, table = clone[1]()
     assert table[2:] == ["--mode", "results", "--runs", *folders]
     threads = (clone[0].parent / "called.threads").read_text().split()

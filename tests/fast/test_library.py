@@ -12,7 +12,16 @@ from conftest import ROOT
 
 from fast import library
 
-PROBE = 'extern "C" { void* probe_address = &probe_address; const char* probe_arguments = "l"; }\n'
+PROBE = """extern "C" {
+void* probe_address = &probe_address;
+const char* probe_arguments = "l";
+#ifdef _OPENMP
+int parallel = 1;
+#else
+int parallel = 0;
+#endif
+}
+"""
 
 
 @pytest.fixture
@@ -20,8 +29,7 @@ def probe(tmp_path, monkeypatch):
     """A small library in place of the kernels."""
     (tmp_path / "probe.cpp").write_text(PROBE)
     monkeypatch.setattr(library, "MAIN", tmp_path / "probe.cpp")
-    monkeypatch.setattr(library, "ONE_TYPE", ("probe",))
-    monkeypatch.setattr(library, "BY_TYPE", ())
+    monkeypatch.setattr(library, "KERNELS", ("probe",))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if shutil.which("g++") is None:
         pytest.skip("no compiler")
@@ -36,6 +44,19 @@ def test_a_compiler_behind_another_command(probe, tmp_path, monkeypatch):
         monkeypatch.setenv("CXX", words)
         found = library.Library()
         assert list(found.functions) == (["probe"] if "g++" in words else []), found.state
+
+
+def test_a_compiler_without_openmp(probe, tmp_path, monkeypatch):
+    """Like Apple's clang; found in the cache the next time."""
+    compiler = tmp_path / "apple"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    for words, cache in ((str(compiler), "a"), ("g++", "b"), (str(compiler), "a")):
+        monkeypatch.setenv("CXX", words)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+        found = library.Library()
+        assert list(found.functions) == ["probe"], found.state
+        assert ("without OpenMP" in found.state) == (words != "g++")
 
 
 @pytest.mark.parametrize("words", ["g++ '", "nowhere g++", " "])
@@ -63,7 +84,7 @@ from pathlib import Path
 from unittest import mock
 with mock.patch("os.path.expanduser", lambda path: path):  # no HOME, no entry of the user
     from fast import library
-    library.MAIN, library.ONE_TYPE, library.BY_TYPE = Path(sys.argv[1]), ("probe",), ()
+    library.MAIN, library.KERNELS = Path(sys.argv[1]), ("probe",)
     print(library.Library().state)
 """
 
