@@ -1,7 +1,9 @@
+import os
+
 import pytest
 from conftest import refused, run_cli, succeeded
 
-from engine.flags import DEFAULTS, HYPER_PARAMETERS, parse, resolve, spelled
+from engine.flags import DEFAULTS, HYPER_PARAMETERS, default_workers, parse, resolve, spelled
 
 PUBLISHED = dict(
     n_class=5, n_shot=5, n_eval=15, epoch=8, batch_size=25, image_size=84, filters=32,

@@ -631,5 +631,5 @@ def test_all_kernels_work_on_this_gpu(monkeypatch, capsys):
         assert torch.equal(model.loss_and_grad(x, y)[1], model.loss_and_grad(x, y)[1])
         with torch.no_grad():
             model.eval()(x)
-    assert list(gpu._works.values()) == [True] * (1 + 1 + 2 * 4)
+    assert list(gpu._works.values()) == [True] * (1 + 1 + 2 * 5)
     assert capsys.readouterr().out == ""
