@@ -56,6 +56,12 @@ def _listed(title: str, items: dict[str, str]) -> str:
     return f"{title}:\n" + "".join(f"  {k:<13} {v}\n" for k, v in items.items()) + "\n"
 
 
+def default_workers() -> int:
+    """Half of the cores, from 2 to 8 of them: on a GPU the host's work is what limits the rate."""
+    usable = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))(0)
+    return min(8, max(2, len(usable) // 2))
+
+
 def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     """The parser, which leaves out flags that are not given; all defaults; the hyper-parameters."""
     parser = Parser(
@@ -129,7 +135,13 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     words = "imagenet: normalised by ImageNet's mean and deviation, as the port; unit: 0 to 1"
     add("--pixels", "imagenet", words, hyper=True, choices=("imagenet", "unit"))
     add("--cache-dir", None, "folder for decoded images (default: .decoded in the data)", "DIR")
-    add("--n-workers", 2, "processes that prepare episodes", "N", type=int_range(0, 256))
+    add(
+        "--n-workers",
+        default_workers(),
+        "processes that prepare episodes",
+        "N",
+        type=int_range(0, 256),
+    )
     add("--pin-mem", True, "page-locked memory for copies to the GPU")
 
     add = group("episodes")

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast import gpu, native
-from fast.gpu import blocks
+from fast.gpu import blocks, update
+from fast.gpu.convolution import kernels_order
 from learner import N_BLOCKS, Conv4, FlatModule
 
 
@@ -41,6 +42,8 @@ class FastConv4(Conv4):
         super().__init__(image_size, bn_eps, bn_momentum, n_classes, bn_scale, n_filters)
         self.conv_dtype, self._twice = conv_dtype, False
         self._last: tuple[Tensor, int, Tensor, native.PatchMoments | None] | None = None
+        self._flat: tuple[Tensor, Tensor] | None = None  # see _arranged
+        self._in_triton: dict[tuple[torch.device, torch.dtype], bool] = {}
 
     def features(self, x: Tensor) -> Tensor:
         """See ``Conv4.features``; fastest on images in channels_last memory format."""
@@ -48,11 +51,34 @@ class FastConv4(Conv4):
 
     def block(self, b: int, x: Tensor) -> Tensor:
         """See ``Conv4.block``."""
-        conv, norm = getattr(self, f"conv{b}"), getattr(self, f"norm{b}")
+        conv, norm = self._block(b)
         x, moments = self._prepared(x) if b == 1 else (x, None)
         if self._twice:
             return _train_block(x, conv, norm)
         return train_block(x, conv, norm, moments) if norm.training else eval_block(x, conv, norm)
+
+    def _block(self, b: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+        return getattr(self, f"conv{b}"), getattr(self, f"norm{b}")
+
+    def _blocks_run_in_triton(self, x: Tensor) -> bool:
+        """Whether Triton's kernels train every block; each is checked at the first call, with what
+        reaches it from these images.
+        """
+        if not blocks.handles_block(x, self.conv1.weight):
+            return False
+        key = x.device, x.dtype
+        if key not in self._in_triton:
+            self._in_triton[key] = True
+            for b in range(1, N_BLOCKS + 1):
+                conv, norm = self._block(b)
+                with torch.enable_grad():
+                    kernel = _triton_or(_train_block, blocks.train_block, x, conv, norm)
+                if kernel is _train_block:
+                    self._in_triton[key] = False
+                    break
+                with torch.no_grad():
+                    x = _eval_block(x, conv, norm)  # which leaves the running statistics alone
+        return self._in_triton[key]
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, native.PatchMoments | None]:
         """The images in ``conv_dtype`` and, for the CPU kernels, their moments; kept for the next
@@ -72,6 +98,10 @@ class FastConv4(Conv4):
         if moments is not None and native.handles(images):
             parameters = [getattr(m, name) for m, name, _ in self.slots()]
             return self._in_one_call(images, y, moments, parameters)[:2]
+        if self._blocks_run_in_triton(images):
+            flat = self.conv1.weight.new_zeros(self.size(), 1)
+            blocks_ = [self._block(b) for b in range(1, N_BLOCKS + 1)]
+            return update.loss_and_grad(images, y, blocks_, self.cls, self.slices(flat)), flat
         with torch.enable_grad():
             loss = F.cross_entropy(self(x), y)
             grads = torch.autograd.grad(loss, list(self.parameters()), allow_unused=True)
@@ -117,7 +147,27 @@ class FastConv4(Conv4):
     @torch.no_grad()
     def copy_flat_params(self, cI: Tensor) -> None:
         """See ``FlatModule.copy_flat_params``."""
-        torch._foreach_copy_([getattr(m, name) for m, name, _ in self.slots()], self.slices(cI))
+        if any(self._in_triton.values()):
+            flat, order = self._arranged(cI.device)
+            torch.index_select(cI.view(-1), 0, order, out=flat)
+        else:
+            parameters = [getattr(m, name) for m, name, _ in self.slots()]
+            torch._foreach_copy_(parameters, self.slices(cI))
+
+    def _arranged(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """One buffer [P] in which the parameters lie, filters in the order that Triton's kernels
+        read, and which number of the flat vector each of its numbers is.
+        """
+        if self._flat is None or self._flat[0].data_ptr() != self.conv1.weight.data_ptr():
+            slots, numbers = self.slots(), torch.arange(self.size(), device=device)
+            order = torch.cat([kernels_order(t).reshape(-1) for t in self.slices(numbers)])
+            flat = torch.empty_like(order, dtype=self.conv1.weight.dtype)
+            parts = flat.split([shape.numel() for _, _, shape in slots])
+            for (m, name, shape), part in zip(slots, parts, strict=True):
+                swapped = kernels_order(torch.empty(shape, device="meta")).shape
+                getattr(m, name).data = kernels_order(part.view(swapped))  # back again
+            self._flat = flat, order
+        return self._flat
 
     @torch.no_grad()
     def copy_buffers(self, other: FlatModule) -> None:

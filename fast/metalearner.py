@@ -26,7 +26,7 @@ class FastMetaLearner(MetaLearner):
     def forward(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
         """See ``MetaLearner.forward``."""
         if native.handles(grad):
-            return self._apply_kernel(native.MetaStep, loss, grad, state)
+            return MetaState(*native.MetaStep.apply(loss, *self._weights(), grad, *state))
         kernel, eager = FastMetaLearner._in_triton, FastMetaLearner._in_pytorch
         size, variant = self.lstm.hidden_size, f"{self.lstm.hidden_size} hidden units"
 
@@ -42,15 +42,12 @@ class FastMetaLearner(MetaLearner):
         return self._in_pytorch(loss, grad, state)
 
     def _in_triton(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
-        return self._apply_kernel(meta.MetaStep, loss, grad, state)
+        return meta.step(loss, self._weights(), grad, state)
 
-    def _apply_kernel(
-        self, step: type[torch.autograd.Function], loss: Tensor, grad: Tensor, state: MetaState
-    ) -> MetaState:
+    def _weights(self) -> list[Tensor]:
         lstm, cell = self.lstm, self.metalstm
-        weights = lstm.weight_ih, lstm.weight_hh, lstm.bias_ih, lstm.bias_hh
-        gates = cell.WF, cell.bF, cell.WI, cell.bI
-        return MetaState(*step.apply(loss, *weights, *gates, grad, *state))
+        weights = [lstm.weight_ih, lstm.weight_hh, lstm.bias_ih, lstm.bias_hh]
+        return [*weights, cell.WF, cell.bF, cell.WI, cell.bI]
 
     def _in_pytorch(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
         x = prep(torch.cat((loss.view(1), grad.squeeze(1))))  # both at once

@@ -194,7 +194,7 @@ def eval_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """See ``learner.eval_block``; without a graph."""
     y, running = _convolved(x, conv), (norm.running_mean, norm.running_var)
     affine = norm.weight, norm.bias, conv.bias
-    return _normalised(y, *affine, *running, norm.momentum, norm.eps, train=False)[0]
+    return normalised(y, *affine, *running, norm.momentum, norm.eps, train=False)[0]
 
 
 def _convolved(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -208,7 +208,7 @@ def _counts(y: Tensor) -> tuple[int, int, int, int]:
     return n * height * width, n * -(-height // 2) * -(-width // 2), height, width
 
 
-def _normalised(y, gamma, beta, bias, running_mean, running_var, momentum, eps, train):
+def normalised(y, gamma, beta, bias, running_mean, running_var, momentum, eps, train):
     """The block's output; with ``train`` also the batch's mean and 1 / deviation [2, C]."""
     (pixels, windows, height, width), channels = _counts(y), y.shape[1]
     parts, used = gamma.new_empty(2, PARTS, channels), gamma.new_empty(2, channels)
@@ -235,21 +235,29 @@ class NormPoolReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, gamma, beta, *others):
-        out, used = _normalised(y, gamma, beta, *others, train=True)
+        out, used = normalised(y, gamma, beta, *others, train=True)
         ctx.save_for_backward(y, used, gamma, beta)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        y, used, gamma, beta = ctx.saved_tensors
+        _, _, gamma, beta = saved = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
-        pixels, windows, *size = _counts(y)
-        per, programs = shares(windows, ROWS, PARTS)
-        parts = gamma.new_empty(2, PARTS, len(gamma))
-        grads = [torch.empty_like(t) for t in (gamma, beta, y)]
-        args = y, used, gamma, beta, grad, parts
-        options = {"C": len(gamma), "ROWS": ROWS, "PARTS": PARTS, "num_warps": WARPS}
-        launch(_block_sums, programs, *args, windows, per, *size, **options)
-        launch(_block_backward, programs, *args, *grads, pixels, windows, per, *size, **options)
-        return grads[2], *grads[:2], *[None] * 5
+        d_gamma, d_beta = torch.empty_like(gamma), torch.empty_like(beta)
+        return norm_gradient(*saved, grad, d_gamma, d_beta), d_gamma, d_beta, *[None] * 5
+
+
+def norm_gradient(y, used, gamma, beta, grad, d_gamma, d_beta) -> Tensor:
+    """The gradient of y, what ``normalised`` read, from that of its output, channels last; writes
+    those of gamma and beta.
+    """
+    pixels, windows, *size = _counts(y)
+    per, programs = shares(windows, ROWS, PARTS)
+    parts, d_y = gamma.new_empty(2, PARTS, len(gamma)), torch.empty_like(y)
+    args = y, used, gamma, beta, grad, parts
+    options = {"C": len(gamma), "ROWS": ROWS, "PARTS": PARTS, "num_warps": WARPS}
+    launch(_block_sums, programs, *args, windows, per, *size, **options)
+    args = *args, d_gamma, d_beta, d_y
+    launch(_block_backward, programs, *args, pixels, windows, per, *size, **options)
+    return d_y

@@ -1,4 +1,7 @@
-"""3x3 convolutions and their gradients, on channels-last images."""
+"""3x3 convolutions and their gradients, on channels-last images.
+
+The kernels read the filters of 32 channels as [tap, out, in], so that a warp reads a row at once.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from fast.gpu import jit, launch, shares, tl
 from fast.native import N_FILTERS
 
 ROWS, WARPS = 128, 8  # output pixels of a program, and its warps
-MAX_PARTS = 256  # most programs that share the filters' gradient
-FILTERS_BACKWARD = {  # their options by the number of channels
-    3: {"ROWS": 64, "num_warps": 8, "num_stages": 3},
-    32: {"ROWS": 32, "num_warps": 4, "num_stages": 2},
+PROGRAMS = 768  # most programs that share the filters' gradient
+FILTERS_BACKWARD = {  # their options by the number of channels; a 32 x 32 product feeds two warps
+    3: {"ROWS": 32, "num_warps": 2, "num_stages": 3},
+    32: {"ROWS": 16, "num_warps": 2, "num_stages": 2},
 }
 # Tensor cores multiply float32 as three products of TF32, which together are nearly as precise.
 PRECISION = "tf32x3"
@@ -41,7 +44,7 @@ def _filters(weight, tap, C: tl.constexpr):
     out, number = tl.arange(0, 32)[:, None], tl.arange(0, 32)[None, :]
     if C == 3:
         return tl.load(weight + out * 27 + number, number < 27, 0.0)
-    return tl.load(weight + (out * C + number) * 9 + tap)
+    return tl.load(weight + (tap * 32 + out) * C + number)
 
 
 @jit
@@ -87,10 +90,10 @@ def _filters_backward(
     if C == 3:
         tl.store(parts + part * 32 * 27 + out * 27 + number, left, number < 27)
     else:
-        places = parts + ((part * 32 + out) * 32 + number) * 9 + line
+        places = parts + ((part * 9 + line) * 32 + out) * 32 + number
         tl.store(places, left)
-        tl.store(places + 1, middle)
-        tl.store(places + 2, right)
+        tl.store(places + 32 * 32, middle)
+        tl.store(places + 2 * 32 * 32, right)
 
 
 class Convolution(torch.autograd.Function):
@@ -102,36 +105,60 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight):
-        x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous()
-        ctx.save_for_backward(x, weight)
-        return _convolved(x, weight)
+        x = x.contiguous(memory_format=torch.channels_last)
+        filters = arranged(weight)
+        ctx.save_for_backward(x, filters)
+        ctx.shape = weight.shape
+        return convolve(x, filters)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        x, filters = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
-        _, channels, *size = x.shape
-        is_image, pixels = channels == 3, x[:, 0].numel()
-        options = {"C": channels, "PRECISION": PRECISION, **FILTERS_BACKWARD[channels]}
-        per, programs = shares(pixels, options["ROWS"], MAX_PARTS)
-        parts = weight.new_empty(*programs, *weight.shape)
-        grid = (*programs, 1 if is_image else 3)
-        launch(_filters_backward, grid, x, grad, parts, pixels, per, *size, **options)
         grad_x = None
-        if ctx.needs_input_grad[0] and is_image:  # only the self-check asks for it
-            grad_x = torch.nn.grad.conv2d_input(x.shape, weight.to(x.dtype), grad, padding=1)
+        if ctx.needs_input_grad[0] and x.shape[1] == 3:  # only the self-check asks for it
+            grad_x = torch.nn.grad.conv2d_input(x.shape, filters.to(x.dtype), grad, padding=1)
         elif ctx.needs_input_grad[0]:
-            grad_x = _convolved(grad, weight, back=True)
-        return grad_x, parts.sum(0)
+            grad_x = convolve(grad, filters, back=True)
+        grad_weight = filters.new_empty(ctx.shape)
+        filters_gradient(x, grad, grad_weight)
+        return grad_x, grad_weight
 
 
-def _convolved(x: Tensor, weight: Tensor, back: bool = False) -> Tensor:
-    """``_convolve`` of channels-last images."""
+def kernels_order(weight: Tensor) -> Tensor:
+    """Filters [32, 32, 3, 3] seen as the kernels read them, [3, 3, 32, 32], or back; all others as
+    they are.
+    """
+    swaps = sorted(weight.shape) == [3, 3, N_FILTERS, N_FILTERS]
+    return weight.permute(2, 3, 0, 1) if swaps else weight
+
+
+def arranged(weight: Tensor) -> Tensor:
+    """Filters in the kernels' order; a copy if they lie in any other."""
+    return kernels_order(weight).contiguous()
+
+
+def convolve(x: Tensor, filters: Tensor, back: bool = False) -> Tensor:
+    """``_convolve`` of channels-last images by ``arranged`` filters."""
     n, channels, *size = x.shape
     shape, pixels = (n, N_FILTERS, *size), x[:, 0].numel()
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     options = {"BACK": back, "C": channels, "ROWS": ROWS, "PRECISION": PRECISION}
     grid = (-(-pixels // ROWS),)
-    launch(_convolve, grid, x, weight, out, pixels, *size, num_warps=WARPS, **options)
+    launch(_convolve, grid, x, filters, out, pixels, *size, num_warps=WARPS, **options)
     return out
+
+
+def filters_gradient(x: Tensor, grad: Tensor, out: Tensor) -> None:
+    """Write the filters' gradient into ``out`` [32, C, 3, 3], from channels-last images ``x`` and
+    the gradient of their convolution.
+    """
+    _, channels, *size = x.shape
+    lines, pixels = 1 if channels == 3 else 3, x[:, 0].numel()
+    options = {"C": channels, "PRECISION": PRECISION, **FILTERS_BACKWARD[channels]}
+    per, programs = shares(pixels, 2 * options["ROWS"], PROGRAMS // lines)
+    out = kernels_order(out)
+    parts = out.new_empty(*programs, *out.shape)
+    launch(_filters_backward, (*programs, lines), x, grad, parts, pixels, per, *size, **options)
+    torch.sum(parts, 0, out=out)

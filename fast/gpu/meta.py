@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fast.gpu import INT32, jit, launch, shares, tl
+from metalearner import MetaState
 
 TILE, WARPS = 32, 8  # fewer warps or larger tiles spill registers
 BACKWARD = {
@@ -123,27 +124,36 @@ def _meta_forward(
 
 
 @jit
-def _store_gate(sums, loss, k, d_w, H: tl.constexpr, W: tl.constexpr):
+def _add(sums, at, value, valid, ADD: tl.constexpr):
+    """Store a gradient, or add it to what is there."""
+    if ADD:
+        value += tl.load(sums + at, valid, 0.0)
+    tl.store(sums + at, value, valid)
+
+
+@jit
+def _store_gate(sums, loss, k, d_w, H: tl.constexpr, W: tl.constexpr, ADD: tl.constexpr):
     """A program's gradient of gate k's weights and bias."""
     into, out = tl.arange(0, W)[:, None], tl.arange(0, W)[None, :]
     row, valid = k * H + out, out < H
     size, sign = _prep(tl.load(loss))
     last = valid & (into == H + 2)
-    tl.store(sums + row * 4 + 2 + into - H, d_w, valid & (into >= H) & (into < H + 2))
-    tl.store(sums + row * 4 + 0 * into, size * d_w, last)
-    tl.store(sums + row * 4 + 1 + 0 * into, sign * d_w, last)
-    tl.store(sums + 16 * H + row * H + into, d_w, valid & (into < H))
-    tl.store(sums + 16 * H + 4 * H * H + row + 0 * into, d_w, last)
+    _add(sums, row * 4 + 2 + into - H, d_w, valid & (into >= H) & (into < H + 2), ADD)
+    _add(sums, row * 4 + 0 * into, size * d_w, last, ADD)
+    _add(sums, row * 4 + 1 + 0 * into, sign * d_w, last, ADD)
+    _add(sums, 16 * H + row * H + into, d_w, valid & (into < H), ADD)
+    _add(sums, 16 * H + 4 * H * H + row + 0 * into, d_w, last, ADD)
 
 
 @jit
 def _meta_backward(
     loss, w_ih, w_hh, b_ih, b_hh, wf, wi, grad, h, c, f, i, theta, new_f, new_i,
-    d_h, d_c, d_f, d_i, d_theta, old_d_h, old_d_c, old_d_f, old_d_i, old_d_theta, sums,
-    P, PER, N, H: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr,
+    d_h, d_c, d_f, d_i, d_theta, old_d_h, old_d_c, old_d_f, old_d_i, old_d_theta,
+    sums,
+    P, PER, N, H: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """``sums`` takes N numbers per program: the gradients of both weights, of either bias, of WF,
-    bF, WI and bI.
+    bF, WI and bI; with ADD they are added to those of later updates.
     """
     unit, two = tl.arange(0, W), tl.arange(0, 16)
     sums += tl.program_id(0) * N
@@ -200,14 +210,15 @@ def _meta_backward(
         d = tl.dot(dg_gate, tl.trans(w_g), d, input_precision="ieee")
         d = tl.dot(do_gate, tl.trans(w_o), d, input_precision="ieee")
         tl.store(old_d_h + places, d, square)
-    _store_gate(sums, loss, 0, dw_i, H, W)
-    _store_gate(sums, loss, 1, dw_f, H, W)
-    _store_gate(sums, loss, 2, dw_g, H, W)
-    _store_gate(sums, loss, 3, dw_o, H, W)
+    _store_gate(sums, loss, 0, dw_i, H, W, ADD)
+    _store_gate(sums, loss, 1, dw_f, H, W, ADD)
+    _store_gate(sums, loss, 2, dw_g, H, W, ADD)
+    _store_gate(sums, loss, 3, dw_o, H, W, ADD)
     into, which = unit[:, None], two[None, :]
     place = tl.where(into <= H, into, tl.where(into == H + 1, H + 2, H + 1))
     valid = (into < H + 2) | ((into == H + 2) & (which == 0)) | ((into == H + 3) & (which == 1))
-    tl.store(sums + 4 * H * (H + 5) + which * (H + 3) + place, dw_cell, valid & (which < 2))
+    place += 4 * H * (H + 5) + which * (H + 3)
+    _add(sums, place, dw_cell, valid & (which < 2), ADD)
 
 
 def handles(grad: Tensor, hidden_size: int) -> bool:
@@ -215,14 +226,44 @@ def handles(grad: Tensor, hidden_size: int) -> bool:
     return hidden_size <= LARGEST_HIDDEN and len(grad) * (hidden_size + 1) < INT32
 
 
-class MetaStep(torch.autograd.Function):
+class Linked(MetaState):
+    """A state after an update by ``step``; ``weights`` links it to all parameters."""
+
+    weights: Tensor
+
+
+def step(loss: Tensor, weights: list[Tensor], grad: Tensor, state: MetaState) -> Linked:
     """One update of the meta-learner; only for what ``handles`` accepts.
 
-    (loss [], the LSTM's four parameters, WF, bF, WI, bI, grad [P, 1], *MetaState) -> MetaState.
+    The parameters' gradients go back from update to update, each adding its own, so that autograd
+    has nothing to add: a link [programs, N] stands for all of them, N numbers in the order of
+    ``_meta_backward``.
+
+    Args:
+        weights: the LSTM's four parameters, WF, bF, WI and bI.
+    """
+    link = state.weights if isinstance(state, Linked) else _link(weights, grad)
+    *new, link = MetaStep.apply(link, loss, *(w.detach() for w in weights), grad, *state)
+    new = Linked(*new)
+    new.weights = link
+    return new
+
+
+def _link(weights: list[Tensor], grad: Tensor) -> Tensor:
+    w_ih, w_hh, b_ih, b_hh, *gates = weights
+    _, programs = shares(len(grad), TILE, MAX_PARTS)
+    parts = [t.reshape(-1) for t in (w_ih, w_hh, b_ih + b_hh, *gates)]
+    return torch.cat(parts).expand(*programs, -1)
+
+
+class MetaStep(torch.autograd.Function):
+    """(link, loss [], the LSTM's four parameters, WF, bF, WI, bI, all as constants, grad [P, 1],
+    *MetaState) -> (*MetaState, link).
     """
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx, link, *inputs):
+        ctx.set_materialize_grads(False)
         inputs = [t.contiguous() for t in inputs]
         *lstm, wf, _, wi, _, grad = inputs[:10]
         state = inputs[10:]
@@ -230,24 +271,26 @@ class MetaStep(torch.autograd.Function):
         per, programs = shares(P, TILE, MAX_PARTS)
         launch(_meta_forward, programs, *inputs, *new, P, per, **_sizes(state[0].shape[1]))
         ctx.save_for_backward(*lstm, wf, wi, grad, *state, new[2], new[3])
-        return tuple(new)
+        ctx.shape = link.shape
+        return *new, link
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         saved = ctx.saved_tensors
-        _, *weights, bias, _, wf, wi, grad = saved[:8]
-        state, P = saved[8:13], len(grad)
+        grad, state, P = saved[7], saved[8:13], len(saved[7])
+        *grads, later = grads
+        grads = [
+            torch.zeros_like(t) if g is None else g.contiguous()
+            for t, g in zip(state, grads, strict=True)
+        ]
         state_grads = [torch.empty_like(t) for t in state]
+        sums = grad.new_empty(ctx.shape) if later is None else later  # nobody else's
         per, programs = shares(P, TILE, MAX_PARTS)
-        shapes = [t.shape for t in (*weights, bias, wf, wf[:1], wi, wi[:1])]
-        sizes = [shape.numel() for shape in shapes]
-        sums = grad.new_empty(*programs, sum(sizes))
-        args = (*saved, *(g.contiguous() for g in grads), *state_grads, sums, P, per, sum(sizes))
-        launch(_meta_backward, programs, *args, **_sizes(state[0].shape[1]), **BACKWARD)
-        parts = zip(sums.sum(0).split(sizes), shapes, strict=True)
-        w_ih, w_hh, bias, *cell = (part.view(shape) for part, shape in parts)
-        return None, w_ih, w_hh, bias, bias, *cell, None, *state_grads
+        sizes = _sizes(state[0].shape[1]) | BACKWARD | {"ADD": later is not None}
+        args = *saved, *grads, *state_grads, sums, P, per, ctx.shape[1]
+        launch(_meta_backward, programs, *args, **sizes)
+        return sums, *[None] * 10, *state_grads
 
 
 def _sizes(hidden_size: int) -> dict[str, object]:

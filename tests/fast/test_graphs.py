@@ -188,6 +188,18 @@ def test_captured_episodes_match_eager_bits(device, batch_size, conv_dtype, caps
     assert capsys.readouterr().out == ""
 
 
+def test_captured_second_order_matches_eager_bits(device, capsys):
+    """The gradient of a gradient, by PyTorch's own operations."""
+    eager, graphed = two_models(device)
+    eager.meta.second_order = graphed.meta.second_order = True
+    train = graphed.captured("train")
+    for episode in episodes(WARM_UP + CHECKED + 1, device):
+        assert same(train(episode), eager.train(episode))
+    assert train.graph is not None
+    assert same(graphed.everything(), eager.everything())
+    assert capsys.readouterr().out == ""
+
+
 def test_captured_gradients_match_eager_bits(device, capsys):
     """With ``--meta-batch`` the graph is one episode's gradient; mean and Adam's step are eager."""
     eager, graphed = two_models(device)
