@@ -575,6 +575,9 @@ for number in ("fp32", "bf16"):
         KERNELS[name] = of_convolution(convolution._filters_backward, number, channels)
 
 
+LIKE_ANOTHER = "meta_backward False", "_classify 32"  # and long to compile
+
+
 def run_tool(name, *arguments):
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     if not tool.is_file():
@@ -584,7 +587,9 @@ def run_tool(name, *arguments):
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(k, marks=pytest.mark.slow) if k in LIKE_ANOTHER else k for k in KERNELS]
+)
 def test_kernels_compile(kernel, capability, tmp_path):
     """To machine code for an H100 and an A100: hardly a register is spilled, no two warps of a
     matrix product compute the same, and those of 32 channels copy no single numbers to shared
