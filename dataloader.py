@@ -15,7 +15,7 @@ import hashlib
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,11 +117,14 @@ def stats_of(files: list[Path]) -> list[os.stat_result]:
         raise UserError(f"{e.filename}: cannot be read ({e.strerror}); remove or replace it") from e
 
 
-def check_splits(root: Path, trained_on: Iterable[str] = ()) -> None:
+def check_splits(
+    root: Path, trained_on: Iterable[str] = (), unseen: Collection[str] = ("test",)
+) -> None:
     """Check that no two splits of a data set share a class, by its folder's name in Unicode NFC.
 
     Args:
-        trained_on: the classes of a checkpoint's training, which the test split must not hold.
+        trained_on: the classes of a checkpoint's training, which the splits ``unseen`` must not
+            hold.
 
     Raises:
         UserError: a class is in two splits; it is named.
@@ -136,9 +139,9 @@ def check_splits(root: Path, trained_on: Iterable[str] = ()) -> None:
                     "class belongs to one split; remove one, or rename it if they differ"
                 )
     for name in trained_on:
-        if seen.get(nfc(name)) == "test":
-            advice = "test on classes that training has not seen"
-            raise UserError(f"{root}/test: the checkpoint was trained on class {name}; {advice}")
+        if (split := seen.get(nfc(name))) in unseen:
+            advice = f"{split}/ should hold classes that training has not seen"
+            raise UserError(f"{root}/{split}: the checkpoint was trained on class {name}; {advice}")
 
 
 # ---- Random draws ----
@@ -151,7 +154,7 @@ def check_split(split: Split, n_class: int, n_shot: int, n_eval: int) -> None:
         UserError: there are too few classes, or a class has too few images; it is named.
     """
     if len(split.classes) < n_class:
-        found = f"the {split.name} split has only {len(split.classes)} classes"
+        found = f"the {split.name} split has only {len(split.classes)} classes; lower it"
         raise UserError(f"--n-class {n_class}: {found}")
     needed = n_shot + n_eval
     short = [k for k, images in enumerate(split.files) if len(images) < needed]

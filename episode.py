@@ -54,7 +54,7 @@ def updates(
         learner_w_grad: holds the values of each cell state in turn and yields loss and gradient;
             its running statistics end as those of the support images.
         metalearner: makes each cell state from the last one.
-        batch_size: images in a minibatch; the last one of a pass may be smaller.
+        batch_size: images in a minibatch; the last minibatch of a pass may be smaller.
 
     Yields:
         After each update the support loss [] that led to it and the new state, whose ``c`` [P, 1]
@@ -156,7 +156,7 @@ def update_metalearner(
         losses: [M].
         optimizer: of the meta-learner's parameters, cI among them.
         grad_clip: largest norm of the mean gradient.
-        step: ``step_if_finite`` or its equal.
+        step: ``step_if_finite`` or a replacement.
 
     Returns:
         Whether the update was skipped [], bool, because a loss or the gradient was not finite;

@@ -4,7 +4,7 @@
     model = torch.hub.load("path/to/this/clone", "load_pretrained",
                            "miniImagenet-5s5c-pretrained-53", source="local")
     model.adapt(images, labels)         # five classes, some examples of each
-    shares = model.predict(others)      # [N, 5], columns as in model.classes
+    model.predict(others)               # probabilities [N, 5], columns as in model.classes
 
 This repository's modules import each other as ``utils``, ``learner``, ... While they load, they
 stand in ``sys.modules`` in place of yours of the same names; then yours are put back. Nothing is
@@ -15,12 +15,14 @@ import contextlib
 import functools
 import pathlib
 import sys
+import threading
 
 dependencies = ["torch", "torchvision", "PIL", "numpy", "tqdm"]
 _ROOT = pathlib.Path(__file__).resolve().parent
 _NAMES = {p.stem for p in (*_ROOT.glob("*.py"), *(q.parent for q in _ROOT.glob("*/__init__.py")))}
 _PUBLISHED = sorted(path.parent.name for path in _ROOT.glob("results/*/meta-learner.pth.tar"))
 _loaded: dict = {}  # our modules by name
+_lock = threading.RLock()  # sys.modules is for all threads
 
 
 @contextlib.contextmanager
@@ -52,7 +54,7 @@ def load_pretrained(name_or_path, *flags):
         utils.UserError: there is no such model, or it cannot be used.
     """
     path = _ROOT / "results" / name_or_path if name_or_path in _PUBLISHED else name_or_path
-    with _own_modules():
+    with _lock, _own_modules():
         import torch
 
         from engine.flags import parse

@@ -37,7 +37,7 @@ from engine.model import Model, Trainable
 from engine.parallel import make_train_step
 from engine.run import Run
 from episode import learned
-from tools import export, plots, predict, report, results, tables, trace
+from tools import export, plots, predict, results, tables, trace
 from tools.predictor import Predictor
 
 
@@ -61,7 +61,8 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
         backend = select_backend(args, ranks.local)
         print(f"{backend.description}\ntraining on {args.data_root}, into {folder.path}")
         ranks.compare({"device": backend.description})
-        check_splits(args.data_root)
+        started_from = folder.origin[1].get("classes", ()) if folder.origin else ()
+        check_splits(args.data_root, started_from, ("val", "test"))
         lengths = {"train": args.episode} | ({"val": args.episode_val} if args.val_freq else {})
         names = {"train": training_split(args.method), "val": "val"}
         splits = {k: scan_split(args.data_root, names[k]) for k in lengths}
@@ -81,6 +82,7 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
                     run.log_validation(*evaluate(val_set, run.stop_if_asked))
             run.finish()
         if args.plots and ranks.rank == 0:
+            announce("drawing the run")
             trace.write_trace(folder.path, val_set, model, args.batch_size, backend.device)
             plots.draw(folder.path)
 
@@ -106,7 +108,7 @@ def test(cli_args: dict[str, object], ranks: Ranks) -> None:
         print(note)
     tests = run_test(args, backend, model, trained_on or args.n_shot, ranks)
     if ranks.rank == 0:
-        report.record(path, args, checkpoint, tests, backend.device, ranks.size)
+        tables.report(path, args, checkpoint, tests, backend.device, ranks.size)
 
 
 def load_predictor(cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS) -> Predictor:

@@ -54,8 +54,8 @@ class UpdateRule(nn.Module):
     one. All parameters with ``requires_grad`` are trained.
 
     Attributes:
-        grad_divisor: by what a minibatch's gradient is divided before ``forward`` takes it; 0: by
-            its number of images.
+        grad_divisor: divides a minibatch's gradient before ``forward``; 0 stands for its number of
+            images.
         second_order: whether training differentiates the learner's loss and gradient, too.
     """
 
@@ -71,7 +71,7 @@ class UpdateRule(nn.Module):
 
         Args:
             loss: [], mean cross entropy of the minibatch; a constant unless ``second_order``.
-            grad: [P, 1], its gradient divided by ``grad_divisor``; likewise.
+            grad: [P, 1], its gradient divided by ``grad_divisor``; a constant likewise.
             state: from ``initial_state`` or the last call.
 
         Returns:
@@ -153,11 +153,9 @@ class MetaLearner(UpdateRule):
         lstm_init: "pytorch" for PyTorch's default, U(-1/sqrt(hidden_size), 1/sqrt(hidden_size)) and
             two biases, as the port; "authors" for U(-0.01, 0.01) and a single bias (``bias_hh``
             stays zero), as the authors' Lua code.
-        grad_divisor: by what a minibatch's gradient is divided before ``forward`` takes it; 0: by
-            its number of images, as the authors' Lua code, so that a step is at most 1/25 of the
-            gradient in 5-shot episodes, but 1/5 in 1-shot ones.
-        second_order: whether training differentiates the learner's loss and gradient, too. The
-            paper does not: it drops the second derivatives.
+        grad_divisor: see ``UpdateRule``. With 0, as in the authors' Lua code, a step is at most
+            1/25 of the gradient in 5-shot episodes and 1/5 in 1-shot ones.
+        second_order: see ``UpdateRule``. The paper drops the second derivatives.
 
     Raises:
         ValueError: ``input_size`` is not 4.

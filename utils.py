@@ -21,9 +21,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 try:
     import fcntl
@@ -60,37 +61,25 @@ class Parser(argparse.ArgumentParser):
 
 def int_range(low: int, high: int = 10**9) -> Callable[[str], int]:
     """A parser of whole numbers from ``low`` to ``high``."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f"is {text!r}, but must be a whole number from {low} to {high}"
-            )
-        return value
-
-    return parse
+    return partial(_number, int, "a whole number", low, high, False)
 
 
-def float_range(low: float, high: float, low_open: bool = False) -> Callable[[str], float]:
+def float_range(low: int, high: int, low_open: bool = False) -> Callable[[str], float]:
     """A parser of finite numbers from ``low`` (itself excluded if ``low_open``) to ``high``."""
+    return partial(_number, float, "a number", low, high, low_open)
 
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or (low_open and value == low):
-            bound = "above" if low_open else "from"
-            raise argparse.ArgumentTypeError(
-                f"is {text!r}, but must be a number {bound} {low:g} up to {high:g}"
-            )
-        return value
 
-    return parse
+def _number(kind: type, what: str, low: int, high: int, low_open: bool, text: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high or (low_open and value == low):
+        bound = "above" if low_open else "from"
+        raise argparse.ArgumentTypeError(
+            f"is {text!r}, but must be {what} {bound} {low} up to {high}"
+        )
+    return value
 
 
 def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
@@ -133,8 +122,11 @@ def pip_install(what: str = f"-r {shlex.quote(REQUIREMENTS)}") -> str:
     return f"{first}{python} -m pip install {what}"
 
 
-def load_package(name: str) -> ModuleType:
+def load_package(name: str, package: str = "") -> ModuleType:
     """Import a module of another package.
+
+    Args:
+        package: what to install, if that is not in requirements.txt or has another name.
 
     Raises:
         UserError: the package, or one that it imports, is missing or broken; how to install it.
@@ -143,8 +135,9 @@ def load_package(name: str) -> ModuleType:
         return importlib.import_module(name)
     except Exception as e:  # a broken package raises nearly anything
         if isinstance(e, ModuleNotFoundError) and "." not in (e.name or "."):
-            raise UserError(f"{e.name} is missing; run: {pip_install()}") from e
-        package = name.partition(".")[0].replace("PIL", "pillow")
+            advice = pip_install(package) if package else pip_install()
+            raise UserError(f"{e.name} is missing; run: {advice}") from e
+        package = package or name.partition(".")[0].replace("PIL", "pillow")
         why = next(iter(str(e).splitlines()), "") or type(e).__name__
         advice = pip_install(f"--force-reinstall {package}")
         raise UserError(f"{package} cannot be loaded ({why}); run: {advice}") from e

@@ -1,1 +1,1 @@
-"""Methods that are not the paper's, on the root as any user would have it."""
+"""Methods besides the paper's, built on the root as a user's own would be."""

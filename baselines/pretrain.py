@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataloader import scan_split
+from dataloader import check_splits, scan_split
 from engine.backend import adam, dataset, make_learner, select_backend
 from engine.distributed import Ranks
 from engine.flags import resolve, spelled
@@ -79,6 +79,7 @@ def pretrain(cli_args: dict[str, object], ranks: Ranks) -> None:
         UserError: the flags ask for something that pre-training has not.
     """
     args = resolve(cli_args)
+    check_splits(args.data_root)
     train_files = scan_split(args.data_root, "train")
     n_classes = len(train_files.classes)
     if cli_args.get("n_class", n_classes) != n_classes:

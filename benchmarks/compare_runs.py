@@ -22,8 +22,8 @@ from paired import difference, interval
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST, find_checkpoint
 from engine.flags import HYPER_PARAMETERS, spelled
+from engine.logger import read_metrics
 from tools.markdown import markdown_table
-from tools.metrics import read_metrics
 from tools.recipes import text
 from utils import Parser, UserError, int_range, run_main, summary
 
@@ -50,11 +50,8 @@ def validation(folder: Path, events: list[dict], at: int | None) -> dict:
 
 def flags(stored: dict[str, object], first: dict[str, object]) -> str:
     """The hyper-parameters that differ from the first run's, as flags."""
-    words = []
-    for name in HYPER_PARAMETERS:
-        if stored.get(name) != first.get(name):
-            words.append(f"`{spelled(name)} {text(stored.get(name))}`")
-    return ", ".join(words)
+    apart = [k for k in HYPER_PARAMETERS if stored.get(k) != first.get(k)]
+    return ", ".join(f"`{spelled(k)} {text(stored.get(k))}`" for k in apart)
 
 
 def compare(folders: list[Path], at: int | None = None) -> str:

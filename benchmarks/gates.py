@@ -25,10 +25,10 @@ import torch
 from paired import difference, interval
 from torch import Tensor
 
-from dataloader import EpisodeDataset, episodes, scan_split
+from dataloader import EpisodeDataset, check_splits, episodes, scan_split
 from engine.backend import Backend, dataset, select_backend
 from engine.checkpoint import BEST, LAST, load_for_test, load_weights, resolve_checkpoint
-from engine.evaluation import Evaluator
+from engine.evaluation import Evaluator, schedule
 from engine.flags import DEFAULTS, parse
 from engine.model import Model
 from episode import updates
@@ -142,6 +142,10 @@ def compare(run: str, flags: dict) -> tuple[str, list[tuple[str, list[float]]]]:
     backend = select_backend(args)
     model = build(args, backend)
     load_weights(model.saved, checkpoint, Path(path))
+    check_splits(args.data_root, checkpoint.get("classes", ()), ("val", "test"))
+    trained_on = checkpoint.get("hyper_parameters", {}).get("n_shot", args.n_shot)
+    how = schedule(args, trained_on, args.n_class * args.n_shot)  # as --mode test
+    args.batch_size, model.metalearner.grad_divisor = how
     val_set, test_set = (
         dataset(args, backend, scan_split(args.data_root, split), n)
         for split, n in (("val", args.episode_val), ("test", max(args.episode_test)))
@@ -191,7 +195,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder or checkpoint")
     parser.add_argument("--out", default="gates", metavar="PATH", help="writes OUT.md and OUT.png")
     args, others = parser.parse_known_args(argv)
-    done, flags = [], parse(others)
+    done, flags, out = [], parse(others), Path(args.out)
+    if not out.name or not out.parent.is_dir():
+        raise UserError(f"--out {args.out}: give a name in a folder that exists")
     for run in args.runs:
         title, found = compare(run, flags)
         print(f"{title}:\n\n{table(found)}\n", flush=True)

@@ -8,15 +8,16 @@ the machine slows down all of them alike. The table also goes to benchmarks/resu
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from unittest import mock
 
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from dataloader import episodes, scan_split
+from dataloader import EpisodeDataset, episodes, scan_split
 from engine.backend import adam, dataset, select_backend
 from engine.distributed import SINGLE_PROCESS
 from engine.evaluation import Evaluator
@@ -64,14 +65,18 @@ class Model:
         if not capture:
             self.backend = self.backend._replace(capture=lambda function, *_: function)
         self.networks = build(args, self.backend)
-        self.optimizer = adam(args, self.backend, learned(self.networks.metalearner))
         how = (args, self.backend, self.networks)
         self.test = Evaluator(*how).pool.run_one
-        self._train_step = make_train_step(*how, self.optimizer, SINGLE_PROCESS)
+        optimizer = adam(args, self.backend, learned(self.networks.metalearner))
+        self._train_step = make_train_step(*how, optimizer, SINGLE_PROCESS)
 
     def train(self, episode: Episode) -> tuple[torch.Tensor, ...]:
         """Update the meta-learner by one episode."""
         return self._train_step(1, [episode])
+
+    def dataset(self, split: str, length: int) -> EpisodeDataset:
+        """Episodes of images on disk."""
+        return dataset(self.args, self.backend, scan_split(self.args.data_root, split), length)
 
 
 @contextlib.contextmanager
@@ -118,7 +123,7 @@ def backends(device: torch.device) -> list[str]:
     return ["plain", "fast", *(["fast, no compiler"] if device.type == "cpu" else [])]
 
 
-def end_to_end(root: Path, rounds: int, workers: int, device: torch.device) -> list[str]:
+def end_to_end(args: argparse.Namespace, device: torch.device) -> list[str]:
     """Episodes from images on disk to the update, each backend with its own data pipeline."""
     names = [*backends(device), *(["fast bf16"] if device.type == "cuda" else [])]
     spent = {}
@@ -126,16 +131,15 @@ def end_to_end(root: Path, rounds: int, workers: int, device: torch.device) -> l
 
         def stepper(name: str, split: str = split) -> Callable[[], object]:
             precision = "bf16" if "bf16" in name else "fp32"
-            model = Model(device, name == "plain", precision=precision, data_root=root)
-            length = TURN * (rounds + WARM_UP + CHECKED)
-            data = dataset(model.args, model.backend, scan_split(root, split), length)
-            stream = episodes(data, 0, workers, device, True, begin_worker)
+            model = Model(device, name == "plain", precision=precision, data_root=args.data_root)
+            data = model.dataset(split, TURN * (args.rounds + WARM_UP + CHECKED))
+            stream = episodes(data, 0, args.n_workers, device, True, begin_worker)
             if split == "train":
                 return lambda: [model.train(episode) for episode in islice(stream, TURN)]
             return lambda: list(model.backend.map(model.test, islice(stream, TURN)))
 
         steppers = {name: stepper(name) for name in names}
-        spent[split] = median_seconds(steppers, rounds, device)
+        spent[split] = median_seconds(steppers, args.rounds, device)
     rows = []
     for name in names:
         ratios = [(s[name] * 1e3 / TURN, s["plain"] / s[name]) for s in spent.values()]
@@ -159,15 +163,15 @@ def synthetic(device: torch.device, args) -> Episode:
     return Episode(*support, images(args.n_eval), y.repeat_interleave(args.n_eval), order)
 
 
-def parts(root: Path, rounds: int, device: torch.device) -> list[str]:
+def parts(args: argparse.Namespace, device: torch.device) -> list[str]:
     """Where the time of an episode goes."""
 
     def functions(plain: bool) -> dict[str, Callable[[], object]]:
-        model = Model(device, plain, data_root=root)
+        model = Model(device, plain, data_root=args.data_root)
         learner, _, metalearner, _ = model.networks
         learner.train()
-        data = dataset(model.args, model.backend, scan_split(root, "train"), 10**6)
-        index, episode = iter(range(10**6)), synthetic(device, model.args)
+        data, index = model.dataset("train", 10**6), count()
+        episode = synthetic(device, model.args)
         grad = torch.randn_like(metalearner.metalstm.cI) * 1e-3
         loss = torch.tensor(1.5, device=device)
 
@@ -193,14 +197,14 @@ def parts(root: Path, rounds: int, device: torch.device) -> list[str]:
         n_threads = torch.get_num_threads()
         torch.set_num_threads(1 if "one thread" in part else n_threads)
         choice = {name: (plain if name == "plain" else fast)[part] for name in names}
-        spent = median_seconds(choice, rounds, device)
+        spent = median_seconds(choice, args.rounds, device)
         torch.set_num_threads(n_threads)
         rows.append([part, *(s * 1e3 for s in spent.values()), spent["plain"] / spent["fast"]])
     return table(["part, ms", *names, "plain : fast"], rows)
 
 
 MEMORY = """
-import resource, sys, threading
+import sys
 sys.path[:0] = [{root!r}, {root!r} + "/benchmarks"]
 import torch, run, fast.threads
 fast.threads.keep_freed_memory = lambda: None  # or the next episode would reuse what one frees
@@ -208,24 +212,19 @@ device = torch.device({device!r})
 model = run.Model(device, {plain}, epoch={epoch})
 episode = run.synthetic(device, model.args)
 model.{what}(episode._replace(order=episode.order[:1]))  # loads libraries
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-base, peak, stop = resident(), 0, threading.Event()
-def watch():
-    global peak
-    while not stop.wait(0.001):
-        peak = max(peak, resident())
-watcher = threading.Thread(target=watch)
-watcher.start()
+def resident(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**10
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+base = resident("VmRSS")
 for _ in range(run.WARM_UP + run.CHECKED + 1 if device.type == "cuda" else 2):
     model.{what}(episode)
-stop.set()
-watcher.join()
-print((torch.cuda.max_memory_reserved() if device.type == "cuda" else peak - base) / 2**20)
+on_gpu = device.type == "cuda"
+print(torch.cuda.max_memory_reserved() / 2**20 if on_gpu else resident("VmHWM") - base)
 """
 
 
-def memory(device: torch.device) -> list[str]:
+def memory(_args: argparse.Namespace, device: torch.device) -> list[str]:
     """Peak memory above a process's start, and its growth with the number of updates."""
     rows = []
     for name in ("plain", "fast"):
@@ -241,14 +240,14 @@ def memory(device: torch.device) -> list[str]:
     return table(["peak memory, MiB", "8 updates", "24 updates", "per update"], rows)
 
 
-def scaling(rounds: int, device: torch.device) -> list[str]:
+def scaling(args: argparse.Namespace, device: torch.device) -> list[str]:
     """A training episode as one size changes; a minibatch is the whole support set."""
     rows = []
     for variant in VARIANTS:
         flags = {"batch_size": 10**6, **variant}
         models = {name: Model(device, name == "plain", **flags) for name in ("plain", "fast")}
         steps = {k: partial(m.train, synthetic(device, m.args)) for k, m in models.items()}
-        spent = median_seconds(steps, rounds, device)
+        spent = median_seconds(steps, max(1, args.rounds // 2), device)
         name = ", ".join(f"{k} {v}" for k, v in variant.items()) or "the recipe"
         if "filters" in variant and device.type == "cpu":
             name += " (PyTorch's code: the kernels are for 32)"
@@ -259,30 +258,10 @@ def scaling(rounds: int, device: torch.device) -> list[str]:
     return table([*header, "plain : fast"], rows)
 
 
-def start(root: Path, rounds: int, device: torch.device) -> list[str]:
-    """From the command to the end of its first episode, with images decoded before."""
-    times: dict[str, list[float]] = {"plain": [], "fast": []}
-    for _ in range(rounds):
-        for name, spent in times.items():
-            with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, ROOT / "main.py", "--mode", "train", "--data-root", root]
-                command += ["--save", f"{folder}/logs", "--episode", "2", "--log-freq", "1"]
-                command += ["--val-freq", "0", "--plots", "false"]
-                command += ["--cpu"] if device.type == "cpu" else []
-                command += ["--plain"] if name == "plain" else []
-                begun = time.perf_counter()
-                pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-                with subprocess.Popen(command, **pipes) as process:
-                    next(line for line in process.stdout if line.startswith("["))
-                    spent.append(time.perf_counter() - begun)
-    row = [statistics.median(spent) for spent in times.values()]
-    n_images = sum(map(len, scan_split(root, "train").files))
-    header = ["start to the end of the first episode, s", *times]
-    return table(header, [[f"{n_images} training images", *row]])
-
-
-def kernels(device: torch.device) -> list[str]:
+def kernels(_args: argparse.Namespace, device: torch.device) -> list[str]:
     """A GPU's time for one training episode, by kernel, without a CUDA graph."""
+    if device.type == "cpu":
+        return []
     model = Model(device, plain=False, capture=False)
     episode = synthetic(device, model.args)
     for _ in range(2):
@@ -304,38 +283,30 @@ def machine(device: torch.device) -> str:
     return f"{name}; torch {torch.__version__}; commit {commit()}; {time.strftime('%Y-%m-%d')}"
 
 
-SECTIONS = {
-    "end-to-end": lambda args, on: end_to_end(args.data_root, args.rounds, args.n_workers, on),
-    "parts": lambda args, on: parts(args.data_root, args.rounds, on),
-    "kernels": lambda args, on: kernels(on) if on.type == "cuda" else [],
-    "memory": lambda args, on: memory(on),
-    "scaling": lambda args, on: scaling(max(1, args.rounds // 2), on),
-    "start": lambda args, on: start(args.data_root, 3, on),
-}
+SECTIONS = {"end-to-end": end_to_end, "parts": parts, "scaling": scaling, "memory": memory}
+SECTIONS |= {"kernels": kernels}
 
 
 def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
     words = "data set to time with (default: data/glyphs)"
-    parser.add_argument("--data-root", type=Path, default=ROOT / "data" / "glyphs", help=words)
-    positive, words = int_range(1), "rounds, of which the median is reported (default: 7)"
-    parser.add_argument("--rounds", type=positive, default=7, metavar="N", help=words)
+    add("--data-root", type=Path, default=ROOT / "data" / "glyphs", help=words)
+    words = "rounds, of which the median is reported (default: 7)"
+    add("--rounds", type=int_range(1), default=7, metavar="N", help=words)
     words = "worker processes of each data pipeline (default: 2)"
-    parser.add_argument("--n-workers", type=int_range(0), default=2, metavar="N", help=words)
-    words = "use the CPU even where there is a GPU"
-    parser.add_argument("--cpu", action="store_true", help=words)
+    add("--n-workers", type=int_range(0), default=2, metavar="N", help=words)
+    add("--cpu", action="store_true", help="use the CPU even where there is a GPU")
     words = "what to measure (default: everything)"
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help=words)
+    add("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help=words)
     words = "writes OUT (default: benchmarks/results/cpu.md or cuda.md)"
-    parser.add_argument("--out", type=Path, help=words)
+    add("--out", type=Path, help=words)
     args = parser.parse_args(argv)
     device = torch.device("cpu" if args.cpu or not torch.cuda.is_available() else "cuda")
     out = args.out or ROOT / "benchmarks" / "results" / f"{device.type}.md"
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
-    command = f"bash benchmarks/run.sh --rounds {args.rounds} --n-workers {args.n_workers}"
-    if args.sections != SECTIONS:
-        command += f" --sections {' '.join(args.sections)}"
+    command = shlex.join(["bash", "benchmarks/run.sh", *argv])
     lines = [f"`{command}` on {machine(device)}; data: {args.data_root.name}"]
     print(lines[0])
     for name in args.sections:

@@ -9,6 +9,7 @@ another version of Pillow may change a few grey levels."""
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import sys
@@ -16,7 +17,6 @@ import unicodedata
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's own may not exist here
@@ -31,8 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for utils
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for formats
 
 from formats import DATA
-from formats.build import build, is_built
-from formats.manifest import Item, Manifest
+from formats.build import Manifest, build, is_built
 
 from utils import Parser, UserError, int_range, run_main
 
@@ -46,9 +45,9 @@ CHARACTERS += "ԲԴԵԶԹԺԽԾԿՀՃՇՊՌՎՔՖձմდილორსტუფ
 
 # ---- Typefaces: files of matplotlib's mpl-data/fonts/ttf ----
 
+_OBLIQUE = ("", "-Bold", "-Oblique", "-BoldOblique")
 UNICODE_FACES = (
-    *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
-    *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSans{width}{style}" for width in ("", "Mono") for style in _OBLIQUE),
     *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
     *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
 )
@@ -86,12 +85,6 @@ def class_splits() -> dict[str, list[str]]:
     return {name: [c for c in CHARACTERS if splits[c] == name] for name in ("train", "val", "test")}
 
 
-@cache
-def character_map(face: str) -> frozenset[int]:
-    """The code points for which a typeface has a shape."""
-    return frozenset(FT2Font(face_file(face)).get_charmap())
-
-
 def face_file(face: str) -> str:
     """Path of a typeface inside matplotlib. Raises UserError."""
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{face}.ttf")
@@ -104,7 +97,12 @@ def face_file(face: str) -> str:
 def faces(character: str) -> tuple[str, ...]:
     """The typefaces that can draw a character, in a fixed order; at least twelve."""
     candidates = UNICODE_FACES + (ASCII_FACES if character.isascii() else ())
-    return tuple(face for face in candidates if ord(character) in character_map(face))
+    return tuple(face for face in candidates if ord(character) in _character_map(face))
+
+
+@cache
+def _character_map(face: str) -> frozenset[int]:
+    return frozenset(FT2Font(face_file(face)).get_charmap())
 
 
 @cache
@@ -186,47 +184,36 @@ class Glyphs:
 def manifest(seed: int, image_size: int, per_class: int) -> Manifest:
     """The manifest of the whole data set."""
     digits = max(3, len(str(per_class - 1)))
-    items = [
-        Item(split, class_name(character), f"{index:0{digits}d}.jpg", (character, index))
+    items = {
+        f"{split}/{class_name(character)}/{index:0{digits}d}.jpg": (character, index)
         for split, characters in class_splits().items()
         for character in characters
         for index in range(per_class)
-    ]
+    }
     packages = (("matplotlib", matplotlib), ("numpy", np), ("pillow", PIL))
     versions = ", ".join(f"{name} {package.__version__}" for name, package in packages)
     return Manifest(f"characters drawn with {versions}", Glyphs(seed, image_size), items)
 
 
-def _parser() -> Parser:
-    summary = "Draw 100 classes of characters (64 train, 16 val, 20 test) as JPEG images."
-    parser = Parser(prog="glyphs.py", description=summary)
-
-    def add(flag: str, text: str, **kwargs: Any) -> None:
-        parser.add_argument(flag, help=f"{text} (default: %(default)s)", **kwargs)
-
-    add("--dest", "folder to make", type=Path, default=DATA / "glyphs", metavar="FOLDER")
-    size, count, seed = int_range(16, 512), int_range(1, 10_000), int_range(0, 2**63 - 1)
-    text = "width and height of an image, 16 to 512 pixels"
-    add("--image-size", text, type=size, default=32, metavar="PIXELS")
-    add("--per-class", "images of each class, 1 to 10000", type=count, default=60, metavar="IMAGES")
-    add("--seed", "seed of every random choice", type=seed, default=719, metavar="NUMBER")
-    return parser
-
-
 def _run(argv: list[str]) -> int:
-    args = _parser().parse_args(argv)
-    flags = {"seed": args.seed, "image_size": args.image_size, "per_class": args.per_class}
-    settings = {"source": "glyphs", "recipe": RECIPE, **flags}
-    dest = Path(os.path.abspath(args.dest))
-    try:
-        if is_built(dest, settings):
-            print(f"{args.dest}: is there already: nothing to do")
-        else:
-            build(manifest(**flags), dest, settings)
-            print(f"{args.dest}: 64 train, 16 val, 20 test classes of {args.per_class} images")
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to resume", file=sys.stderr)
-        return 130
+    summary = "Draw 100 classes of characters (64 train, 16 val, 20 test) as JPEG images."
+    parser = Parser(
+        prog="glyphs.py",
+        description=summary,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--dest", help="folder to make", type=Path, default=DATA / "glyphs")
+    for flag, text, low, high, default in (
+        ("--image-size", "width and height of an image, 16 to 512 pixels", 16, 512, 32),
+        ("--per-class", "images of each class, 1 to 10000", 1, 10_000, 60),
+        ("--seed", "seed of every random choice", 0, 2**63 - 1, 719),
+    ):
+        parser.add_argument(flag, help=text, type=int_range(low, high), default=default)
+    settings = vars(parser.parse_args(argv))
+    dest = Path(os.path.abspath(settings.pop("dest")))
+    record = {"source": "glyphs", "recipe": RECIPE, **settings}
+    if not is_built(dest, record):
+        build(dest, record, lambda _: manifest(**settings))
     return 0
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from engine.distributed import SINGLE_PROCESS, Ranks
-from engine.flags import HYPER_PARAMETERS, RUN_FLAGS, check_stored, resolve, run_folder
+from engine.flags import check_stored, resolve, run_folder
 from engine.state import TrainingState
 from utils import UserError, atomic_write
 
@@ -50,6 +50,11 @@ def resolve_checkpoint(named: str, seed: int, *names: str, flag: str = "--resume
     return str(find_checkpoint(places[0], *names) or places[0])
 
 
+def short_name(path: Path) -> str:
+    """A checkpoint as ``run folder/file``."""
+    return "/".join([part for part in path.resolve().parts if part != "ckpts"][-2:])
+
+
 def load(path: Path, flag: str = "--resume") -> dict:
     """Read a checkpoint of this project or of the port.
 
@@ -80,8 +85,7 @@ def load(path: Path, flag: str = "--resume") -> dict:
         fault = "its run state is not what training writes"
     if fault:
         raise UserError(f"{path}: {fault}; take another checkpoint")
-    check_stored(path, content.get("hyper_parameters", {}), "hyper-parameter", HYPER_PARAMETERS)
-    check_stored(path, content.get("run_flags", {}), "flag", RUN_FLAGS)
+    check_stored(path, content)
     return content
 
 
@@ -106,18 +110,11 @@ def _fault(content: object) -> str | None:
                 return f"{name} is {value.dtype}, but should be of floats"
             if not torch.isfinite(value).all():
                 return f"{name} holds numbers that are not finite"
-    for key in ("hyper_parameters", "run_flags"):
-        table = content.get(key, {})
-        if not isinstance(table, dict) or not all(isinstance(k, str) for k in table):
-            return f"its {key} are no table of names and values"
-    about, root = content.get("about", {}), content.get("data_root", "")
-    if not isinstance(about, dict) or not all(isinstance(k, str) for k in about):
-        return "what it says about its training is not what training writes"
-    if not isinstance(root, str):
-        return "its data_root is no path"
-    classes = content.get("classes", [])
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        return "its classes are no list of names"
+    parts = {"hyper_parameters": dict, "run_flags": dict, "about": dict, "classes": list}
+    for key, kind in {**parts, "data_root": str}.items():
+        part = content.get(key, kind())
+        if not isinstance(part, kind) or not all(isinstance(name, str) for name in part):
+            return f"its {key} is not what training writes"
     TrainingState.from_checkpoint(content)
     return None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from utils import Parser, UserError, float_range, int_range
@@ -24,21 +23,21 @@ MODES = {
     "test": "test a checkpoint on episodes of the test classes",
     "predict": "classify your own images",
     "pretrain": "train the learner alone, on batches of all training classes, for --init-from",
-    "plot": "draw a run; with --data or --data-root also the updates of one that was not finished",
+    "plot": "draw a run; with --data or --data-root also the updates of an unfinished one",
     "results": "print a table of tested runs",
-    "export": "copy what is worth publishing of a run",
+    "export": "copy a tested run without its optimiser and snapshots, to publish it",
 }
 
 
 METHODS = {
     "lstm": "the paper's",
     "sgd": "gradient descent with one learned step size",
-    "meta-sgd": "with one for each parameter",
+    "meta-sgd": "gradient descent with a learned step size for each parameter",
     "linear-head": "the LSTM trains a linear head on frozen features",
     "nearest": "nearest neighbour on frozen features",
     "finetune": "gradient descent from a pre-trained network",
     "matching": "matching network",
-    "matching-fce": "with full context embeddings",
+    "matching-fce": "matching network with full context embeddings",
     "protonet": "prototypical network",
 }
 INNER_LOOP = ("lstm", "sgd", "meta-sgd", "linear-head")  # an update rule trains learners
@@ -53,20 +52,27 @@ def boolean(text: str) -> bool:
     return values[text.lower()]
 
 
+<<<<<<< HEAD
 def default_workers() -> int:
     """Half of the cores, from 2 to 8 of them: on a GPU the host's work is what limits the rate."""
     usable = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))(0)
     return min(8, max(2, len(usable) // 2))
+=======
+def _listed(title: str, items: dict[str, str]) -> str:
+    return f"{title}:\n" + "".join(f"  {k:<13} {v}\n" for k, v in items.items()) + "\n"
+>>>>>>> a4b3e0a696ef71a13757b80a31f29166697623f1
 
 
 def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     """The parser, which leaves out flags that are not given; all defaults; the hyper-parameters."""
     parser = Parser(
         prog="main.py",
-        description="The LSTM meta-learner of Ravi & Larochelle (ICLR 2017). "
+        usage="python main.py [--mode MODE] [flags]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="The LSTM meta-learner of Ravi & Larochelle (ICLR 2017).\n"
         "The defaults are the 5-way 5-shot recipe of the PyTorch port of 2019.",
-        epilog="examples:  python main.py --mode train --data-root data/miniImagenet   |   "
-        "python main.py --mode test",
+        epilog=_listed("modes", MODES) + _listed("methods", METHODS) + "examples:\n"
+        "  python main.py --mode train --data-root data/miniImagenet\n  python main.py --mode test",
         argument_default=argparse.SUPPRESS,
     )
     defaults: dict[str, object] = {}
@@ -94,13 +100,20 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     count, bias = int_range(1), float_range(-100, 100)
 
     add = group("what to do")
-    add("--mode", "train", "; ".join(f"{k}: {v}" for k, v in MODES.items()), choices=tuple(MODES))
+    add("--mode", "train", "one of the modes below", "MODE", choices=tuple(MODES))
     words = "checkpoint or run folder to continue (its last) or test (its best); "
     add("--resume", None, words + "auto: this run's own, if there is one", "PATH")
     add("--save", "logs", "the run folder is SAVE-SEED", "PATH")
-    add("--seed", 719, "initialisation and episodes", "N", True, type=int_range(0, 2**32 - 1))
+    add(
+        "--seed",
+        719,
+        "seed of initialisation and episodes",
+        "N",
+        True,
+        type=int_range(0, 2**32 - 1),
+    )
     words = "minutes between two snapshots"
-    add("--save-minutes", 5.0, words, "X", type=float_range(0, 1e6))
+    add("--save-minutes", 5.0, words, "X", type=float_range(0, 10**6))
     add("--runs", None, "results: run folders", "DIR", nargs="+")
     add("--to", "exported", "export: the folder in which a run's new folder is made", "DIR")
     add("--means", False, "results: one row per recipe, the mean over seeds where there are three")
@@ -170,25 +183,24 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     add("--lstm-init", "pytorch", words, hyper=True, choices=("pytorch", "authors"))
     low_high = {"metavar": ("LOW", "HIGH"), "hyper": True, "type": bias, "nargs": 2}
     add("--bf-init", [4.0, 6.0], "range in which bF starts (authors: 4 5)", **low_high)
-    words = "range in which bI starts: a first step of sigmoid(bI) times the gradient, about 1/100 "
-    words += "of it; a small network that trains for hundreds of episodes learns from 0 0, a half"
+    words = "range in which bI starts; the first step is sigmoid(bI) times the gradient: about "
+    words += "1/100, or with 0 0 a half, for small networks that train for hundreds of episodes"
     add("--bi-init", [-5.0, -4.0], words, **low_high)
     rate = float_range(0, 1, low_open=True)
     add("--lr", 1e-3, "learning rate of Adam", "X", True, type=rate)
-    words = "share of the training, at its end, in which the learning rate falls linearly to 0"
+    words = "last share of the training, in which the learning rate falls linearly to 0"
     add("--lr-decay", 0.0, words, "X", True, type=float_range(0, 1))
     words = "episodes of an update, whose gradients are averaged"
     add("--meta-batch", 1, words, "M", True, type=int_range(1, 10**6))
-    clip = float_range(0, 1e6, low_open=True)
-    add("--grad-clip", 0.25, "largest norm of the gradient", "X", True, type=clip)
+    clip = float_range(0, 10**6, low_open=True)
+    add("--grad-clip", 0.25, "largest norm of the meta-gradient", "X", True, type=clip)
 
     add = group("beyond the paper")
-    words = "; ".join(f"{k}: {v}" for k, v in METHODS.items())
-    add("--method", "lstm", words, hyper=True, choices=tuple(METHODS))
-    words = "pretrain: compare directions only, or the paper's baselines' linear classifier"
+    add("--method", "lstm", "one of the methods below", "METHOD", True, choices=tuple(METHODS))
+    words = "pretrain: cosine similarities, or a linear classifier as for the paper's baselines"
     add("--classifier", "cosine", words, hyper=True, choices=("cosine", "linear"))
-    words = "second order: the meta-gradient goes through the learner's loss and gradient, too, "
-    words += "which the paper takes for constants"
+    words = "differentiate the learner's losses and gradients, too, which the paper treats as "
+    words += "constants (first order)"
     add("--second-order", False, words, hyper=True)
     words = "checkpoint or run folder (PATH or PATH-SEED) whose weights a new training starts from"
     add("--init-from", None, words, "PATH")
@@ -348,23 +360,21 @@ def check(argv: list[str]) -> None:
         resolve(parse(argv))
 
 
-def check_stored(path: Path, stored: dict[str, object], what: str, known: Iterable[str]) -> None:
+def check_stored(path: Path, content: dict) -> None:
     """Check that the flags that a checkpoint carries are known, with values that they admit.
-
-    Args:
-        what: what they are called in errors.
 
     Raises:
         UserError: one is not; it is named.
     """
-    for name, value in stored.items():
-        words = [str(v) for v in value] if isinstance(value, list) else [str(value)]
-        try:
-            parsed = parse([spelled(name), *words]).get(name) if name in known else None
-        except UserError as e:
-            raise UserError(f"{path}: its {what} {name} {value} cannot be: {e}") from e
-        if parsed != value:
-            raise UserError(f"{path}: its {what} {name} {value} is unknown")
+    for table, known in (("hyper_parameters", HYPER_PARAMETERS), ("run_flags", RUN_FLAGS)):
+        for name, value in content.get(table, {}).items():
+            words = map(str, value if isinstance(value, list) else [value])
+            try:
+                parsed = parse([spelled(name), *words]).get(name) if name in known else None
+            except UserError as e:
+                raise UserError(f"{path}: its {name} {value} cannot be: {e}") from e
+            if parsed != value:
+                raise UserError(f"{path}: its {name} {value} is unknown")
 
 
 def run_folder(args: argparse.Namespace) -> Path:

@@ -14,7 +14,15 @@ from pathlib import Path
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST
 from engine.distributed import SINGLE_PROCESS, Ranks
-from engine.flags import DEFAULTS, RUN_FLAGS, resolve, run_folder, spelled
+from engine.flags import (
+    DEFAULTS,
+    INNER_LOOP,
+    RUN_FLAGS,
+    resolve,
+    run_folder,
+    spelled,
+    split_learner,
+)
 from utils import UserError, file_lock
 
 # hyper-parameters that shape the first episode, and cannot change after it
@@ -47,11 +55,10 @@ class RunFolder:
 
     def __init__(self, cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS):
         args = resolve(cli_args)
-        self._stack, self.ranks, self.path = contextlib.ExitStack(), ranks, run_folder(args)
-        if ranks.rank == 0:
-            self._stack.enter_context(_exclusive(self.path))
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(self._stack.close)
+        self.ranks, self.path = ranks, run_folder(args)
+        with contextlib.ExitStack() as stack:  # closed here after an error, else in __exit__
+            if ranks.rank == 0:
+                stack.enter_context(_exclusive(self.path))
             found = self._load(args) if ranks.rank == 0 else None
             resume, self.checkpoint, self.origin = ranks.exchange(found)[0]
             checkpoint = self.checkpoint or {}
@@ -62,12 +69,11 @@ class RunFolder:
             if self.continues and "run_flags" in checkpoint:
                 stored = stored | {k: DEFAULTS[k] for k in RUN_FLAGS} | checkpoint["run_flags"]
             given = {k: v for k, v in cli_args.items() if k in stored.keys() - free}
-            self.changed = {k: v for k, v in given.items() if stored[k] != v}
+            self.changed = {k: v for k, v in given.items() if _essence(stored[k]) != _essence(v)}
             self._refuse_changes(str(resume), stored)
             self.args = resolve({**cli_args, "resume": resume}, stored)
-            seen = checkpoint.get("episode", 0)
-            _check_meta_batch(self.args, seen, ranks.size)
-            on_error.pop_all()
+            _check_meta_batch(self.args, checkpoint.get("episode", 0), ranks.size)
+            self._stack = stack.pop_all()
 
     def _load(self, args: argparse.Namespace) -> tuple[str | None, dict | None, tuple | None]:
         resume, init_from, checkpoint, origin = args.resume, args.init_from, None, None
@@ -113,6 +119,12 @@ class RunFolder:
         self._stack.close()
 
 
+def _essence(value: object) -> object:
+    """A flag's value, but of --learner FILE:NAME@DIGEST without FILE, which may move."""
+    learner = isinstance(value, str) and "@" in value
+    return split_learner(value)[1:] if learner else value
+
+
 def _typed(value: object) -> str:
     if isinstance(value, bool | None):
         return str(value).lower()
@@ -128,6 +140,8 @@ def _check_meta_batch(args: argparse.Namespace, seen: int, n_ranks: int) -> None
     m = args.meta_batch
     if m % n_ranks:
         advice = f"give --meta-batch {m + -m % n_ranks}"
+        if args.method not in INNER_LOOP:
+            advice = f"--method {args.method} trains in one; start it without torchrun"
         raise UserError(f"--meta-batch {m}: {n_ranks} processes cannot share it evenly; {advice}")
     for flag, n in (("--episode", args.episode), ("--val-freq", args.val_freq)):
         if n % m:

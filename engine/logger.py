@@ -12,7 +12,9 @@ from typing import IO
 
 from tqdm import tqdm
 
-from utils import UserError, pip_install, summary
+from utils import UserError, load_package, summary
+
+CONSOLE, METRICS = "console.log", "metrics.jsonl"
 
 
 def result_line(name: str, losses: list[float], accuracies: list[float]) -> str:
@@ -35,19 +37,17 @@ class Logger:
         UserError: a file cannot be written, or is shorter than ``end_at`` says.
     """
 
-    NAMES = ("console.log", "metrics.jsonl")
+    NAMES = (CONSOLE, METRICS)
 
     def __init__(self, folder: Path, end_at: dict[str, int]):
-        self.folder = folder
         how = {"encoding": "utf-8", "errors": "backslashreplace"}  # file names are any bytes
         try:
-            self._console, self._metrics = ((folder / name).open("a", **how) for name in self.NAMES)
-            for file, name in zip((self._console, self._metrics), self.NAMES, strict=True):
-                size = (folder / name).stat().st_size
+            self._files = {name: (folder / name).open("a", **how) for name in self.NAMES}
+            for name, size in self._sizes().items():
                 if size < end_at.get(name, 0):
                     found = f"{size} bytes, but the snapshot saw {end_at[name]}"
-                    raise UserError(f"{file.name}: {found}; choose another --save")
-                file.truncate(end_at.get(name, size))
+                    raise UserError(f"{folder / name}: {found}; choose another --save")
+                self._files[name].truncate(end_at.get(name, size))
         except OSError as e:
             raise UserError(
                 f"{folder}: cannot be written ({e.strerror}); choose another --save"
@@ -55,14 +55,17 @@ class Logger:
 
     def position(self) -> dict[str, int]:
         """The lengths of the two files in bytes, once they are safely on disk."""
-        for file in (self._console, self._metrics):
+        for file in self._files.values():
             os.fsync(file.fileno())
-        return {name: (self.folder / name).stat().st_size for name in self.NAMES}
+        return self._sizes()
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
 
     def info(self, text: str) -> None:
         """Print a line, above the progress bar if there is one, and keep it with its time."""
         tqdm.write(text)
-        _append(self._console, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        _append(self._files[CONSOLE], f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def event(self, kind: str, **values) -> None:
         """Append one JSON object; wall-clock times go under ``time``, infinities become null."""
@@ -70,11 +73,11 @@ class Logger:
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in values.items()
         }
-        _append(self._metrics, json.dumps({"event": kind, **values}) + "\n")
+        _append(self._files[METRICS], json.dumps({"event": kind, **values}) + "\n")
 
     def close(self) -> None:
         """Close both files."""
-        for file in (self._console, self._metrics):
+        for file in self._files.values():
             with contextlib.suppress(OSError):  # what could not be written was reported then
                 file.close()
 
@@ -91,12 +94,51 @@ def open_tensorboard(folder: Path, episode: int):
     """Open a writer that hides what a killed process may have written after ``episode``.
 
     Raises:
-        UserError: TensorBoard is not installed.
+        UserError: TensorBoard is missing or broken.
     """
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except Exception as e:  # it is missing, or a broken package, which raises nearly anything
-        why = next(iter(str(e).splitlines()), "") or type(e).__name__
-        advice = pip_install("tensorboard")
-        raise UserError(f"--tensorboard: cannot be loaded ({why}); run: {advice}") from e
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=episode + 1)
+        writer = load_package("torch.utils.tensorboard", "tensorboard").SummaryWriter
+    except UserError as e:
+        raise UserError(f"--tensorboard: {e}") from e
+    return writer(str(folder / "tensorboard"), purge_step=episode + 1)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """Read a run's events in order, without a last line that was cut off.
+
+    Raises:
+        UserError: the file cannot be read, or no training is logged there.
+    """
+    path, events = folder / METRICS, []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); name a run folder") from e
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and "event" in event:
+                events.append(event)
+    try:
+        sound = all(map(_is_sound, events))
+    except (KeyError, TypeError, AttributeError):  # a part is missing
+        sound = False
+    if not sound:
+        raise UserError(f"{path}: holds what no training logs; name another run")
+    if not any(e["event"] == "train" for e in events):
+        raise UserError(f"{path}: no episode of training is logged there yet")
+    return events
+
+
+def _is_sound(event: dict) -> bool:
+    """Whether an event has what it is read for; missing parts may raise."""
+    if event["event"] == "train":
+        numbers = [event["mean_loss"], event["mean_accuracy"], event["time"]["seconds"]]
+        sound = event["time"]["episodes_per_second"] > 0
+    elif event["event"] == "val":
+        numbers = [event[name][k] for name in ("loss", "accuracy") for k in ("mean", "ci95")]
+        numbers, sound = numbers + event.get("accuracies", []), True
+    else:
+        return True
+    sound = sound and all(isinstance(x, (int, float)) for x in numbers)
+    return sound and isinstance(event["episode"], int)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from engine.flags import DEFAULTS, split_learner, with_digest
@@ -34,6 +35,12 @@ class OwnLearner(FlatModule):
     def forward(self, x: Tensor) -> Tensor:
         """See the network's own."""
         return self.network(x)
+
+    def __getattr__(self, name: str) -> Any:
+        """The network's other methods, such as ``features``."""
+        if name == "features":
+            return self.network.features
+        return super().__getattr__(name)
 
 
 def own_learner(args: argparse.Namespace) -> FlatModule:
@@ -106,8 +113,21 @@ def _fault(network: object, args: argparse.Namespace) -> str | None:
         return f"makes {found} of {args.n_class} images, but should make logits [images, n_classes]"
     if not logits.is_floating_point():
         return f"makes logits of {logits.dtype}"
-    if not torch.allclose(logits, twin(x), rtol=1e-3, atol=1e-5):
+    near = {"rtol": 1e-3, "atol": 1e-5}
+    if not torch.allclose(logits, twin(x), **near):
         return "is random in training (dropout?), so that no run could be resumed to the same bits"
+    kept = dict(learner.named_buffers())
+    for name, buffer in twin.named_buffers():
+        module = twin.get_submodule(name.rpartition(".")[0])
+        if not isinstance(module, _NormBase) and not torch.equal(buffer, kept[name]):
+            return f"changes {name}, which no new episode resets; only batch norm may keep values"
+    n_support = args.n_class * args.n_shot
+    twin(x[: n_support % args.batch_size or args.batch_size])  # the smallest minibatch
+    twin.eval()
+    if not torch.allclose(twin(x)[-1:], twin(x[-1:]), **near):
+        advice = "tests that see all query images are for --transductive true"
+        return f"is random, or mixes images, in tests (track_running_stats=False?); {advice}"
+    twin.train()
     twin.transfer_params(learner, cI)
     loss = F.cross_entropy(twin(x), torch.arange(args.n_class))
     grad = torch.autograd.grad(loss, cI, allow_unused=True)[0]

@@ -1,4 +1,4 @@
-"""What runs, which code, on what machine: kept with every run and every test."""
+"""Command, commit, versions and machine, which every run and test records."""
 
 from __future__ import annotations
 

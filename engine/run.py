@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dataloader import EpisodeDataset, episodes
 from engine import checkpoint as checkpoints
-from engine.checkpoint import BEST, LAST
+from engine.checkpoint import BEST, LAST, short_name
 from engine.flags import stored_flags
 from engine.folder import RunFolder
 from engine.logger import Logger, open_tensorboard, result_line
@@ -69,24 +69,22 @@ class Run:
         if folder.origin is not None:
             path, origin = folder.origin
             self.seen_before = origin.get("classes", [])
-            started = {"checkpoint": _short(path), "episode": origin["episode"]}
+            started = {"checkpoint": short_name(path), "episode": origin["episode"]}
             self.about["started_from"] = started
         if folder.checkpoint is not None:
             self._restore(folder.checkpoint, Path(self.args.resume), data)
         self.state.asked_for, self.state.data = self.args.episode, data
-        self._stack = contextlib.ExitStack()
         self.signals, self.saved_at = Signals(), time.monotonic()
-        self._stack.callback(self.signals.restore)
         # of rank 0 only
         self.logger: Any = None
         self.tensorboard: Any = None
         self.bar: Any = None
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(self._stack.close)
+        with contextlib.ExitStack() as stack:  # closed here after an error, else in __exit__
+            stack.callback(self.signals.restore)
             self.ranks.begin({f"{split} images": value for split, value in data.items()})
             if self.ranks.rank == 0:
-                self._open_logs()
-            on_error.pop_all()
+                self._open_logs(stack)
+            self._stack = stack.pop_all()
         self.began = self.logged = self.state.episode
         self.since, self.paused = time.perf_counter(), 0.0
 
@@ -98,7 +96,7 @@ class Run:
         n = self.state.episode
         for split, fingerprint in self.state.data.items():
             if data.get(split, fingerprint) != fingerprint:
-                place = f"{self.args.data_root}/{split}"
+                place = f"{self.args.data_root}/{self.datasets[split].split.name}"
                 advice = "bring them back, or start anew with another --save"
                 raise UserError(f"{place}: other images than {path} was trained on; {advice}")
         if n > self.args.episode:
@@ -108,19 +106,19 @@ class Run:
             return
         # another folder begins its own logs and keeps its own best checkpoint
         self.state.best, self.state.validated, self.state.logs_end_at = None, n, {}
-        self.about["resumed_from"] = {"checkpoint": _short(path), "episode": n}
+        self.about["resumed_from"] = {"checkpoint": short_name(path), "episode": n}
         self.about["changed"] = self.folder.changed
 
-    def _open_logs(self) -> None:
+    def _open_logs(self, stack: contextlib.ExitStack) -> None:
         args, state, folder = self.args, self.state, self.folder
         if not folder.continues and folder.ckpt(LAST).exists():
             advice = "continue it with --resume auto, or give another --save or --seed"
             raise UserError(f"{folder.path}: holds a run already; {advice}")
         if args.tensorboard:
             self.tensorboard = open_tensorboard(folder.path, state.episode)
-            self._stack.callback(self.tensorboard.close)
+            stack.callback(self.tensorboard.close)
         ends = state.logs_end_at or dict.fromkeys(Logger.NAMES, 0)
-        self.logger = self._stack.enter_context(contextlib.closing(Logger(folder.path, ends)))
+        self.logger = stack.enter_context(contextlib.closing(Logger(folder.path, ends)))
         for left in folder.ckpt("").glob(".*.tmp"):  # by a process that was killed while writing
             left.unlink(missing_ok=True)
         if state.episode == 0:
@@ -128,7 +126,7 @@ class Run:
         else:  # not in the log, which equals that of an undisturbed run
             print(f"resuming after episode {state.episode} of {args.episode}, in {folder.path}")
         bar = tqdm(total=args.episode, initial=state.episode, desc="train", unit="ep", disable=None)
-        self.bar = self._stack.enter_context(bar)
+        self.bar = stack.enter_context(bar)
 
     def _description(self) -> str:
         args = self.args
@@ -318,11 +316,6 @@ class Run:
             note = f", best by validation: episode {best['episode']}" if best else ""
             self.bar.close()
             self.logger.info(f"done: {self.folder.path.name}/ckpts/{LAST}{note}")
-
-
-def _short(path: Path) -> str:
-    """A checkpoint as ``run folder/file``."""
-    return "/".join([part for part in path.resolve().parts if part != "ckpts"][-2:])
 
 
 def _duration(seconds: float) -> str:

@@ -41,8 +41,10 @@ class TrainingState:
             raise KeyError("a part of the run's state")
         counts = [state.validated, state.skipped_in_a_row, state.asked_for]
         counts += state.logs_end_at.values()
-        numbers = [*state.losses, *state.accuracies, *state.skipped]
+        lists = [state.losses, state.accuracies, state.skipped]
+        numbers = [x for each in lists for x in each]
         sound = all(isinstance(n, int) and n >= 0 for n in counts)
+        sound = sound and all(isinstance(each, list) for each in lists)
         sound = sound and all(isinstance(x, float) for x in numbers)
         sound = sound and all(isinstance(v, str) for v in state.data.values())
         if best is not None:

@@ -18,7 +18,10 @@ while [ $# -gt 0 ]; do
   case $1 in
     --recipe=*) recipes=${1#*=} && shift && continue ;;
     --per-gpu=*) per_gpu=${1#*=} && shift && continue ;;
-    --minutes=*) minutes=${1#*=} && shift && continue ;;
+    --minutes=*)
+      [[ $1 =~ ^--minutes=0*([0-9]{1,6})$ ]] || fail "--minutes ${1#*=}: must be a whole number up to 999999"
+      minutes=${BASH_REMATCH[1]} && shift && continue
+      ;;
     --save=*) save=${1#*=} ;;
     --mode* | --seed* | --resume*) fail "${1%%=*}: seeds.sh sets this flag itself; leave it out" ;;
     --cpu | --gpu*) gpus=('') ;; # the flag chooses the device
@@ -26,7 +29,6 @@ while [ $# -gt 0 ]; do
   flags+=("$1") && shift
 done
 [[ $per_gpu =~ ^[1-9][0-9]?$ ]] || fail "--per-gpu $per_gpu: must be a number from 1 to 99"
-[[ $minutes =~ ^[0-9]*$ ]] || fail "--minutes $minutes: must be a whole number"
 IFS=, read -r -a recipes <<<"$recipes"
 [ -z "$save" ] || [ ${#recipes[@]} = 1 ] || fail "--save $save: several recipes need a folder each; leave it out"
 jobs=() folders=() # "RECIPE SEED", and the folder of a run that is tested

@@ -1,1 +1,1 @@
-"""What looks at a trained model: results, tables, pictures, traces, exports and predictions."""
+"""Uses of a trained model: results, tables, pictures, traces, exports and predictions."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import numpy as np
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST
 from engine.flags import run_folder
-from tools import metrics, results, trace
+from engine.logger import Logger
+from tools import results, trace
 from tools.recipes import recipe_name
 from utils import UserError, atomic_write
 
@@ -35,7 +37,8 @@ def export(folder: Path, to: Path) -> Path:
         The new folder, which must not exist yet.
 
     Raises:
-        UserError: the run has not been tested, or the new folder exists.
+        UserError: this checkpoint has not been tested, or the new folder exists or cannot be
+            written; nothing is then left of it.
     """
     content = results.read_results(folder)
     stored, seed = content["training"]["hyper_parameters"], content["training"]["seed"]
@@ -48,9 +51,25 @@ def export(folder: Path, to: Path) -> Path:
     if best is None:
         raise UserError(f"{folder}/ckpts: no checkpoint there")
     checkpoint = checkpoints.load(best)
+    if checkpoint["episode"] not in [test["episode"] for test in content["tests"]]:
+        advice = f"of which {folder / results.NAME} has no test; test the run again"
+        raise UserError(f"{best}: is of episode {checkpoint['episode']}, {advice}")
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        # takes its name when it is complete
+        with tempfile.TemporaryDirectory(dir=to, prefix=".") as temporary:
+            whole = Path(temporary, "run")
+            _copy(folder, checkpoint, whole)
+            whole.rename(target)
+    except OSError as e:
+        raise UserError(f"{target}: cannot be written ({e.strerror}); give another --to") from e
+    return target
+
+
+def _copy(folder: Path, checkpoint: dict, target: Path) -> None:
     kept = {k: checkpoint[k] for k in PUBLISHED if k in checkpoint}
     checkpoints.save(kept, target / "meta-learner.pth.tar")
-    for name in ("console.log", metrics.NAME, results.NAME):
+    for name in (*Logger.NAMES, results.NAME):
         if (folder / name).is_file():
             shutil.copy(folder / name, target)
     for path in sorted((folder / "plots").glob("*.png")):
@@ -61,4 +80,3 @@ def export(folder: Path, to: Path) -> Path:
         arrays.pop("images", None)
         with atomic_write(target / trace.NAME) as file:
             np.savez_compressed(file, **arrays)
-    return target

@@ -30,8 +30,8 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from engine import checkpoint as checkpoints
 from engine.checkpoint import LAST
+from engine.logger import read_metrics
 from tools.class_names import display_name
-from tools.metrics import read_metrics
 from tools.results import NAME as RESULTS
 from tools.results import read_results, variant
 from tools.trace import QUANTILES
@@ -52,7 +52,6 @@ STYLE = {
     "axes.formatter.useoffset": False,
 }
 CI = r"$\mathit{cI}$"  # for texts with parse_math
-PAUSE = 5  # a stretch of training so many times slower than the median is taken for an interruption
 
 
 # ---- Words ----
@@ -140,32 +139,6 @@ def smooth(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.array([w.std() if len(w) else math.nan for w in finite])
 
 
-def training_time(train: list[dict]) -> tuple[np.ndarray, str]:
-    """When each line of the log was written, in time spent on training.
-
-    A line much slower than the median (``PAUSE``), such as of a process that was stopped for a
-    while, counts as the median.
-
-    Args:
-        train: the training events, N of them.
-
-    Returns:
-        [N], and the unit: seconds, minutes or hours.
-    """
-    episodes = np.diff([e["episode"] for e in train], prepend=0)
-    episodes[0] = round(
-        train[0]["time"]["seconds"] * train[0]["time"]["episodes_per_second"]
-    )  # it may continue another run
-    each = 1 / np.array([e["time"]["episodes_per_second"] for e in train])
-    seconds = np.cumsum(episodes * np.where(each > PAUSE * np.median(each), np.median(each), each))
-    unit, size = next(
-        (u, s)
-        for u, s, most in (("seconds", 1, 120), ("minutes", 60, 7200), ("hours", 3600, math.inf))
-        if seconds[-1] <= most
-    )
-    return seconds / size, unit
-
-
 def settings(folder: Path) -> dict[str, object]:
     """A run's hyper-parameters and its mode, from its checkpoint or else from its tests; empty if
     it has neither.
@@ -192,40 +165,33 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def curves(folder: Path) -> Figure:
-    """Loss and accuracy over episodes and over the time of training."""
+    """Loss and accuracy over episodes."""
     events = read_metrics(folder)
     train = [e for e in events if e["event"] == "train"]
     val = [e for e in events if e["event"] == "val"]
-    episode = np.array([e["episode"] for e in train])
-    validated = np.array([e["episode"] for e in val])
-    time, unit = training_time(train)
-    # outside the log's lines the time of a validation is unknown: NaN, which is not drawn
-    val_time = np.interp(validated, episode, time, left=math.nan, right=math.nan) if val else []
+    episode, validated = ([e["episode"] for e in of_kind] for of_kind in (train, val))
     known = settings(folder)
     n = known.get("n_class")
-    figure, axes = plt.subplots(2, 2, figsize=(8, 5.6), sharex="col", sharey="row")
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.8))
     chances = (math.log(n), 100 / n) if n else (None, None)
     labels = (("loss", "loss"), ("accuracy", "accuracy, %"))
-    for row, ((key, label), chance) in enumerate(zip(labels, chances, strict=True)):
+    for axis, (key, label), chance in zip(axes, labels, chances, strict=True):
+        if chance:
+            look = {"color": GREY, "linestyle": ":", "linewidth": 1}
+            axis.axhline(chance, **look, label=f"guessing among {n} classes")
         values = np.array([e[f"mean_{key}"] for e in train], dtype=float)
         mean, std = smooth(values, max(3, len(values) // 20))
-        for axis, x, at in zip(axes[row], (episode, time), (validated, val_time), strict=True):
-            if chance:
-                look = {"color": GREY, "linestyle": ":", "linewidth": 1}
-                axis.axhline(chance, **look, label=f"guessing among {n} classes")
-            axis.fill_between(x, mean - std, mean + std, color=BLUE, alpha=0.2, linewidth=0)
-            words = "training, smoothed, ± std of the log's means"
-            axis.plot(x, mean, color=BLUE, marker="o" if len(x) == 1 else None, label=words)
-            if val:
-                pairs = [[e[key][k] for e in val] for k in ("mean", "ci95")]
-                centre, half = np.array(pairs, dtype=float)
-                look = {"color": ORANGE, "fmt": "s--", "markersize": 3, "linewidth": 1}
-                axis.errorbar(at, centre, half, capsize=2, **look, label="validation, ± 95 %")
-        axes[row, 0].set_ylabel(label)
-    axes[1, 0].xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
-    axes[1, 0].xaxis.set_major_formatter("{x:,.0f}")
-    axes[1, 0].set_xlabel("batches" if known.get("mode") == "pretrain" else "episodes")
-    axes[1, 1].set_xlabel(f"{unit} of training, without validations and pauses")
+        axis.fill_between(episode, mean - std, mean + std, color=BLUE, alpha=0.2, linewidth=0)
+        words = "training, smoothed, ± std of the log's means"
+        axis.plot(episode, mean, color=BLUE, marker="o" if len(mean) == 1 else None, label=words)
+        if val:
+            pairs = [[e[key][k] for e in val] for k in ("mean", "ci95")]
+            centre, half = np.array(pairs, dtype=float)
+            look = {"color": ORANGE, "fmt": "s--", "markersize": 3, "linewidth": 1, "capsize": 2}
+            axis.errorbar(validated, centre, half, **look, label="validation, ± 95 %")
+        axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.set(xlabel="batches" if known.get("mode") == "pretrain" else "episodes", ylabel=label)
     name = shorten(folder.resolve().name, 50)
     figure.suptitle(f"{name}: training{' and validation' if val else ''}")
     look = {"ncols": 3, "fontsize": 8, "title_fontsize": 8}
@@ -234,7 +200,7 @@ def curves(folder: Path) -> Figure:
             "Two measures: training normalises query images by their own batch's statistics, "
             "validation by the support set's."
         )
-    handles = axes[0, 0].get_legend_handles_labels()
+    handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", **look)
     return figure
 

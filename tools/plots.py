@@ -18,7 +18,7 @@ from tools.class_names import display_name
 from tools.results import NAME as RESULTS
 from tools.trace import N_EPISODES, read_trace, write_trace
 from tools.trace import NAME as TRACE
-from utils import UserError, pip_install
+from utils import UserError, load_package
 
 
 def load_figures() -> ModuleType:
@@ -27,14 +27,7 @@ def load_figures() -> ModuleType:
     Raises:
         UserError: Matplotlib is missing or broken.
     """
-    try:
-        from tools import figures
-    except Exception as e:  # a broken package raises nearly anything
-        why = " ".join(str(e).split()) or type(e).__name__
-        raise UserError(
-            f"matplotlib cannot be used ({why}); run: {pip_install('matplotlib')}"
-        ) from e
-    return figures
+    return load_package("tools.figures", "matplotlib")
 
 
 def plot_mode(cli_args: dict[str, object], load_model: Callable[..., tuple]) -> None:
@@ -105,5 +98,5 @@ def plot(folder: Path, wanted: str | None = None) -> list[Path]:
                 except OSError as e:
                     why = f"cannot be written ({e.strerror}); free some space"
                     raise UserError(f"{folder / 'plots'}: {why}") from e
-    print("drawn: " + " ".join(map(str, written)))
+    print(f"drawn: {folder / 'plots'}: {' '.join(path.name for path in written)}")
     return written

@@ -51,14 +51,15 @@ class Predictor:
 
         Args:
             images: the examples, at least one of each class.
-            labels: what each shows, such as names or numbers; as many different ones as the model
-                was trained for.
+            labels: what each shows, such as names or numbers (or a tensor of them); as many
+                different ones as the model was trained for.
 
         Raises:
             UserError: there are more or fewer labels than that, or than images.
         """
         args, model, device = self.args, self.model, self.backend.device
-        inputs, labels = [self._input(image) for image in images], list(labels)
+        inputs = [self._input(image) for image in images]
+        labels = [each.item() if isinstance(each, Tensor) else each for each in labels]
         classes = list(dict.fromkeys(labels))
         if len(inputs) != len(labels):
             raise UserError(f"{len(inputs)} images, but {len(labels)} labels; give one for each")
@@ -129,15 +130,17 @@ class Predictor:
 
     def _input(self, image: Image.Image | Tensor) -> Tensor:
         """Transform as for validation: [3, image_size, image_size] float32."""
+        if not isinstance(image, (Image.Image, Tensor)):
+            raise UserError(f"{type(image).__name__}: give a PIL image, or a tensor [3, H, W]")
         image = to_rgb(_from_tensor(image) if isinstance(image, Tensor) else image)
         image = eval_image(image, self.args.image_size, self.args.augment)
         return to_input([image], self.args.pixels)[0]
 
 
 def _from_tensor(image: Tensor) -> Image.Image:
-    if image.is_floating_point() and image.min() >= 0 and image.max() <= 1:
+    if image.is_floating_point() and ((image >= 0) & (image <= 1)).all():
         image = (image * 255).round().to(torch.uint8)
-    if image.dim() != 3 or len(image) != 3 or image.dtype != torch.uint8:
+    if image.dim() != 3 or len(image) != 3 or image.dtype != torch.uint8 or not image.numel():
         found = f"a tensor {list(image.shape)} of {image.dtype}"
         raise UserError(f"{found} is no image; give [3, H, W] uint8, or floats from 0 to 1")
     return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))

@@ -1,4 +1,4 @@
-"""The recipes, as ``scripts/train_*.sh`` define them, and the name of whatever a run did."""
+"""The recipes, as the scripts define them, and a name for what any run did."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from engine.flags import DEFAULTS, HYPER_PARAMETERS, ROOT, parse, spelled
 from utils import UserError
 
-_SCRIPT = re.compile(r"train_(\d+)s_5c(?:_(\w+))?\.sh")
+_SCRIPT = re.compile(r"(?:train|baseline)_(\d+)s_5c(?:_(\w+))?\.sh")
 
 
 @functools.cache
@@ -21,7 +21,7 @@ def scripts() -> dict[tuple[str, int], dict[str, object]]:
         UserError: a script has flags that cannot be parsed; it is named.
     """
     found = {}
-    for path in sorted((ROOT / "scripts").glob("train_*.sh")):
+    for path in sorted((ROOT / "scripts").glob("*.sh")):
         if match := _SCRIPT.fullmatch(path.name):
             command = path.read_text(encoding="utf-8").partition('main.py"')[2]
             try:
@@ -29,7 +29,7 @@ def scripts() -> dict[tuple[str, int], dict[str, object]]:
                 flags = parse([word for word in words if not word.startswith("$")])
             except (UserError, ValueError) as e:
                 raise UserError(f"{path}: {e}") from e
-            found[match[2] or "port", int(match[1])] = flags
+            found[(match[2] or "port").replace("_", "-"), int(match[1])] = flags
     return found
 
 
@@ -52,13 +52,12 @@ def recipe_name(
         return "unknown"
     own, late = {k: DEFAULTS[k] for k in HYPER_PARAMETERS} | hyper_parameters, set(late)
     apart = set(HYPER_PARAMETERS) - {"seed", "n_class", "n_shot", "input_size"}
-    shots = 1 if own["n_shot"] == 1 else 5
+    found = recipes()
     differ = {
-        name: {k for k in apart if own[k] != values[k]}
-        for (name, of), values in recipes().items()
-        if of == shots
+        name: {k for k in apart if own[k] != found[_key(name, own["n_shot"])][k]}
+        for name, _ in found
     }
-    name = min(differ, key=lambda name: len(differ[name]))
+    name = min(differ, key=lambda name: ("method" in differ[name], len(differ[name])))
     changes = [
         f"{spelled(k)[2:]} {text(own[k])}" + f" only after {since:,} episodes" * (k in late)
         for k in HYPER_PARAMETERS
@@ -69,7 +68,13 @@ def recipe_name(
 
 def starts_from(name: str, shots: int) -> str:
     """The ``--init-from`` of a recipe's script, or nothing."""
-    return str(scripts().get((name, 1 if shots == 1 else 5), {}).get("init_from", ""))
+    return str(scripts().get(_key(name, shots), {}).get("init_from", ""))
+
+
+def _key(name: str, shots: object) -> tuple[str, int] | None:
+    """The recipe of this name that is made for 1-shot or for more; else one that is not."""
+    keys = [key for key in scripts() if key[0] == name]
+    return min(keys, key=lambda key: (key[1] == 1) != (shots == 1), default=None)
 
 
 def text(value: object) -> str:

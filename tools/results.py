@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 from pathlib import Path
 
 from engine import checkpoint as checkpoints
 from engine.checkpoint import LAST
-from engine.flags import spelled
-from tools.metrics import read_metrics
+from engine.flags import check_stored, spelled
+from engine.logger import read_metrics
 from tools.recipes import text
 from utils import UserError, atomic_write, file_lock
 
@@ -119,7 +120,8 @@ def read_results(folder: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         training = content["training"]
-        sound = isinstance(training["hyper_parameters"], dict) and bool(content["tests"])
+        check_stored(path, {"hyper_parameters": training["hyper_parameters"]})
+        sound = bool(content["tests"])
         sound = sound and isinstance(training["seed"], (int, type(None)))
         for origin in filter(None, map(training.get, ("started_from", "resumed_from"))):
             sound = sound and isinstance(origin["checkpoint"], str)
@@ -140,6 +142,9 @@ def _is_test(test: dict) -> bool:
     sound = all(isinstance(test[key], kind) for key, kind in _TYPES.items())
     sound = sound and all(isinstance(c, int) and c > 0 for c in test["counts"])
     sound = sound and all(isinstance(a, (int, float)) for a in test["accuracies"])
+    sound = sound and all(map(math.isfinite, test["accuracies"]))
+    lengths = map(test["training_length"].get, ("seen", "asked_for"))
+    sound = sound and all(isinstance(n, (int, type(None))) for n in lengths)
     sound = sound and isinstance(test["tta"]["permutations"], int)
     sound = sound and isinstance(test["tta"]["flip"], bool)
     val = test["validation"]

@@ -7,25 +7,25 @@ import math
 import statistics
 from pathlib import Path
 
+import torch
+
 from engine.flags import run_folder
+from engine.provenance import provenance
+from tools import plots
 from tools.markdown import markdown_table
 from tools.recipes import recipe_name, starts_from
-from tools.results import read_results, variant
+from tools.results import read_results, variant, write_results
 from utils import UserError, summary
 
+_TESTED = "after {} of 50,000 episodes"
 # accuracy in percent, 5-way on mini-ImageNet, by shots: who, what was tested, validation, and test
 # on 600 episodes (the paper's table 1; the port's README)
 PUBLISHED = {
     5: [
         ("paper", "", "", "60.60 ± 0.71"),
         ("the authors' code as the port's writer ran it", "", "", "about 53"),
-        *(
-            (f"the port, seed {seed}", f"after {episode} of 50,000 episodes", val, test)
-            for seed, episode, val, test in (
-                (719, "41,000", "59.08 (std 9.9)", "57.76 (std 8.6)"),
-                (53, "44,000", "58.04 (std 9.1)", "58.14 (std 8.5)"),
-            )
-        ),
+        ("the port, seed 719", _TESTED.format("41,000"), "59.08 (std 9.9)", "57.76 (std 8.6)"),
+        ("the port, seed 53", _TESTED.format("44,000"), "58.04 (std 9.1)", "58.14 (std 8.5)"),
     ],
     1: [("paper", "", "", "43.44 ± 0.77")],
 }
@@ -47,6 +47,28 @@ def interval(values: list[float]) -> tuple[float, float]:
     """Mean over seeds and half-width of its 95 % interval by Student's t distribution."""
     half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return statistics.fmean(values), half
+
+
+def report(
+    path: Path,
+    args: argparse.Namespace,
+    checkpoint: dict,
+    tests: list[dict],
+    device: torch.device,
+    n_processes: int,
+) -> None:
+    """Keep tests of a run's checkpoint in the run's folder, and print and draw them.
+
+    A checkpoint at another place than a run's ``ckpts/`` has no folder for them.
+    """
+    if path.resolve().parent.name != "ckpts":
+        return
+    folder = path.resolve().parent.parent
+    about = provenance(device, n_processes)
+    written = write_results(folder, args, checkpoint, tests, about)
+    print(f"written to {written}\n\n{tables([folder])}")
+    if args.plots and (folder / "plots").is_dir():
+        plots.draw(folder, "histogram")
 
 
 def results_mode(args: argparse.Namespace) -> None:
@@ -89,8 +111,8 @@ def _table(key: tuple, rows: list[tuple[dict, dict]], means_alone: bool) -> str:
     counts = {count for _, test in rows for count in test["counts"]}
     counts = sorted(counts | ({PUBLISHED_COUNT} if published else set()))
     groups: dict[tuple, list] = {}  # of runs that differ in their seed only
-    for training, test in rows:
-        groups.setdefault(_group(training, test, shots), []).append((training, test))
+    for row in rows:
+        groups.setdefault(_group(*row, shots), []).append(row)
     lines, has_means = [], False
     for name, kind, seen, asked in sorted(groups, key=str):
         group = groups[name, kind, seen, asked]

@@ -1,4 +1,4 @@
-"""What the meta-learner does inside an episode, recorded for the pictures."""
+"""Records gates and updates within episodes, for the pictures."""
 
 from __future__ import annotations
 

@@ -1,84 +1,101 @@
-"""Images in pickles and Parquet shards."""
+"""Images in pickles and Parquet shards.
+
+A reader's ``rows`` yields (key, file name or None, label) of each image of a file, and its
+``stream`` (key, image) of the wanted keys. A key is (file, row), a label is a number or a name.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import re
-import shutil
-import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from imagefiles import is_image, nfc
+from imagefiles import nfc
 from utils import UserError, pip_install
 
 from . import safe_pickle
 from .sources import SPLIT_NAMES, WNID, Source
 
-Key = tuple[str, int]  # an image: (pickle or shard, row)
+Key = tuple[str, int]
+Label = int | str
+
+
+def read_table(
+    reader: Pickles | Shards, splits: dict[str, str]
+) -> tuple[dict[str, dict[Label, list[Key]]], dict[Key, str]]:
+    """{split: {class: [key of each image]}} of the files {name: split}, and the known file names.
+
+    Numbers become the WordNet ids that their images' file names begin with, if all have one.
+    """
+    table: dict[str, dict[Label, list[Key]]] = {}
+    names: dict[Key, str] = {}
+    for file, split in splits.items():
+        classes = table.setdefault(split, {})
+        for key, name, label in reader.rows(file):
+            classes.setdefault(nfc(label) if isinstance(label, str) else label, []).append(key)
+            if name:
+                names[key] = nfc(PurePosixPath(name.replace("\\", "/")).name)
+    wnids: dict[Label, set[str]] = {}
+    for classes in table.values():
+        for label, keys in classes.items():
+            if isinstance(label, int):
+                wnids.setdefault(label, set()).update(names.get(key, "")[:9] for key in keys)
+    if all(len(of) == 1 and WNID.fullmatch(*of) for of in wnids.values()):
+        for split, classes in table.items():
+            table[split] = {next(iter(wnids.get(c, {c}))): keys for c, keys in classes.items()}
+    return table, names
 
 
 class Pickles:
-    """One pickle for each split: image_data uint8 [N, H, W, 3] and class_dict {class: indices}; or
-    data uint8 [N, H, W, 3] and labels [N], numbers or names.
-
-    Args:
-        names: {the pickle's name in ``source``: split}.
-
-    Attributes:
-        keys: {split: {class: [key of each image]}}.
-        named: whether the classes have names.
-        files: {}, as the images have no names.
+    """Pickles of image_data uint8 [N, H, W, 3] and class_dict {class: indices}; or of data uint8
+    [N, H, W, 3] and labels [N], numbers or names. One at a time is in memory.
 
     Raises:
         UserError: a pickle is refused, or its images and labels do not fit together.
     """
 
-    def __init__(self, source: Source, names: dict[str, str]):
-        self._source, self.named, self.files = source, True, {}
-        self.keys: dict[str, dict[str, list[Key]]] = {}
-        for name, images, data in self._load(set(names)):
-            shown, count = f"{source.path}: {name}", len(images)
-            del images  # before the next one is loaded
-            classes = self.keys.setdefault(names[name], {})
-            read = _of_labels if "labels" in data else _of_class_dict
-            for row, cls in enumerate(read(data, count, shown)):
-                if isinstance(cls, int):
-                    # numbers may start from 0 again in each file: the split's name keeps them apart
-                    cls, self.named = f"{names[name]}-{cls:03d}", False
-                classes.setdefault(nfc(cls), []).append((name, row))
+    suffix = ".png"
 
-    def _load(self, names: set[str]) -> Iterator[tuple[str, np.ndarray, dict[str, Any]]]:
-        """Yield (name, images uint8 [N, H, W, 3], the rest) with one pickle in memory at a time."""
-        for name, file in self._source.stream(names):
-            shown = f"{self._source.path}: {name}"
+    def __init__(self, source: Source):
+        self._source = source
+
+    def rows(self, name: str) -> Iterator[tuple[Key, None, Label]]:
+        images, data = self._load(name)
+        read = _of_labels if "labels" in data else _of_class_dict
+        classes = read(data, len(images), f"{self._source.path}: {name}")
+        del images, data  # before the next one is loaded
+        yield from (((name, row), None, label) for row, label in enumerate(classes))
+
+    def _load(self, name: str) -> tuple[np.ndarray, dict[str, Any]]:
+        """The images uint8 [N, H, W, 3] of a pickle, and the rest of it."""
+        shown = f"{self._source.path}: {name}"
+        with self._source.open_path(name).open("rb") as file:
             data = safe_pickle.load(file, shown)
-            key = next((key for key in ("image_data", "data") if key in data), None)
-            if key is None:
-                raise UserError(f"{shown}: has neither 'image_data' nor 'data'")
-            images = safe_pickle.as_array(data.pop(key), f"{shown}: {key}")
-            if images.dtype != np.uint8 or images.shape[3:] != (3,) or 0 in images.shape:
-                is_now = f"{images.dtype} {list(images.shape)}"
-                raise UserError(f"{shown}: {key} is {is_now}, not uint8 [images, height, width, 3]")
-            yield name, images, data
-            del data, images
+        key = next((key for key in ("image_data", "data") if key in data), None)
+        if key is None:
+            raise UserError(f"{shown}: has neither 'image_data' nor 'data'")
+        images = safe_pickle.as_array(data.pop(key), f"{shown}: {key}")
+        if images.dtype != np.uint8 or images.shape[3:] != (3,) or 0 in images.shape:
+            is_now = f"{images.dtype} {list(images.shape)}"
+            raise UserError(f"{shown}: {key} is {is_now}, not uint8 [images, height, width, 3]")
+        return images, data
 
     def stream(self, wanted: set[Key]) -> Iterator[tuple[Key, np.ndarray]]:
         """Yield (key, image uint8 [H, W, 3]) of the wanted keys."""
-        for name, images, _ in self._load({name for name, _ in wanted}):
+        for name in {name for name, _ in wanted}:
+            images, _ = self._load(name)
             for row in sorted(row for key, row in wanted if key == name):
                 yield (name, row), images[row].copy()  # a view would keep all of them in memory
             del images
 
 
 def _of_labels(data: dict[str, Any], count: int, shown: str) -> list[str | int]:
-    """The class of each of a pickle's ``count`` images by ``labels``, a number if it has no name in
-    ``catname2label``.
-    """
+    """The class of each of ``count`` images by ``labels``; a number without ``catname2label``."""
     labels = safe_pickle.as_array(data["labels"], f"{shown}: labels").ravel()
     sound = labels.dtype.kind in "iuU" and not (labels.dtype.kind == "i" and labels.min() < 0)
     if len(labels) != count or not sound:
@@ -91,104 +108,70 @@ def _of_labels(data: dict[str, Any], count: int, shown: str) -> list[str | int]:
 
 
 def _of_class_dict(data: dict[str, Any], count: int, shown: str) -> list[str]:
-    """The class of each of a pickle's ``count`` images by ``class_dict``."""
+    """The class of each of ``count`` images by ``class_dict``."""
     classes: list[str | None] = [None] * count
     for cls, rows in safe_pickle.as_dict(data.get("class_dict"), f"{shown}: class_dict").items():
         rows = safe_pickle.as_array(rows, f"{shown}: class_dict[{cls!r}]").ravel()
         if rows.size == 0 or rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= count:
-            needs = f"must list indices of the {count} images"
-            raise UserError(f"{shown}: class {cls} {needs}")
+            raise UserError(f"{shown}: class {cls} must list indices of the {count} images")
         for row in rows.tolist():
             if classes[row] is not None:
-                both = f"is in class {classes[row]} and again in {cls}"
-                raise UserError(f"{shown}: image {row} {both}: wrong labels")
+                raise UserError(f"{shown}: image {row} is in class {classes[row]} and in {cls}")
             classes[row] = str(cls)
     if None in classes:
         raise UserError(f"{shown}: {classes.count(None)} of {count} images belong to no class")
     return classes
 
 
-def _split_of(name: str) -> str:
+def split_in_name(name: str) -> str:
     """The split in a shard's name, or in its folders' names, the nearest first; else "train"."""
-    for part in reversed(PurePosixPath(name.lower()).parts):
-        for token in re.split(r"[^a-z]+", part):
-            if token in SPLIT_NAMES:
-                return SPLIT_NAMES[token]
-    return "train"
+    tokens = re.split(r"[^a-z]+", "/".join(reversed(PurePosixPath(name.lower()).parts)))
+    return next((SPLIT_NAMES[token] for token in tokens if token in SPLIT_NAMES), "train")
 
 
 class Shards:
     """Parquet shards with a column of images {bytes, path} and one of labels, numbers or names.
 
     Args:
-        class_names: the names of labels 0, 1, ...; None takes them from the shards' metadata, or
-            else from the images' paths.
-
-    Attributes:
-        keys: {split: {class: [key of each image]}}; a class without a name is a number of 3 digits.
-        named, files: whether the classes have names; {key: file name} where the path is known.
+        class_names: the names of labels 0, 1, ...; None takes them from the shards' metadata.
 
     Raises:
         UserError: pyarrow or a column is missing, a shard is damaged, or a label is wrong.
     """
 
-    def __init__(
-        self, source: Source, names: Collection[str], class_names: list[str] | None = None
-    ):
+    suffix = ""  # the images tell
+
+    def __init__(self, source: Source, class_names: list[str] | None):
         try:
             import pyarrow
             import pyarrow.parquet
         except ImportError:
-            raise source.error(
-                f"Parquet files need pyarrow; run: {pip_install('pyarrow')}"
-            ) from None
+            advice = pip_install("pyarrow")
+            raise source.error(f"Parquet files need pyarrow; run: {advice}") from None
         self._arrow, self._source, self._class_names = pyarrow, source, class_names
-        self.files: dict[Key, str] = {}
-        rows: dict[tuple[str, str | int], list[Key]] = {}
-        for name, shard in self._open(set(names)):
-            image, label = self._columns(name, shard)
-            for key, row in self._rows(name, shard, 4096, [f"{image}.path", label]):
-                rows.setdefault((_split_of(name), self._class(row[label], key)), []).append(key)
-                if path := (row.get(image) or {}).get("path"):
-                    self.files[key] = nfc(PurePosixPath(path.replace("\\", "/")).name)
-        # numbers are named by the WordNet ids that their images' paths begin with, if each has one
-        wnids = {}
-        for (_, cls), keys in rows.items():
-            starts = {self.files.get(key, "")[:9] for key in keys}
-            if isinstance(cls, int):
-                wnids[cls] = starts.pop() if len(starts) == 1 else ""
-        self.named = all(map(WNID.fullmatch, wnids.values()))
-        self.keys: dict[str, dict[str, list[Key]]] = {}
-        for (split, cls), keys in sorted(rows.items(), key=str):
-            if isinstance(cls, int):
-                cls = wnids[cls] if self.named else f"{cls:03d}"
-            self.keys.setdefault(split, {}).setdefault(cls, []).extend(keys)
 
-    def _open(self, names: set[str]) -> Iterator[tuple[str, Any]]:
-        """Yield (name, ParquetFile)."""
-        for name, file in self._source.stream(names):
-            with tempfile.TemporaryFile() as unpacked:
-                if self._source.kind != "a folder":  # Parquet is read from its end
-                    shutil.copyfileobj(file, unpacked)
-                    file = unpacked
-                with self._intact(name):
-                    shard = self._arrow.parquet.ParquetFile(file)
-                yield name, shard
+    def rows(self, name: str) -> Iterator[tuple[Key, str | None, Label]]:
+        for key, path, label in self._rows(name, "path", 4096):
+            known = self._class_names
+            if not isinstance(label, str):
+                if not isinstance(label, int) or not 0 <= label < len(known or range(2**63 - 1)):
+                    classes = f" of {len(known)} classes" if known else ""
+                    where = f"{name}: row {key[1]}"
+                    raise self._source.error(f"{where}: wrong label {label!r}{classes}")
+                label = known[label] if known else label
+            yield key, path, label
 
-    def _rows(
-        self, name: str, shard: Any, batch: int, columns: list[str]
-    ) -> Iterator[tuple[Key, dict]]:
-        """Yield the key and the columns of each of a shard's rows, ``batch`` of them in memory."""
-        with self._intact(name):
-            tables = shard.iter_batches(batch, columns=columns)
-            rows = (row for table in tables for row in table.to_pylist())
-            yield from (((name, number), row) for number, row in enumerate(rows))
-
-    @contextlib.contextmanager
-    def _intact(self, name: str) -> Iterator[None]:
-        """Turn pyarrow's errors into a UserError."""
+    def _rows(self, name: str, part: str, batch: int) -> Iterator[tuple[Key, Any, Any]]:
+        """Yield (key, the image's ``part``, label) of each of a shard's rows, ``batch`` of them in
+        memory.
+        """
         try:
-            yield
+            with self._arrow.parquet.ParquetFile(self._source.open_path(name)) as shard:
+                image, label = self._columns(name, shard.schema_arrow)
+                tables = shard.iter_batches(batch, columns=[f"{image}.{part}", label])
+                rows = (row for table in tables for row in table.to_pylist())
+                for number, row in enumerate(rows):
+                    yield (name, number), (row.get(image) or {}).get(part), row[label]
         except (self._arrow.ArrowException, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
@@ -196,9 +179,9 @@ class Shards:
             advice = f"truncated or damaged Parquet file ({what}): get another copy"
             raise self._source.error(f"{name}: {advice}") from None
 
-    def _columns(self, name: str, shard: Any) -> tuple[str, str]:
+    def _columns(self, name: str, schema: Any) -> tuple[str, str]:
         """The names of the image and the label column; takes class names from the metadata."""
-        is_, schema = self._arrow.types, shard.schema_arrow
+        is_ = self._arrow.types
         kinds = (is_.is_integer, is_.is_string, is_.is_large_string, is_.is_dictionary)
         structs = [field for field in schema if is_.is_struct(field.type)]
         images = [f.name for f in structs if f.type.get_field_index("bytes") >= 0]
@@ -216,29 +199,11 @@ class Shards:
                 self._class_names = list(map(str, names)) if isinstance(names, list) else None
         return "image" if "image" in images else images[0], label
 
-    def _class(self, value: Any, key: Key) -> str | int:
-        if isinstance(value, str):
-            return nfc(value)
-        known = self._class_names
-        if not isinstance(value, int) or value < 0 or (known and value >= len(known)):
-            classes = f" of {len(known)} classes" if known else ""
-            raise self._source.error(f"{key[0]}: row {key[1]}: wrong label {value!r}{classes}")
-        return nfc(known[value]) if known else value
-
     def stream(self, wanted: set[Key]) -> Iterator[tuple[Key, bytes]]:
         """Yield (key, bytes of the image file) of the wanted keys."""
-        for name, shard in self._open({name for name, _ in wanted}):
-            image, _ = self._columns(name, shard)
-            for key, row in self._rows(name, shard, 64, [f"{image}.bytes"]):
+        for name in {name for name, _ in wanted}:
+            for key, content, _ in self._rows(name, "bytes", 64):
                 if key in wanted:
-                    if not (content := (row[image] or {}).get("bytes")):
+                    if not content:
                         raise self._source.error(f"{name}: row {key[1]} has no image")
                     yield key, content
-
-
-def file_names(cls: str, keys: list[Key], files: dict[Key, str], suffix: str) -> list[str]:
-    """A file name for each image of a class: that in its path, or a number and ``suffix``."""
-    numbers = [f"{cls}_{rank:04d}{suffix}" for rank in range(len(keys))]
-    names = [files.get(key, "") for key in keys]
-    names = [name if is_image(name) else n for name, n in zip(names, numbers, strict=True)]
-    return names if len(set(names)) == len(names) else numbers

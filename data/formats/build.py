@@ -10,8 +10,11 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +26,39 @@ from imagefiles import is_image
 from utils import SPLITS, UserError, atomic_write, file_lock
 
 from . import DATA
-from .check import Report, examine
-from .manifest import Manifest
-from .sources import intact, open_source, some
+from .check import RECORD, examine, print_report, read_record
+from .sources import Source, some
 
-RECORD = "prepared.json"  # in the data set: what it was made from, and its fingerprints
 _BATCH = 64
 _SUFFIXES = {b"\x89PNG": ".png", b"RIFF": ".webp", b"BM": ".bmp"}  # of other content: .jpg
+
+
+@dataclass
+class Manifest:
+    """What to make of a source.
+
+    Attributes:
+        found: the source's format, for the user.
+        reader: its ``stream(keys)`` yields (key, image) of a set of keys; an image is the path or
+            the bytes of an image file, or an array uint8 [H, W, 3].
+        items: {split/class/name: key} of the images, each under one key. A name without a suffix
+            gets one by the image's content.
+        notes: lines for the user.
+        published: False if the images are known not to be the published choice.
+        dest: the name of the folder to make; None for the one that was asked for.
+    """
+
+    found: str
+    reader: Any
+    items: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    published: bool = True
+    dest: str | None = None
 
 
 def work_folder(dest: Path) -> Path:
     """Where `build` makes ``dest``: beside it, so that moving it is one rename."""
     return dest.parent / f".{dest.name}.part"
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The record of a prepared folder; {} if it has none, or a damaged one."""
-    try:
-        record = json.loads((folder / RECORD).read_text("utf-8"))
-        fingerprints = set(dict(record.get("fingerprints", {})))
-        sound = isinstance(record["settings"], dict) and fingerprints <= set(SPLITS)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}
-    return record if sound else {}
 
 
 def is_built(dest: Path, settings: dict[str, Any]) -> bool:
@@ -64,6 +77,7 @@ def is_built(dest: Path, settings: dict[str, Any]) -> bool:
     if record.get("settings") == settings:
         images, written = len(_images(dest)), record.get("images")
         if images == written:
+            print(f"{dest}: is there already, made from {settings['source']}: nothing to do")
             return True
         fault, advice = f"holds {images} images where {written} were written", "run again"
     else:
@@ -73,30 +87,28 @@ def is_built(dest: Path, settings: dict[str, Any]) -> bool:
     raise UserError(f"{dest}: {fault}: remove it, or {advice}")
 
 
-def _images(folder: Path) -> dict[str, int]:
-    """{<split>/<class>/<image>: bytes} of a data set."""
-    files = open_source(folder).files.items()
-    placed = tuple(f"{split}/" for split in SPLITS)
-    return {name: n for name, n in files if name.count("/") == 2 and name.startswith(placed)}
+def _images(folder: Path) -> list[str]:
+    """<split>/<class>/<image> of a data set."""
+    names, placed = Source(folder).files, tuple(f"{split}/" for split in SPLITS)
+    return [name for name in names if name.count("/") == 2 and name.startswith(placed)]
 
 
-def build(manifest: Manifest, dest: Path, settings: dict[str, Any], link: str = "copy") -> Report:
-    """Make the data set of a manifest at ``dest``, which must be missing or an empty folder.
+def build(
+    dest: Path, settings: dict[str, Any], make: Callable[[Path], Manifest], link: str = "copy"
+) -> None:
+    """Make a data set at ``dest``, which must be missing or an empty folder, and show what it is.
 
     Args:
         settings: what a later run must share to resume this one; kept in the record. Its "source"
             is named in errors.
-        link: "copy"; or "hard" or "symlink" for a source that is a folder.
-
-    Returns:
-        The report on the finished data set.
+        make: its manifest; may unpack archives into the folder that it is given.
+        link: "copy", "hard" or "symlink" the files of a source.
 
     Raises:
-        UserError: an image cannot be read or decoded: ``dest`` is untouched and nothing is left
-            behind. Or the disk is full or read-only: ``dest`` is untouched, and `work_folder` keeps
-            what was done.
+        UserError: the source has a fault, or an image cannot be read: ``dest`` is untouched and
+            nothing is left behind. Or the disk is full or read-only: ``dest`` is untouched, and
+            `work_folder` keeps what was done.
     """
-    manifest.validate(settings["source"])
     work = work_folder(dest)
     record: dict[str, Any] = {"settings": settings}
     try:
@@ -105,19 +117,31 @@ def build(manifest: Manifest, dest: Path, settings: dict[str, Any], link: str = 
         work.mkdir(exist_ok=True)
         with file_lock(work / ".lock"):
             _write_record(work, record)
+            shutil.rmtree(work / ".unpacked", ignore_errors=True)
             try:
-                _fill(work, manifest, link, settings["source"])
+                manifest = make(work / ".unpacked")
+                dest = dest.with_name(manifest.dest or dest.name)
+                is_built(dest, settings)  # refuses a data set of another source
+                _fill(work, manifest, dest, link, settings["source"])
                 report = examine(work)
-                _refuse_unreadable(report, manifest, settings["source"])
-            except UserError:
+                if bad := report.unreadable:
+                    keys = manifest.items  # of names with and without a suffix
+                    keys = {p: keys.get(p, keys.get(os.path.splitext(p)[0])) for p in bad}
+                    bad = [f"{keys[path]} ({why})" for path, why in bad.items()]
+                    raise UserError(f"{settings['source']}: {some(bad, 10)}")
+            except (UserError, MemoryError, RecursionError):
                 shutil.rmtree(work, ignore_errors=True)
                 raise
+            finally:
+                shutil.rmtree(work / ".unpacked", ignore_errors=True)
             record |= {"found": manifest.found, "published": manifest.published}
             record |= {"images": len(manifest.items), "fingerprints": report.fingerprints}
             _write_record(work, record)
             for hidden in work.glob(".*"):  # the lock, and what a killed run has half-written
                 hidden.unlink()
             os.rename(work, dest)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         advice = "choose another --dest, or change who may read and write there"
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
@@ -126,7 +150,11 @@ def build(manifest: Manifest, dest: Path, settings: dict[str, Any], link: str = 
             advice = "hard links cannot cross disks: choose --link copy or --link symlink"
         what = error.filename2 or error.filename or dest
         raise UserError(f"{what}: {error.strerror or error}: {advice}") from error
-    return report
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to resume", file=sys.stderr)
+        raise
+    print(f"ready: {dest}")
+    print_report(dest, report)
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
@@ -144,39 +172,27 @@ def _clear(work: Path, settings: dict[str, Any]) -> None:
         shutil.rmtree(work)
 
 
-def _refuse_unreadable(report: Report, manifest: Manifest, source: str) -> None:
-    bad = report.unreadable
-    bad |= {os.path.splitext(name)[0]: why for name, why in bad.items()}  # items without a suffix
-    lines = [f"{item.key} ({bad[item.path]})" for item in manifest.items if item.path in bad]
-    if lines:
-        raise UserError(f"{source}: {some(lines, 10)}")
-
-
-def _fill(work: Path, manifest: Manifest, link: str, source: str) -> None:
+def _fill(work: Path, manifest: Manifest, dest: Path, link: str, source: str) -> None:
     """Write all images of a manifest that an interrupted run has not written."""
-    stored = _images(work)
-    stored |= {os.path.splitext(name)[0]: size for name, size in stored.items()}
-    left = {item.key: item for item in manifest.items}
-    for key, item in list(left.items()):
-        if item.path in stored and item.size in (None, stored[item.path]):
-            del left[key]
-    for folder in {work / item.split / item.cls for item in manifest.items}:
-        folder.mkdir(parents=True, exist_ok=True)
-    total, done = len(manifest.items), len(manifest.items) - len(left)
-    if done:
+    folders = {path.rpartition("/")[0] for path in manifest.items}
+    counts = "/".join(str(sum(f.startswith(f"{split}/") for f in folders)) for split in SPLITS)
+    total = len(manifest.items)
+    print(f"found: {source}: {manifest.found}", *manifest.notes, sep="\nnote: ")
+    print(f"writing: {counts} classes, {total} images -> {dest}", flush=True)
+    stored = set(_images(work))
+    stored |= {os.path.splitext(name)[0] for name in stored}  # of a name without a suffix
+    left = {key: path for path, key in manifest.items.items() if path not in stored}
+    if done := total - len(left):
         print(f"resuming: {done} of {total} images are there")
+    for folder in folders:
+        (work / folder).mkdir(parents=True, exist_ok=True)
     images = manifest.reader.stream(set(left))
-    if link != "copy":
-        images = ((key, Path(file.name).resolve()) for key, file in images)
-    read = ((key, x.read() if hasattr(x, "read") else x) for key, x in images)
+    if getattr(manifest.reader, "archive", None):
+        link = "move"
     bar = tqdm(None, "writing", total, initial=done, unit=" images", disable=None)
     with bar, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        while True:
-            with intact(source):
-                batch = list(itertools.islice(read, _BATCH))
-            if not batch:
-                break
-            targets = [work / left.pop(key).path for key, _ in batch]
+        while batch := list(itertools.islice(images, _BATCH)):
+            targets = [work / left.pop(key) for key, _ in batch]
             list(pool.map(_write, targets, [image for _, image in batch], [link] * len(batch)))
             bar.update(len(batch))
     if left:
@@ -185,11 +201,9 @@ def _fill(work: Path, manifest: Manifest, link: str, source: str) -> None:
 
 
 def _write(target: Path, image: Path | bytes | np.ndarray, link: str) -> None:
-    """Write one image: a Path is linked, bytes are written as they are, an array becomes a PNG."""
-    if isinstance(image, Path):
-        target.unlink(missing_ok=True)
-        (os.symlink if link == "symlink" else os.link)(image, target)
-        return
+    """Write one image: a Path is copied, moved or linked, bytes are written as they are, an array
+    becomes a PNG.
+    """
     if isinstance(image, np.ndarray):
         content = io.BytesIO()
         Image.fromarray(image).save(content, "PNG", compress_level=3)
@@ -197,7 +211,12 @@ def _write(target: Path, image: Path | bytes | np.ndarray, link: str) -> None:
     if not is_image(target.name):
         suffixes = (suffix for magic, suffix in _SUFFIXES.items() if image.startswith(magic))
         target = target.with_name(target.name + next(suffixes, ".jpg"))
+    if isinstance(image, Path) and link != "copy":
+        target.unlink(missing_ok=True)
+        put = {"move": os.replace, "hard": os.link, "symlink": os.symlink}[link]
+        put(image if link == "move" else image.resolve(), target)
+        return
     # not utils.atomic_write, which waits for the disk at each file
     part = target.parents[2] / f".{threading.get_ident()}"
-    part.write_bytes(image)
+    part.write_bytes(image.read_bytes() if isinstance(image, Path) else image)
     os.replace(part, target)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import shlex
 import warnings
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,25 @@ from imagefiles import is_image, load_image, unknown_formats
 from utils import SPLITS, UserError
 
 from . import DATA
-from .manifest import MINI, TINY, Known
-from .sources import natural, open_source, some
+from .sources import Source, natural, some
+from .splits import MINI, TINY, Known
 
-SCRIPTS = DATA.parent / "scripts"
+RECORD = "prepared.json"  # in the data set: what it was made from, and its fingerprints
 _LOSSY = (b"\xff\xd8", b"RIFF")  # the first bytes of JPEG and WebP
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a prepared folder; {} if it has none, or a damaged one."""
+    try:
+        record = json.loads((folder / RECORD).read_text("utf-8"))
+        fingerprints = set(dict(record.get("fingerprints", {})))
+        sound = isinstance(record["settings"], dict) and fingerprints <= set(SPLITS)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+    return record if sound else {}
+
+
+@dataclass
 class Report:
     """What `examine` finds.
 
@@ -41,13 +55,19 @@ class Report:
         unknown: paths of files of unknown format, which training leaves out.
     """
 
-    def __init__(self) -> None:
-        self.classes: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
-        self.sizes: dict[str, set[tuple[int, int]]] = {split: set() for split in SPLITS}
-        self.fingerprints: dict[str, str] = {}
-        self.unreadable: dict[str, str] = {}
-        self.duplicates: list[tuple[str, str]] = []
-        self.inside, self.strays, self.unknown = 0, [], []
+    classes: dict[str, dict[str, int]] = field(default_factory=lambda: {s: {} for s in SPLITS})
+    sizes: dict[str, set] = field(default_factory=lambda: {s: set() for s in SPLITS})
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    duplicates: list[tuple[str, str]] = field(default_factory=list)
+    inside: int = 0
+    strays: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """{split/class: number of readable images}."""
+        return {f"{s}/{cls}": n for s, of in self.classes.items() for cls, n in of.items()}
 
 
 def examine(folder: Path) -> Report:
@@ -56,52 +76,48 @@ def examine(folder: Path) -> Report:
     Raises:
         UserError: ``folder`` does not have the layout {train,val,test}/<class>/<image>.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    source, report, files = open_source(folder), Report(), []
+    source, report, files = Source(folder), Report(), []
     if lacking := [split for split in SPLITS if split not in source.dirs]:
         raise UserError(f"{folder}: has no folder {' and no '.join(lacking)}")
     for name in sorted(source.dirs, key=natural):
         split, _, cls = name.partition("/")
         if split in SPLITS and cls and "/" not in cls:
             report.classes[split][cls] = 0
-    links = [name for names in source.skipped.values() for name in names]
     for split in SPLITS:
-        found = [name for name in (*source.files, *links) if name.startswith(f"{split}/")]
+        found = [n for n in (*source.files, *source.skipped) if n.startswith(f"{split}/")]
         placed = [name for name in found if name.count("/") == 2 and name in source.files]
         report.strays += sorted(set(found) - set(placed))
         report.unknown += [name for name in placed if not is_image(name)]
         files += filter(is_image, placed)
-    digests: dict[tuple[str, str], list[bytes]] = {}
+    digests: dict[str, dict[str, list[bytes]]] = {split: {} for split in SPLITS}
     first: dict[bytes, str] = {}  # {digest of the pixels: the first file}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about odd metadata
-        results = pool.map(lambda name: _read_image(folder / name), files)
+        results = pool.map(lambda name: _read_image(source.open_path(name)), files)
         results = tqdm(results, "checking", len(files), unit=" images", disable=None)
         for name, image in zip(files, results, strict=True):
-            if isinstance(image, UserError):
-                report.unreadable[name] = str(image).removeprefix(f"{folder / name}: ")
+            if isinstance(image, str):
+                report.unreadable[name] = image
                 continue
             digest, pixels, size = image
             split, cls, _ = name.split("/")
             report.classes[split][cls] += 1
             report.sizes[split].add(size)
-            digests.setdefault((split, cls), []).append(digest)
+            digests[split].setdefault(cls, []).append(digest)
             other = first.setdefault(pixels, name)
             if not other.startswith(f"{split}/"):
                 report.duplicates.append((other, name))
             elif other is not name:
                 report.inside += 1
-    for split in SPLITS:
-        joined = [b"".join(sorted(found)) for (of, _), found in digests.items() if of == split]
-        joined = sorted(hashlib.sha256(of_class).digest() for of_class in joined)
+    for split, classes in digests.items():
+        joined = sorted(hashlib.sha256(b"".join(sorted(c))).digest() for c in classes.values())
         report.fingerprints[split] = hashlib.sha256(b"".join(joined)).hexdigest()[:16]
     return report
 
 
-def _read_image(path: Path) -> tuple[bytes, bytes, tuple[int, int]] | UserError:
-    """(digest, digest of the pixels, (width, height)) of an image as training decodes it, or the
-    error.
+def _read_image(path: Path) -> tuple[bytes, bytes, tuple[int, int]] | str:
+    """(digest, digest of the pixels, (width, height)) of an image as training decodes it, or why
+    it cannot be read.
 
     A JPEG's digest is of its bytes, as decoders differ by a bit; a PNG's is of its pixels, as
     encoders differ.
@@ -110,9 +126,9 @@ def _read_image(path: Path) -> tuple[bytes, bytes, tuple[int, int]] | UserError:
         content = path.read_bytes()
         image = load_image(path, io.BytesIO(content))
     except UserError as error:
-        return error
+        return str(error).removeprefix(f"{path}: ")
     except OSError as error:
-        return UserError(f"{path}: cannot be read ({error.strerror})")
+        return f"cannot be read ({error.strerror})"
     pixels = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()[:16]
     lossy = content.startswith(_LOSSY)
     return hashlib.sha256(content).digest()[:16] if lossy else pixels, pixels, image.size
@@ -121,8 +137,24 @@ def _read_image(path: Path) -> tuple[bytes, bytes, tuple[int, int]] | UserError:
 # ---- The report as text ----
 
 
-def table(report: Report) -> list[str]:
-    """The report's splits as lines of text."""
+def print_report(folder: Path, report: Report) -> int:
+    """Print a report and the next step; returns the exit code of --check."""
+    record = read_record(folder)
+    line, findings = _verdict(report, record)
+    print(*_table(report), line, *(f"- {finding}" for finding in findings), sep="\n")
+    # images that are there more than once, as in ImageNet itself, are no fault
+    notes = _first_ten([f"the same image in two splits: {a} and {b}" for a, b in report.duplicates])
+    notes += [f"the same image twice in one split: {report.inside} images"] * bool(report.inside)
+    if report.unknown:
+        notes.append(f"left out {unknown_formats(report.unknown)} ({some(report.unknown)})")
+    for note in notes:
+        print(f"note: {note}")
+    correct = f"correct what is listed above, then: --check {folder}"
+    print(f"next: {correct if findings else _next_command(folder, report)}")
+    return 1 if findings else 0
+
+
+def _table(report: Report) -> list[str]:
     rows = [("split", "classes", "images", "per class", "width x height", "fingerprint")]
     for split, classes in report.classes.items():
         counts, sizes = classes.values(), list(report.sizes[split]) or [(0, 0)]
@@ -133,19 +165,12 @@ def table(report: Report) -> list[str]:
     return ["  ".join(map(str.ljust, row, lengths)).rstrip() for row in rows]
 
 
-def verdict(report: Report, record: dict[str, Any]) -> tuple[str, list[str]]:
-    """What the data set is, and what is wrong with it.
-
-    Args:
-        record: of `build.read_record`.
-
-    Returns:
-        (one line, findings); without findings the data set is sound.
-    """
+def _verdict(report: Report, record: dict[str, Any]) -> tuple[str, list[str]]:
+    """What the data set is, in one line, and what is wrong with it."""
     findings = _faults(report, record)
     names = {cls for classes in report.classes.values() for cls in classes}
-    counts = [n for classes in report.classes.values() for n in classes.values()]
-    shape = f"{'/'.join(str(len(report.classes[s])) for s in SPLITS)} x {_range(counts)}"
+    splits = "/".join(str(len(classes)) for classes in report.classes.values())
+    shape = f"{splits} x {_range(report.counts.values())}"
     if report.fingerprints == MINI.fingerprints:
         return f"{MINI.name}, {shape}: the published images", findings
     known = max((MINI, TINY), key=lambda known: len(names & set(known.split_of)))
@@ -156,22 +181,18 @@ def verdict(report: Report, record: dict[str, Any]) -> tuple[str, list[str]]:
     if differences:
         usual = f"64/16/20 x {known.per_class}"
         return f"not {known.name}, {usual}, but {shape} with its classes", differences + findings
-    if not record.get("published", True):
-        return f"{known.name}'s classes, {shape}, but not the published images", findings
-    return f"{known.name}, {shape}", findings
+    but = "" if record.get("published", True) else ", but not the published images"
+    return f"{known.name}, {shape}{but}", findings
 
 
 def _faults(report: Report, record: dict[str, Any]) -> list[str]:
     """What is wrong with a data set, whatever it is."""
     where = Counter(cls for classes in report.classes.values() for cls in classes)
-    counts = {
-        f"{s}/{cls}": n for s, classes in report.classes.items() for cls, n in classes.items()
-    }
     changed = [s for s, f in record.get("fingerprints", {}).items() if f != report.fingerprints[s]]
     faults = {
         "splits without classes": [s for s, classes in report.classes.items() if not classes],
         "classes in more than one split": [cls for cls, n in where.items() if n > 1],
-        "classes without images": [path for path, n in counts.items() if n == 0],
+        "classes without images": [path for path, n in report.counts.items() if n == 0],
         "files or links that are not images of a class, remove them": report.strays,
         "splits whose images have changed since they were written": changed,
     }
@@ -181,46 +202,22 @@ def _faults(report: Report, record: dict[str, Any]) -> list[str]:
 
 def _differences(report: Report, known: Known) -> list[str]:
     """How the classes and their numbers of images differ from a published data set."""
-    usual = {f"{known.split_of[cls]}/{cls}": known.per_class for cls in known.split_of}
-    there = {f"{s}/{cls}": n for s, classes in report.classes.items() for cls, n in classes.items()}
-    more = {path: there.get(path, 0) - usual.get(path, 0) for path in {**usual, **there}}
+    more = Counter(report.counts)
+    more.subtract({f"{split}/{cls}": known.per_class for cls, split in known.split_of.items()})
     lost = [f"{path} ({-n})" for path, n in more.items() if n < 0]
     extra = [f"{path} ({n})" for path, n in more.items() if n > 0]
     lines = {"missing images": lost, "images too many": extra}
-    return [
-        f"{len(paths)} classes with {what}: {some(paths, 10)}"
-        for what, paths in lines.items()
-        if paths
-    ]
+    return [f"{len(p)} classes with {what}: {some(p, 10)}" for what, p in lines.items() if p]
 
 
 def _first_ten(lines: list[str]) -> list[str]:
     return lines[:10] + [f"and {len(lines) - 10} more like this"] * (len(lines) > 10)
 
 
-def notes(report: Report) -> list[str]:
-    """What is odd but no fault, as lines: images that are there more than once, as in ImageNet
-    itself, and files of unknown format.
-    """
-    lines = _first_ten([f"the same image in two splits: {a} and {b}" for a, b in report.duplicates])
-    lines += [f"the same image twice in one split: {report.inside} images"] * bool(report.inside)
-    left_out = f"left out {unknown_formats(report.unknown)} ({some(report.unknown)})"
-    return lines + [left_out] * bool(report.unknown)
-
-
-def next_command(folder: Path, report: Report, record: dict[str, Any]) -> str:
+def _next_command(folder: Path, report: Report) -> str:
     """The command that trains on a sound data set."""
-    script, flags = "train_5s_5c.sh", ["--data-root", str(folder)]
-    source, usual = record.get("settings", {}).get("source"), folder.resolve() == DATA / folder.name
-    if source == "omniglot":
-        script, flags = "train_omniglot.sh", [] if usual else flags
-    elif source == "glyphs" == folder.name and usual:
-        script, flags = "quickstart.sh", []
-    elif source == "glyphs":
-        side = max(max(size) for sizes in report.sizes.values() for size in sizes)
-        flags += ["--image-size", str(side), "--augment", "none"]
-    classes = min(5, *map(len, report.classes.values()))
-    images = min(n for classes in report.classes.values() for n in classes.values())
+    flags = ["--data-root", str(folder)]
+    classes, images = min(map(len, report.classes.values())), min(report.counts.values())
     if classes < 2 or images < 2:
         return "add images: training needs 2 classes in each split, and 2 images of each class"
     if classes < 5:
@@ -228,7 +225,7 @@ def next_command(folder: Path, report: Report, record: dict[str, Any]) -> str:
     if images < 20:
         shots = min(5, images // 2)
         flags += ["--n-shot", str(shots), "--n-eval", str(min(15, images - shots))]
-    path = SCRIPTS / script
+    path = DATA.parent / "scripts" / "train_5s_5c.sh"
     shown = path.relative_to(Path.cwd()) if Path.cwd() in path.parents else path
     return shlex.join(["bash", str(shown), *flags])
 

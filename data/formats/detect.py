@@ -1,8 +1,7 @@
 """Finds the format of a source and makes its manifest.
 
 Every format comes down to one table, {part: {class: [key of each image]}}, where a part is train,
-val, test or the whole. `split_parts` splits it by class where the parts do not. CSV files name each
-image's split and class themselves.
+val, test or the whole. `split_parts` splits it by class where the parts do not.
 """
 
 from __future__ import annotations
@@ -10,204 +9,222 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from imagefiles import is_image, nfc, read_text, unknown_formats
+from imagefiles import is_image, nfc, read_text, suffix, unknown_formats
 from utils import SPLITS, UserError
 
-from .arrays import Pickles, Shards, file_names
-from .manifest import MINI, TINY, Classes, Item, Manifest, is_numbers, read_split_file, split_parts
-from .sources import ARCHIVES, SPLIT_NAMES, WNID, Source, natural, open_nested, some
+from .arrays import Pickles, Shards, read_table, split_in_name
+from .build import Manifest
+from .sources import ARCHIVES, SPLIT_NAMES, WNID, Source, natural, some, unpack
+from .splits import MINI, TINY, Classes, is_numbers, read_split_file, split_parts
 
-KNOWN = (
-    "train/val/test folders of class folders; images with train.csv, val.csv, test.csv; 100 class "
-    "folders; mini-imagenet-cache-*.pkl; miniImageNet_category_split_*.pickle; *.parquet; "
-    "ILSVRC-2012's train; Tiny-ImageNet-200; any class folders with --split"
-)
 _STRAY = 20  # more images than these beside pickles, shards or tars are a data set of their own
 _RANKED = re.compile(r"(n\d{8})(\d{8})\.\w+")  # Ravi & Larochelle's names: class, number
-_FILE_COLUMNS = {"filename", "file_name", "file", "image_name", "image", "path"}
-_LABEL_COLUMNS = {"label", "class_name", "class", "class_id", "category", "wnid"}
+_OMNIGLOT = re.compile(r"(?:.*/)?images_(?:background|evaluation)/([^/]+)/([^/]+)/[^/]+")
+_FILE_COLUMNS = ("filename", "file_name", "file", "image_name", "image", "path")
+_LABEL_COLUMNS = ("label", "class_name", "class", "class_id", "category", "wnid")
 
 Groups = dict[str, Classes]  # {folder above class folders: {class: [image, in natural order]}}
 Tables = dict[str, tuple[str, bytes]]  # {split: (the CSV file's shown name, its content)}
 
 
-def detect(source: Source, args: argparse.Namespace) -> Manifest:
-    """Find the format of an open source; its manifest is not yet validated.
+def detect(source: Source, args: argparse.Namespace, scratch: Path) -> Manifest:
+    """Find the format of a source.
 
     Args:
-        args: the flags csv, split, seed and class_names.
+        args: the flags csv, dest, link, split, seed and class_names.
+        scratch: a folder to unpack archives in the source into.
 
     Raises:
         UserError: it is in no known format, or has a fault.
     """
     hits = {
         what: {name: found for name in source.files if (found := re.fullmatch(p, _base(name)))}
-        for what, (p, _) in ARRAYS.items()
+        for what, p in ARRAYS.items()
     }
     hits = {what: matches for what, matches in hits.items() if matches}
     images = sum(map(is_image, source.files))
     if len(hits) > 1 or (hits and images > _STRAY):
         there = [*hits, *([f"{images} images"] if images > _STRAY else [])]
         raise source.error(f"holds {' and '.join(there)}: give the folder of one of them")
+    notes, what = [], "image files"
     if hits:
         ((what, matches),) = hits.items()
-        manifest = _from_arrays(source, what, ARRAYS[what][1](source, matches, args), args)
+        reader, parts, names, notes = _from_arrays(source, what, matches, args)
     else:
         tables = _find_tables(source, args)
-        source = _unpacked(source, args)
-        manifest = _from_images(source, tables or _find_tables(source, args), args)
-    for reason, names in source.skipped.items():
-        manifest.notes.append(f"ignored: {reason}, {len(names)} ({some(names)})")
-    return manifest
+        source = reader = _unpacked(source, args, scratch)
+        parts, names = _from_images(source, tables or _find_tables(source, args), args)
+    if args.link != "copy" and (hits or source.archive):
+        raise UserError(f"--link {args.link}: only image files of a folder can be linked")
+    splits, how, known, cut = split_parts(parts, source, args)
+    items = {
+        f"{split}/{cls}/{name}": key
+        for split, classes in splits.items()
+        for cls, keys in classes.items()
+        for name, key in zip(_file_names(cls, keys, names, reader.suffix), keys, strict=True)
+    }
+    for path in items:
+        for name in path.split("/", 2)[1:]:
+            odd = name.startswith(".") or any(ord(c) < 32 or c in "/\\" for c in name)
+            if odd or not 0 < len(os.fsencode(name)) <= 240:
+                raise source.error(f"{name[:80]!r} cannot be the name of a class or file")
+    if len(used := set(items.values())) < len(items):
+        twice = Counter(items.values()).most_common(1)[0][0]
+        raise source.error(f"{twice} is listed twice")
+    published = not (cut and known is MINI)
+    if not published:
+        notes.append("these are NOT the published images: for those give CSV files with --csv DIR")
+    files = [] if hits else list(source.files)
+    odd = [name for name in files if not is_image(name)]
+    odd = [name for name in odd if not name.lower().endswith((".csv", ".txt", ".json"))]
+    for left_out, those in (
+        ("other images", [name for name in files if is_image(name) and name not in used]),
+        (unknown_formats(odd).partition(" ")[2], odd),
+        ("links, pipes and devices", source.skipped),
+    ):
+        if those:
+            notes.append(f"left out: {len(those)} {left_out} ({some(those)})")
+    dest = None if args.dest else known.folder
+    return Manifest(f"{what}, {how}", reader, items, notes, published, dest)
 
 
 def _base(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _unpacked(source: Source, args: argparse.Namespace) -> Source:
+def _file_names(cls: str, keys: list, names: dict, usual: str) -> list[str]:
+    """A file name for each image of a class: its own, or a number where some have none or are
+    equal, as in parts that number their images anew.
+    """
+    own = [names.get(key, "") for key in keys]
+    own = [name if is_image(name) else "" for name in own]
+    numbers = [f"{cls}_{rank:04d}{suffix(name) or usual}" for rank, name in enumerate(own)]
+    return own if len(set(own)) == len(own) and all(own) else numbers
+
+
+def _unpacked(source: Source, args: argparse.Namespace, scratch: Path) -> Source:
     """The source itself, or the archives in it if it holds its images packed: a tar for each class,
     as ILSVRC-2012 has them, an archive for each split, or one archive.
     """
     packed = [name for name in source.files if name.lower().endswith(ARCHIVES)]
     stems = {name: _base(name).split(".")[0] for name in packed}
-    splits = {name: SPLIT_NAMES.get(stem.lower(), "") for name, stem in stems.items()}
+    splits = {SPLIT_NAMES.get(stem.lower()) for stem in stems.values()}
     if not packed or sum(map(is_image, source.files)) > _STRAY:
         return source
     if all(map(WNID.fullmatch, stems.values())):
-        wanted = set(stems.values()) if args.split else set(MINI.split_of)
-        return open_nested(source, {name: wnid for name, wnid in stems.items() if wnid in wanted})
-    if len(packed) == 1 or (len(packed) == 3 and set(splits.values()) == set(SPLITS)):
-        return open_nested(source, splits if packed[1:] else {packed[0]: ""})
-    advice = "unpack them, or give the one that holds the images"
-    raise source.error(f"holds {len(packed)} archives ({some(packed)}): {advice}")
+        packed = [name for name in packed if is_wanted(name, args)]
+    elif len(packed) > 1 and (len(packed) != 3 or splits != set(SPLITS)):
+        advice = "unpack them, or give the one that holds the images"
+        raise source.error(f"holds {len(packed)} archives ({some(packed)}): {advice}")
+    archives = {source.open_path(name): stems[name] for name in packed}
+    return unpack(source.path, archives, scratch / "inner")
+
+
+def is_wanted(name: str, args: argparse.Namespace) -> bool:
+    """Whether to unpack a file of this name: not if it is the archive of a class of ILSVRC-2012
+    that mini-ImageNet does not have.
+    """
+    found = re.fullmatch(r"(n\d{8})\.tar", _base(name))
+    return bool(args.split) or not found or found.group(1) in MINI.split_of
 
 
 # ---- Pickles and shards ----
 
 
-def _pickles(source: Source, matches: dict[str, re.Match], _: argparse.Namespace) -> Pickles:
-    splits = {name: match.group(match.lastindex) for name, match in matches.items()}
-    if len(set(splits.values())) < len(splits):
-        raise source.error(f"holds a split's pickle twice ({', '.join(splits)}): give one folder")
-    return Pickles(source, splits)
-
-
-def _shards(source: Source, matches: dict[str, re.Match], args: argparse.Namespace) -> Shards:
-    names = None
-    if args.class_names:
-        names = [line.strip() for line in read_text(args.class_names).splitlines() if line.strip()]
-    reader = Shards(source, matches, names)
-    if not reader.named:
-        sets = {frozenset(classes) for classes in reader.keys.values()}
-        if not args.split and len(sets) < 3:
+def _from_arrays(
+    source: Source, what: str, matches: dict[str, re.Match], args: argparse.Namespace
+) -> tuple[Pickles | Shards, dict[str, Classes], dict, list[str]]:
+    """The reader, the table, the known file names, and notes."""
+    reader: Pickles | Shards
+    if what == "Parquet shards":
+        text = read_text(args.class_names) if args.class_names else ""
+        class_names = [line.strip() for line in text.splitlines() if line.strip()]
+        reader, splits = Shards(source, class_names or None), {n: split_in_name(n) for n in matches}
+    else:
+        reader, splits = Pickles(source), {n: m.group(m.lastindex) for n, m in matches.items()}
+        if len(set(splits.values())) < len(splits):
+            there = ", ".join(splits)
+            raise source.error(f"holds a split's pickle twice ({there}): give one folder")
+    table, names = read_table(reader, splits)
+    sets, note = set(map(frozenset, table.values())), []
+    if any(isinstance(label, int) for labels in sets for label in labels):
+        note = ["the labels are numbers without names: classes are called by number"]
+        if isinstance(reader, Shards) and not args.split and len(sets) < len(SPLITS):
             raise source.error(
                 "every class is in every shard and the labels are numbers without names: "
                 "give the names, one a line, with --class-names FILE"
             )
-        # without --split, numbers start from 0 again in each split
-        reader.keys = {
-            split: {f"{'class' if args.split else split}-{c}": k for c, k in classes.items()}
-            for split, classes in reader.keys.items()
+    # numbers may start from 0 again in each pickle, and without --split in each shard
+    whole = args.split and isinstance(reader, Shards)
+    parts = {
+        split: {
+            f"{'class' if whole else split}-{c:03d}" if isinstance(c, int) else c: keys
+            for c, keys in sorted(classes.items(), key=str)
         }
-    return reader
+        for split, classes in table.items()
+    }
+    return reader, parts, names, note
 
 
 _CATEGORY = r"miniImageNet_category_split_(?:train_phase_(train)|(val|test))\.pickle"
-ARRAYS = {  # what it is: the pattern of its files' names, and what opens it
-    "mini-imagenet-cache pickles": (r"mini-imagenet-cache-(train|val|test)\.pkl", _pickles),
-    "miniImageNet_category_split pickles": (_CATEGORY, _pickles),
-    "Parquet shards": (r"(?i:.*\.parquet)", _shards),
+ARRAYS = {  # what it is: the pattern of its files' names
+    "mini-imagenet-cache pickles": r"mini-imagenet-cache-(train|val|test)\.pkl",
+    "miniImageNet_category_split pickles": _CATEGORY,
+    "Parquet shards": r"(?i:.*\.parquet)",
 }
-
-
-def _from_arrays(
-    source: Source, what: str, reader: Pickles | Shards, args: argparse.Namespace
-) -> Manifest:
-    split, suffix = split_parts(reader.keys, source, args), ".png" * isinstance(reader, Pickles)
-    items = [
-        Item(part, cls, name, key)
-        for part, classes in split.classes.items()
-        for cls, keys in classes.items()
-        for name, key in zip(file_names(cls, keys, reader.files, suffix), keys, strict=True)
-    ]
-    notes = ["the labels are numbers without names: classes are called by number"]
-    notes *= not reader.named
-    return Manifest(f"{source.kind} with {what}, {split.how}", reader, items, notes)
 
 
 # ---- Image files ----
 
 
-def _by_folder(images: list[str]) -> Groups:
-    """Group images by class folder; <class>/images/ (Tiny-ImageNet) counts as <class>/, and its
-    val/images/ and test/images/, which are of no class, are left out. Names of Ravi & Larochelle's
-    in one folder begin with their class.
-    """
-    named = [_RANKED.fullmatch(_base(name)) for name in images]
-    if all(named) and len({name.rpartition("/")[0] for name in images}) == 1:
-        classes: Classes = {}
-        for name, match in zip(images, named, strict=True):
-            classes.setdefault(match.group(1), []).append(name)
-        return {".": classes}
-    groups: Groups = {}
-    for name in sorted(images, key=natural):
-        folder = PurePosixPath(name).parent
-        if folder.name == "images" and WNID.fullmatch(folder.parent.name):
-            folder = folder.parent
-        if folder.name and not (folder.name == "images" and folder.parent.name in SPLIT_NAMES):
-            groups.setdefault(str(folder.parent), {}).setdefault(folder.name, []).append(name)
-    return groups
-
-
-def _from_images(source: Source, tables: Tables | None, args: argparse.Namespace) -> Manifest:
-    images = [name for name in source.files if is_image(name)]
-    others = [name for name in source.files if not is_image(name)]
+def _from_images(
+    source: Source, tables: Tables | None, args: argparse.Namespace
+) -> tuple[dict[str, Classes], dict[str, str]]:
+    """The table of image files, and the name of each."""
+    images = sorted(filter(is_image, source.files), key=natural)
     if not images:
-        there = unknown_formats(others) or "no files"
-        raise source.error(f"holds no images, but {there}; known formats: {KNOWN}")
+        there = unknown_formats(source.files) or "no files"
+        raise source.error(f"holds no images, but {there}; data/README.md lists the formats")
     groups = _by_folder(images)
     parts = _layout(source, groups)
     if tables and not parts:
-        manifest = _from_tables(source, groups, tables, args)
-    else:
-        manifest = from_parts(source, parts or _class_folders(source, groups, args), args)
-    used = {item.key for item in manifest.items}
-    if unused := [name for name in images if name not in used]:
-        manifest.notes.append(f"not used: {len(unused)} other images ({some(unused)})")
-    if others := [name for name in others if not name.lower().endswith((".csv", ".txt", ".json"))]:
-        manifest.notes.append(f"left out: {unknown_formats(others)} ({some(others)})")
-    return manifest
-
-
-def from_parts(source: Source, parts: dict[str, Classes], args: argparse.Namespace) -> Manifest:
-    split = split_parts(parts, source, args)
-    items = [
-        Item(part, cls, _base(name), name, source.files[name])
-        for part, classes in split.classes.items()
-        for cls, names in classes.items()
-        for name in names
-    ]
-    if len({item.path for item in items}) < len(items):  # each part numbers its images anew
-        for item in items:
-            item.name = f"{PurePosixPath(item.key).parent.parent.name}-{item.name}"
-    chosen = split.cut and split.known is MINI
-    note = "these are NOT the published images: for those give CSV files with --csv DIR"
-    found = f"{source.kind} of class folders, {split.how}"
-    return Manifest(found, source, items, [note] * chosen, not chosen, split.known.folder)
-
-
-def _refuse_empty(source: Source, parents: Iterable[str]) -> None:
-    """Raise UserError if a folder beside class folders has no image anywhere below it."""
-    images = filter(is_image, source.files)
+        return _from_tables(source, groups, images, tables)
+    parts = parts or _class_folders(source, groups, args)
     filled = {str(folder) for name in images for folder in PurePosixPath(name).parents}
+    used = (name for of in parts.values() for names in of.values() for name in names)
+    parents = {str(PurePosixPath(name).parent.parent) for name in used}
     for folder in sorted(source.dirs - filled, key=natural):
         if str(PurePosixPath(folder).parent) in parents:
             raise source.error(f"class folder {folder} holds no image: fill it or remove it")
+    return parts, {name: _base(name) for name in images}
+
+
+def _by_folder(images: list[str]) -> Groups:
+    """Group images by class folder; <class>/images/ (Tiny-ImageNet) counts as <class>/, and its
+    val/images/ and test/images/, which are of no class, are left out. Omniglot's classes are in
+    folders of alphabets. Names of Ravi & Larochelle's in one folder begin with their class.
+    """
+    ranked = len({name.rpartition("/")[0] for name in images}) == 1
+    ranked = ranked and all(_RANKED.fullmatch(_base(name)) for name in images)
+    groups: Groups = {}
+    for name in images:
+        folder = PurePosixPath(name).parent
+        if folder.name == "images" and WNID.fullmatch(folder.parent.name):
+            folder = folder.parent
+        above, cls = str(folder.parent), folder.name
+        if drawing := _OMNIGLOT.fullmatch(name):
+            above, cls = "omniglot", "_".join(drawing.groups())
+        elif ranked:
+            cls = _base(name)[:9]
+        if cls and not (cls == "images" and folder.parent.name in SPLIT_NAMES):
+            groups.setdefault(above, {}).setdefault(cls, []).append(name)
+    return groups
 
 
 def _layout(source: Source, groups: Groups) -> dict[str, Classes] | None:
@@ -215,13 +232,11 @@ def _layout(source: Source, groups: Groups) -> dict[str, Classes] | None:
 
     Two of the three folders are enough if both have the same classes."""
     layouts: dict[str, dict[str, Classes]] = {}
-    used: dict[str, list[str]] = {}
     for parent, classes in groups.items():
         folders = parent.split("/")
         at = [n for n, folder in enumerate(folders) if folder.lower() in SPLIT_NAMES]
         if at:
             above, split = "/".join(folders[: at[0]]), SPLIT_NAMES[folders[at[-1]].lower()]
-            used.setdefault(above, []).append(parent)
             part = layouts.setdefault(above, {}).setdefault(split, {})
             for cls, names in classes.items():
                 part.setdefault(cls, []).extend(names)
@@ -232,10 +247,7 @@ def _layout(source: Source, groups: Groups) -> dict[str, Classes] | None:
     }
     if len(whole) > 1:
         raise source.error(f"holds {len(whole)} data sets ({some(whole)}): give one's folder")
-    for above, parts in whole.items():
-        _refuse_empty(source, used[above])
-        return parts
-    return None
+    return next(iter(whole.values()), None)
 
 
 def _class_folders(source: Source, groups: Groups, args: argparse.Namespace) -> dict[str, Classes]:
@@ -243,19 +255,17 @@ def _class_folders(source: Source, groups: Groups, args: argparse.Namespace) -> 
     if not groups:
         advice = "make a folder for each class, or give --csv DIR"
         raise source.error(f"holds images, but neither class folders nor CSV files: {advice}")
-    lists = [set(MINI.split_of), set(TINY.split_of)]
+    lists = [MINI.split_of.keys(), TINY.split_of.keys()]
     if args.split:
-        lists = [] if is_numbers(args.split) else [set(read_split_file(Path(args.split)))]
-    for wanted in lists if len(groups) > 1 else ():
-        fitting = {parent: classes for parent, classes in groups.items() if wanted <= set(classes)}
+        lists = [] if is_numbers(args.split) else [read_split_file(Path(args.split)).keys()]
+    for wanted in lists:
+        fitting = [classes for classes in groups.values() if wanted <= classes.keys()]
         if len(fitting) == 1:
-            return {"all": next(iter(fitting.values()))}
+            return {"all": fitting[0]}
     if len(groups) > 1:
         what = f"holds class folders in {len(groups)} places ({some(groups)})"
         raise source.error(f"{what}, which are not train, val and test: give one")
-    ((parent, classes),) = groups.items()
-    _refuse_empty(source, [parent])
-    return {"all": classes}
+    return {"all": next(iter(groups.values()))}
 
 
 # ---- CSV files ----
@@ -266,86 +276,80 @@ def _find_tables(source: Source, args: argparse.Namespace) -> Tables | None:
     are none.
     """
     names = [f"{split}.csv" for split in SPLITS]
+    folder = args.csv or source.path.absolute().parent
+    paths = {str(folder / name): folder / name for name in names}
     if not args.csv:
-        folders = [PurePosixPath(name).parent for name in source.files if _base(name) == names[0]]
-        inside = [{str(folder / name) for name in names} for folder in folders]
+        inside = [PurePosixPath(name).parent for name in source.files if _base(name) == names[0]]
+        inside = [{str(at / name) for name in names} for at in inside]
         inside = [tables for tables in inside if tables <= source.files.keys()]
         if len(inside) > 1:
             raise source.error(f"holds train.csv in {len(inside)} places: give --csv DIR")
-        for tables in inside:
-            read = source.stream(tables)
-            return {_base(n)[:-4]: (f"{source.path}: {n}", file.read()) for n, file in read}
-    beside = args.csv or source.path.absolute().parent
-    lacking = [name for name in names if not (beside / name).is_file()]
+        if inside:
+            paths = {str(source.path / name): source.open_path(name) for name in inside[0]}
+        elif args.split:
+            return None
+    lacking = [path.name for path in paths.values() if not path.is_file()]
     if args.csv and lacking:
         raise UserError(f"--csv {args.csv}: has no {' and no '.join(lacking)}")
-    if lacking or (args.split and not args.csv):
-        return None
-    return {name[:-4]: (str(beside / name), (beside / name).read_bytes()) for name in names}
+    read = {path.stem: (shown, path) for shown, path in paths.items()}
+    return None if lacking else {n: (shown, path.read_bytes()) for n, (shown, path) in read.items()}
 
 
 def _rows(tables: Tables) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (split, place of the line, file name, label). A header says which column is which;
-    without one the file name comes first.
-    """
+    """Yield (split, place of the line, file name, label)."""
     for split in SPLITS:
         shown, content = tables[split]
         try:
-            lines = list(csv.reader(io.StringIO(nfc(content.decode("utf-8-sig"))), strict=True))
+            text = io.StringIO(nfc(content.decode("utf-8-sig")))
+            lines = csv.DictReader(text, strict=True)
+            columns = {name.strip().lower(): name for name in lines.fieldnames or ()}
+            rows = [(f"{shown}: line {lines.line_num}", row) for row in lines]
         except (UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{shown}: is not a CSV file ({error})") from None
-        head = [cell.strip().lower() for cell in lines[0]] if lines else []
-        file = next((n for n, cell in enumerate(head) if cell in _FILE_COLUMNS), None)
-        cls = next((n for n, cell in enumerate(head) if cell in _LABEL_COLUMNS), None)
-        if file is None or cls is None:
-            head, file, cls = [], 0, 1
-        for number, line in enumerate(lines, 1):
-            line = [cell.strip() for cell in line]
-            if not any(line) or (number == 1 and head):
-                continue
-            where = f"{shown}: line {number}"
-            if len(line) != (len(head) or 2) or not (line[file] and line[cls]):
-                raise UserError(f"{where}: {','.join(line)[:80]!r} is not a file name and a label")
-            name, label = line[file], line[cls]
+        file = next((columns[name] for name in _FILE_COLUMNS if name in columns), "")
+        label = next((columns[name] for name in _LABEL_COLUMNS if name in columns), "")
+        if not (file and label):
+            raise UserError(f"{shown}: needs columns filename and label, but has {list(columns)}")
+        for where, row in rows:
+            name, cls = (row[file] or "").strip(), (row[label] or "").strip()
+            if None in row or None in row.values() or not (name and cls):
+                raise UserError(f"{where}: {str(row)[:80]} is not a file name and a label")
             told = WNID.match(name)
-            if told and WNID.fullmatch(label) and told.group() != label:
-                raise UserError(f"{where}: wrong label {label} for {name}")
-            yield split, where, _base(name), label
+            if told and WNID.fullmatch(cls) and told.group() != cls:
+                raise UserError(f"{where}: wrong label {cls} for {name}")
+            yield split, where, _base(name), cls
 
 
 def _from_tables(
-    source: Source, groups: Groups, tables: Tables, args: argparse.Namespace
-) -> Manifest:
+    source: Source, groups: Groups, images: list[str], tables: Tables
+) -> tuple[dict[str, Classes], dict[str, str]]:
     """Images that CSV files name: in one folder, or in class folders as ILSVRC-2012 has them.
 
     A name of Ravi & Larochelle's is the class's WordNet id and a number of eight digits: the
     image's rank, from 1, in its class in the order of the numbers in ILSVRC's own names.
     yaoyao-liu/mini-imagenet-tools reads them so as well."""
-    if args.split:
-        raise UserError(f"--split: {source.path} has CSV files, which say it: leave the flag out")
     rows = list(_rows(tables))
     labels = {label for *_, label in rows}
     fitting = [classes for classes in groups.values() if labels <= set(classes)]
     classes = fitting[0] if len(fitting) == 1 else {}
+    by_rank = not any(_RANKED.fullmatch(_base(name)) for name in images)
     at: dict[str, list[str]] = {}
-    for name in filter(is_image, source.files):
+    for name in images:
         at.setdefault(_base(name), []).append(name)
-    items, faults, ranked = [], [], 0
+    parts: dict[str, Classes] = {split: {} for split in SPLITS}
+    names, faults = {}, []
     for split, where, name, label in rows:
         found, match = at.get(name, []), _RANKED.fullmatch(name)
         if len(found) > 1 and label in classes:
             found = [file for file in found if file in classes[label]]
-        elif not found and match and match.group(1) == label:
+        elif not found and by_rank and match and match.group(1) == label:
             rank = int(match.group(2))
             found = classes.get(label, [])[rank - 1 : rank] if rank else []
-            ranked += len(found)
         if len(found) == 1:
-            items.append(Item(split, label, name, found[0], source.files[found[0]]))
+            parts[split].setdefault(label, []).append(found[0])
+            names[found[0]] = name if is_image(name) else _base(found[0])
         else:
             faults.append(f"{where}: {source.path} has {len(found) or 'no'} images {name}")
     if faults:
-        more = f" (and {len(faults) - 1} more lines)" if faults[1:] else ""
-        raise UserError(f"{faults[0]}{more}")
-    note = f"{ranked} images were found by their rank in their class, as the CSV files number them"
-    found = f"{source.kind} of images with train.csv, val.csv and test.csv"
-    return Manifest(found, source, items, [note] * (ranked > 0))
+        raise UserError(f"{faults[0]}{f' (and {len(faults) - 1} more lines)' * bool(faults[1:])}")
+    return parts, names

@@ -8,17 +8,11 @@ rotated copies.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from utils import UserError, pip_install
 
-from .detect import from_parts
-from .manifest import Classes, Manifest
-from .sources import open_nested, open_source
-
 SPLIT = "1028/172/423"
-_ARCHIVES = {"images_background.zip": True, "images_evaluation.zip": False}
 
 
 def download(root: Path) -> list[Path]:
@@ -32,25 +26,15 @@ def download(root: Path) -> list[Path]:
     except ImportError:
         raise UserError(f"omniglot: needs torchvision; run: {pip_install()}") from None
     folder = root / Omniglot.folder
-    for name, background in _ARCHIVES.items():
+    archives = [folder / "images_background.zip", folder / "images_evaluation.zip"]
+    for path in archives:
         try:
-            Omniglot(root, background=background, download=True)
+            Omniglot(root, background=path == archives[0], download=True)
         except (OSError, RuntimeError) as error:
             # torchvision does not unpack archives that were put there by hand, and need not
-            if isinstance(error, FileNotFoundError) and (folder / name).is_file():
+            if isinstance(error, FileNotFoundError) and path.is_file():
                 continue
             what = " ".join(str(error).split())[:150]
-            advice = f"put {' and '.join(_ARCHIVES)} into {folder} by hand"
-            raise UserError(f"omniglot: cannot download {name} ({what}): {advice}") from None
-    return [folder / name for name in _ARCHIVES]
-
-
-def manifest(folder: Path, args: argparse.Namespace) -> Manifest:
-    """The manifest of the two archives in ``folder``; ``args.split`` must be given."""
-    source = open_nested(open_source(folder), {name: Path(name).stem for name in _ARCHIVES})
-    classes: Classes = {}
-    for name in source.files:
-        path = PurePosixPath(name)
-        if path.suffix == ".png" and len(path.parts) >= 3:
-            classes.setdefault(f"{path.parts[-3]}_{path.parts[-2]}", []).append(name)
-    return from_parts(source, {"all": classes}, args)
+            advice = f"put it and {archives[path == archives[0]].name} into {folder} by hand"
+            raise UserError(f"omniglot: cannot download {path.name} ({what}): {advice}") from None
+    return archives

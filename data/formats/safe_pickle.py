@@ -50,19 +50,19 @@ def _encode(text: str, encoding: str | bytes) -> bytes:
     return text.encode("latin1")
 
 
-_PLAIN = (list, dict, set, tuple, bytearray)
 _ADMITTED = {
-    **{(module, t.__name__): t for module in ("builtins", "__builtin__") for t in _PLAIN},
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("_codecs", "encode"): _encode,
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _DType,
+    **{f"{m}.{t.__name__}": t for m in ("builtins", "__builtin__") for t in (list, dict, tuple)},
+    "collections.OrderedDict": collections.OrderedDict,
+    "builtins.bytearray": bytearray,
+    "_codecs.encode": _encode,
+    "numpy.ndarray": _Array,
+    "numpy.dtype": _DType,
 }
 for _core in ("numpy.core", "numpy._core"):  # NumPy 2 moved its core
     _ADMITTED |= {
-        (f"{_core}.multiarray", "_reconstruct"): lambda *_: _Array(),
-        (f"{_core}.multiarray", "scalar"): lambda dtype, raw: _Array((), dtype, False, raw),
-        (f"{_core}.numeric", "_frombuffer"): lambda raw, dtype, shape, order: _Array(
+        f"{_core}.multiarray._reconstruct": lambda *_: _Array(),
+        f"{_core}.multiarray.scalar": lambda dtype, raw: _Array((), dtype, False, raw),
+        f"{_core}.numeric._frombuffer": lambda raw, dtype, shape, order: _Array(
             shape, dtype, order in ("F", b"F"), raw
         ),
     }
@@ -70,24 +70,20 @@ for _core in ("numpy.core", "numpy._core"):  # NumPy 2 moved its core
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ADMITTED:
+        if f"{module}.{name}" not in _ADMITTED:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return _ADMITTED[module, name]
+        return _ADMITTED[f"{module}.{name}"]
 
 
 def load(file: IO[bytes], shown: str) -> dict[str, Any]:
-    """Read a pickled dict, written by Python 2 or 3.
-
-    Args:
-        file: a binary file, at the pickle's first byte.
-        shown: the file's name in an error.
+    """Read a pickled dict, written by Python 2 or 3, from its first byte on.
 
     Returns:
         The dict, with keys as text. Arrays in it are stand-ins for `as_array`.
 
     Raises:
-        UserError: the file is not a pickle, is truncated, or holds anything but arrays and plain
-            containers.
+        UserError: the file, called ``shown``, is not a pickle, is truncated, or holds anything but
+            arrays and plain containers.
     """
     try:
         # encoding="bytes": as latin1 text, Python 2's array would be in memory twice
@@ -98,9 +94,8 @@ def load(file: IO[bytes], shown: str) -> dict[str, Any]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         what = str(error)[:200] or type(error).__name__
-        raise UserError(
-            f"{shown}: refused, not a pickle of NumPy arrays and plain containers ({what})"
-        ) from None
+        refused = "refused, not a pickle of NumPy arrays and plain containers"
+        raise UserError(f"{shown}: {refused} ({what})") from None
 
 
 def as_dict(value: Any, shown: str) -> dict[str, Any]:
@@ -112,26 +107,20 @@ def as_dict(value: Any, shown: str) -> dict[str, Any]:
 
 def as_array(value: Any, shown: str) -> np.ndarray:
     """A pickled array, list or tuple of numbers or names as an ndarray, without a copy where
-    possible.
-
-    Raises:
-        UserError: it is none of these, or its bytes do not fill its shape.
+    possible. Raises UserError if it is none of these, or its bytes do not fill its shape.
     """
+    if isinstance(value, _Array) and isinstance(value.raw, list):
+        value = value.raw  # an array of Python objects
     try:
-        if isinstance(value, _Array) and not isinstance(value.raw, list):
+        if isinstance(value, _Array):
             order = "F" if value.fortran else "C"
             return np.frombuffer(value.raw, value.dtype.numpy()).reshape(value.shape, order=order)
-        if isinstance(value, _Array | list | tuple | set):
-            # an array of Python objects holds a list
-            items = value.raw if isinstance(value, _Array) else value
-            return np.array([_as_text(_item(item)) for item in items])
+        if isinstance(value, list | tuple):
+            scalars = (as_array(x, shown).item() if isinstance(x, _Array) else x for x in value)
+            return np.array(list(map(_as_text, scalars)))
     except Exception as error:  # a forged shape, type or byte count
         raise UserError(f"{shown}: its array is damaged ({str(error)[:100]})") from None
     raise UserError(f"{shown}: is a {type(value).__name__.strip('_').lower()}, not an array")
-
-
-def _item(value: Any) -> Any:
-    return as_array(value, "an item").item() if isinstance(value, _Array) else value
 
 
 def _as_text(value: Any) -> Any:

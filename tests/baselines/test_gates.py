@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, make, new_episode, run_test, succeeded, train
 
+from engine.flags import parse
 from engine.model import Model
 from episode import adapt
 from utils import UserError
@@ -86,3 +87,27 @@ def test_a_method_without_gates_is_refused(master, tmp_path):
     succeeded(train(master, tmp_path / "net", "--method", "protonet", episode=1, val_freq=0))
     with pytest.raises(UserError, match=r"net-719.*protonet"):
         gates.main([f"{tmp_path}/net-719", "--cpu"])
+
+
+def test_classes_that_training_has_seen_are_refused(data, run, tmp_path):
+    (data / "train" / "class 0").rename(data / "test" / "class 0")
+    flags = ("--cpu", "--data-root", str(data), "--out", f"{tmp_path}/gates")
+    with pytest.raises(UserError, match="class 0"):
+        gates.main([f"{run}-719", *flags])
+
+
+def test_other_shots_are_adapted_to_as_in_a_test(master, run, capsys):
+    """On more images in as many updates, with the steps of training."""
+    flags = ["--n-shot", "3", "--episode-test", "2", "--n-workers", "0", "--data-root", str(master)]
+    tested = run_test(None, run, *flags, "--batch-size", "2", "--grad-divisor", "0")
+    ours = ["--cpu", "--episode-val", "2", "--batch-size", "2", "--grad-divisor", "0"]
+    _, found = gates.compare(f"{run}-719", parse([*flags, *ours]))
+    mean = sum(found[0][1]) / 2
+    assert f"accuracy {mean:.2f} " in succeeded(tested)
+    assert "9 examples, trained on 3" in capsys.readouterr().out
+
+
+def test_where_to_write_is_asked_first(run, tmp_path):
+    for out in (tmp_path / "none" / "gates", "/"):
+        with pytest.raises(UserError, match="--out"):
+            gates.main(["nowhere", "--out", str(out)])

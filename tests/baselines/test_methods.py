@@ -4,6 +4,7 @@ resumes to the same bits, and is tested; what cannot be is refused by name.
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,10 @@ from baselines import finetune, methods
 from baselines.pretrain import pretrain_batch
 from engine.backend import select_backend
 from engine.flags import INNER_LOOP, METHODS, PRETRAINED, parse, resolve
+from engine.folder import _check_meta_batch
 from episode import adapt, train_episode
 from learner import Conv4
+from utils import UserError
 
 SCRATCH = tuple(m for m in METHODS if m not in (*PRETRAINED, "lstm"))
 FLAGS = {"finetune": ("--epoch", 3, "--batch-size", 3)}
@@ -385,3 +388,32 @@ def test_other_refusals(master, pretrained, tmp_path):
     refused(train(master, save, "--classifier", "linear"), "--classifier linear")
     refused(train(master, save, "--method", "finetune", *begin, "--shots", 1, 5), "--shots 1 5")
     refused(train(master, tmp_path / "net", "--method", "sgd", "--resume", "auto"), "--method sgd")
+
+
+def test_several_processes_are_refused_with_advice_that_works():
+    with pytest.raises(UserError, match="without torchrun"):
+        _check_meta_batch(settings("protonet"), 0, 2)
+
+
+def test_changed_images_are_named_where_they_are(data, pretrained, tmp_path):
+    """Fine-tuning trains on the validation classes."""
+    flags = ("--method", "finetune", *FLAGS["finetune"])
+    begin = (*flags, *start("finetune", pretrained))
+    succeeded(train(data, tmp_path / "logs", *begin, episode=1, val_freq=0))
+    next((data / "val").glob("*/*")).unlink()
+    done = train(data, tmp_path / "logs", *flags, "--resume", "auto", episode=2, val_freq=0)
+    refused(done, data / "val")
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_start_that_has_seen_a_class_is_refused(split, data, pretrained, tmp_path):
+    """Its folder has moved from train/ since; validation would choose by it."""
+    (data / "train" / "class 0").rename(data / split / "class 0")
+    flags = ("--method", "linear-head", *start("linear-head", pretrained))
+    refused(train(data, tmp_path / "logs", *flags), data / split, "class 0")
+
+
+def test_pretraining_looks_for_leaks(data, tmp_path):
+    shutil.copytree(data / "train" / "class 0", data / "test" / "class 0")
+    run = ("--mode", "pretrain", "--data-root", data, "--save", tmp_path / "logs", "--cpu")
+    refused(run_cli(*run), data, "class 0")

@@ -1,9 +1,12 @@
 """The command line on real JPEGs."""
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +88,33 @@ def test_a_checkpoint_of_the_port(master, trained, tmp_path):
     torch.save(theirs, tmp_path / "port.pth.tar")
     flags = ("--resume", tmp_path / "port.pth.tar", *SMALL, "--episode-test", 2)
     assert "after 4 episodes" in succeeded(run_test(master, "nowhere", *flags))
+
+
+def test_what_is_published_is_what_was_tested(own, tmp_path):
+    """A training that went on after its test has another best checkpoint."""
+    succeeded(run_test(None, own, "--episode-test", 2))
+    best = Path(f"{own}-719", "ckpts", "meta-learner-best.pth.tar")
+    torch.save(torch.load(best, weights_only=True) | {"episode": 3}, best)
+    export = ("--mode", "export", "--save", own, "--to", tmp_path / "exported")
+    refused(run_cli(*export), str(best), "results.json")
+    assert not (tmp_path / "exported").exists()
+
+
+def test_an_export_is_whole_or_not_there(own, tmp_path, monkeypatch):
+    succeeded(run_test(None, own, "--episode-test", 2))
+    export = ("--mode", "export", "--save", own, "--to", tmp_path / "exported")
+    copy = shutil.copy
+
+    def full(source, target):
+        if Path(source).name == "results.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+        return copy(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copy", full)
+        refused(run_cli(*export), str(tmp_path / "exported"), "--to")
+    assert not list((tmp_path / "exported").iterdir())
+    succeeded(run_cli(*export))
 
 
 def test_what_is_worth_publishing(master, own, tmp_path):

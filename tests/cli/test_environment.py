@@ -150,7 +150,7 @@ def test_a_broken_tensorboard(master, tmp_path, monkeypatch):
     ]:
         monkeypatch.delitem(sys.modules, name)
     done = train(master, tmp_path / "logs", "--tensorboard")
-    refused(done, "--tensorboard", "Descriptors", "pip install tensorboard")
+    refused(done, "--tensorboard", "Descriptors", "--force-reinstall tensorboard")
 
 
 def test_the_advice_outside_an_environment_makes_one(monkeypatch):

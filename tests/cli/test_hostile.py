@@ -241,6 +241,7 @@ CHECKPOINTS = {  # what is done to a checkpoint -> a culprit beside the file
     "state lacks": (without("run", "data"), ""),
     "state, negative": (change_part("run", validated=-1), ""),
     "state, uneven": (change_part("run", losses=[1.0]), ""),
+    "state, no list": (change_part("run", skipped={}), ""),
     "state, text": (change_part("run", losses=["1"], accuracies=[1.0]), ""),
     "state, data": (change_part("run", data={"train": 3}), ""),
     "state, logs": (change_part("run", logs_end_at={"console.log": "12"}), ""),

@@ -91,6 +91,16 @@ def test_seeds_one_after_the_other(clone):
     assert modes(clone[1]()[5:]) == [("train", 719), ("train", 53), ("test", 53)]
 
 
+@pytest.mark.parametrize("given", [["--minutes=08"], ["--minutes", "8"]])
+def test_minutes_are_decimal(clone, given):
+    """A zero in front makes no octal number."""
+    executable(
+        clone[0].parent / "bin" / "sleep", f"echo $1 >>{clone[0].parent}/slept; exec /bin/sleep 60"
+    )
+    assert seeds(clone, "719", *given, path=clone[0].parent / "bin").returncode == 0
+    assert (clone[0].parent / "slept").read_text() == "480\n"
+
+
 def test_what_is_named_twice_runs_once(clone):
     assert seeds(clone, "719", "0719", "719", "--recipe", "train_1s_5c,train_1s_5c").returncode == 0
     *calls, table = clone[1]()
@@ -191,7 +201,8 @@ def test_what_seeds_refuses(clone):
     one_line(seeds(clone, "7", "--recipe"), "--recipe : there is no")
     one_line(seeds(clone, "7", "--recipe", "train_omniglot"), "eval_omniglot.sh")
     one_line(seeds(clone, "7", "--per-gpu", "0"), "--per-gpu 0")
-    one_line(seeds(clone, "7", "--minutes", "1.5"), "--minutes 1.5")
+    for minutes in ("1.5", "", "9" * 20):
+        one_line(seeds(clone, "7", "--minutes", minutes), f"--minutes {minutes}")
     one_line(seeds(clone, "7", "--recipe", "train_5s_5c,train_1s_5c", "--save", "x"), "--save x")
     for flag in ("--seed", "--resume=auto", "--mode"):
         one_line(seeds(clone, "7", flag, "x"), f"{flag.split('=')[0]}: seeds.sh sets this flag")

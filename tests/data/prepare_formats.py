@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PREPARE = ROOT / "data" / "prepare.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 prepare = importlib.import_module("prepare")
-manifest = importlib.import_module("formats.manifest")
+splits = importlib.import_module("formats.splits")
 
 SPLITS = ("train", "val", "test")
 CLASSES = json.loads((ROOT / "data" / "splits" / "mini-imagenet.json").read_text())
@@ -124,147 +124,38 @@ LITTER = dict.fromkeys(
 )
 
 
-# ---- the formats; each maker returns SOURCE
+def below(prefix, files):
+    return {f"{prefix}{name}": content for name, content in files.items()}
 
 
-def layout_folder(at):
-    return write(at / "mini", dataset())
+# ---- The contents of the formats
 
 
-def layout_nested(at):
-    return write(
-        at / "my data é", {f"a b/mini-imagenet/{k}": v for k, v in (dataset() | LITTER).items()}
-    )
+def flat():
+    """Ravi & Larochelle's files, whose names begin with their class."""
+    return {name.split("/")[-1]: content for name, content in dataset().items()}
 
 
-def layout_tar(at):
-    return tar(at / "mini.tar", {f"./{k}": v for k, v in (dataset() | LITTER).items()})
-
-
-def layout_tar_gz(at):
-    return tar(at / "mini.tar.gz", {f"mini/{k}": v for k, v in dataset().items()}, "w:gz")
-
-
-def layout_tar_xz(at):
-    return tar(at / "mini.tar.xz", dataset(), "w:xz")
-
-
-def layout_zip(at):
-    return zipped(at / "mini.zip", dataset() | LITTER)
-
-
-def layout_three_tars(at):
-    for split in SPLITS:
-        tar(at / f"{split}.tar", {k: v for k, v in dataset().items() if k.startswith(split)})
-    return at
-
-
-def _csv():
-    lines = {split: ["filename,label"] for split in SPLITS}
-    for name in dataset():
-        split, cls, file = name.split("/")
-        lines[split].append(f"{file},{cls}")
-    return {f"{split}.csv": ("\n".join(rows) + "\n").encode() for split, rows in lines.items()}
-
-
-def _flat():
-    return {f"images/{name.split('/')[-1]}": content for name, content in dataset().items()}
-
-
-def csv_folder(at):
-    return write(at / "ravi", _flat() | _csv())
-
-
-def csv_class_name_first(at):
-    """As easyfsl has them: `class_name,image_name`, here with a byte order mark."""
-    tables = {}
-    for name, content in _csv().items():
-        lines = [line.split(",")[::-1] for line in content.decode().splitlines()[1:]]
-        rows = ["class_name,image_name", *map(",".join, lines)]
-        tables[name] = "\n".join(rows).encode("utf-8-sig")
-    return write(at / "easyfsl", _flat() | tables)
-
-
-def csv_index_column(at):
-    """As pandas writes them."""
-    tables = {}
-    for name, content in _csv().items():
-        rows = [f"{n},{line}" for n, line in enumerate(content.decode().splitlines()[1:])]
-        tables[name] = "\n".join([",filename,label", *rows]).encode()
-    return write(at / "pandas", _flat() | tables)
-
-
-def flat(at):
-    """Ravi & Larochelle's files, whose names begin with their class, without the CSV files."""
-    return write(at / "images", {name.split("/")[1]: content for name, content in _flat().items()})
-
-
-def zip_in_zip(at):
-    images = zipped(at / "images.zip", _flat())
-    return zipped(at / "outer.zip", _csv() | {"images.zip": images.read_bytes()})
-
-
-def csv_zip(at):
-    return zipped(at / "ravi.zip", {f"mini/{k}": v for k, v in (_flat() | _csv()).items()})
-
-
-def csv_images_zip(at):
-    """images.zip, with the CSV files beside it."""
-    write(at, _csv())
-    return zipped(at / "images.zip", _flat())
-
-
-def csv_folder_of_zip(at):
-    write(at, _csv())
-    zipped(at / "images.zip", _flat())
-    return at
-
-
-def _unsplit():
+def unsplit():
     return {name.split("/", 1)[1]: content for name, content in dataset().items()}
 
 
-def class_folders(at):
-    return write(at / "all", _unsplit())
+def tables(head="filename,label", line="{file},{cls}", encoding="utf-8"):
+    """{CSV file's name: content}"""
+    lines = {split: [head] for split in SPLITS}
+    for n, name in enumerate(dataset()):
+        split, cls, file = name.split("/")
+        lines[split].append(line.format(n=n, file=file, cls=cls))
+    return {f"{s}.csv": ("\n".join(rows) + "\n").encode(encoding) for s, rows in lines.items()}
 
 
-def class_folders_zip(at):
-    return zipped(at / "all.zip", {f"mini_imagenet/{k}": v for k, v in _unsplit().items()})
-
-
-def arrays():
-    """{split: (images uint8 [N, 20, 20, 3], [class of each])}"""
-    out = {}
-    for split in SPLITS:
-        files = {name: content for name, content in dataset().items() if name.startswith(split)}
-        images = [np.asarray(Image.open(io.BytesIO(c)).convert("RGB")) for c in files.values()]
-        out[split] = np.stack(images), [name.split("/")[1] for name in files]
-    return out
-
-
-def cache_pickles(at, protocol=4):
-    for split, (images, labels) in arrays().items():
-        classes = {
-            cls: [i for i, label in enumerate(labels) if label == cls] for cls in CLASSES[split]
-        }
-        content = pickle.dumps({"image_data": images, "class_dict": classes}, protocol)
-        (at / f"mini-imagenet-cache-{split}.pkl").write_bytes(content)
-    return at
-
-
-def cache_pickles_protocol_2(at):
-    return cache_pickles(at, 2)
-
-
-def cache_pickles_protocol_5(at):
-    return cache_pickles(at, 5)
-
-
-def cache_pickles_zip(at):
-    cache_pickles(at)
-    return zipped(
-        at / "cache.zip", {f"p/{path.name}": path.read_bytes() for path in at.glob("*.pkl")}
-    )
+def ilsvrc_files():
+    files = {
+        f"{cls}/{cls}_{number}.JPEG": content
+        for cls, images in ilsvrc().items()
+        for number, content in zip(NUMBERS, images, strict=True)
+    }
+    return files | {f"n00000001/n00000001_{n}.JPEG": photograph([999, n]) for n in (1, 2)}
 
 
 def python2_pickle(images, labels):
@@ -280,15 +171,23 @@ def python2_pickle(images, labels):
     return b"\x80\x02}(U\x04data" + array + b"U\x06labels" + numbers + b"u."
 
 
-def category_pickles(at):
-    order = [cls for split in SPLITS for cls in CLASSES[split]]
-    for split, (images, labels) in arrays().items():
-        part = "train_phase_train" if split == "train" else split
-        content = python2_pickle(images, [order.index(label) for label in labels])
-        (at / f"miniImageNet_category_split_{part}.pickle").write_bytes(content)
-    for part in ("train_phase_val", "train_phase_test"):
-        (at / f"miniImageNet_category_split_{part}.pickle").write_bytes(b"not to be read")
-    return at
+def pickles(protocol=None):
+    """{name: pickle}: of mini-imagenet-cache, or without a protocol of the other kind."""
+    order, out = [cls for split in SPLITS for cls in CLASSES[split]], {}
+    for split in SPLITS:
+        files = {name: content for name, content in dataset().items() if name.startswith(split)}
+        images = np.stack([Image.open(io.BytesIO(c)).convert("RGB") for c in files.values()])
+        labels = [name.split("/")[1] for name in files]
+        if protocol:
+            rows = {cls: [i for i, x in enumerate(labels) if x == cls] for cls in CLASSES[split]}
+            content = pickle.dumps({"image_data": images, "class_dict": rows}, protocol)
+            out[f"mini-imagenet-cache-{split}.pkl"] = content
+        else:
+            part = "train_phase_train" if split == "train" else split
+            content = python2_pickle(images, [order.index(label) for label in labels])
+            out[f"miniImageNet_category_split_{part}.pickle"] = content
+            out[f"miniImageNet_category_split_train_phase_{split}.pickle"] = content
+    return out
 
 
 def shard(path, rows, names=None):
@@ -309,10 +208,18 @@ def shard(path, rows, names=None):
     pyarrow.parquet.write_table(table, path, row_group_size=50)
 
 
-def _rows(split=None):
+def _rows(split=""):
     for name, content in dataset().items():
-        if split in (None, name.split("/")[0]):
+        if name.startswith(split):
             yield name.split("/")[2], content, name.split("/")[1]
+
+
+def _numbered():
+    names = sorted(cls for classes in CLASSES.values() for cls in classes)
+    return names, [(name, content, names.index(label)) for name, content, label in _rows()]
+
+
+# ---- The formats; each maker returns SOURCE
 
 
 def parquet_split(at):
@@ -328,8 +235,7 @@ def parquet_every_class(at):
     """Numbers as labels, their names in the metadata, every class in every shard: one of its images
     in each.
     """
-    names = sorted(cls for classes in CLASSES.values() for cls in classes)
-    rows = [(name, content, names.index(label)) for name, content, label in _rows()]
+    names, rows = _numbered()
     for n, split in enumerate(("train", "validation", "test")):
         shard(at / "default" / split / "0000.parquet", rows[n::3], names)
     return at
@@ -337,75 +243,102 @@ def parquet_every_class(at):
 
 def parquet_numbers_zip(at):
     """Numbers as labels and no names but in the paths; in a zip archive."""
-    names = sorted(cls for classes in CLASSES.values() for cls in classes)
-    shard(
-        at / "train.parquet",
-        [(name, content, names.index(label)) for name, content, label in _rows()],
-    )
+    shard(at / "train.parquet", _numbered()[1])
     return zipped(at / "hub.zip", {"train.parquet": (at / "train.parquet").read_bytes()})
 
 
 def parquet_without_paths(at):
     """Class names as labels, images without file names."""
     for split in SPLITS:
-        shard(
-            at / f"{split}.parquet", [(None, content, label) for _, content, label in _rows(split)]
-        )
+        rows = [(None, content, label) for _, content, label in _rows(split)]
+        shard(at / f"{split}.parquet", rows)
     return at
 
 
-def _ilsvrc_files():
-    files = {
-        f"{cls}/{cls}_{number}.JPEG": content
-        for cls, images in ilsvrc().items()
-        for number, content in zip(NUMBERS, images, strict=True)
-    }
-    return files | {f"n00000001/n00000001_{n}.JPEG": photograph([999, n]) for n in (1, 2)}
+def three_tars(at):
+    for split in SPLITS:
+        tar(at / f"{split}.tar", {k: v for k, v in dataset().items() if k.startswith(split)})
+    return at
 
 
-def ilsvrc_folder(at):
-    write(at, _csv())
-    return write(at / "train", _ilsvrc_files())
-
-
-def ilsvrc_whole_folder(at):
-    """As Kaggle serves it: train/ beside val/ and test/ of loose images."""
-    files = {
-        f"ILSVRC/Data/CLS-LOC/train/{name}": content for name, content in _ilsvrc_files().items()
-    }
-    files |= {
-        f"ILSVRC/Data/CLS-LOC/{part}/ILSVRC2012_{part}_1.JPEG": photograph([997])
-        for part in ("val", "test")
-    }
-    return write(at / "imagenet", files | _csv())
+def zip_in_zip(at):
+    images = zipped(at / "images.zip", below("images/", flat()))
+    return zipped(at / "outer.zip", tables() | {"images.zip": images.read_bytes()})
 
 
 def ilsvrc_tar(at):
-    write(at, _csv())
+    write(at, tables())
     inner = {}
-    for name, content in _ilsvrc_files().items():
+    for name, content in ilsvrc_files().items():
         cls, file = name.split("/")
         inner.setdefault(cls, {})[file] = content
-    tars = {f"{cls}.tar": tar(at / "inner.tar", files).read_bytes() for cls, files in inner.items()}
-    (at / "inner.tar").unlink()
+    tars = {f"{cls}.tar": tar(at / "inner", files).read_bytes() for cls, files in inner.items()}
     return tar(at / "ILSVRC2012_img_train.tar", tars)
 
 
-FILE_FORMS = [
-    layout_folder, layout_nested, layout_tar, layout_tar_gz, layout_tar_xz, layout_zip,
-    layout_three_tars,
-    csv_folder, csv_class_name_first, csv_index_column, csv_zip, csv_images_zip, csv_folder_of_zip,
-    flat, zip_in_zip, class_folders, class_folders_zip,
-    ilsvrc_folder, ilsvrc_whole_folder, ilsvrc_tar,
-]  # fmt: skip
-PARQUET_FORMS = [parquet_split, parquet_every_class, parquet_numbers_zip]
-ARRAY_FORMS = [
-    cache_pickles,
-    cache_pickles_protocol_2,
-    cache_pickles_protocol_5,
-    cache_pickles_zip,
-    category_pickles,
-]
+def kaggle():
+    """ILSVRC-2012 as Kaggle serves it: train/ beside val/ and test/ of loose images."""
+    files = below("train/", ilsvrc_files())
+    files |= {f"{part}/ILSVRC2012_{part}_1.JPEG": photograph([997]) for part in ("val", "test")}
+    return below("ILSVRC/Data/CLS-LOC/", files) | tables()
+
+
+IMAGES_AND_TABLES = {
+    "csv_folder": {},
+    # as easyfsl has them, here with a byte order mark; as pandas writes them
+    "csv_class_name_first": {
+        "head": "class_name,image_name",
+        "line": "{cls},{file}",
+        "encoding": "utf-8-sig",
+    },
+    "csv_index_column": {"head": ",filename,label", "line": "{n},{file},{cls}"},
+}
+FILE_FORMS = {
+    "mini_folder": lambda at: write(at / "mini", dataset()),
+    "mini_nested": lambda at: write(at / "my é", below("a b/mini-imagenet/", dataset() | LITTER)),
+    "mini_tar": lambda at: tar(at / "mini.tar", below("./", dataset() | LITTER)),
+    "mini_tar_gz": lambda at: tar(at / "mini.tar.gz", below("mini/", dataset()), "w:gz"),
+    "mini_tar_xz": lambda at: tar(at / "mini.tar.xz", dataset(), "w:xz"),
+    "mini_zip": lambda at: zipped(at / "mini.zip", dataset() | LITTER),
+    "three_tars": three_tars,
+    **{
+        name: lambda at, kwargs=kwargs: write(
+            at / "ravi", below("images/", flat()) | tables(**kwargs)
+        )
+        for name, kwargs in IMAGES_AND_TABLES.items()
+    },
+    "csv_zip": lambda at: zipped(
+        at / "ravi.zip", below("mini/", below("images/", flat()) | tables())
+    ),
+    # images.zip with the CSV files beside it, and the folder of both
+    "csv_images_zip": lambda at: zipped(write(at, tables()) / "images.zip", flat()),
+    "csv_folder_of_zip": lambda at: zipped(write(at, tables()) / "images.zip", flat()).parent,
+    "flat": lambda at: write(at / "images", flat()),
+    "zip_in_zip": zip_in_zip,
+    "class_folders": lambda at: write(at / "all", unsplit()),
+    "class_folders_zip": lambda at: zipped(at / "all.zip", below("mini_imagenet/", unsplit())),
+    "ilsvrc_folder": lambda at: write(write(at, tables()) / "train", ilsvrc_files()),
+    "ilsvrc_whole_folder": lambda at: write(at / "imagenet", kaggle()),
+    "ilsvrc_tar": ilsvrc_tar,
+}
+PARQUET_FORMS = {
+    form.__name__: form
+    for form in (parquet_split, parquet_every_class, parquet_numbers_zip, parquet_without_paths)
+}
+ARRAY_FORMS = {
+    "cache_pickles": lambda at: write(at / "p", pickles(4)),
+    "cache_pickles_protocol_2": lambda at: write(at / "p", pickles(2)),
+    "cache_pickles_protocol_5": lambda at: write(at / "p", pickles(5)),
+    "cache_pickles_zip": lambda at: zipped(at / "cache.zip", below("p/", pickles(4))),
+    "category_pickles": lambda at: write(at / "p", pickles()),
+}
+FORMS = FILE_FORMS | PARQUET_FORMS | ARRAY_FORMS
+
+
+def make(form, at):
+    """Make a format; returns SOURCE."""
+    at.mkdir(exist_ok=True)
+    return FORMS[form](at)
 
 
 def tiny_imagenet(at, first=452):

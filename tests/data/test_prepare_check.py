@@ -9,7 +9,7 @@ import shutil
 import prepare_formats as formats
 import pytest
 from PIL import Image
-from prepare_formats import CLASSES, SPLITS, manifest, prepare
+from prepare_formats import CLASSES, SPLITS, make, prepare, splits
 
 from utils import UserError
 
@@ -54,9 +54,9 @@ def own(at, classes=2, images=3):
 
 
 def test_mini_imagenet_is_called_by_its_name(tmp_path, check, monkeypatch):
-    assert (manifest.MINI.per_class, manifest.TINY.per_class) == (600, 450)
-    monkeypatch.setattr("formats.manifest.MINI.per_class", 3)
-    code, out = check(formats.layout_folder(tmp_path))
+    assert (splits.MINI.per_class, splits.TINY.per_class) == (600, 450)
+    monkeypatch.setattr("formats.splits.MINI.per_class", 3)
+    code, out = check(make("mini_folder", tmp_path))
     assert (code, verdict(out)) == (0, "mini-ImageNet, 64/16/20 x 3")
     assert row(out, "train")[:5] == ["train", "64", "192", "3", "20x20"]
     assert row(out, "val")[:4] == ["val", "16", "48", "3"]
@@ -64,8 +64,8 @@ def test_mini_imagenet_is_called_by_its_name(tmp_path, check, monkeypatch):
 
 
 def test_what_is_missing_or_too_much_is_named(tmp_path, check, monkeypatch):
-    monkeypatch.setattr("formats.manifest.MINI.per_class", 3)
-    source = formats.layout_folder(tmp_path)
+    monkeypatch.setattr("formats.splits.MINI.per_class", 3)
+    source = make("mini_folder", tmp_path)
     lost, moved, short = CLASSES["train"][5], CLASSES["val"][1], CLASSES["test"][7]
     shutil.rmtree(source / "train" / lost)
     (source / "val" / moved).rename(source / "test" / moved)
@@ -92,7 +92,7 @@ def test_what_is_missing_or_too_much_is_named(tmp_path, check, monkeypatch):
 )
 def test_faults_are_reported(spoil, culprit, tmp_path, check, capsys):
     dest = tmp_path / "out"
-    assert prepare.main([str(formats.layout_folder(tmp_path)), "--dest", str(dest)]) == 0
+    assert prepare.main([str(make("mini_folder", tmp_path)), "--dest", str(dest)]) == 0
     capsys.readouterr()
     formats.write(dest, {".decoded/train/1.npy": b"x", "train/.DS_Store": b"x"})  # no fault
     before = check(dest)[1]
@@ -145,7 +145,7 @@ def test_check_training_and_prediction_have_one_verdict(
 
 
 def test_an_image_that_is_there_twice_is_a_note(tmp_path, check):
-    source = formats.layout_folder(tmp_path)
+    source = make("mini_folder", tmp_path)
     train, val, test = (a_file(source, split) for split in SPLITS)
     (train.parent / "again.jpg").write_bytes(train.read_bytes())
     (test.parent / "again.jpg").write_bytes(val.read_bytes())
@@ -155,17 +155,9 @@ def test_an_image_that_is_there_twice_is_a_note(tmp_path, check):
     assert all(str(name) in notes[0] for name in pair)
 
 
-def test_other_data_sets(tmp_path, check):
-    code, out = check(own(tmp_path / "own"))
-    assert code == 0
-    assert "not mini-ImageNet" in verdict(out)
-    assert "2/2/2 x 3" in verdict(out)
-    assert row(out, "train")[4] == "12x12"
-
-
 def test_first_600_of_ilsvrc_are_not_called_mini_imagenet(tmp_path, check, monkeypatch, capsys):
-    monkeypatch.setattr("formats.manifest.MINI.per_class", 5)
-    source = formats.ilsvrc_folder(tmp_path)
+    monkeypatch.setattr("formats.splits.MINI.per_class", 5)
+    source = make("ilsvrc_folder", tmp_path)
     for split in SPLITS:
         (tmp_path / f"{split}.csv").unlink()
     assert prepare.main([str(source), "--dest", str(tmp_path / "out")]) == 0
@@ -176,22 +168,18 @@ def test_first_600_of_ilsvrc_are_not_called_mini_imagenet(tmp_path, check, monke
 
 
 def test_published_images_are_known_by_their_fingerprints(tmp_path, check, monkeypatch):
-    published = {"train": "a0f6099e953b59a0", "val": "47092cf1f09ba147", "test": "8b64ff4d6c3030ef"}
-    assert manifest.MINI.fingerprints == published
-    monkeypatch.setattr("formats.manifest.MINI.per_class", 3)
-    source = formats.layout_folder(tmp_path)
+    monkeypatch.setattr("formats.splits.MINI.per_class", 3)
+    source = make("mini_folder", tmp_path)
     out = check(source)[1]
-    assert "published" not in verdict(out)
     fingerprints = {split: row(out, split)[-1] for split in SPLITS}
-    monkeypatch.setattr("formats.manifest.MINI.fingerprints", fingerprints)
-    assert "published" in verdict(check(source)[1])
-    a_file(source, "val").write_bytes(formats.photograph([77]))
-    assert "published" not in verdict(check(source)[1])
+    for known in (True, False):
+        monkeypatch.setattr("formats.splits.MINI.fingerprints", fingerprints if known else {})
+        assert ("published" in verdict(check(source)[1])) == known
 
 
 @pytest.mark.parametrize("by_file", [False, True])
 def test_ones_own_split_of_mini_imagenets_classes_is_no_fault(by_file, tmp_path, check, capsys):
-    source, split = formats.class_folders(tmp_path), "60/20/20"
+    source, split = make("class_folders", tmp_path), "60/20/20"
     if by_file:
         lists = {name: CLASSES[name][:n] for name, n in zip(SPLITS, (6, 2, 2), strict=True)}
         split = tmp_path / "split.json"
@@ -202,45 +190,22 @@ def test_ones_own_split_of_mini_imagenets_classes_is_no_fault(by_file, tmp_path,
     assert check(dest)[0] == 0
 
 
-def test_the_next_command(tmp_path, check, monkeypatch):
-    monkeypatch.chdir(formats.ROOT)
-    at = own(tmp_path / "my set", classes=5, images=20)
-    assert next_command(check(at)[1]) == f"bash scripts/train_5s_5c.sh --data-root '{at}'"
-    monkeypatch.chdir(tmp_path)
-    script = formats.ROOT / "scripts" / "train_5s_5c.sh"
-    assert next_command(check(at)[1]) == f"bash {script} --data-root '{at}'"
-    (at / "train" / "empty").mkdir()
-    assert f"--check {at}" in next_command(check(at)[1])
-
-
 @pytest.mark.parametrize(
     ("classes", "images", "flags"),
-    [(2, 4, "--n-class 2 --n-shot 2 --n-eval 2"), (2, 1, None), (1, 20, None)],
+    [(5, 20, ""), (2, 4, " --n-class 2 --n-shot 2 --n-eval 2"), (2, 1, None), (1, 20, None)],
 )
-def test_the_next_command_for_small_data_sets(classes, images, flags, tmp_path, check):
-    command = next_command(check(own(tmp_path / "own", classes, images))[1])
-    if flags:
-        assert command.endswith(f"train_5s_5c.sh --data-root {tmp_path}/own {flags}")
-    else:
-        assert "train_5s_5c.sh" not in command
-
-
-@pytest.mark.parametrize(
-    ("name", "at_home", "elsewhere"),
-    [
-        ("glyphs", "quickstart.sh", "train_5s_5c.sh --data-root {} --image-size 12 --augment none"),
-        ("omniglot", "train_omniglot.sh", "train_omniglot.sh --data-root {}"),
-    ],
-)
-def test_the_next_command_for_known_sources(name, at_home, elsewhere, tmp_path, check, monkeypatch):
-    monkeypatch.chdir(formats.ROOT)
-    monkeypatch.setattr("formats.check.DATA", tmp_path)
-    monkeypatch.setattr("formats.check.SCRIPTS", formats.ROOT / "scripts")
-    for place, command in ((tmp_path / name, at_home), (tmp_path / "else" / name, elsewhere)):
-        record = {"settings": {"source": name}}
-        own(place, classes=5, images=20)
-        formats.write(place, {"prepared.json": json.dumps(record).encode()})
-        assert next_command(check(place)[1]) == f"bash scripts/{command.format(place)}"
+def test_other_data_sets_and_the_next_command(classes, images, flags, tmp_path, check, monkeypatch):
+    at = own(tmp_path / "my set", classes, images)
+    for folder, script in ((formats.ROOT, ""), (tmp_path, f"{formats.ROOT}/")):
+        monkeypatch.chdir(folder)
+        code, out = check(at)
+        assert code == 0
+        assert "not mini-ImageNet" in verdict(out)
+        assert f"{classes}/{classes}/{classes} x {images}" in verdict(out)
+        command = f"bash {script}scripts/train_5s_5c.sh --data-root '{at}'{flags}"
+        assert (next_command(out) == command) == (flags is not None)
+    (at / "train" / "empty").mkdir()
+    assert f"--check {at}" in next_command(check(at)[1])
 
 
 def test_fingerprint_of_a_png_is_of_its_pixels(tmp_path, check):
@@ -254,7 +219,7 @@ def test_fingerprint_of_a_png_is_of_its_pixels(tmp_path, check):
 
 
 def test_fingerprint_is_of_the_classes_images(tmp_path, check):
-    source = formats.layout_folder(tmp_path)
+    source = make("mini_folder", tmp_path)
     first = row(check(source)[1], "train")[-1]
     image = a_file(source, "train")
     image.rename(image.with_name("renamed.jpg"))

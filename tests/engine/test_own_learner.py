@@ -70,6 +70,11 @@ def test_a_test_needs_the_file_as_it_was(master, net):
     refused(run_cli(*test), "net.py", "No such file")
     net.write_text(NET)
     succeeded(run_cli(*test, "--episode-test", 1))
+    Path("nets").mkdir()
+    shutil.move(net, "nets/net.py")  # it may move, if it stays what it is
+    moved = ("--resume", "auto", "--learner", "nets/net.py:Net")
+    succeeded(train_conv4(master, "logs", *moved, episode=2, val_freq=1))
+    shutil.move("nets/net.py", net)
     os.chdir(master)
     refused(run_cli(*test[:4], "--save", net.parent / "logs"), "net.py", "No such file")
 
@@ -105,6 +110,10 @@ MODULES = {  # the network -> what the line says
     "nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(768, 3))": "dropout",
     "nn.Linear(9, 3)": "RuntimeError",
     "Copies()": "copies",
+    "normed(nn.BatchNorm2d(3, track_running_stats=False))": "track_running_stats",
+    "Ordered()": "mixes images",
+    "normed(nn.BatchNorm1d(768))": "Expected more than 1 value",
+    "Average()": "network.mean",
     "Pair()": "tuple",
     "3": "int",
     "None": "NoneType",
@@ -129,6 +138,25 @@ class Copies(nn.Module):
         self.kept = [self.inner.weight]
     def forward(self, x):
         return x.flatten(1) @ self.kept[0].t()
+def normed(norm):
+    flat = [nn.Flatten(), norm] if isinstance(norm, nn.BatchNorm1d) else [norm, nn.Flatten()]
+    return nn.Sequential(*flat, nn.Linear(768, 3))
+class Ordered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(768, 3)
+    def forward(self, x):
+        return self.inner(x.flatten(1).cumsum(0))
+class Average(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(768, 3)
+        self.register_buffer("mean", torch.zeros(768))
+    def forward(self, x):
+        x = x.flatten(1)
+        if self.training:
+            self.mean.lerp_(x.mean(0), 0.1)
+        return self.inner(x if self.training else x - self.mean)
 class Pair(nn.Module):
     def __init__(self):
         super().__init__()
@@ -142,7 +170,9 @@ def Net():
 @pytest.mark.parametrize("network", MODULES)
 def test_modules_that_cannot_be_learners(master, net, network):
     net.write_text(FAULTY + network + "\n")
-    refused(train(master, "logs"), "net.py:Net", MODULES[network])
+    batch = 1 if "BatchNorm1d(768))" in network else 25
+    done = train(master, "logs", "--batch-size", batch)
+    refused(done, "net.py:Net", MODULES[network])
     assert not Path("logs-719").exists()
 
 
@@ -201,3 +231,25 @@ def test_the_seed_decides(net):
     args = resolve(parse(["--learner", "net.py:Net", "--image-size", "16", "--cpu"]))
     a, b = (make_learner(args, select_backend(args)) for _ in range(2))
     assert torch.equal(a.get_flat_params(), b.get_flat_params())
+
+
+def test_features_are_its_own(net):
+    net.write_text(
+        NET.replace("def Net(", "def make(")
+        + """class Net(nn.Module):
+    def __init__(self, n_classes, image_size):
+        super().__init__()
+        *layers, self.cls = make(n_classes, image_size)
+        self.layers = nn.Sequential(*layers)
+    def features(self, x):
+        return self.layers(x)
+    def forward(self, x):
+        return self.cls(self.features(x))
+"""
+    )
+    args = resolve(parse(["--cpu", "--image-size", "16", "--learner", "net.py:Net"]))
+    learner, x = make_learner(args, select_backend(args)), torch.randn(2, 3, 16, 16)
+    assert torch.equal(learner.features(x), learner.network.features(x))
+    net.write_text(NET)
+    args = resolve(parse(["--cpu", "--image-size", "16", "--learner", "net.py:Net"]))
+    assert not hasattr(make_learner(args, select_backend(args)), "features")

@@ -4,6 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from conftest import ROOT, photograph, run_cli, succeeded
 from PIL import Image
 
 import hubconf
+import main
 from imagefiles import load_image, to_rgb
 from tools import predict
 from utils import UserError
@@ -51,6 +55,9 @@ def data(tmp_path_factory):
             exif[0x0112] = 6 if k else 1
             photograph(rng, 100, 90).save(root / c / f"{k}.jpg", exif=exif)
     return root
+
+
+FEW = ("--tta-permutations", "1", "--epoch", "1")
 
 
 def adapted(name, data, *flags, open=load_image):
@@ -98,6 +105,27 @@ def test_modules_of_the_same_names_do_not_meet(data, tmp_path, monkeypatch):
     assert torch.equal(torch.load(tmp_path / "answer.pt"), expected)
 
 
+def test_threads_do_not_mix_up_modules(monkeypatch):
+    """Whatever they import meanwhile, at the end the program has its own again."""
+    mine = types.ModuleType("utils")
+    monkeypatch.setattr(main, "load_predictor", lambda _: time.sleep(0.1))
+    monkeypatch.setitem(sys.modules, "utils", mine)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: hubconf.load_pretrained(HEAD, "--cpu"), range(3)))
+    assert sys.modules["utils"] is mine
+
+
+def test_labels_in_tensors(data):
+    """Equal numbers are one class; tensors are equal to themselves only."""
+    model, images = adapted(HEAD, data, *FEW), [load_image(p) for p in sorted(data.glob("*/*"))]
+    expected = model.predict(images)
+    model.adapt(images, torch.arange(5).repeat_interleave(2))
+    assert model.classes == list(range(5))
+    assert torch.equal(model.predict(images), expected)
+    with pytest.raises(UserError, match="3 classes"):
+        model.adapt(images[:5], torch.tensor([0, 0, 1, 1, 2]))
+
+
 def test_what_the_hub_lists():
     listed = {f for f in dir(hubconf) if callable(getattr(hubconf, f)) and f[0] != "_"}
     runs = {path.parent.name for path in (ROOT / "results").glob("*/meta-learner.pth.tar")}
@@ -117,13 +145,14 @@ def test_what_cannot_be_is_refused(data):
         model.adapt([image, image], ["a"])
     with pytest.raises(UserError, match="2 classes"):
         model.adapt([image, image], ["a", "b"])
-    for wrong in (torch.ones(90, 90), torch.ones(3, 9, 9) * 2, torch.ones(4, 9, 9)):
+    shapes = (torch.ones(90, 90), torch.ones(4, 9, 9), torch.ones(3, 0, 0))
+    for wrong in (*shapes, torch.ones(3, 9, 9) * 2, np.ones((9, 9, 3)), "a.jpg"):
         with pytest.raises(UserError, match="tensor"):
             model.adapt([wrong], ["a"])
 
 
 def test_another_number_of_examples_is_noted(data, capsys):
-    adapted(LSTM, data, "--tta-permutations", "1", "--epoch", "1")
+    adapted(LSTM, data, *FEW)
     assert "10 examples, trained on 5" in capsys.readouterr().out
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from engine import provenance as provenance_module
-from engine.flags import DEFAULTS, HYPER_PARAMETERS, ROOT
+from engine.flags import DEFAULTS, HYPER_PARAMETERS, METHODS, ROOT
+from engine.logger import read_metrics
 from engine.provenance import commit, cpu_name, provenance
 from tools.class_names import display_name
 from tools.markdown import markdown_table
-from tools.metrics import read_metrics
 from tools.recipes import recipe_name, recipes, starts_from
 from utils import UserError
 
@@ -84,7 +84,8 @@ def test_metrics_without_training_are_refused(tmp_path, content):
 
 def test_each_script_is_a_recipe_of_its_own():
     found = recipes()
-    assert {name for name, _ in found} >= {"port", "authors", "pretrained"}
+    assert {name for name, _ in found} >= {"port", "authors", "pretrained", "matching-fce"}
+    assert {values["method"] for values in found.values()} == set(METHODS)
     assert {shots for _, shots in found} == {1, 5}
     assert found["port", 5] == PORT
     for (name, shots), values in found.items():
@@ -93,6 +94,13 @@ def test_each_script_is_a_recipe_of_its_own():
     assert found["pretrained", 5]["method"] == "linear-head"
     assert starts_from("pretrained", 5)
     assert not starts_from("port", 5)
+
+
+def test_baselines_are_named_after_their_method():
+    hyper = recipes()["protonet", 5]
+    assert recipe_name(hyper | {"n_shot": 1, "lr": 0.5}) == "protonet, but lr 0.5"
+    assert recipe_name(recipes()["sgd", 5] | {"method": "lstm"}).startswith(("port", "authors"))
+    assert starts_from("nearest", 1)
 
 
 def test_differences_from_a_recipe_are_named():

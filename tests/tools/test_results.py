@@ -5,12 +5,14 @@ import math
 import statistics
 import threading
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
 from engine.checkpoint import BEST, LAST
 from engine.flags import DEFAULTS, HYPER_PARAMETERS, parse, resolve
 from tools.export import export
+from tools.metrics import read_metrics
 from tools.recipes import recipes
 from tools.results import NAME, contradiction_notes, read_results, variant, write_results
 from tools.tables import interval, results_mode, t_quantile, tables
@@ -32,7 +34,8 @@ def with_test(
     checkpoint = {"episode": episode, "hyper_parameters": stored, "about": about or {}}
     checkpoint["best"] = {"episode": 3000, "accuracy": 41.25, "std": 8.04}
     checkpoint["run"] = {"asked_for": asked_for or seen}
-    line = {"event": "train", "episode": seen, "time": {"seconds": 1.0}}
+    line = {"event": "train", "episode": seen, "mean_loss": 1.0, "mean_accuracy": 40.0}
+    line["time"] = {"seconds": 1.0, "episodes_per_second": 2.0}
     (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     test = {"n_class": n_class, "n_shot": shots, "n_eval": 15, "epoch": 8, "batch_size": 25}
     test |= {"tta": {"permutations": tta[0], "flip": tta[1]}, "transductive": False}
@@ -185,6 +188,8 @@ def test_other_files_are_refused(tmp_path, content):
     [
         ("accuracies", []),
         ("accuracies", ["a"]),
+        ("accuracies", [math.inf] * 4),
+        ("training_length", {"seen": "x"}),
         ("counts", [0]),
         ("counts", 2),
         ("counts", ["two"]),
@@ -203,6 +208,38 @@ def test_damaged_results_are_refused(tmp_path, name, value):
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"results\.json"):
         read_results(tmp_path / "a")
+
+
+@pytest.mark.parametrize("stored", [{"bf_init": [None, 5.0]}, {"n_shot": "\ud800"}, {"x": 1}])
+def test_damaged_hyper_parameters_are_refused(tmp_path, stored):
+    path = with_test(tmp_path / "a") / NAME
+    content = json.loads(path.read_text())
+    content["training"]["hyper_parameters"] |= stored
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"results\.json"):
+        read_results(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("number", "part", "value"),
+    [
+        (0, "episode", None),
+        (0, "mean_loss", "x"),
+        (0, "time", {}),
+        (0, "time", {"seconds": 1.0, "episodes_per_second": 0}),
+        (1, "accuracy", 5.0),
+        (1, "accuracies", ["x"]),
+    ],
+)
+def test_damaged_metrics_are_refused(trained, tmp_path, number, part, value):
+    lines = Path(f"{trained}-719", "metrics.jsonl").read_text().splitlines()
+    kinds = [next(e for e in map(json.loads, lines) if e["event"] == k) for k in ("train", "val")]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, kinds)))
+    assert read_metrics(tmp_path) == kinds
+    kinds[number][part] = value
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, kinds)))
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        read_metrics(tmp_path)
 
 
 def test_export_needs_a_test_and_a_checkpoint(tmp_path):
