@@ -52,15 +52,14 @@ def boolean(text: str) -> bool:
     return values[text.lower()]
 
 
-<<<<<<< HEAD
 def default_workers() -> int:
     """Half of the cores, from 2 to 8 of them: on a GPU the host's work is what limits the rate."""
     usable = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))(0)
     return min(8, max(2, len(usable) // 2))
-=======
+
+
 def _listed(title: str, items: dict[str, str]) -> str:
     return f"{title}:\n" + "".join(f"  {k:<13} {v}\n" for k, v in items.items()) + "\n"
->>>>>>> a4b3e0a696ef71a13757b80a31f29166697623f1
 
 
 def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
