@@ -8,11 +8,11 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from tools.metrics import read_metrics
 
 from engine.checkpoint import BEST, LAST
 from engine.flags import DEFAULTS, HYPER_PARAMETERS, parse, resolve
 from tools.export import export
-from tools.metrics import read_metrics
 from tools.recipes import recipes
 from tools.results import NAME, contradiction_notes, read_results, variant, write_results
 from tools.tables import interval, results_mode, t_quantile, tables
