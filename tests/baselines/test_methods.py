@@ -316,7 +316,7 @@ def test_it_resumes_to_the_same_bits_and_is_tested(method, master, pretrained, t
         content = json.loads(Path(f"{tmp_path}/whole-719/results.json").read_text())
         assert len(content["tests"]) == 1  # the second one replaces an equal first
     printed = succeeded(run_cli("--mode", "results", "--runs", f"{tmp_path / 'whole'}-719"))
-    assert f"method {method}" in printed
+    assert f"| {method}" in printed
 
 
 def test_finetuning_tries_the_validation_classes(master, pretrained, tmp_path):

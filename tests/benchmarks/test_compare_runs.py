@@ -15,11 +15,13 @@ def write_run(folder, accuracies, about=None, **hyper_parameters):
     (folder / "ckpts").mkdir(parents=True)
     content = {"episode": 300, "metalearner": {"cI": torch.zeros(1)}, "about": about or {}}
     torch.save({**content, "hyper_parameters": hyper_parameters}, folder / "ckpts" / LAST)
-    time = {"episodes_per_second": 5}
-    events = [{"event": "train", "episode": n, "time": time} for n in (100, 200, 300)]
+    log = {"mean_loss": 1.0, "mean_accuracy": 50.0}
+    log["time"] = {"seconds": 20.0, "episodes_per_second": 5}
+    events = [{"event": "train", "episode": n, **log} for n in (100, 200, 300)]
     for n, worse in ((200, 0), (300, 1)):
         each = [v - worse for v in accuracies]
-        events.append({"event": "val", "episode": n, "accuracies": each})
+        means = dict.fromkeys(("loss", "accuracy"), {"mean": 1.0, "ci95": 0.1})
+        events.append({"event": "val", "episode": n, "accuracies": each, **means})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     return folder
 

@@ -188,6 +188,7 @@ def test_captured_episodes_match_eager_bits(device, batch_size, conv_dtype, caps
     assert capsys.readouterr().out == ""
 
 
+@SLOW
 def test_captured_second_order_matches_eager_bits(device, capsys):
     """The gradient of a gradient, by PyTorch's own operations."""
     eager, graphed = two_models(device)

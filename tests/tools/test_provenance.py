@@ -66,7 +66,14 @@ def test_markdown_cells_keep_their_columns():
 
 
 def test_metrics_without_cut_off_lines(tmp_path):
-    lines = [json.dumps({"event": kind, "episode": k}) for k, kind in enumerate(("train", "val"))]
+    train = {"event": "train", "episode": 0, "mean_loss": 1.0, "mean_accuracy": 50.0}
+    train["time"] = {"seconds": 1.0, "episodes_per_second": 2.0}
+    val = {
+        "event": "val",
+        "episode": 1,
+        **dict.fromkeys(("loss", "accuracy"), {"mean": 1, "ci95": 0}),
+    }
+    lines = map(json.dumps, (train, val))
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "3", '{"event": "tra']))
     assert [e["episode"] for e in read_metrics(tmp_path)] == [0, 1]
 
