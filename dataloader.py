@@ -139,9 +139,10 @@ def check_splits(
                     "class belongs to one split; remove one, or rename it if they differ"
                 )
     for name in trained_on:
-        if (split := seen.get(nfc(name))) in unseen:
-            advice = f"{split}/ should hold classes that training has not seen"
-            raise UserError(f"{root}/{split}: the checkpoint was trained on class {name}; {advice}")
+        place = seen.get(nfc(name))
+        if place in unseen:
+            advice = f"{place}/ should hold classes that training has not seen"
+            raise UserError(f"{root}/{place}: the checkpoint was trained on class {name}; {advice}")
 
 
 # ---- Random draws ----
