@@ -20,7 +20,7 @@ def write_run(folder, accuracies, about=None, **hyper_parameters):
     events = [{"event": "train", "episode": n, **log} for n in (100, 200, 300)]
     for n, worse in ((200, 0), (300, 1)):
         each = [v - worse for v in accuracies]
-        means = dict.fromkeys(("loss", "accuracy"), {"mean": 1.0, "ci95": 0.1})
+        means = {key: {"mean": 1.0, "ci95": 0.1} for key in ("loss", "accuracy")}
         events.append({"event": "val", "episode": n, "accuracies": each, **means})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     return folder

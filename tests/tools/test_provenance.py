@@ -71,7 +71,7 @@ def test_metrics_without_cut_off_lines(tmp_path):
     val = {
         "event": "val",
         "episode": 1,
-        **dict.fromkeys(("loss", "accuracy"), {"mean": 1, "ci95": 0}),
+        **{key: {"mean": 1, "ci95": 0} for key in ("loss", "accuracy")},
     }
     lines = map(json.dumps, (train, val))
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "3", '{"event": "tra']))
