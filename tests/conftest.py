@@ -123,9 +123,6 @@ def backend(request):
     return request.param
 
 
-way = backend  # its name in files that were written before
-
-
 @pytest.fixture(autouse=True)
 def _seeded():
     make_reproducible(0)

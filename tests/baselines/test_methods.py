@@ -86,9 +86,9 @@ def pretrained(master, tmp_path_factory):
     return save
 
 
-def test_pretraining_with_a_linear_classifier(pretrained, way):
+def test_pretraining_with_a_linear_classifier(pretrained, backend):
     assert tensors(pretrained)["hyper_parameters"]["classifier"] == "linear"
-    episode, network, *_ = make(way)
+    episode, network, *_ = make(backend)
     x, y = (torch.cat(pair) for pair in (episode[::2][:2], episode[1::2]))
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     network.reset_batch_stats()

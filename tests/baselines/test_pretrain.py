@@ -56,8 +56,8 @@ def head(master, pretrained, tmp_path_factory):
 # ---- Pre-training ----
 
 
-def test_it_is_adam_on_the_loss_of_a_classifier_by_cosines(way):
-    episode, network, ordinary, _ = make(way, dtype=torch.float64)
+def test_it_is_adam_on_the_loss_of_a_classifier_by_cosines(backend):
+    episode, network, ordinary, _ = make(backend, dtype=torch.float64)
     ours, theirs = (torch.optim.Adam(n.parameters(), lr=1e-2) for n in (network, ordinary))
     x = torch.cat((episode.support, episode.query))
     y = torch.cat((episode.support_y, episode.query_y))
@@ -81,17 +81,17 @@ def test_it_is_adam_on_the_loss_of_a_classifier_by_cosines(way):
             assert torch.allclose(found, parameter, rtol=1e-6, atol=1e-9), name
 
 
-def test_a_loss_that_is_not_finite_changes_nothing(way):
-    episode, network, *_ = make(way)
+def test_a_loss_that_is_not_finite_changes_nothing(backend):
+    episode, network, *_ = make(backend)
     optimizer, before = torch.optim.Adam(network.parameters()), network.get_flat_params()
     episode.support[0, 0, 0, 0] = torch.nan
     assert pretrain_batch(episode, network, optimizer, 0.25)[2]
     assert torch.equal(network.get_flat_params(), before)
 
 
-def test_a_class_has_the_same_label_in_every_batch(way, master):
-    batches = dataset(way, master, n_class=6, n_shot=1, in_order=True)
-    drawn = dataset(way, master, n_class=6, n_shot=1)
+def test_a_class_has_the_same_label_in_every_batch(backend, master):
+    batches = dataset(backend, master, n_class=6, n_shot=1, in_order=True)
+    drawn = dataset(backend, master, n_class=6, n_shot=1)
     names = [[batches.files[k].parent.name for k in batches.numbers(i)] for i in range(6)]
     in_order = [f"class {c}" for c in range(6)]
     assert names == [in_order + [name for name in in_order for _ in range(3)]] * 6

@@ -36,8 +36,8 @@ PINNED = {
 }
 
 
-def test_shape_and_order_of_an_episode(way, master):
-    data = dataset(way, master)
+def test_shape_and_order_of_an_episode(backend, master):
+    data = dataset(backend, master)
     episode = next(episodes(data, 0, 0, CPU, False))
     assert episode.support.shape == (6, 3, 16, 16)
     assert episode.query.shape == (9, 3, 16, 16)
@@ -49,8 +49,8 @@ def test_shape_and_order_of_an_episode(way, master):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("n_workers", [1, 2, 4])
-def test_same_episodes_for_any_number_of_workers(way, master, n_workers):
-    data = dataset(way, master)
+def test_same_episodes_for_any_number_of_workers(backend, master, n_workers):
+    data = dataset(backend, master)
     alone = list(episodes(data, 0, 0, CPU, False))
     assert len(alone) == 6
     assert not same(alone[0], alone[1])
@@ -59,17 +59,20 @@ def test_same_episodes_for_any_number_of_workers(way, master, n_workers):
     )
 
 
-def test_same_episodes_after_a_restart_and_for_a_longer_run(way, master):
-    alone = list(episodes(dataset(way, master), 0, 0, CPU, False))
-    later = list(episodes(dataset(way, master, length=9), 4, 0, CPU, False))
+def test_same_episodes_after_a_restart_and_for_a_longer_run(backend, master):
+    alone = list(episodes(dataset(backend, master), 0, 0, CPU, False))
+    later = list(episodes(dataset(backend, master, length=9), 4, 0, CPU, False))
     assert len(later) == 5
     assert all(same(a, b) for a, b in zip(alone[4:], later, strict=False))
 
 
 @pytest.mark.parametrize("n_workers", [0, 1])
-def test_episodes_leave_the_global_random_state_alone(way, master, n_workers):
+def test_episodes_leave_the_global_random_state_alone(backend, master, n_workers):
     before = torch.get_rng_state()
-    assert len(list(episodes(dataset(way, master, "val", length=2), 0, n_workers, CPU, False))) == 2
+    assert (
+        len(list(episodes(dataset(backend, master, "val", length=2), 0, n_workers, CPU, False)))
+        == 2
+    )
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -263,8 +266,8 @@ def test_linked_folders_are_followed_but_not_in_circles(data, tmp_path):
     assert len(images_below(data / "train", without=(data / "elsewhere").iterdir())) == 5 * 8
 
 
-def test_no_augmentation_squashes_every_split_alike(way, master):
-    data = dataset(way, master, "train", augment="none")
+def test_no_augmentation_squashes_every_split_alike(backend, master):
+    data = dataset(backend, master, "train", augment="none")
     assert data.augmentation(0, np.array([[20, 30]])) is None
     support = next(episodes(data, 0, 0, CPU, False)).support
     assert support.shape == (6, 3, 16, 16)
@@ -275,7 +278,7 @@ def test_no_augmentation_squashes_every_split_alike(way, master):
         ) * 255
         # the fast way reduces the largest of these images twice, to 32 px first
         assert np.abs(whole.numpy() - np.asarray(squashed)).mean() < (
-            0.01 if way == "plain" else 1.5
+            0.01 if backend == "plain" else 1.5
         )
 
 
@@ -286,17 +289,17 @@ def test_one_order_an_episode_as_the_authors_have_it():
     assert sorted(order[0]) == list(range(25))
 
 
-def test_pixels_from_zero_to_one(way, master):
-    kinds = [dataset(way, master, "val", pixels=pixels) for pixels in ("unit", "imagenet")]
+def test_pixels_from_zero_to_one(backend, master):
+    kinds = [dataset(backend, master, "val", pixels=pixels) for pixels in ("unit", "imagenet")]
     unit, normalised = (next(episodes(data, 0, 0, CPU, False)).query for data in kinds)
     assert 0 <= unit.min() < unit.max() <= 1
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     assert torch.allclose((unit - mean) / std, normalised, atol=1e-5)
 
 
-def test_training_images_are_flipped_at_random(way, master):
-    ours = dataset(way, master, augment="flip", pixels="unit")
-    plain = dataset(way, master, augment="none", pixels="unit")
+def test_training_images_are_flipped_at_random(backend, master):
+    ours = dataset(backend, master, augment="flip", pixels="unit")
+    plain = dataset(backend, master, augment="none", pixels="unit")
     same_side = []
     for a, b in zip(
         episodes(ours, 0, 0, CPU, False), episodes(plain, 0, 0, CPU, False), strict=True
@@ -309,7 +312,7 @@ def test_training_images_are_flipped_at_random(way, master):
     assert 0.3 < np.mean(same_side) < 0.7
     for split in ("val", "test"):
         a, b = (
-            next(episodes(dataset(way, master, split, augment=how), 0, 0, CPU, False))
+            next(episodes(dataset(backend, master, split, augment=how), 0, 0, CPU, False))
             for how in ("flip", "none")
         )
         assert same(a, b)
@@ -317,7 +320,8 @@ def test_training_images_are_flipped_at_random(way, master):
 
 def test_both_ways_flip_the_same_images(master):
     found = [
-        next(episodes(dataset(way, master, augment="flip"), 0, 0, CPU, False)) for way in DATASETS
+        next(episodes(dataset(backend, master, augment="flip"), 0, 0, CPU, False))
+        for backend in DATASETS
     ]
     assert all(
         (a - b).abs().mean() < 0.02 for a, b in zip(found[0][:1], found[-1][:1], strict=True)

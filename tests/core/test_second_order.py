@@ -40,10 +40,10 @@ class Smooth(FlatModule):
 
 @pytest.mark.parametrize("network", [Smooth, lambda: LinearHead(4, 3)], ids=["smooth", "head"])
 @pytest.mark.parametrize(("n_shot", "batch_size"), [(2, 6), (2, 4), (1, 3)])
-def test_the_gradient_is_that_of_the_episodes_query_loss(way, network, n_shot, batch_size):
+def test_the_gradient_is_that_of_the_episodes_query_loss(backend, network, n_shot, batch_size):
     """By central differences along a random direction of each parameter of the meta-learner."""
     w_grad = network().double()
-    meta = METALEARNERS[way](4, 2, w_grad.size(), (-1.0, 0.0), second_order=True).double()
+    meta = METALEARNERS[backend](4, 2, w_grad.size(), (-1.0, 0.0), second_order=True).double()
     with torch.no_grad():
         for parameter in meta.parameters():
             parameter.normal_(std=0.5)
@@ -78,8 +78,8 @@ def test_the_gradient_is_that_of_the_episodes_query_loss(way, network, n_shot, b
     assert (along(directions, first_order) - expected).norm() > 1e-2 * expected.norm()
 
 
-def test_loss_gradient_and_statistics_are_first_orders(way):
-    episode, w_grad, other, meta = make(way, dtype=torch.float64)
+def test_loss_gradient_and_statistics_are_first_orders(backend):
+    episode, w_grad, other, meta = make(backend, dtype=torch.float64)
     c = meta.metalstm.cI
     found = w_grad.loss_and_grad_at(episode.support, episode.support_y, c)
     expected = other.loss_and_grad(episode.support, episode.support_y)
@@ -107,8 +107,8 @@ def test_the_fast_learner_has_the_plain_ones_second_derivatives():
     assert all(torch.allclose(p, products[0], rtol=1e-9, atol=1e-12) for p in products)
 
 
-def test_an_evaluation_is_unaffected(way):
-    episode, w_grad, wo_grad, meta = make(way)
+def test_an_evaluation_is_unaffected(backend):
+    episode, w_grad, wo_grad, meta = make(backend)
     expected = evaluate_episode(episode, w_grad, wo_grad, meta, 4)
     meta.second_order = True
     assert evaluate_episode(episode, w_grad, wo_grad, meta, 4) == expected
