@@ -48,7 +48,7 @@ def test_it_is_trained_resumed_tested_and_drawn(master, net):
     three = Path("three")
     for k in range(3):
         shutil.copytree(master / "test" / f"test class {k}", three / str(k))
-    known = ["--support", three, "--query", three / "0"]
+    known = ["--support", three, "--query", *sorted((three / "0").iterdir())]
     succeeded(run_cli("--mode", "predict", "--save", "logs", "--cpu", *known))
 
 
