@@ -162,13 +162,13 @@ def check_split(split: Split, n_class: int, n_shot: int, n_eval: int) -> None:
         name, n_images = split.classes[short[0]], len(split.files[short[0]])
         folder = split.root / split.name / name
         others = f", and {len(short) - 1} more classes have too few" * (len(short) > 1)
-        hidden = shlex.join(["mv", str(folder), str(folder.with_name(f".{name}"))])
-        enough = len(split.classes) - len(short) >= n_class
+        advice = "lower these flags"
+        if len(split.classes) - len(short) >= n_class:
+            hidden = shlex.join(["mv", str(folder), str(folder.with_name(f".{name}"))])
+            advice += f", or leave the class out: {hidden}"
         raise UserError(
             f"{folder}: {n_images} images, but an episode takes {needed} (--n-shot {n_shot} + "
-            f"--n-eval {n_eval}){others}; lower these flags"
-            + f", or leave the class out: {hidden}"
-            * enough
+            f"--n-eval {n_eval}){others}; {advice}"
         )
 
 

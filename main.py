@@ -29,7 +29,7 @@ from baselines.methods import BUILDERS, initialise, training_split
 from baselines.pretrain import pretrain
 from dataloader import check_splits, scan_split
 from engine.backend import Backend, adam, dataset, make_learner, make_metalearner, select_backend
-from engine.checkpoint import load_for_test, load_weights
+from engine.checkpoint import load_for_test, load_weights, trained_shots
 from engine.distributed import SINGLE_PROCESS, Ranks
 from engine.evaluation import Evaluator, run_test
 from engine.folder import RunFolder
@@ -101,12 +101,12 @@ def load_model(
 def test(cli_args: dict[str, object], ranks: Ranks) -> None:
     """Report a checkpoint's accuracy on episodes of the test classes, and keep it in the run."""
     args, checkpoint, backend, model = load_model(cli_args, ranks)
-    path, trained_on = Path(args.resume), checkpoint.get("hyper_parameters", {}).get("n_shot")
+    path = Path(args.resume)
     print(f"{backend.description}\ntesting {path} after {checkpoint['episode']} episodes")
     check_splits(args.data_root, checkpoint.get("classes", ()))
     for note in results.contradiction_notes(args, checkpoint):
         print(note)
-    tests = run_test(args, backend, model, trained_on or args.n_shot, ranks)
+    tests = run_test(args, backend, model, trained_shots(checkpoint, args), ranks)
     if ranks.rank == 0:
         tables.report(path, args, checkpoint, tests, backend.device, ranks.size)
 
@@ -114,8 +114,7 @@ def test(cli_args: dict[str, object], ranks: Ranks) -> None:
 def load_predictor(cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS) -> Predictor:
     """Load a model that adapts to the user's examples and classifies images."""
     args, checkpoint, backend, model = load_model(cli_args, ranks)
-    trained_on = checkpoint.get("hyper_parameters", {}).get("n_shot", args.n_shot)
-    return Predictor(args, backend, model, trained_on)
+    return Predictor(args, backend, model, trained_shots(checkpoint, args))
 
 
 MODES = {

@@ -26,13 +26,13 @@ from paired import difference, interval
 from torch import Tensor
 
 from dataloader import EpisodeDataset, check_splits, episodes, scan_split
-from engine.backend import Backend, dataset, select_backend
-from engine.checkpoint import BEST, LAST, load_for_test, load_weights, resolve_checkpoint
+from engine.backend import Backend, dataset
+from engine.checkpoint import BEST, LAST, resolve_checkpoint, trained_shots
 from engine.evaluation import Evaluator, schedule
 from engine.flags import DEFAULTS, parse
 from engine.model import Model
 from episode import updates
-from main import build
+from main import load_model
 from metalearner import UpdateRule
 from tools.markdown import markdown_table
 from tools.plots import load_figures
@@ -136,15 +136,11 @@ def compare(run: str, flags: dict) -> tuple[str, list[tuple[str, list[float]]]]:
         UserError: there is no checkpoint, or it is not one of the paper's method.
     """
     path = resolve_checkpoint(run, flags.get("seed", DEFAULTS["seed"]), BEST, LAST, flag="RUN")
-    args, checkpoint = load_for_test({**flags, "resume": path})
+    args, checkpoint, backend, model = load_model({**flags, "resume": path})
     if args.method not in ("lstm", "linear-head"):
         raise UserError(f"{run}: is of --method {args.method}, which has no gates to freeze")
-    backend = select_backend(args)
-    model = build(args, backend)
-    load_weights(model.saved, checkpoint, Path(path))
     check_splits(args.data_root, checkpoint.get("classes", ()), ("val", "test"))
-    trained_on = checkpoint.get("hyper_parameters", {}).get("n_shot", args.n_shot)
-    how = schedule(args, trained_on, args.n_class * args.n_shot)  # as --mode test
+    how = schedule(args, trained_shots(checkpoint, args), args.n_class * args.n_shot)  # as in tests
     args.batch_size, model.metalearner.grad_divisor = how
     val_set, test_set = (
         dataset(args, backend, scan_split(args.data_root, split), n)

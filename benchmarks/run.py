@@ -30,7 +30,7 @@ from dataloader import EpisodeDataset, episodes, scan_split
 from engine.backend import adam, dataset, select_backend
 from engine.distributed import SINGLE_PROCESS
 from engine.evaluation import Evaluator
-from engine.flags import resolve
+from engine.flags import data_name, resolve
 from engine.parallel import make_train_step
 from engine.process import begin_worker
 from engine.provenance import commit, cpu_name
@@ -307,7 +307,7 @@ def main(argv: list[str]) -> int:
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
     command = shlex.join(["bash", "benchmarks/run.sh", *argv])
-    lines = [f"`{command}` on {machine(device)}; data: {args.data_root.name}"]
+    lines = [f"`{command}` on {machine(device)}; data: {data_name(args)}"]
     print(lines[0])
     for name in args.sections:
         found = SECTIONS[name](args, device)

@@ -55,6 +55,11 @@ def short_name(path: Path) -> str:
     return "/".join([part for part in path.resolve().parts if part != "ckpts"][-2:])
 
 
+def trained_shots(content: dict, args: argparse.Namespace) -> int:
+    """The images per class that a checkpoint was trained on; ``--n-shot`` if it does not say."""
+    return content.get("hyper_parameters", {}).get("n_shot") or args.n_shot
+
+
 def load(path: Path, flag: str = "--resume") -> dict:
     """Read a checkpoint of this project or of the port.
 

@@ -14,8 +14,18 @@ from utils import Parser, UserError, float_range, int_range
 
 MIN_IMAGE_SIZE, INPUT_SIZE = 16, 4  # learner.py's and metalearner.py's, which import PyTorch
 ROOT = Path(__file__).resolve().parent.parent
-PATHS = ["save", "resume", "data_root", "cache_dir", "init_from", "support", "query", "out"]
-PATHS += ["to", "runs"]
+PATHS = [
+    "save",
+    "resume",
+    "data_root",
+    "cache_dir",
+    "init_from",
+    "support",
+    "query",
+    "out",
+    "to",
+    "runs",
+]
 # which a checkpoint carries for a resumed run: its length, and what its validations depend on
 RUN_FLAGS = ("episode", "val_freq", "episode_val", "transductive", "tta_permutations", "tta_flip")
 MODES = {
@@ -103,14 +113,8 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     words = "checkpoint or run folder to continue (its last) or test (its best); "
     add("--resume", None, words + "auto: this run's own, if there is one", "PATH")
     add("--save", "logs", "the run folder is SAVE-SEED", "PATH")
-    add(
-        "--seed",
-        719,
-        "seed of initialisation and episodes",
-        "N",
-        True,
-        type=int_range(0, 2**32 - 1),
-    )
+    seed = int_range(0, 2**32 - 1)
+    add("--seed", 719, "seed of initialisation and episodes", "N", True, type=seed)
     words = "minutes between two snapshots"
     add("--save-minutes", 5.0, words, "X", type=float_range(0, 10**6))
     add("--runs", None, "results: run folders", "DIR", nargs="+")
@@ -135,13 +139,8 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     words = "imagenet: normalised by ImageNet's mean and deviation, as the port; unit: 0 to 1"
     add("--pixels", "imagenet", words, hyper=True, choices=("imagenet", "unit"))
     add("--cache-dir", None, "folder for decoded images (default: .decoded in the data)", "DIR")
-    add(
-        "--n-workers",
-        default_workers(),
-        "processes that prepare episodes",
-        "N",
-        type=int_range(0, 256),
-    )
+    n, words = default_workers(), "processes that prepare episodes"
+    add("--n-workers", n, words, "N", type=int_range(0, 256))
     add("--pin-mem", True, "page-locked memory for copies to the GPU")
 
     add = group("episodes")
@@ -374,6 +373,11 @@ def check_stored(path: Path, content: dict) -> None:
                 raise UserError(f"{path}: its {name} {value} cannot be: {e}") from e
             if parsed != value:
                 raise UserError(f"{path}: its {name} {value} is unknown")
+
+
+def data_name(args: argparse.Namespace) -> str:
+    """The name of the folder with the data, also of ``--data-root .``."""
+    return os.path.basename(os.path.abspath(args.data_root))
 
 
 def run_folder(args: argparse.Namespace) -> Path:

@@ -26,8 +26,16 @@ from engine.flags import (
 from utils import UserError, file_lock
 
 # hyper-parameters that shape the first episode, and cannot change after it
-START_ONLY = {"bn_scale", "lstm_init", "bf_init", "bi_init", "method", "bn_shift", "classifier"}
-START_ONLY |= {"learner"}
+START_ONLY = [
+    "bn_scale",
+    "lstm_init",
+    "bf_init",
+    "bi_init",
+    "method",
+    "bn_shift",
+    "classifier",
+    "learner",
+]
 
 
 class RunFolder:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dataloader import EpisodeDataset, episodes
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST, short_name
-from engine.flags import stored_flags
+from engine.flags import data_name, stored_flags
 from engine.folder import RunFolder
 from engine.logger import Logger, open_tensorboard, result_line
 from engine.process import Signals, Stopped, begin_worker
@@ -135,10 +135,9 @@ class Run:
         rule = hasattr(module, "initial_state")
         learned = [module.initial_state().c] if rule else module.parameters()
         size = sum(p.numel() for p in learned)
-        data = args.data_root.absolute().name  # "" for "."
         return (
             f"{args.n_class}-way {args.n_shot}-shot, {args.image_size} px, {size} learner "
-            f"parameters; {data}: {classes} classes; {args.episode} episodes"
+            f"parameters; {data_name(args)}: {classes} classes; {args.episode} episodes"
         )
 
     def __enter__(self) -> Run:

@@ -6,12 +6,11 @@ import argparse
 import contextlib
 import json
 import math
-import os
 from pathlib import Path
 
 from engine import checkpoint as checkpoints
 from engine.checkpoint import LAST
-from engine.flags import check_stored, spelled
+from engine.flags import check_stored, data_name, spelled
 from engine.logger import read_metrics
 from tools.recipes import text
 from utils import UserError, atomic_write, file_lock
@@ -76,7 +75,7 @@ def write_results(
             "asked_for": _asked_for(folder, checkpoint),
         },
         "validation": best if best.get("episode") == checkpoint["episode"] else None,
-        "data": Path(os.path.abspath(args.data_root)).name,  # also of --data-root .
+        "data": data_name(args),
         "episodes_drawn_by_seed": args.seed,
         "contradicts_training": contradictions(args, stored),
         "about": about,
