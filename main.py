@@ -31,6 +31,7 @@ from dataloader import check_splits, scan_split
 from engine.backend import Backend, adam, dataset, make_learner, make_metalearner, select_backend
 from engine.checkpoint import load_for_test, load_weights, trained_shots
 from engine.distributed import SINGLE_PROCESS, Ranks
+from engine.ema import averaged_copy, saved_modules
 from engine.evaluation import Evaluator, run_test
 from engine.folder import RunFolder
 from engine.model import Model, Trainable
@@ -71,9 +72,10 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
         optimizer = adam(args, backend, learned(model.metalearner))
         if folder.checkpoint is None:
             initialise(args, model, folder.origin, sets["train"])
-        with Run(folder, model.saved, optimizer, sets, backend.device) as run:
-            train_step = make_train_step(args, backend, model, optimizer, ranks)
-            evaluate, val_set = Evaluator(args, backend, model, ranks), sets.get("val")
+        averaged = averaged_copy(args, model)
+        with Run(folder, saved_modules(model, averaged), optimizer, sets, backend.device) as run:
+            train_step = make_train_step(args, backend, model, optimizer, ranks, averaged)
+            evaluate, val_set = Evaluator(args, backend, averaged, ranks), sets.get("val")
             if run.should_validate():  # the last process ended while it validated
                 run.log_validation(*evaluate(val_set, run.stop_if_asked))
             for n, batch in run.batches():
@@ -83,7 +85,7 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
             run.finish()
         if args.plots and ranks.rank == 0:
             announce("drawing the run")
-            trace.write_trace(folder.path, val_set, model, args.batch_size, backend.device)
+            trace.write_trace(folder.path, val_set, averaged, args.batch_size, backend.device)
             plots.draw(folder.path)
 
 
@@ -101,14 +103,13 @@ def load_model(
 def test(cli_args: dict[str, object], ranks: Ranks) -> None:
     """Report a checkpoint's accuracy on episodes of the test classes, and keep it in the run."""
     args, checkpoint, backend, model = load_model(cli_args, ranks)
-    path = Path(args.resume)
-    print(f"{backend.description}\ntesting {path} after {checkpoint['episode']} episodes")
+    print(f"{backend.description}\ntesting {args.resume} after {checkpoint['episode']} episodes")
     check_splits(args.data_root, checkpoint.get("classes", ()))
     for note in results.contradiction_notes(args, checkpoint):
         print(note)
     tests = run_test(args, backend, model, trained_shots(checkpoint, args), ranks)
     if ranks.rank == 0:
-        tables.report(path, args, checkpoint, tests, backend.device, ranks.size)
+        tables.report(Path(args.resume), args, checkpoint, tests, backend.device, ranks.size)
 
 
 def load_predictor(cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS) -> Predictor:

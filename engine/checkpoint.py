@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from engine.distributed import SINGLE_PROCESS, Ranks
+from engine.ema import TRAINED
 from engine.flags import check_stored, resolve, run_folder
 from engine.state import TrainingState
 from utils import UserError, atomic_write
@@ -104,7 +105,7 @@ def _fault(content: object) -> str | None:
     if mode not in ("train", "pretrain"):
         return f"its mode {mode!r} is unknown"
     weights = "network" if mode == "pretrain" else "metalearner"
-    for key in (weights, "backbone") if "backbone" in content else (weights,):
+    for key in (weights, *({"backbone", TRAINED} & content.keys())):
         tensors = content.get(key)
         if not isinstance(tensors, dict) or not tensors:
             return f"not a checkpoint of this project: it lacks {key!r}, a table of tensors"

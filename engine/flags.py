@@ -188,6 +188,9 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     add("--lr", 1e-3, "learning rate of Adam", "X", True, type=rate)
     words = "last share of the training, in which the learning rate falls linearly to 0"
     add("--lr-decay", 0.0, words, "X", True, type=float_range(0, 1))
+    words = "decay of an exponential moving average of the meta-learner's weights, which is what "
+    words += "is then validated, tested and used; 0: none"
+    add("--ema", 0.0, words, "X", True, type=float_range(0, 1))
     words = "episodes of an update, whose gradients are averaged"
     add("--meta-batch", 1, words, "M", True, type=int_range(1, 10**6))
     clip = float_range(0, 10**6, low_open=True)
@@ -325,6 +328,8 @@ def resolve(
         raise UserError(f"--bn-shift {args.bn_shift:g}: is for --method linear-head only")
     if args.transductive and args.method == "linear-head":
         raise UserError("--transductive true: a linear head has no batch norm; leave it out")
+    if args.ema and args.mode == "pretrain":
+        raise UserError(f"--ema {args.ema:g}: is for --mode train only; leave it out")
     if args.classifier != "cosine" and args.mode != "pretrain":
         raise UserError(f"--classifier {args.classifier}: is for --mode pretrain only")
     if args.method not in INNER_LOOP:

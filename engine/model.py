@@ -14,7 +14,10 @@ from metalearner import UpdateRule
 
 
 class Trainable(Protocol):
-    """What a training trains and a test tests: ``Model``, or a baseline without an inner loop."""
+    """What a training trains and a test tests: ``Model``, or a baseline without an inner loop.
+
+    All are a ``NamedTuple``.
+    """
 
     @property
     def metalearner(self) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.backend import Backend
 from engine.distributed import Ranks
+from engine.ema import follow
 from engine.model import Trainable
 from episode import Episode, update_metalearner
 from learner import FlatModule
@@ -60,11 +61,15 @@ def make_train_step(
     model: Trainable,
     optimizer: torch.optim.Optimizer,
     ranks: Ranks,
+    averaged: Trainable | None = None,
 ) -> TrainStep:
     """Make the function (n, batch) -> losses, accuracies, skipped that trains on one batch.
 
     ``n`` is the number of episodes seen after the update; ``batch`` is this rank's share of its
     ``--meta-batch`` episodes. Losses and accuracies are [] or [M], of all ranks' episodes.
+
+    Args:
+        averaged: ``ema.averaged_copy(args, model)``, which follows the model.
     """
     if args.meta_batch == 1:
         update = _single_step(args, backend, model, optimizer)
@@ -76,7 +81,10 @@ def make_train_step(
             rate = learning_rate(args, n - args.meta_batch)
             optimizer.param_groups[0]["lr"].fill_(rate)
         torch.manual_seed(args.seed + n)  # of dropout: the same in a resumed run
-        return update(batch)
+        results = update(batch)
+        if averaged is not None and averaged is not model:
+            follow(averaged.metalearner, model.metalearner, args.ema, n // args.meta_batch)
+        return results
 
     return train_step
 

@@ -1,0 +1,45 @@
+"""Exponential moving average of a meta-learner's weights (``--ema``).
+
+The average is what is validated, tested and published; the weights that Adam trains go on unseen,
+and are in a snapshot under ``TRAINED``. It takes the place of a falling learning rate, without a
+length of training to be fixed in advance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+
+import torch
+from torch import nn
+
+from engine.model import Trainable
+
+TRAINED = "trained"
+
+
+def averaged_copy(args: argparse.Namespace, model: Trainable) -> Trainable:
+    """The model that is validated and saved: with ``--ema`` one with a meta-learner of its own."""
+    if not args.ema:
+        return model
+    own = copy.deepcopy(model.metalearner)
+    return model._replace(metalearner=own)  # type: ignore[attr-defined]
+
+
+def saved_modules(model: Trainable, averaged: Trainable) -> dict[str, nn.Module]:
+    """The modules that a snapshot holds, by their key in it."""
+    return averaged.saved | ({} if averaged is model else {TRAINED: model.metalearner})
+
+
+@torch.no_grad()
+def follow(average: nn.Module, trained: nn.Module, decay: float, n_updates: int) -> None:
+    """Move the average towards the weights after ``n_updates``, by ``1 - decay`` of the way.
+
+    The first updates move it further, about 9 / n of the way, so that it forgets the start of a
+    short training, too. Buffers are copied.
+    """
+    share = 1 - min(decay, (1 + n_updates) / (10 + n_updates))
+    for a, t in zip(average.parameters(), trained.parameters(), strict=True):
+        a.lerp_(t, share)
+    for own, new in zip(average.buffers(), trained.buffers(), strict=True):
+        own.copy_(new)

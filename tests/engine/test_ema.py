@@ -1,0 +1,100 @@
+"""The moving average of the weights: what it is, and where it takes their place."""
+
+import pytest
+import torch
+from conftest import assert_same, metrics, refused, run_cli, succeeded, tensors, train
+
+from dataloader import scan_split
+from engine.backend import dataset
+from engine.ema import TRAINED
+from engine.evaluation import Evaluator
+from engine.flags import parse
+from main import load_model
+
+EMA = ("--ema", "0.3", "--lr", "0.05")
+
+
+@pytest.fixture(scope="module")
+def averaged(master, tmp_path_factory):
+    """A run with a checkpoint after each of its four episodes."""
+    save = tmp_path_factory.mktemp("averaged") / "logs"
+    succeeded(train(master, save, *EMA, val_freq=1))
+    return save
+
+
+def nth(save, n):
+    return tensors(save, f"meta-learner-{n}.pth.tar")
+
+
+def test_the_trained_weights_are_those_of_a_run_without(master, averaged, tmp_path):
+    succeeded(train(master, tmp_path / "logs", *EMA[2:], val_freq=1))
+    for n in range(1, 5):
+        plain, own = nth(tmp_path / "logs", n), nth(averaged, n)
+        assert_same(plain["metalearner"], own[TRAINED])
+        assert_same(plain["optim"], own["optim"])
+        differs = [k for k, v in own["metalearner"].items() if not torch.equal(v, own[TRAINED][k])]
+        assert "metalstm.cI" in differs
+
+
+def test_it_is_the_average(averaged):
+    """Recomputed in float64, with a decay that rises from 2/11 to --ema."""
+    before = nth(averaged, 1)["metalearner"]
+    for n, decay in ((2, 3 / 12), (3, 0.3), (4, 0.3)):
+        content = nth(averaged, n)
+        for name, found in content["metalearner"].items():
+            new = content[TRAINED][name].double()
+            expected = decay * before[name].double() + (1 - decay) * new
+            assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-7), (n, name)
+        before = content["metalearner"]
+
+
+def test_it_is_what_is_validated(master, averaged):
+    """A checkpoint, loaded as a test loads it, has the logged accuracies."""
+    path = f"{averaged}-719/ckpts/meta-learner-4.pth.tar"
+    flags = parse(["--data-root", str(master), "--resume", path, "--cpu", "--n-workers", "0"])
+    args, _, backend, model = load_model(flags)
+    val_set = dataset(args, backend, scan_split(args.data_root, "val"), 2)
+    losses, _ = Evaluator(args, backend, model)(val_set)
+    logged = metrics(averaged, "val")[-1]
+    assert logged["episode"] == 4
+    assert sum(losses) / 2 == pytest.approx(logged["loss"]["mean"], rel=1e-6)
+    trained = {"metalearner": nth(averaged, 4)[TRAINED]}
+    model.metalearner.load_state_dict(trained["metalearner"])
+    losses, _ = Evaluator(args, backend, model)(val_set)
+    assert sum(losses) / 2 != pytest.approx(logged["loss"]["mean"], rel=1e-4)
+
+
+@pytest.mark.parametrize("flags", [(), ("--meta-batch", "2")])
+def test_a_resumed_run_reaches_the_same_bits(master, tmp_path, flags):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    succeeded(train(master, whole, *EMA, *flags))
+    succeeded(train(master, halves, *EMA, *flags, episode=2))
+    succeeded(train(master, halves, "--resume", "auto", *flags))
+    assert tensors(halves)["hyper_parameters"]["ema"] == 0.3
+    for part in ("metalearner", TRAINED, "optim"):
+        assert_same(tensors(whole)[part], tensors(halves)[part])
+
+
+def test_a_run_without_goes_on_with_it(master, trained, tmp_path):
+    """The average starts from its weights."""
+    save = tmp_path / "logs"
+    succeeded(train(master, save, "--resume", trained, *EMA, episode=5, val_freq=1))
+    before, after = tensors(trained)["metalearner"], tensors(save)
+    for name, found in after["metalearner"].items():
+        expected = 0.3 * before[name].double() + 0.7 * after[TRAINED][name].double()
+        assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-7), name
+
+
+def test_an_exported_run_has_the_average_alone(master, averaged, tmp_path):
+    succeeded(run_cli("--mode", "test", "--data-root", master, "--save", averaged, "--cpu",
+                      "--n-workers", 0, "--episode-test", 2))  # fmt: skip
+    succeeded(run_cli("--mode", "export", "--save", averaged, "--to", tmp_path))
+    (file,) = tmp_path.rglob("meta-learner.pth.tar")
+    exported = torch.load(file, weights_only=True)
+    assert TRAINED not in exported
+    assert_same(exported["metalearner"], nth(averaged, exported["episode"])["metalearner"])
+
+
+def test_pre_training_has_none(master, tmp_path):
+    done = run_cli("--mode", "pretrain", "--ema", "0.9", "--save", tmp_path / "p")
+    refused(done, "--ema 0.9")
