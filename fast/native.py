@@ -20,7 +20,7 @@ from learner import N_BLOCKS
 
 N_FILTERS = 32  # C in kernels/blocks.h; N_BLOCKS is BLOCKS in kernels/learner.h
 TILE = 128  # as in kernels/meta.h
-STEP = 1e-3  # of the central difference for second order, as a share of the parameters' norm
+STEP = 1e-4  # of the difference for second order, as a share of the parameters' norm
 
 
 # ---- Which tensors the kernels handle ----
@@ -324,9 +324,9 @@ class LossAndGrad(torch.autograd.Function):
 
     ``function``: (c, switches or None) -> ``loss_and_grad`` at c.
 
-    The backward pass multiplies the Hessian by a vector v: (g(c + r v) - g(c - r v)) / 2r. Where a
-    maximum or a ReLU switched between the two points, the difference would be a jump's, so both
-    take the switches of c, as the Hessian does.
+    The backward pass multiplies the Hessian by a vector v: (g(c + r v) - g(c)) / r. Where a maximum
+    or a ReLU switched between the two points, the difference would be a jump's, so both take the
+    switches of c, as the Hessian does.
     """
 
     @staticmethod
@@ -341,8 +341,8 @@ class LossAndGrad(torch.autograd.Function):
     def backward(ctx, of_loss, v):
         c, grad = ctx.saved_tensors
         r = STEP * c.norm() / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
-        after, before = (ctx.function(c + s * r * v, ctx.switches)[1] for s in (1, -1))
-        return of_loss * grad + (after - before) / (2 * r), None
+        after = ctx.function(c + r * v, ctx.switches)[1]
+        return of_loss * grad + (after - grad) / r, None
 
 
 # ---- The meta-learner ----
