@@ -57,10 +57,12 @@ def load_pretrained(name_or_path, *flags):
     with _lock, _own_modules():
         import torch
 
+        from engine.backend import reproducible
         from engine.flags import parse
         from main import load_predictor
 
-        with torch.random.fork_rng():  # the program's random numbers stay as they are
+        # the program's random numbers and settings stay as they are
+        with torch.random.fork_rng(), reproducible():
             return load_predictor(parse(["--mode=predict", f"--resume={path}", *flags]))
 
 

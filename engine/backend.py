@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,14 @@ from episode import step_if_finite
 from learner import Conv4, FlatModule
 from metalearner import MetaLearner
 from utils import UserError, load_package
+
+REPRODUCIBLE: list[tuple[Any, str, object]] = [
+    (torch.backends.cudnn, "deterministic", True),
+    (torch.backends.cudnn, "benchmark", False),
+    (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+    (torch.backends.cudnn.conv, "fp32_precision", "ieee"),  # type: ignore[attr-defined]
+    (torch.backends.cudnn.rnn, "fp32_precision", "ieee"),  # type: ignore[attr-defined]
+]
 
 
 def _eager(
@@ -45,11 +54,21 @@ class Backend(NamedTuple):
 def make_reproducible(seed: int) -> None:
     """Seed PyTorch, and restrict cuDNN and cuBLAS to deterministic float32 algorithms."""
     torch.manual_seed(seed)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
-    torch.backends.cudnn.rnn.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    for module, name, value in REPRODUCIBLE:
+        setattr(module, name, value)
+
+
+@contextlib.contextmanager
+def reproducible() -> Iterator[None]:
+    """``make_reproducible`` without a seed, after which a user's own settings come back."""
+    before = [(module, name, getattr(module, name)) for module, name, _ in REPRODUCIBLE]
+    try:
+        for module, name, value in REPRODUCIBLE:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 def select_backend(args: argparse.Namespace, local: tuple[int, int] = (0, 1)) -> Backend:

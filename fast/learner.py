@@ -110,7 +110,7 @@ class FastConv4(Conv4):
         return loss.detach(), flat.unsqueeze(1)
 
     def loss_and_grad_at(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """See ``FlatModule.loss_and_grad_at``; the kernels' Hessian is a difference of gradients."""
+        """See ``FlatModule.loss_and_grad_at``; the kernels take a difference of gradients."""
         images, moments = self._prepared(x)
         if moments is not None and native.handles(images):
             at = partial(self._in_one_call, images, y, moments)

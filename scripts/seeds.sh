@@ -22,7 +22,7 @@ while [ $# -gt 0 ]; do
       [[ $1 =~ ^--minutes=0*([0-9]{1,6})$ ]] || fail "--minutes ${1#*=}: must be a whole number up to 999999"
       minutes=${BASH_REMATCH[1]} && shift && continue
       ;;
-    --save=*) save=${1#*=} ;;
+    --save=*) save=${1#*=} && save=${save/#'~/'/"${HOME-}/"} ;; # as main.py does
     --mode* | --seed* | --resume*) fail "${1%%=*}: seeds.sh sets this flag itself; leave it out" ;;
     --cpu | --gpu*) gpus=('') ;; # the flag chooses the device
   esac

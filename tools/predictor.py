@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from dataloader import draw_order, eval_image, to_input
-from engine.backend import Backend
+from engine.backend import Backend, reproducible
 from engine.evaluation import schedule
 from engine.model import Model
 from engine.tta import View, adapt_view, class_permutations, probabilities, sides, views
@@ -46,6 +46,7 @@ class Predictor:
         self.adapted: list[tuple[View, FlatModule]] = []
 
     @torch.no_grad()
+    @reproducible()
     def adapt(self, images: Iterable[Image.Image | Tensor], labels: Iterable[Hashable]) -> None:
         """Learn new classes; forgets those of an earlier call.
 
@@ -89,6 +90,7 @@ class Predictor:
             self.adapted.append((view, learner))
 
     @torch.no_grad()
+    @reproducible()
     def predict(self, images: Iterable[Image.Image | Tensor]) -> Tensor:
         """Probabilities [N, n] of the classes, float64 on the CPU.
 
@@ -105,6 +107,7 @@ class Predictor:
         return torch.cat(rows)
 
     @torch.no_grad()
+    @reproducible()
     def features(self, images: Iterable[Image.Image | Tensor]) -> Tensor:
         """What the classifier reads, [N, F] float32 on the CPU.
 

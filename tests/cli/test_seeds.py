@@ -24,7 +24,7 @@ LAST = "meta-learner-last.pth.tar"
 STUB = """import os, signal, sys, time
 argv = sys.argv[1:]
 given = dict(zip(argv, argv[1:])) | dict(word.split("=") for word in argv if "=" in word)
-folder = given.get("--save", "") + "-" + given.get("--seed", "")
+folder = os.path.expanduser(given.get("--save", "")) + "-" + given.get("--seed", "")
 where = [os.environ.get(name, "") for name in ("CUDA_VISIBLE_DEVICES", "RANK")]
 print(os.environ.get("OMP_NUM_THREADS"), file=open(LOG + ".threads", "a"))
 print("\\t".join([*where, *argv]), file=open(LOG, "a"))
@@ -99,6 +99,12 @@ def test_minutes_are_decimal(clone, given):
     )
     assert seeds(clone, "719", *given, path=clone[0].parent / "bin").returncode == 0
     assert (clone[0].parent / "slept").read_text() == "480\n"
+
+
+def test_the_home_folder_after_an_equals_sign(clone, tmp_path):
+    """Which no shell replaces."""
+    assert seeds(clone, "719", "--save=~/logs", HOME=str(tmp_path)).returncode == 0
+    assert clone[1]()[-1][-1] == str(tmp_path / "logs-719")
 
 
 def test_what_is_named_twice_runs_once(clone):

@@ -30,6 +30,10 @@ from PIL import Image
 root, name, data, answer = sys.argv[1:]
 theirs = {name: sys.modules[name] for name in ("main", "utils", "learner", "tools")}
 state, path = torch.get_rng_state(), list(sys.path)
+cudnn = torch.backends.cudnn
+cudnn.benchmark = True
+settings = lambda: [cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision]
+before = settings()
 model = torch.hub.load(root, "load_pretrained", name, "--cpu", source="local")
 assert {name: sys.modules[name] for name in theirs} == theirs
 assert torch.equal(torch.get_rng_state(), state) and sys.path == path
@@ -41,6 +45,7 @@ again.adapt(images, [c for c in "abcde" for _ in range(2)])
 model.adapt(images, [c for c in "abcde" for _ in range(2)])
 assert torch.equal(again.features(images), model.features(images))
 torch.save(model.predict(images), answer)
+assert settings() == before != [False, True, "ieee"]
 """
 
 
