@@ -76,20 +76,25 @@ def scan_classes(folder: Path, what: str) -> tuple[list[str], list[list[Path]]]:
     unknown format, which are left out.
 
     Raises:
-        UserError: the folder is missing or empty, or a file or folder is where none belongs.
+        UserError: the folder is missing or empty, a file or folder is where none belongs, or two
+            names are equal in Unicode NFC.
     """
     if not folder.is_dir():
         raise UserError(f"{what} {folder}: no such folder")
     classes: list[str] = []
     files: list[list[Path]] = []
     unknown: list[str] = []
+    names: set[str] = set()  # in NFC
     for entry in entries(folder):
         if not is_folder(entry):
             raise UserError(f"{entry.path}: a file among the class folders of {what}; remove it")
+        if nfc(entry.name) in names:
+            raise UserError(f"{entry.path}: a second class of this name; merge them, or rename one")
         images = entries(Path(entry.path))
         for image in images:
             if is_folder(image):
                 raise UserError(f"{image.path}: a folder; expected {folder}/<class>/<image>")
+        names.add(nfc(entry.name))
         classes.append(entry.name)
         files.append([Path(image.path) for image in images if is_image(image.name)])
         unknown += [image.name for image in images if not is_image(image.name)]

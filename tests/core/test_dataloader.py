@@ -233,6 +233,13 @@ def test_a_class_in_two_splits_is_refused(tmp_path, pair, name):
         check_splits(tmp_path)
 
 
+def test_one_name_written_in_two_ways_is_refused(data):
+    for form in ("NFC", "NFD"):
+        (data / "train" / unicodedata.normalize(form, "déjà vu")).mkdir()
+    with pytest.raises(UserError, match="second class of this name"):
+        scan_split(data, "train")
+
+
 def test_a_class_that_the_checkpoint_was_trained_on_is_no_test_class(tmp_path):
     (tmp_path / "test" / "cat").mkdir(parents=True)
     check_splits(tmp_path, ["dog", "ca"])
