@@ -5,4 +5,4 @@
 #   bash scripts/paper_table.sh [--minutes 12] [--data-root DIR ...]
 set -euo pipefail
 exec bash "$(dirname -- "${BASH_SOURCE[0]}")/seeds.sh" 719 53 1 --per-gpu 6 \
-  --recipe train_5s_5c_authors,train_1s_5c_authors "$@"
+  --recipe train_5s_5c_second_order,train_1s_5c_second_order "$@"

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# 5-way 5-shot, the paper's method with second order: the learner's gradients are differentiated, too,
+# which the paper leaves out. Beside that, unlike train_5s_5c_authors.sh: a hidden size of 1, the mean
+# gradient not divided once more, and a moving average of the weights, which is tested.
+# Edit the flags below; flags given to this script override them. All others: python main.py --help
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+use_python requirements.txt
+
+exec "$PYTHON" "$ROOT/main.py" --mode train \
+  --n-shot 5 \
+  --n-eval 15 \
+  --n-class 5 \
+  --input-size 4 \
+  --hidden-size 1 \
+  --second-order true \
+  --lr 1e-3 \
+  --ema 0.9995 \
+  --episode 50000 \
+  --episode-val 100 \
+  --epoch 8 \
+  --batch-size 25 \
+  --image-size 84 \
+  --grad-divisor 1 \
+  --grad-clip 0.25 \
+  --bn-momentum 0.95 \
+  --bn-eps 1e-3 \
+  --data miniImagenet \
+  --pin-mem true \
+  --log-freq 50 \
+  --val-freq 1000 \
+  --seed 719 \
+  --augment none \
+  --pixels unit \
+  --shuffle episode \
+  --lstm-init authors \
+  --bf-init 4 5 \
+  --save logs-second-order \
+  --resume auto \
+  "$@"
