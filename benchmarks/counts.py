@@ -48,6 +48,7 @@ META = torch.device("meta")
 NO_LAUNCH = {"detach", "_unsafe_view", "lift_fresh"}
 NO_LAUNCH |= {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 EPISODE, AUGMENTATION = "training episode without augmentation and Adam", "augmentation"
+SECOND_ORDER = "the same with second order"
 
 
 class Count(NamedTuple):
@@ -96,7 +97,8 @@ class Counter(TorchDispatchMode):
 
         def launch(*args: object, **constants: object) -> None:
             self.launches += 1
-            self.bytes += sum(_size(t) for t in args if isinstance(t, Tensor))
+            tensors = {id(t): t for t in args if isinstance(t, Tensor)}
+            self.bytes += sum(map(_size, tensors.values()))
 
         return launch
 
@@ -168,6 +170,11 @@ def parts(n_shot: int, folder: Path) -> dict[str, Callable[[], object]]:
     x, y = episode.support[: args.batch_size], episode.support_y[: args.batch_size]
     loss, grad = torch.empty((), device=META), torch.empty(w_grad.size(), 1, device=META)
 
+    def second_order() -> None:
+        metalearner.second_order = True
+        train_step(1, [episode])
+        metalearner.second_order = False
+
     @torch.no_grad()
     def classify() -> None:
         wo_grad.eval()(episode.query)
@@ -181,6 +188,7 @@ def parts(n_shot: int, folder: Path) -> dict[str, Callable[[], object]]:
         ),
         "classifying the query set": classify,
         EPISODE: lambda: train_step(1, [episode]),
+        SECOND_ORDER: second_order,
     }
 
 

@@ -99,9 +99,8 @@ class FastConv4(Conv4):
             parameters = [getattr(m, name) for m, name, _ in self.slots()]
             return self._in_one_call(images, y, moments, parameters)[:2]
         if self._blocks_run_in_triton(images):
-            flat = self.conv1.weight.new_zeros(self.size(), 1)
-            blocks_ = [self._block(b) for b in range(1, N_BLOCKS + 1)]
-            return update.loss_and_grad(images, y, blocks_, self.cls, self.slices(flat)), flat
+            parameters = [getattr(m, name) for m, name, _ in self.slots()]
+            return self._by_triton(images, y, parameters)[:2]
         with torch.enable_grad():
             loss = F.cross_entropy(self(x), y)
             grads = torch.autograd.grad(loss, list(self.parameters()), allow_unused=True)
@@ -115,11 +114,60 @@ class FastConv4(Conv4):
         if moments is not None and native.handles(images):
             at = partial(self._in_one_call, images, y, moments)
             return native.LossAndGrad.apply(c, lambda c, frozen: at(self.slices(c), frozen))
-        self._twice = True  # only PyTorch's operations can be differentiated twice
+        kernel, eager = FastConv4._differences, FastConv4._differentiated_twice
+
+        def results(implementation: Callable) -> list[Tensor]:
+            return self._hessian_product(implementation, images, y, c)
+
+        if (
+            images.dtype == torch.float32
+            and self._blocks_run_in_triton(images)
+            and gpu.works(kernel, eager, 5e-2, self.conv1.weight, results)
+        ):
+            return self._differences(images, y, c)
+        return self._differentiated_twice(x, y, c)
+
+    def _differences(self, images: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Second order by Triton's kernels."""
+
+        def at(c: Tensor, frozen: update.Switches | None) -> tuple[Tensor, Tensor, update.Switches]:
+            return self._by_triton(images, y, self._arranged_slices(c), frozen)
+
+        return native.LossAndGrad.apply(c, at)
+
+    def _differentiated_twice(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Second order by PyTorch's operations, which alone can be differentiated twice."""
+        self._twice = True
         try:
             return super().loss_and_grad_at(x, y, c)
         finally:
             self._twice = False
+
+    def _hessian_product(
+        self, implementation: Callable, images: Tensor, y: Tensor, c: Tensor
+    ) -> list[Tensor]:
+        """The gradient, and the Hessian's product with it, for ``gpu.works``."""
+        statistics = self._running("mean") + self._running("var")
+        before = [t.clone() for t in statistics]
+        with torch.enable_grad():
+            c = c.detach().requires_grad_()
+            _, grad = implementation(self, images, y, c)
+            (product,) = torch.autograd.grad((grad * grad.detach()).sum(), c)
+        torch._foreach_copy_(statistics, before)
+        return [grad.detach(), product]
+
+    def _by_triton(
+        self,
+        images: Tensor,
+        y: Tensor,
+        parameters: list[Tensor],
+        frozen: update.Switches | None = None,
+    ) -> tuple[Tensor, Tensor, update.Switches]:
+        flat = self.conv1.weight.new_zeros(self.size(), 1)
+        norms = [self._block(b)[1] for b in range(1, N_BLOCKS + 1)]
+        args = images, y, parameters, norms, self.slices(flat), frozen
+        loss, switches = update.loss_and_grad(*args)
+        return loss, flat, switches
 
     def _in_one_call(
         self,
@@ -159,15 +207,24 @@ class FastConv4(Conv4):
         read, and which number of the flat vector each of its numbers is.
         """
         if self._flat is None or self._flat[0].data_ptr() != self.conv1.weight.data_ptr():
-            slots, numbers = self.slots(), torch.arange(self.size(), device=device)
+            numbers = torch.arange(self.size(), device=device)
             order = torch.cat([kernels_order(t).reshape(-1) for t in self.slices(numbers)])
             flat = torch.empty_like(order, dtype=self.conv1.weight.dtype)
-            parts = flat.split([shape.numel() for _, _, shape in slots])
-            for (m, name, shape), part in zip(slots, parts, strict=True):
-                swapped = kernels_order(torch.empty(shape, device="meta")).shape
-                getattr(m, name).data = kernels_order(part.view(swapped))  # back again
+            for (m, name, _), part in zip(self.slots(), self._parts(flat), strict=True):
+                getattr(m, name).data = part.copy_(getattr(m, name).data)
             self._flat = flat, order
         return self._flat
+
+    def _parts(self, flat: Tensor) -> list[Tensor]:
+        """Views of a vector [P] in that order, with the parameters' shapes."""
+        shapes = [shape for _, _, shape in self.slots()]
+        swapped = [kernels_order(torch.empty(shape, device="meta")).shape for shape in shapes]
+        parts = flat.split([shape.numel() for shape in shapes])
+        return [kernels_order(p.view(shape)) for p, shape in zip(parts, swapped, strict=True)]
+
+    def _arranged_slices(self, c: Tensor) -> list[Tensor]:
+        """``slices``, filters in the order that Triton's kernels read."""
+        return self._parts(c.detach().view(-1).index_select(0, self._arranged(c.device)[1]))
 
     @torch.no_grad()
     def copy_buffers(self, other: FlatModule) -> None:

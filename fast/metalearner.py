@@ -29,15 +29,12 @@ class FastMetaLearner(MetaLearner):
             return MetaState(*native.MetaStep.apply(loss, *self._weights(), grad, *state))
         kernel, eager = FastMetaLearner._in_triton, FastMetaLearner._in_pytorch
         size, variant = self.lstm.hidden_size, f"{self.lstm.hidden_size} hidden units"
+        variant += ", second order" * grad.requires_grad
 
         def results(implementation: Callable[..., MetaState]) -> list[Tensor]:
             return self._two_updates(implementation, loss, grad, state)
 
-        if (
-            not grad.requires_grad
-            and meta.handles(grad, size)
-            and gpu.works(kernel, eager, 1e-3, grad, results, variant)
-        ):
+        if meta.handles(grad, size) and gpu.works(kernel, eager, 1e-3, grad, results, variant):
             return self._in_triton(loss, grad, state)
         return self._in_pytorch(loss, grad, state)
 
@@ -58,11 +55,15 @@ class FastMetaLearner(MetaLearner):
     def _two_updates(
         self, implementation: Callable[..., MetaState], loss: Tensor, grad: Tensor, state: MetaState
     ) -> list[Tensor]:
-        """The state after two updates and the learned parameters' gradients, for ``gpu.works``."""
+        """The state after two updates and the gradients of what is learned and, in second order, of
+        loss and gradient, for ``gpu.works``.
+        """
+        inputs = [t.detach().requires_grad_(t.requires_grad) for t in (loss, grad)]
+        loss, grad = inputs
         with torch.enable_grad():
             for _ in range(2):
                 state = implementation(self, loss, grad, state)
             total = sum(t.square().sum() for t in state)
-            learned = [p for p in self.parameters() if p.requires_grad]
+            learned = [p for p in (*self.parameters(), *inputs) if p.requires_grad]
             grads = torch.autograd.grad(total, learned, allow_unused=True, materialize_grads=True)
         return [*(t.detach() for t in state), *grads]

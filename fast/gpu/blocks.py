@@ -89,10 +89,34 @@ def _largest(y, at, N, H, W, mean, scale, beta, C: tl.constexpr):
 
 
 @jit
+def _chosen(
+    y, at, N, H, W, mean, scale, beta, y0, used0, gamma0, beta0,
+    FROZEN: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """``_largest``; with FROZEN, what a call on ``y0`` has chosen, which need not be the largest.
+
+    Returns also what the ReLU looks at, after the maximum.
+    """
+    if FROZEN:
+        channel = tl.arange(0, C)
+        mean0, scale0 = tl.load(used0 + channel), tl.load(used0 + C + channel)
+        scale0, shift0 = tl.load(gamma0 + channel) * scale0, tl.load(beta0 + channel)
+        sign, _, argmax, complete = _largest(y0, at, N, H, W, mean0, scale0, shift0, C)
+        place, inside = _pixel(at, argmax, N, H, W)
+        raw = tl.load(y + place * C + channel[None, :], inside, 0.0).to(tl.float32)
+        best = (raw - mean[None, :]) * scale[None, :] + beta[None, :]
+    else:
+        best, raw, argmax, complete = _largest(y, at, N, H, W, mean, scale, beta, C)
+        sign = best
+    return best, sign, raw, argmax, complete
+
+
+@jit
 def _block_forward(
-    y, parts, gamma, beta, bias, running_mean, running_var, used, out, momentum, eps,
-    P, PER_OF_P, N, PER, H, W,
-    TRAIN: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    y, parts, gamma, beta, y0, used0, gamma0, beta0, bias, running_mean, running_var, used, out,
+    momentum, eps, P, PER_OF_P, N, PER, H, W,
+    TRAIN: tl.constexpr, FROZEN: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Normalisation, pooling, ReLU. The first program also updates the running statistics, which
     include the convolution's ``bias``.
@@ -118,24 +142,31 @@ def _block_forward(
     scale, shift = tl.load(gamma + channel) * inverse, tl.load(beta + channel)
     for start in range(program * PER, program * PER + PER, ROWS):
         at = start + tl.arange(0, ROWS)[:, None]
-        best, _, _, complete = _largest(y, at, N, H, W, mean, scale, shift, C)
+        best, sign, _, _, complete = _chosen(
+            y, at, N, H, W, mean, scale, shift, y0, used0, gamma0, beta0, FROZEN, C
+        )
         pooled = out + _pooled(at, H, W) * C + channel[None, :]
-        tl.store(pooled, tl.where(best <= 0, 0.0, best), complete)
+        tl.store(pooled, tl.where(sign <= 0, 0.0, best), complete)
 
 
 @jit
-def _through_relu(y, grad, at, N, H, W, mean, scale, beta, C: tl.constexpr):
+def _through_relu(
+    y, grad, at, N, H, W, mean, scale, beta, y0, used0, gamma0, beta0,
+    FROZEN: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     """The gradient at windows' maxima, these pixels before normalisation, and argmax."""
-    best, raw, argmax, complete = _largest(y, at, N, H, W, mean, scale, beta, C)
+    _, sign, raw, argmax, complete = _chosen(
+        y, at, N, H, W, mean, scale, beta, y0, used0, gamma0, beta0, FROZEN, C
+    )
     places = grad + _pooled(at, H, W) * C + tl.arange(0, C)[None, :]
     d = tl.load(places, complete, 0.0).to(tl.float32)
-    return tl.where(best <= 0, 0.0, d), raw, argmax
+    return tl.where(sign <= 0, 0.0, d), raw, argmax
 
 
 @jit
 def _block_sums(
-    y, used, gamma, beta, grad, parts, N, PER, H, W,
-    C: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    y, used, gamma, beta, y0, used0, gamma0, beta0, grad, parts, N, PER, H, W,
+    FROZEN: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Each program's share of the gradients of beta and gamma."""
     part, channel = tl.program_id(0), tl.arange(0, C)
@@ -144,7 +175,9 @@ def _block_sums(
     d_beta_sum, d_gamma_sum = tl.zeros([ROWS, C], tl.float32), tl.zeros([ROWS, C], tl.float32)
     for start in range(part * PER, part * PER + PER, ROWS):
         at = start + tl.arange(0, ROWS)[:, None]
-        d, raw, _ = _through_relu(y, grad, at, N, H, W, mean, scale, shift, C)
+        d, raw, _ = _through_relu(
+            y, grad, at, N, H, W, mean, scale, shift, y0, used0, gamma0, beta0, FROZEN, C
+        )
         d_beta_sum += d
         d_gamma_sum += d * (raw - mean[None, :])
     tl.store(parts + part * C + channel, tl.sum(d_beta_sum, 0))
@@ -153,8 +186,9 @@ def _block_sums(
 
 @jit
 def _block_backward(
-    y, used, gamma, beta, grad, parts, d_gamma, d_beta, d_y, P, N, PER, H, W,
-    C: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    y, used, gamma, beta, y0, used0, gamma0, beta0, grad, parts, d_gamma, d_beta, d_y,
+    P, N, PER, H, W,
+    FROZEN: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     program, channel, part = tl.program_id(0), tl.arange(0, C), tl.arange(0, PARTS)[:, None]
     places, written = parts + part * C + channel[None, :], part * PER < N
@@ -168,7 +202,9 @@ def _block_backward(
     level, slope = d_beta_sum / P, d_gamma_sum * inverse / P
     for start in range(program * PER, program * PER + PER, ROWS):
         at = start + tl.arange(0, ROWS)[:, None]
-        d, _, argmax = _through_relu(y, grad, at, N, H, W, mean, scale, shift, C)
+        d, _, argmax = _through_relu(
+            y, grad, at, N, H, W, mean, scale, shift, y0, used0, gamma0, beta0, FROZEN, C
+        )
         for k in tl.static_range(4):
             place, inside = _pixel(at, k, N, H, W)
             x = tl.load(y + place * C + channel[None, :], inside, 0.0).to(tl.float32)
@@ -208,8 +244,13 @@ def _counts(y: Tensor) -> tuple[int, int, int, int]:
     return n * height * width, n * -(-height // 2) * -(-width // 2), height, width
 
 
-def normalised(y, gamma, beta, bias, running_mean, running_var, momentum, eps, train):
-    """The block's output; with ``train`` also the batch's mean and 1 / deviation [2, C]."""
+def normalised(
+    y, gamma, beta, bias, running_mean, running_var, momentum, eps, train, frozen=None
+):  # fmt: skip
+    """The block's output; with ``train`` also the batch's mean and 1 / deviation [2, C].
+
+    ``frozen``: the y, used, gamma and beta of another call, whose maxima and signs decide.
+    """
     (pixels, windows, height, width), channels = _counts(y), y.shape[1]
     parts, used = gamma.new_empty(2, PARTS, channels), gamma.new_empty(2, channels)
     shape = len(y), channels, height // 2, width // 2
@@ -219,9 +260,10 @@ def normalised(y, gamma, beta, bias, running_mean, running_var, momentum, eps, t
     if train:
         launch(_moments, programs, y, parts, pixels, per_of_p, ROWS=4 * ROWS, **options)
     per, programs = shares(windows, ROWS, PARTS)
-    args = parts, gamma, beta, bias, running_mean, running_var, used, out, momentum, eps
+    args = parts, gamma, beta, *(frozen or (y, used, gamma, beta)), bias, running_mean, running_var
     sizes = pixels, per_of_p, windows, per, height, width
-    launch(_block_forward, programs, y, *args, *sizes, TRAIN=train, ROWS=ROWS, **options)
+    options |= {"TRAIN": train, "FROZEN": frozen is not None, "ROWS": ROWS}
+    launch(_block_forward, programs, y, *args, used, out, momentum, eps, *sizes, **options)
     return out, used
 
 
@@ -248,15 +290,16 @@ class NormPoolReLU(torch.autograd.Function):
         return norm_gradient(*saved, grad, d_gamma, d_beta), d_gamma, d_beta, *[None] * 5
 
 
-def norm_gradient(y, used, gamma, beta, grad, d_gamma, d_beta) -> Tensor:
+def norm_gradient(y, used, gamma, beta, grad, d_gamma, d_beta, frozen=None) -> Tensor:
     """The gradient of y, what ``normalised`` read, from that of its output, channels last; writes
-    those of gamma and beta.
+    those of gamma and beta. ``frozen`` as for ``normalised``.
     """
     pixels, windows, *size = _counts(y)
     per, programs = shares(windows, ROWS, PARTS)
     parts, d_y = gamma.new_empty(2, PARTS, len(gamma)), torch.empty_like(y)
-    args = y, used, gamma, beta, grad, parts
-    options = {"C": len(gamma), "ROWS": ROWS, "PARTS": PARTS, "num_warps": WARPS}
+    args = y, used, gamma, beta, *(frozen or (y, used, gamma, beta)), grad, parts
+    options = {"FROZEN": frozen is not None, "C": len(gamma)}
+    options |= {"ROWS": ROWS, "PARTS": PARTS, "num_warps": WARPS}
     launch(_block_sums, programs, *args, windows, per, *size, **options)
     args = *args, d_gamma, d_beta, d_y
     launch(_block_backward, programs, *args, pixels, windows, per, *size, **options)

@@ -49,6 +49,18 @@ def _prep(x):
 
 
 @jit
+def _through_prep(x, d_first, d_second):
+    """The gradient of ``_prep``'s input."""
+    size = tl.abs(x)
+    sign = tl.where(x < 0, -1.0, 1.0)
+    return tl.where(
+        size >= 4.5399929762484854e-05,
+        d_first * sign / (10 * (size + 1e-8)),
+        22026.465794806718 * d_second,
+    )
+
+
+@jit
 def _gate_weights(loss, w_ih, w_hh, b_ih, b_hh, k, H: tl.constexpr, W: tl.constexpr):
     """Gate k's weights for the inputs that ``_gate_inputs`` loads, [in, out], padded to W x W."""
     into, out = tl.arange(0, W)[:, None], tl.arange(0, W)[None, :]
@@ -146,14 +158,25 @@ def _store_gate(sums, loss, k, d_w, H: tl.constexpr, W: tl.constexpr, ADD: tl.co
 
 
 @jit
+def _of_loss(w_ih, k, d_w, H: tl.constexpr, W: tl.constexpr):
+    """A program's gradients of the two numbers of prep(loss), through gate k's bias."""
+    into, out = tl.arange(0, W)[:, None], tl.arange(0, W)[None, :]
+    row, last = k * H + out + 0 * into, (out < H) & (into == H + 2)
+    d_size = tl.sum(tl.sum(tl.load(w_ih + row * 4, last, 0.0) * d_w, 1), 0)
+    return d_size, tl.sum(tl.sum(tl.load(w_ih + row * 4 + 1, last, 0.0) * d_w, 1), 0)
+
+
+@jit
 def _meta_backward(
     loss, w_ih, w_hh, b_ih, b_hh, wf, wi, grad, h, c, f, i, theta, new_f, new_i,
     d_h, d_c, d_f, d_i, d_theta, old_d_h, old_d_c, old_d_f, old_d_i, old_d_theta,
-    sums,
+    d_losses, d_grad, sums,
     P, PER, N, H: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr, ADD: tl.constexpr,
+    INPUTS: tl.constexpr,
 ):  # fmt: skip
     """``sums`` takes N numbers per program: the gradients of both weights, of either bias, of WF,
-    bF, WI and bI; with ADD they are added to those of later updates.
+    bF, WI and bI; with ADD they are added to those of later updates. With INPUTS, ``d_losses``
+    takes each program's share of the loss's gradient, and ``d_grad`` the learner's gradient's.
     """
     unit, two = tl.arange(0, W), tl.arange(0, 16)
     sums += tl.program_id(0) * N
@@ -171,6 +194,7 @@ def _meta_backward(
         t, decay = tl.load(theta + at, inside, 0.0), _sigmoid(tl.load(new_f + at, inside, 0.0))
         rate = _sigmoid(tl.load(new_i + at, inside, 0.0))
         d = tl.load(d_theta + at, inside, 0.0)
+        of_grad = -d * rate
         d_decay = tl.load(d_f + at, inside, 0.0) + d * t * decay * (1 - decay)
         d_rate = tl.load(d_i + at, inside, 0.0) - d * g * rate * (1 - rate)
         old_d = old_d_theta + at
@@ -210,6 +234,18 @@ def _meta_backward(
         d = tl.dot(dg_gate, tl.trans(w_g), d, input_precision="ieee")
         d = tl.dot(do_gate, tl.trans(w_o), d, input_precision="ieee")
         tl.store(old_d_h + places, d, square)
+        if INPUTS:
+            of_first = tl.sum(tl.where(unit[None, :] == H, d, 0.0), 1)
+            of_second = tl.sum(tl.where(unit[None, :] == H + 1, d, 0.0), 1)
+            tl.store(d_grad + at, of_grad + _through_prep(g, of_first, of_second), inside)
+    if INPUTS:
+        size_i, sign_i = _of_loss(w_ih, 0, dw_i, H, W)
+        size_f, sign_f = _of_loss(w_ih, 1, dw_f, H, W)
+        size_g, sign_g = _of_loss(w_ih, 2, dw_g, H, W)
+        size_o, sign_o = _of_loss(w_ih, 3, dw_o, H, W)
+        of_size, of_sign = size_i + size_f + size_g + size_o, sign_i + sign_f + sign_g + sign_o
+        of_loss = _through_prep(tl.load(loss), of_size, of_sign)
+        tl.store(d_losses + tl.program_id(0), of_loss)
     _store_gate(sums, loss, 0, dw_i, H, W, ADD)
     _store_gate(sums, loss, 1, dw_f, H, W, ADD)
     _store_gate(sums, loss, 2, dw_g, H, W, ADD)
@@ -257,7 +293,7 @@ def _link(weights: list[Tensor], grad: Tensor) -> Tensor:
 
 
 class MetaStep(torch.autograd.Function):
-    """(link, loss [], the LSTM's four parameters, WF, bF, WI, bI, all as constants, grad [P, 1],
+    """(link, loss [], the LSTM's four parameters, WF, bF, WI, bI, which are constants, grad [P, 1],
     *MetaState) -> (*MetaState, link).
     """
 
@@ -287,10 +323,13 @@ class MetaStep(torch.autograd.Function):
         state_grads = [torch.empty_like(t) for t in state]
         sums = grad.new_empty(ctx.shape) if later is None else later  # nobody else's
         per, programs = shares(P, TILE, MAX_PARTS)
-        sizes = _sizes(state[0].shape[1]) | BACKWARD | {"ADD": later is not None}
-        args = *saved, *grads, *state_grads, sums, P, per, ctx.shape[1]
+        inputs = ctx.needs_input_grad[10]  # second order
+        sizes = _sizes(state[0].shape[1]) | BACKWARD | {"ADD": later is not None, "INPUTS": inputs}
+        outputs = (grad.new_empty(programs), torch.empty_like(grad)) if inputs else (grad, grad)
+        args = *saved, *grads, *state_grads, *outputs, sums, P, per, ctx.shape[1]
         launch(_meta_backward, programs, *args, **sizes)
-        return sums, *[None] * 10, *state_grads
+        d_loss, d_grad = (outputs[0].sum(), outputs[1]) if inputs else (None, None)
+        return sums, d_loss, *[None] * 8, d_grad, *state_grads
 
 
 def _sizes(hidden_size: int) -> dict[str, object]:

@@ -23,6 +23,7 @@ from fast.native import N_FILTERS
 FEATURES, WARPS = 128, 4  # features that a program works on at once, and its warps
 IMAGES = 16  # images that a program of the weights' gradient works on at once
 LARGEST_WAYS = 128
+Switches = list[tuple[Tensor, Tensor, Tensor, Tensor]]  # of each block: ``norm_gradient``'s first
 
 
 @jit
@@ -125,46 +126,55 @@ def _classifier(
 def loss_and_grad(
     x: Tensor,
     y: Tensor,
-    layers: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]],
-    cls: nn.Linear,
+    parameters: Sequence[Tensor],
+    norms: Sequence[nn.BatchNorm2d],
     grads: Sequence[Tensor],
-) -> Tensor:
+    frozen: Switches | None = None,
+) -> tuple[Tensor, Switches]:
     """Train on a minibatch by the kernels of ``blocks``, whose self-checks passed.
 
     Args:
         x, y: images [B, 3, H, W] and labels [B].
-        layers, cls: the network's; running statistics are updated.
-        grads: where to write the gradients: for each block those of filters, their bias (left
-            alone), gamma and beta, then the classifier's two.
+        parameters: for each block the filters, their bias, gamma and beta, then the classifier's
+            weight [K, F] and bias [K].
+        norms: the blocks', for their constants and running statistics, which are updated.
+        grads: where to write the gradients of ``parameters``; those of the biases that batch
+            normalisation cancels are left alone.
+        frozen: another call's switches, which decide instead of the maxima and signs. The running
+            statistics then stay as they are.
 
     Returns:
-        The mean cross entropy [].
+        The mean cross entropy [], and what decides poolings and ReLUs.
     """
-    kept = []
-    for conv, norm in layers:
+    kept, switches = [], []
+    for b, norm in enumerate(norms):
+        weight, bias, *affine = parameters[4 * b : 4 * b + 4]
         x = x.contiguous(memory_format=torch.channels_last)
-        filters, affine = arranged(conv.weight), (norm.weight, norm.bias)
+        filters, momentum = arranged(weight), 0.0 if frozen else norm.momentum
         z = convolve(x, filters)
-        running = norm.running_mean, norm.running_var
-        out, used = normalised(z, *affine, conv.bias, *running, norm.momentum, norm.eps, train=True)
-        kept.append((x, filters, (z, used, *affine)))
+        running = norm.running_mean, norm.running_var, momentum, norm.eps
+        chosen = frozen[b] if frozen else None
+        out, used = normalised(z, *affine, bias, *running, train=True, frozen=chosen)
+        kept.append((x, filters, chosen))
+        switches.append((z, used, *affine))
         x = out
-    args = x, y, cls.weight, cls.bias
+    weight, bias = parameters[-2:]
+    args = x, y, weight, bias
 
     def results(implementation) -> list[Tensor]:
         written = [torch.empty_like(t) for t in grads[-2:]]
         return [*implementation(*args, *written), *written]
 
     tolerance = 1e-3 if x.dtype == torch.float32 else 2e-2
-    variant = f"{_padded(len(cls.bias))} classes, {str(x.dtype).removeprefix('torch.')}"
-    works = len(cls.bias) <= LARGEST_WAYS and gpu.works(
-        classifier, _classifier, tolerance, cls.weight, results, variant
+    variant = f"{_padded(len(bias))} classes, {str(x.dtype).removeprefix('torch.')}"
+    works = len(bias) <= LARGEST_WAYS and gpu.works(
+        classifier, _classifier, tolerance, weight, results, variant
     )
     loss, grad = (classifier if works else _classifier)(*args, *grads[-2:])
-    for b, (x, filters, saved) in reversed(list(enumerate(kept))):
+    for b, (x, filters, chosen) in reversed(list(enumerate(kept))):
         d_weight, _, d_gamma, d_beta = grads[4 * b : 4 * b + 4]
-        grad = norm_gradient(*saved, grad, d_gamma, d_beta)
+        grad = norm_gradient(*switches[b], grad, d_gamma, d_beta, chosen)
         filters_gradient(x, grad, d_weight)
         if b:
             grad = convolve(grad, filters, back=True)
-    return loss
+    return loss, switches

@@ -111,8 +111,10 @@ def test_colour_matches_pytorch(size):
 
 
 @in_interpreter
-@pytest.mark.parametrize(("hidden_size", "n_params"), [(20, 150), (16, 2 * meta.TILE), (5, 10)])
-def test_meta_step_matches_pytorch(hidden_size, n_params):
+@pytest.mark.parametrize("second_order", [False, True])
+@pytest.mark.parametrize("size_of_loss", [1.3, 1e-6])
+@pytest.mark.parametrize(("hidden_size", "n_params"), [(20, 150), (16, 2 * meta.TILE), (1, 10)])
+def test_meta_step_matches_pytorch(hidden_size, n_params, size_of_loss, second_order):
     """Two updates in float64, from a state with all its parts and for gradients of all sizes."""
     exact = MetaLearner(4, hidden_size, n_params).double()
     with torch.no_grad():
@@ -120,7 +122,7 @@ def test_meta_step_matches_pytorch(hidden_size, n_params):
             p.normal_(std=0.5)
     fast = FastMetaLearner(4, hidden_size, n_params)
     fast.load_state_dict(exact.state_dict())
-    loss, size = torch.tensor(1.3), torch.logspace(-7, 0, n_params).view(-1, 1)
+    loss, size = torch.tensor(size_of_loss), torch.logspace(-7, 0, n_params).view(-1, 1)
     grad = torch.randn(n_params, 1) * size
     grad[3] = 0
     state = [torch.randn(n_params, k) * 0.5 for k in (hidden_size, hidden_size, 1, 1, 1)]
@@ -128,13 +130,16 @@ def test_meta_step_matches_pytorch(hidden_size, n_params):
 
     def run(metalearner, step, dtype):
         old = [t.to(dtype).requires_grad_() for t in state]
-        new = step(loss.to(dtype), grad.to(dtype), MetaState(*old))
-        new = step(loss.to(dtype) / 2, grad.to(dtype).flip(0), new)
+        inputs = [t.detach().to(dtype).requires_grad_(second_order) for t in (loss, grad)]
+        new = step(*inputs, MetaState(*old))
+        new = step(inputs[0] / 2, inputs[1].flip(0), new)
         total = sum((t * w.to(dtype)).sum() for t, w in zip(new, weights, strict=True))
         learned = [p for p in metalearner.parameters() if p is not metalearner.metalstm.cI]
+        learned += inputs if second_order else []
         return *new, *torch.autograd.grad(total, [*learned, *old])
 
-    assert_close(run(fast, fast._in_triton, torch.float32), run(exact, exact, torch.float64), 1e-5)
+    found, expected = run(fast, fast._in_triton, torch.float32), run(exact, exact, torch.float64)
+    assert_close(found, expected, 3e-5)
 
 
 # ---- Blocks of the learner ----
@@ -147,7 +152,7 @@ def kernels(monkeypatch):
         tiles = {channels: {"ROWS": 4096} for channels in convolution.FILTERS_BACKWARD}
         monkeypatch.setattr(convolution, "ROWS", 4096)
         monkeypatch.setattr(convolution, "FILTERS_BACKWARD", tiles)
-    in_triton = blocks.train_block, blocks.eval_block, update.classifier
+    in_triton = blocks.train_block, blocks.eval_block, update.classifier, FastConv4._differences
     monkeypatch.setattr(native, "library", lambda: SimpleNamespace(functions={}))
     monkeypatch.setattr(gpu, "works", lambda kernel, *_: kernel in in_triton)
 
@@ -202,6 +207,50 @@ def test_learner_matches_pytorch(kernels, monkeypatch, parts, image_size, memory
     assert_close(*running, EXACT)
     with torch.no_grad():
         assert_close([fast.eval()(x[0].float().to(DEVICE))], [plain.eval()(x[0])], EXACT)
+
+
+@on_both
+@pytest.mark.parametrize("image_size", [16, pytest.param(21, marks=pytest.mark.slow)])
+def test_second_order_matches_pytorch(kernels, monkeypatch, image_size):
+    """The derivative of loss and gradient against double backward in float64."""
+    monkeypatch.setattr(blocks, "PARTS", 4)
+    plain, fast = (network(image_size, 1e-3, 0.9, 3) for network in (Conv4, FastConv4))
+    with torch.no_grad():
+        plain.norm1.weight[3], plain.norm3.weight[5] = -0.7, -1.3
+    fast.load_state_dict(plain.state_dict())
+    plain, fast = plain.double().train(), fast.to(DEVICE).train()
+    x, y = torch.randn(6, 3, image_size, image_size).double(), torch.arange(6) % 3
+    c, v = plain.get_flat_params().unsqueeze(1), torch.randn(plain.size(), 1).double()
+    results = []
+    for model in (fast, plain):
+        weight = model.cls.weight
+        images, labels, at, along = x.to(weight), y.to(weight.device), c.to(weight), v.to(weight)
+        loss, grad = model.loss_and_grad_at(images, labels, at.requires_grad_())
+        (product,) = torch.autograd.grad(0.3 * loss + (along * grad).sum(), at)
+        results.append([loss.detach(), grad.detach(), product])
+    for close, *pair in zip((EXACT, EXACT, 0.02), *results, strict=True):
+        assert (pair[0].to(pair[1]) - pair[1]).norm() <= close * pair[1].norm()
+    running = [[t for name, t in m.named_buffers() if "running" in name] for m in (fast, plain)]
+    assert_close(*running, EXACT)
+    assert_close([fast.get_flat_params()], [plain.get_flat_params()], EXACT)
+
+
+@on_both
+def test_frozen_switches_matches_pytorch(kernels):
+    """They decide at any other weights, and leave the running statistics alone."""
+    fast = FastConv4(16, 1e-3, 0.9, 3).to(DEVICE).train()
+    x, y = torch.randn(6, 3, 16, 16, device=DEVICE), torch.arange(6, device=DEVICE) % 3
+    c = fast.get_flat_params().unsqueeze(1)
+    loss, grad, switches = fast._by_triton(x, y, fast._arranged_slices(c))
+    kept = [t.clone() for t in fast.buffers()]
+    again = fast._by_triton(x, y, fast._arranged_slices(c), switches)
+    assert_close([again[0], again[1]], [loss, grad], EXACT)
+    closed = [(z, used, gamma, beta - 1e6) for z, used, gamma, beta in switches]
+    there = torch.randn_like(c)
+    bias = fast._arranged_slices(there)[-1]
+    expected = F.cross_entropy(bias.expand(6, 3), y)  # no ReLU lets anything through
+    assert_close([fast._by_triton(x, y, fast._arranged_slices(there), closed)[0]], [expected])
+    assert all(torch.equal(t, old) for t, old in zip(fast.buffers(), kept, strict=True))
 
 
 @in_interpreter
@@ -444,9 +493,9 @@ def test_blocks_run_the_kernels_that_work(kernels, monkeypatch):
         assert used == expected
 
 
-def test_second_order_runs_no_kernel(monkeypatch, unchecked):
-    """They can be differentiated once only; PyTorch's operations run even where kernels work."""
-    monkeypatch.setattr(gpu, "works", lambda *_: True)
+def test_second_order_without_its_kernels(monkeypatch, unchecked):
+    """The others can be differentiated once only, so that PyTorch's operations run."""
+    monkeypatch.setattr(gpu, "works", lambda kernel, *_: kernel is not FastConv4._differences)
     kernels = (meta.MetaStep, "apply"), (blocks, "train_block"), (update, "loss_and_grad")
     for owner, name in kernels:
         monkeypatch.setattr(owner, name, lambda *_: pytest.fail("a kernel ran"))
@@ -528,7 +577,7 @@ def signature(function, constants, options, **types):
 def of_block(function, number, **constants):
     rows = blocks.ROWS * (4 if function is blocks._moments else 1)
     constants |= {"C": 32, "ROWS": rows, "PARTS": blocks.PARTS}
-    types = dict.fromkeys(("y", "grad", "out", "d_y"), f"*{number}")
+    types = dict.fromkeys(("y", "y0", "grad", "out", "d_y"), f"*{number}")
     types |= {"momentum": "fp32", "eps": "fp32"}
     return signature(function, constants, {"num_warps": blocks.WARPS}, **types)
 
@@ -543,15 +592,17 @@ def of_convolution(function, number, channels, **constants):
 
 
 COLOUR = {"BLOCK": colour.BLOCK}, {"num_warps": colour.WARPS}
-META = {"H": 20, "W": 32, "TILE": meta.TILE}, {"num_warps": meta.WARPS}
+META = {"H": 20, "W": 32, "TILE": meta.TILE, "INPUTS": False}, {"num_warps": meta.WARPS}
 KERNELS = {
     "colour": signature(colour._colour, *COLOUR, order="*i64"),
-    "meta_forward": signature(meta._meta_forward, *META),
+    "meta_forward": signature(
+        meta._meta_forward, {k: v for k, v in META[0].items() if k != "INPUTS"}, META[1]
+    ),
     **{
-        f"meta_backward {add}": signature(
-            meta._meta_backward, META[0] | {"ADD": add}, META[1] | meta.BACKWARD
+        f"meta_backward {changed}": signature(
+            meta._meta_backward, META[0] | {"ADD": True} | changed, META[1] | meta.BACKWARD
         )
-        for add in (False, True)
+        for changed in ({}, {"ADD": False}, {"INPUTS": True}, {"INPUTS": True, "H": 1, "W": 16})
     },
 }
 for n_classes in (8, 32):
@@ -562,11 +613,14 @@ constants = {k: v for k, v in constants[0].items() if k != "KP"}, constants[1]
 constants[0]["IMAGES"] = update.IMAGES
 KERNELS["_classifier_backward"] = signature(update._classifier_backward, *constants, x="*bf16")
 for number in ("fp32", "bf16"):
-    for function in (blocks._moments, blocks._block_sums, blocks._block_backward):
-        KERNELS[f"{function.__name__} {number}"] = of_block(function, number)
-    for train in (True, False):
-        name = f"_block_forward {number} {train}"
-        KERNELS[name] = of_block(blocks._block_forward, number, TRAIN=train)
+    KERNELS[f"_moments {number}"] = of_block(blocks._moments, number)
+    for frozen in (False, True)[: 2 if number == "fp32" else 1]:
+        for function in (blocks._block_sums, blocks._block_backward):
+            name = f"{function.__name__} {number}" + " frozen" * frozen
+            KERNELS[name] = of_block(function, number, FROZEN=frozen)
+        for train in (True, False)[: 1 if frozen else 2]:
+            name = f"_block_forward {number} {train}" + " frozen" * frozen
+            KERNELS[name] = of_block(blocks._block_forward, number, TRAIN=train, FROZEN=frozen)
     for channels, back in ((3, False), (32, False), (32, True)):
         name = f"_convolve {number} {channels} {back}"
         KERNELS[name] = of_convolution(convolution._convolve, number, channels, BACK=back)
@@ -575,7 +629,7 @@ for number in ("fp32", "bf16"):
         KERNELS[name] = of_convolution(convolution._filters_backward, number, channels)
 
 
-LIKE_ANOTHER = "meta_backward False", "_classify 32"  # and long to compile
+LIKE_ANOTHER = "meta_backward {'ADD': False}", "_classify 32"  # and long to compile
 
 
 def run_tool(name, *arguments):
@@ -605,7 +659,8 @@ def test_kernels_compile(kernel, capability, tmp_path):
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
     usage = run_tool("cuobjdump", "--dump-resource-usage", tmp_path / "kernel.cubin")
-    assert int(re.search(r" STACK:(\d+) ", usage)[1]) <= 16  # four registers
+    spilled = int(re.search(r" STACK:(\d+) ", usage)[1])  # bytes
+    assert spilled <= (48 if constants.get("INPUTS") else 16)
     code = compiled.asm["ttgir"]
     layouts = re.findall(r"warpsPerCTA = \[(\d+), (\d+)\], instrShape = \[(\d+), (\d+)", code)
     shapes = re.findall(r"dot.*-> tensor<(\d+)x(\d+)xf32, #mma>", code)
@@ -635,7 +690,8 @@ def test_all_kernels_work_on_this_gpu(monkeypatch, capsys):
     for conv_dtype in (None, torch.bfloat16):
         model = FastConv4(84, 1e-3, 0.9, 5, conv_dtype=conv_dtype).to("cuda").train()
         assert torch.equal(model.loss_and_grad(x, y)[1], model.loss_and_grad(x, y)[1])
+        model.loss_and_grad_at(x, y, model.get_flat_params().unsqueeze(1).requires_grad_())
         with torch.no_grad():
             model.eval()(x)
-    assert list(gpu._works.values()) == [True] * (1 + 1 + 2 * 5)
+    assert list(gpu._works.values()) == [True] * (1 + 1 + 2 * 5 + 1)
     assert capsys.readouterr().out == ""
