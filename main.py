@@ -31,7 +31,7 @@ from dataloader import check_splits, scan_split
 from engine.backend import Backend, adam, dataset, make_learner, make_metalearner, select_backend
 from engine.checkpoint import load_for_test, load_weights, trained_shots
 from engine.distributed import SINGLE_PROCESS, Ranks
-from engine.ema import averaged_copy, saved_modules
+from engine.ema import averaged_copy, chosen_weights, saved_modules
 from engine.evaluation import Evaluator, run_test
 from engine.folder import RunFolder
 from engine.model import Model, Trainable
@@ -96,7 +96,7 @@ def load_model(
     args, checkpoint = load_for_test(cli_args, ranks)
     backend = select_backend(args, ranks.local)
     model = build(args, backend)
-    load_weights(model.saved, checkpoint, Path(args.resume))
+    load_weights(model.saved, chosen_weights(args, checkpoint), Path(args.resume))
     return args, checkpoint, backend, model
 
 

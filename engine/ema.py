@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from engine.model import Trainable
+from utils import UserError
 
 TRAINED = "trained"
 
@@ -29,6 +30,21 @@ def averaged_copy(args: argparse.Namespace, model: Trainable) -> Trainable:
 def saved_modules(model: Trainable, averaged: Trainable) -> dict[str, nn.Module]:
     """The modules that a snapshot holds, by their key in it."""
     return averaged.saved | ({} if averaged is model else {TRAINED: model.metalearner})
+
+
+def chosen_weights(args: argparse.Namespace, checkpoint: dict) -> dict:
+    """A checkpoint whose weights are those that ``--ema`` asks for: the average or, with ``--ema
+    0``, those that it follows. Where a run begins to average, the average starts from its weights.
+
+    Raises:
+        UserError: the checkpoint has the average alone, as an exported one.
+    """
+    averaged = checkpoint.get("hyper_parameters", {}).get("ema")
+    if args.ema or not averaged:
+        return {TRAINED: checkpoint.get("metalearner"), **checkpoint}
+    if TRAINED not in checkpoint:
+        raise UserError(f"--ema 0: {args.resume} holds the average (--ema {averaged:g}) alone")
+    return {**checkpoint, "metalearner": checkpoint[TRAINED]}
 
 
 @torch.no_grad()

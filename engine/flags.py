@@ -188,8 +188,8 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     add("--lr", 1e-3, "learning rate of Adam", "X", True, type=rate)
     words = "last share of the training, in which the learning rate falls linearly to 0"
     add("--lr-decay", 0.0, words, "X", True, type=float_range(0, 1))
-    words = "decay of an exponential moving average of the meta-learner's weights, which is what "
-    words += "is then validated, tested and used; 0: none"
+    words = "decay of an exponential moving average of the weights, which is validated, tested and "
+    words += "used; 0: none, also where a snapshot holds both"
     add("--ema", 0.0, words, "X", True, type=float_range(0, 1))
     words = "episodes of an update, whose gradients are averaged"
     add("--meta-batch", 1, words, "M", True, type=int_range(1, 10**6))

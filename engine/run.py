@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dataloader import EpisodeDataset, episodes
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST, short_name
-from engine.ema import TRAINED
+from engine.ema import chosen_weights
 from engine.flags import data_name, stored_flags
 from engine.folder import RunFolder
 from engine.logger import Logger, open_tensorboard, result_line
@@ -90,9 +90,7 @@ class Run:
         self.since, self.paused = time.perf_counter(), 0.0
 
     def _restore(self, checkpoint: dict, path: Path, data: dict[str, str]) -> None:
-        # a run without --ema that goes on with it
-        weights = {TRAINED: checkpoint.get("metalearner"), **checkpoint}
-        checkpoints.load_weights(self.modules, weights, path)
+        checkpoints.load_weights(self.modules, chosen_weights(self.args, checkpoint), path)
         checkpoints.load_optimizer(self.optimizer, checkpoint, path)
         self.state = TrainingState.from_checkpoint(checkpoint)
         self.seen_before = checkpoint.get("classes", [])

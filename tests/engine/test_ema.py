@@ -58,10 +58,8 @@ def test_it_is_what_is_validated(master, averaged):
     logged = metrics(averaged, "val")[-1]
     assert logged["episode"] == 4
     assert sum(losses) / 2 == pytest.approx(logged["loss"]["mean"], rel=1e-6)
-    trained = {"metalearner": nth(averaged, 4)[TRAINED]}
-    model.metalearner.load_state_dict(trained["metalearner"])
-    losses, _ = Evaluator(args, backend, model)(val_set)
-    assert sum(losses) / 2 != pytest.approx(logged["loss"]["mean"], rel=1e-4)
+    _, _, _, model = load_model({**flags, "ema": 0.0})
+    assert_same(model.metalearner.state_dict(), nth(averaged, 4)[TRAINED])
 
 
 @pytest.mark.parametrize("flags", [(), ("--meta-batch", "2")])
@@ -85,6 +83,13 @@ def test_a_run_without_goes_on_with_it(master, trained, tmp_path):
         assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-7), name
 
 
+def test_a_run_goes_on_without_it(master, averaged, tmp_path):
+    """In another folder, as if it had never averaged."""
+    succeeded(train(master, tmp_path / "a", "--resume", averaged, "--ema", "0", episode=6))
+    succeeded(train(master, tmp_path / "b", *EMA[2:], episode=6))
+    assert_same(tensors(tmp_path / "a")["metalearner"], tensors(tmp_path / "b")["metalearner"])
+
+
 def test_an_exported_run_has_the_average_alone(master, averaged, tmp_path):
     succeeded(run_cli("--mode", "test", "--data-root", master, "--save", averaged, "--cpu",
                       "--n-workers", 0, "--episode-test", 2))  # fmt: skip
@@ -93,6 +98,8 @@ def test_an_exported_run_has_the_average_alone(master, averaged, tmp_path):
     exported = torch.load(file, weights_only=True)
     assert TRAINED not in exported
     assert_same(exported["metalearner"], nth(averaged, exported["episode"])["metalearner"])
+    done = run_cli("--mode", "test", "--data-root", master, "--resume", file, "--ema", "0", "--cpu")
+    refused(done, "--ema 0", file, "--ema 0.3")
 
 
 def test_pre_training_has_none(master, tmp_path):
