@@ -16,6 +16,7 @@ from engine.checkpoint import BEST, LAST
 from engine.distributed import SINGLE_PROCESS, Ranks
 from engine.flags import (
     DEFAULTS,
+    HYPER_PARAMETERS,
     INNER_LOOP,
     RUN_FLAGS,
     resolve,
@@ -71,6 +72,8 @@ class RunFolder:
             resume, self.checkpoint, self.origin = ranks.exchange(found)[0]
             checkpoint = self.checkpoint or {}
             stored = checkpoint.get("hyper_parameters", {})
+            if stored:  # a flag that is newer than the checkpoint had its default
+                stored = {k: DEFAULTS[k] for k in HYPER_PARAMETERS} | stored
             own = (self.path / "ckpts").resolve()
             self.continues = resume is not None and Path(resume).resolve().parent == own
             free = {"val_freq"} if stored.get("lr_decay") else {"val_freq", "episode"}

@@ -61,3 +61,14 @@ def test_absurd_values_in_a_checkpoint(master, trained, tmp_path, stored):
     content = tensors(trained) | {"run_flags": stored}
     torch.save(content, tmp_path / "x.pth.tar")
     refused(train(master, tmp_path / "logs", "--resume", tmp_path / "x.pth.tar"), "x.pth.tar")
+
+
+def test_a_flag_newer_than_the_checkpoint_had_its_default(master, tmp_path):
+    save = tmp_path / "logs"
+    succeeded(train(master, save, episode=2))
+    content = tensors(save)
+    del content["hyper_parameters"]["ema"]
+    torch.save(content, f"{save}-719/ckpts/{LAST}")
+    refused(train(master, save, "--resume", "auto", "--ema", "0.5"), "--ema 0.5", "--ema 0.0")
+    succeeded(train(master, tmp_path / "new", "--resume", f"{save}-719", "--ema", "0.5"))
+    assert tensors(tmp_path / "new")["about"]["changed"] == {"ema": 0.5}
