@@ -13,15 +13,12 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --n-class 5 \
   --input-size 4 \
   --hidden-size 1 \
-  --second-order true \
   --lr 1e-3 \
-  --ema 0.9995 \
   --episode 75000 \
   --episode-val 100 \
   --epoch 12 \
   --batch-size 5 \
   --image-size 84 \
-  --grad-divisor 1 \
   --grad-clip 0.25 \
   --bn-momentum 0.9 \
   --bn-eps 1e-3 \
@@ -35,6 +32,9 @@ exec "$PYTHON" "$ROOT/main.py" --mode train \
   --shuffle episode \
   --lstm-init authors \
   --bf-init 4 5 \
+  --grad-divisor 1 \
+  --second-order true \
+  --ema 0.9995 \
   --save logs-1shot-second-order \
   --resume auto \
   "$@"
