@@ -54,8 +54,7 @@ class Backend(NamedTuple):
 def make_reproducible(seed: int) -> None:
     """Seed PyTorch, and restrict cuDNN and cuBLAS to deterministic float32 algorithms."""
     torch.manual_seed(seed)
-    for module, name, value in REPRODUCIBLE:
-        setattr(module, name, value)
+    _set(REPRODUCIBLE)
 
 
 @contextlib.contextmanager
@@ -63,12 +62,15 @@ def reproducible() -> Iterator[None]:
     """``make_reproducible`` without a seed, after which a user's own settings come back."""
     before = [(module, name, getattr(module, name)) for module, name, _ in REPRODUCIBLE]
     try:
-        for module, name, value in REPRODUCIBLE:
-            setattr(module, name, value)
+        _set(REPRODUCIBLE)
         yield
     finally:
-        for module, name, value in before:
-            setattr(module, name, value)
+        _set(before)
+
+
+def _set(settings: list[tuple[Any, str, object]]) -> None:
+    for module, name, value in settings:
+        setattr(module, name, value)
 
 
 def select_backend(args: argparse.Namespace, local: tuple[int, int] = (0, 1)) -> Backend:

@@ -96,11 +96,9 @@ class FastConv4(Conv4):
         """See ``FlatModule.loss_and_grad``."""
         images, moments = self._prepared(x)
         if moments is not None and native.handles(images):
-            parameters = [getattr(m, name) for m, name, _ in self.slots()]
-            return self._in_one_call(images, y, moments, parameters)[:2]
+            return self._in_one_call(images, y, moments, self._own_parameters())[:2]
         if self._blocks_run_in_triton(images):
-            parameters = [getattr(m, name) for m, name, _ in self.slots()]
-            return self._by_triton(images, y, parameters)[:2]
+            return self._by_triton(images, y, self._own_parameters())[:2]
         with torch.enable_grad():
             loss = F.cross_entropy(self(x), y)
             grads = torch.autograd.grad(loss, list(self.parameters()), allow_unused=True)
@@ -181,6 +179,9 @@ class FastConv4(Conv4):
         constants = (norm.eps, norm.momentum)
         return native.loss_and_grad(images, y, moments, parameters, running, *constants, frozen)
 
+    def _own_parameters(self) -> list[Tensor]:
+        return [getattr(m, name) for m, name, _ in self.slots()]
+
     def _running(self, statistic: str) -> list[Tensor]:
         norms = [getattr(self, f"norm{b}") for b in range(1, N_BLOCKS + 1)]
         return [getattr(norm, f"running_{statistic}") for norm in norms]
@@ -199,8 +200,7 @@ class FastConv4(Conv4):
             flat, order = self._arranged(cI.device)
             torch.index_select(cI.view(-1), 0, order, out=flat)
         else:
-            parameters = [getattr(m, name) for m, name, _ in self.slots()]
-            torch._foreach_copy_(parameters, self.slices(cI))
+            torch._foreach_copy_(self._own_parameters(), self.slices(cI))
 
     def _arranged(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """One buffer [P] in which the parameters lie, filters in the order that Triton's kernels
