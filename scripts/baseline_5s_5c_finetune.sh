@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fine-tuning; run baseline_pretrain.sh first, with the same seed. Each "episode" is one of the
-# validation classes, on which all rates and decays are tried. 1-shot: --n-shot 1 --save OTHER.
+# Fine-tuning; run baseline_pretrain.sh first, with the same seed. A "training episode" draws from the
+# validation classes and tries all learning rates and decays. 1-shot: --n-shot 1 --save OTHER.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Matching network with full context embeddings. The authors take 64 filters: --filters 64.
-# It serves every number of shots (--shots 1 5 in a test).
+# Matching network with full context embeddings. The authors use 64 filters: --filters 64.
+# Test one checkpoint on any number of shots (--shots 1 5).
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The same as baseline_5s_5c_sgd.sh with a learned step size for each parameter (Meta-SGD).
+# As baseline_5s_5c_sgd.sh, with a learned step size for each parameter (Meta-SGD).
 # 1-shot: --n-shot 1 --epoch 12 --batch-size 5 --bn-momentum 0.9 --save OTHER.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
 set -euo pipefail

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Nearest neighbour on frozen features; run baseline_pretrain.sh first, with the same seed. Nothing is
-# trained: one episode writes the checkpoint, which serves every number of shots (--shots 1 5).
+# trained: one episode writes the checkpoint. Test it on any number of shots (--shots 1 5).
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"

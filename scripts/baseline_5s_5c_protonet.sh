@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prototypical network, in 5-way episodes. It serves every number of shots (--shots 1 5 in a test).
+# Prototypical network. Test one checkpoint on any number of shots (--shots 1 5).
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Gradient descent with one learned step size from a learned initialisation (first-order MAML) in the
-# LSTM's place; all else as in train_5s_5c_authors.sh, but a step may be the whole gradient.
+# LSTM's place. All else is as in train_5s_5c_authors.sh, but a step is at most the whole gradient.
 # 1-shot: --n-shot 1 --epoch 12 --batch-size 5 --bn-momentum 0.9 --save OTHER.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
 set -euo pipefail

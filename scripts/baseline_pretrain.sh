@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The network of the paper's two simple baselines: a linear classifier of all training classes. The
-# authors take 64 filters (--filters 64, then also in the scripts that start from it) and 64 images a
-# batch; here it is 2 of each class, and 32 filters, the learner of the LSTM.
+# Pre-training for nearest neighbour and fine-tuning: a linear classifier of all training classes. Here
+# it has 32 filters, as the LSTM's learner, and batches of 2 images of each class; the authors use 64
+# filters (--filters 64, also for the two baselines) and batches of 64 images.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"

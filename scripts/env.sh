@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# The other scripts source this file. `use_python FILE` sets $PYTHON to that of the active venv or
-# conda, or else of .venv, which it makes. If a package is missing or too old, it installs FILE.
+# The other scripts source this file. `use_python FILE` sets $PYTHON to the Python of the active venv
+# or conda environment, else of .venv, which it makes. If a package is missing or old, it installs FILE.
 ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
 fail() { echo "error: $*" >&2; exit 2; }

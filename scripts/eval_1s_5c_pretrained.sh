@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Test the best checkpoint of train_1s_5c_pretrained.sh by validation,
-# averaged over mirrored images (--tta-flip).
-# Flags given to this script override; without --seed it tests seed 719's run. Hyper-parameters and
-# the seed of the test episodes come from the checkpoint. --resume PATH tests another checkpoint.
+# Test the checkpoint of train_1s_5c_pretrained.sh that is best in validation, with test-time
+# augmentation over mirrored images (--tta-flip).
+# Flags given to this script override these; without --seed it tests seed 719's run, with --resume
+# PATH another checkpoint. The checkpoint sets hyper-parameters and the test episodes' seed.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements.txt

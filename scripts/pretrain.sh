@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pre-training for train_5s_5c_pretrained.sh and train_1s_5c_pretrained.sh: the learner classifies
-# all training classes. An "episode" is a batch of n-shot + n-eval images of each class.
+# all training classes. Each "episode" is a batch with n-shot + n-eval images of each class.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"

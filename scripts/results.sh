@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Print tested runs as Markdown tables, beside the published numbers. --write FILE puts the tables
-# between the lines <!-- results --> and <!-- /results --> of FILE instead.
+# Print Markdown tables of tested runs, beside the published numbers. --write FILE instead puts the
+# tables between the lines <!-- results --> and <!-- /results --> of FILE.
 #   bash scripts/results.sh logs-*
 #   bash scripts/results.sh --write docs/results.md            # all runs of results/
 set -euo pipefail

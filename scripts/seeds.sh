@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Train recipes with several seeds, test each, and print the table. Each GPU, or the CPU, trains one
-# at a time, or N side by side with --per-gpu N; several recipes are joined by commas. After
-# --minutes it stops with snapshots. If it is stopped or killed, the same command resumes; finished
-# seeds are skipped. Further flags go to main.py, for training and testing.
+# Train and test recipes with several seeds, and print the table. Commas join several recipes. Each
+# GPU, or the CPU, trains one run at a time, or N side by side with --per-gpu N. --minutes M stops all
+# with checkpoints after M minutes. The same command resumes what was stopped or killed, and skips
+# finished seeds. Further flags go to main.py, for training and testing.
 #   bash scripts/seeds.sh 719 53 1 [--recipe train_5s_5c_authors] [--per-gpu N] [--data-root DIR ...]
 # Before --recipe train_5s_5c_pretrained, run --recipe pretrain, which tests nothing.
 set -euo pipefail

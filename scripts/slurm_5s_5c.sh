@@ -12,9 +12,9 @@
 #SBATCH --output=slurm-%A_%a.out
 # Train and test 5-way 5-shot under Slurm: each number of the array is a seed. From the repository:
 #   sbatch [--array=1,2,3 --partition=NAME ...] scripts/slurm_5s_5c.sh [flags of main.py]
-# Two minutes before its time limit a job writes a snapshot, stops and requeues itself; after
-# preemption Slurm requeues it. With several GPUs (--gpus-per-node=8 --nodes=2) each takes an equal
-# share of an update's episodes: one per GPU, unless --meta-batch says otherwise.
+# Two minutes before its time limit a job writes a checkpoint, stops and requeues itself; after
+# preemption Slurm requeues it. Several GPUs (--gpus-per-node=8 --nodes=2) share the episodes of an
+# update equally: one per GPU, unless --meta-batch says otherwise.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?only sbatch runs this script}" # Slurm runs a copy of it from elsewhere
 [ -f scripts/env.sh ] || { echo "error: $PWD is not the repository; submit from there" >&2 && exit 2; }

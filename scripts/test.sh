@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lint, then the everyday tests. --all adds the tests marked slow. Other arguments go to pytest
-# instead; paths among them may be relative to your working directory.
+# Lint, type checks, then the everyday tests; --all adds those marked slow. Other arguments go to
+# pytest and choose the tests instead; their paths may be relative to your working directory.
 #   bash scripts/test.sh [--all]
 #   bash scripts/test.sh tests/core -k golden
 set -euo pipefail

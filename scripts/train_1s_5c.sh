@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# 5-way 1-shot: the authors' schedule with the port's images and initialisation.
+# 5-way 1-shot: the authors' schedule with the port's augmentation, pixels and initialisation.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"

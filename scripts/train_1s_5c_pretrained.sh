@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # 5-way 1-shot, beyond the paper: a linear head on frozen features. Run pretrain.sh first, in the
-# same working directory and with the same seed. The largest step is the whole gradient
-# (--grad-divisor); the gates start at about a fifth of it (--bi-init).
+# same working directory and with the same seed. A step is at most the whole gradient
+# (--grad-divisor), and about a fifth of it at the start (--bi-init).
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"

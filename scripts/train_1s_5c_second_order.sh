@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# 5-way 1-shot, the paper's method with second order: the learner's gradients are differentiated, too,
-# which the paper leaves out. Beside that, unlike train_1s_5c_authors.sh: a hidden size of 1, the mean
-# gradient not divided once more, and a moving average of the weights, which is tested.
+# 5-way 1-shot, the paper's method with the second-order gradients that the paper leaves out. Three
+# more flags differ from train_1s_5c_authors.sh: --hidden-size 1; --grad-divisor 1, so the mean gradient
+# is not divided again; and --ema, whose averaged weights are tested.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"

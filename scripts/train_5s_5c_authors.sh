@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# 5-way 5-shot, the authors' recipe: no augmentation, their pixels and initialisation.
+# 5-way 5-shot, the authors' recipe: no augmentation, pixels from 0 to 1, and their initialisation.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"

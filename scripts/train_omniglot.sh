@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# 5-way 1-shot on Omniglot, a second real data set: 28 pixels, tested on unseen characters.
-# The first run downloads it (torchvision, about 15 MB).
+# 5-way 1-shot on Omniglot, in images of 28 px. The first run downloads it (torchvision, about 15 MB).
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
