@@ -1,11 +1,11 @@
 """Image files on disk -> episodes.
 
-An episode is a pure function of (seed, split, index): its classes, its images, each augmentation
-parameter and the order of its minibatches come from generators made from these three. Workers,
-prefetching and resuming need no state.
+An episode is a pure function of (seed, split, index): random generators made from these three draw
+its classes, images, augmentation and order of minibatches. Workers, prefetching and resuming need
+no state.
 
-Only ``Generator.random`` is drawn from: its stream is fixed by the Philox algorithm, while the
-higher samplers may change between NumPy releases.
+Only ``Generator.random`` is used: the Philox algorithm fixes its stream, while the higher samplers
+may change between NumPy releases.
 """
 
 from __future__ import annotations

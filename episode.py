@@ -1,9 +1,9 @@
 """Algorithm 1 of the paper, one episode at a time.
 
-The meta-learner trains the learner on the support set (``updates``, lines 4 to 10), the query loss
-is differentiated through that training (``meta_gradient``, lines 11 and 12), and the gradient
-trains the meta-learner (``update_metalearner``, line 13). ``train_episode`` is all of it;
-``evaluate_episode`` is the same inner loop without a graph.
+The meta-learner trains the learner on the support set (``updates``, lines 4 to 10). The query loss
+is differentiated through that training (``meta_gradient``, lines 11 and 12), and its gradient
+trains the meta-learner (``update_metalearner``, line 13). ``train_episode`` does all three;
+``evaluate_episode`` runs the same inner loop without a graph.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The models of results/ and your own, for use in other programs: ``torch.hub`` or an import.
+"""The models of results/ and your own, for other programs, by ``torch.hub`` or an import.
 
     import torch
     model = torch.hub.load("path/to/this/clone", "load_pretrained",
@@ -6,9 +6,9 @@
     model.adapt(images, labels)         # five classes, some examples of each
     model.predict(others)               # probabilities [N, 5], columns as in model.classes
 
-This repository's modules import each other as ``utils``, ``learner``, ... While they load, they
-stand in ``sys.modules`` in place of yours of the same names; then yours are put back. Nothing is
-imported later.
+This repository's modules have names such as ``utils`` and ``learner``. While they load, they
+replace yours of the same names in ``sys.modules``; then yours are put back. Nothing is imported
+later.
 """
 
 import contextlib

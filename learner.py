@@ -5,11 +5,10 @@ Two instances of one network play two parts:
 
 ``learner_w_grad``
     An ordinary model with leaf parameters. It yields the support loss and its gradient, which are
-    *inputs* of the meta-learner and constants to its graph, unless it asks for second order.
+    *inputs* of the meta-learner and, unless it asks for second order, constants in its graph.
 ``learner_wo_grad``
     Its weights *are* slices of the meta-learner's last cell state, so the gradient of the query
-    loss flows through them into the meta-learner. It has no leaf parameters of its own while it
-    does so.
+    loss flows through them into the meta-learner. Meanwhile it has no leaf parameters.
 """
 
 from __future__ import annotations

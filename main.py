@@ -1,4 +1,4 @@
-"""Train the LSTM meta-learner, test it, look into it and use it.
+"""Train and test the LSTM meta-learner, draw its runs and predict with it.
 
     python main.py --mode train --data-root data/miniImagenet
 

@@ -2,8 +2,7 @@
 
 Gradient descent, theta_t = theta_{t-1} - alpha_t * grad_t, has the form of an LSTM's cell update,
 c_t = f_t * c_{t-1} + i_t * c~_t, with f_t = 1, i_t = alpha_t and c~_t = -grad_t (equation 2). The
-meta-learner learns f, i and the initial state c_0 = cI, with the same few weights for all
-coordinates.
+meta-learner learns cI = c_0 and computes f and i, with the same few weights for all coordinates.
 """
 
 from __future__ import annotations

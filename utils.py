@@ -1,7 +1,7 @@
 """Errors, command lines, files written whole, locks, statistics.
 
-Imports no PyTorch, and is imported before it: OpenMP and cuBLAS read the settings here when they
-start.
+Imports no PyTorch, and must be imported before it: OpenMP and cuBLAS read the settings made here
+when they start.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Gradient descent in the LSTM's place: its cell with a forget gate of 1 and an input gate that is
-learned as a number, not computed (equation 2 of the paper).
+"""Gradient descent in place of the LSTM: the forget gate is 1 and the input gate a learned constant
+(equation 2 of the paper).
 
 ``sgd`` has one step size for all parameters, ``meta-sgd`` (Li et al., 2017) one for each. cI is
-learned, so the former is first-order MAML (Finn et al., 2017) with a learned step size, or with
-``--second-order true`` MAML itself.
+learned, so ``sgd`` is first-order MAML (Finn et al., 2017) with a learned step size, or MAML itself
+with ``--second-order true``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Methods without an inner loop: a network sees a whole episode and classifies its query set."""
+"""Methods without an inner loop: a network reads a whole episode and classifies its query set."""
 
 from __future__ import annotations
 

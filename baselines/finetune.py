@@ -1,9 +1,9 @@
 """Fine-tuning a pre-trained network in each episode by gradient descent, as the authors do.
 
-All parameters are trained, from the pre-trained convolutions and a random classifier, in batches
-and passes that the flags set; the query images are normalised with the running statistics. The
-learning rate and its decay come from ``GRID``: a "training episode" is an episode of the validation
-classes, on which every pair is tried; the pair with the best accuracy so far is used.
+All parameters are trained, from the pre-trained convolutions and a random classifier; ``--epoch``
+and ``--batch-size`` set passes and batches. Running statistics normalise the query images. Learning
+rate and decay come from ``GRID``: each "training episode" draws from the validation classes and
+tries every pair, and the pair with the best accuracy so far is used.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """A linear head on frozen features, trained in each episode by the LSTM meta-learner.
 
-It is an ordinary episode of a linear ``FlatModule``: ``Model.embed`` turns the images into the
-features of a pre-trained Conv4, whose batch norm uses statistics of training images, and
-``episode.updates`` trains the head on them. (Bronskill et al., "TaskNorm", 2020, compare the
-statistics that a few-shot learner may use.)
+The learner is a linear ``FlatModule``. ``Model.embed`` turns the images into the features of a
+pre-trained Conv4, whose batch norm uses statistics of training images, and ``episode.updates``
+trains the head on them. (Bronskill et al., "TaskNorm", 2020, compare such statistics.)
 """
 
 from __future__ import annotations

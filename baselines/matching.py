@@ -2,9 +2,9 @@
 the *sum* of the cosines to its support images, without a softmax over the support set.
 
 ``matching-fce`` adds full context embeddings: a bidirectional LSTM reads the support set, and an
-LSTM attends over it for each query image. Their weights start at zero, as the authors', so that
-training begins as without them. The authors add the backward outputs in the wrong order; here each
-image gets its own.
+LSTM attends over it for each query image. As in the authors' code, their weights start at zero, so
+training begins as if without them. The authors add the backward outputs in the wrong order; here
+each image gets its own.
 """
 
 from __future__ import annotations

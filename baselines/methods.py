@@ -1,4 +1,4 @@
-"""The methods besides the paper's, by ``--method``: how each is built and how it starts."""
+"""How each ``--method`` other than the paper's is built and initialised."""
 
 from __future__ import annotations
 

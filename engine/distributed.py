@@ -1,7 +1,7 @@
-"""One training or test on several processes that ``torchrun`` starts.
+"""A training or test in several processes, which ``torchrun`` starts.
 
-Rank r of N takes episodes r, r + N, r + 2 N, ...; only rank 0 logs and writes. Errors of the
-start-up are collective: all ranks go on or all refuse. Later, all stop at the same update.
+Rank r of N takes episodes r, r + N, r + 2 N, ...; only rank 0 logs and writes. Errors at start-up
+are collective: all ranks go on, or none does. Later, all stop after the same update.
 """
 
 from __future__ import annotations

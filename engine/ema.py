@@ -1,8 +1,8 @@
 """Exponential moving average of a meta-learner's weights (``--ema``).
 
-The average is what is validated, tested and published; the weights that Adam trains go on unseen,
-and are in a snapshot under ``TRAINED``. It takes the place of a falling learning rate, without a
-length of training to be fixed in advance.
+The average is validated, tested and published. The weights that Adam trains are in a training's own
+checkpoints only, under ``TRAINED``. Averaging replaces a falling learning rate, and needs no length
+of training fixed in advance.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The command line: flags, their bounds, and which of them a checkpoint carries.
 
-Imports no PyTorch, so that ``--help`` and errors come at once.
+Imports no PyTorch, so that ``--help`` and errors appear at once.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ MODES = {
     "test": "test a checkpoint on episodes of the test classes",
     "predict": "classify your own images",
     "pretrain": "train the learner alone, on batches of all training classes, for --init-from",
-    "plot": "draw a run; with --data or --data-root also the updates of an unfinished one",
-    "results": "print a table of tested runs",
+    "plot": "draw a run; with --data or --data-root also the updates, if not yet recorded",
+    "results": "print tables of tested runs",
     "export": "copy a tested run without its optimiser and snapshots, to publish it",
 }
 
@@ -110,16 +110,16 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
 
     add = group("what to do")
     add("--mode", "train", "one of the modes below", "MODE", choices=tuple(MODES))
-    words = "checkpoint or run folder to continue (its last) or test (its best); "
-    add("--resume", None, words + "auto: this run's own, if there is one", "PATH")
+    words = "checkpoint, or run folder (training takes its last, test its best); "
+    add("--resume", None, words + "auto: this run's own, if any", "PATH")
     add("--save", "logs", "the run folder is SAVE-SEED", "PATH")
     seed = int_range(0, 2**32 - 1)
     add("--seed", 719, "seed of initialisation and episodes", "N", True, type=seed)
-    words = "minutes between two snapshots"
+    words = "minutes between two writes of the last checkpoint"
     add("--save-minutes", 5.0, words, "X", type=float_range(0, 10**6))
     add("--runs", None, "results: run folders", "DIR", nargs="+")
-    add("--to", "exported", "export: the folder in which a run's new folder is made", "DIR")
-    add("--means", False, "results: one row per recipe, the mean over seeds where there are three")
+    add("--to", "exported", "export: folder in which to make the run's copy", "DIR")
+    add("--means", False, "results: of three or more seeds show the mean only")
 
     add = group("data")
     add("--data", "miniImagenet", "data set, a folder in data/", "NAME")
@@ -127,16 +127,13 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     add("--data-root", None, words, "DIR")
     px = int_range(MIN_IMAGE_SIZE, 1024)
     add("--image-size", 84, "height and width of the images, pixels", "PX", True, type=px)
-    words = (
-        "port: random crops, flips and colours in training, centre crops in tests; none: squashed "
-    )
-    words += (
-        "to a square, as the authors; flip: also mirrored at random in training; zoom, mild: also "
-    )
-    words += "with larger crops and weaker colours than port"
+    words = "port: random crops, flips and colour jitter, in tests centre crops; none: whole "
+    words += "images, resized to a square, as the authors; flip: the same with random flips; zoom, "
+    words += "mild: larger crops and weaker jitter than port, and tests as with none"
     kinds = ("port", "none", "flip", "zoom", "mild")
     add("--augment", "port", words, hyper=True, choices=kinds)
-    words = "imagenet: normalised by ImageNet's mean and deviation, as the port; unit: 0 to 1"
+    words = "imagenet: normalised by ImageNet's mean and standard deviation, as the port; "
+    words += "unit: 0 to 1"
     add("--pixels", "imagenet", words, hyper=True, choices=("imagenet", "unit"))
     add("--cache-dir", None, "folder for decoded images (default: .decoded in the data)", "DIR")
     n, words = default_workers(), "processes that prepare episodes"
@@ -149,24 +146,24 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     add("--n-eval", 15, "query images per class", "N", True, type=int_range(1, 1000))
     add("--episode", 50000, "training episodes", "N", type=count)
     add("--episode-val", 100, "validation episodes, the same each time", "N", type=count)
-    words = "test episodes; of several counts, the smaller ones are the first of the largest"
+    words = "test episodes; of several counts, the larger include the smaller"
     add("--episode-test", [600], words, "N", type=count, nargs="+")
-    words = "test: numbers of support images per class to test with, such as 1 5"
+    words = "test: numbers of shots to test, such as 1 5 (default: --n-shot)"
     add("--shots", None, words, "K", type=int_range(1, 1000), nargs="+")
 
     add = group("learner")
-    words = "conv4: the paper's four blocks; or your own network: a class or function NAME in a "
-    words += "Python file, see examples/own_network.py"
+    words = "conv4, the paper's; or your own network, a class or function NAME in a Python file: "
+    words += "see examples/own_network.py"
     add("--learner", "conv4", words, "FILE:NAME", True)
     add("--epoch", 8, "passes over the support set", "N", True, type=int_range(1, 10000))
     add("--batch-size", 25, "images of a support minibatch", "N", True, type=count)
     words = "divide the minibatch's mean gradient by N; 0: by its number of images, as the authors"
     add("--grad-divisor", 0, words, "N", True, type=int_range(0, 10**6))
-    words = "order of the support images in minibatches: new in each pass, or one per episode"
+    words = "order of the support images in minibatches: a new one in each pass or episode"
     add("--shuffle", "pass", words, hyper=True, choices=("pass", "episode"))
     words = "initial scale of batch norm: uniform, U(0, 1), as both earlier codes; one, as PyTorch"
     add("--bn-scale", "uniform", words, hyper=True, choices=("uniform", "one"))
-    words = "share of the newest batch in batch norm's running statistics"
+    words = "weight of the new batch in batch norm's running statistics"
     add("--bn-momentum", 0.95, words, "X", True, type=float_range(0, 1))
     eps = float_range(0, 1, low_open=True)
     add("--bn-eps", 1e-3, "epsilon of batch norm", "X", True, type=eps)
@@ -177,21 +174,21 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     size = int_range(INPUT_SIZE, INPUT_SIZE)
     add("--input-size", INPUT_SIZE, "inputs of the LSTM per coordinate", "N", True, type=size)
     add("--hidden-size", 20, "width of the LSTM", "N", True, type=int_range(1, 4096))
-    words = "start of the LSTM: pytorch, as the port; authors: U(-0.01, 0.01) and one bias"
+    words = "initialisation of the LSTM: pytorch, as the port; authors: U(-0.01, 0.01) and one bias"
     add("--lstm-init", "pytorch", words, hyper=True, choices=("pytorch", "authors"))
     low_high = {"metavar": ("LOW", "HIGH"), "hyper": True, "type": bias, "nargs": 2}
-    add("--bf-init", [4.0, 6.0], "range in which bF starts (authors: 4 5)", **low_high)
-    words = "range in which bI starts; the first step is sigmoid(bI) times the gradient: about "
-    words += "1/100, or with 0 0 a half, for small networks that train for hundreds of episodes"
+    add("--bf-init", [4.0, 6.0], "range of bF's initial value (authors: 4 5)", **low_high)
+    words = "range of bI's initial value; first steps are about sigmoid(bI) times the gradient: "
+    words += "1/100, or with 0 0 a half, for small networks and only hundreds of episodes"
     add("--bi-init", [-5.0, -4.0], words, **low_high)
     rate = float_range(0, 1, low_open=True)
     add("--lr", 1e-3, "learning rate of Adam", "X", True, type=rate)
-    words = "last share of the training, in which the learning rate falls linearly to 0"
+    words = "final fraction of training over which the learning rate falls linearly to 0"
     add("--lr-decay", 0.0, words, "X", True, type=float_range(0, 1))
-    words = "decay of an exponential moving average of the weights, which is validated, tested and "
-    words += "used; 0: none, also where a snapshot holds both"
+    words = "decay of an exponential moving average of the weights, for validation, test and "
+    words += "prediction; 0: the weights themselves, even if a checkpoint holds both"
     add("--ema", 0.0, words, "X", True, type=float_range(0, 1))
-    words = "episodes of an update, whose gradients are averaged"
+    words = "episodes whose gradients are averaged for an update"
     add("--meta-batch", 1, words, "M", True, type=int_range(1, 10**6))
     clip = float_range(0, 10**6, low_open=True)
     add("--grad-clip", 0.25, "largest norm of the meta-gradient", "X", True, type=clip)
@@ -200,19 +197,19 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     add("--method", "lstm", "one of the methods below", "METHOD", True, choices=tuple(METHODS))
     words = "pretrain: cosine similarities, or a linear classifier as for the paper's baselines"
     add("--classifier", "cosine", words, hyper=True, choices=("cosine", "linear"))
-    words = "differentiate the learner's losses and gradients, too, which the paper treats as "
+    words = "also differentiate the learner's losses and gradients, which the paper treats as "
     words += "constants (first order)"
     add("--second-order", False, words, hyper=True)
-    words = "checkpoint or run folder (PATH or PATH-SEED) whose weights a new training starts from"
+    words = "start a new training from the weights of this checkpoint or run folder (or PATH-SEED)"
     add("--init-from", None, words, "PATH")
     words = "linear-head: raise the shift of the last batch norm by X standard deviations"
     add("--bn-shift", 0.0, words, "X", True, type=float_range(-10, 10))
 
     add = group("test and prediction")
-    words = "test-time augmentation: average over N permutations of the labels, the adaptation "
-    words += "repeated for each (default: 1; predict: as many as classes)"
+    words = "test-time augmentation: adapt to each of N permutations of the labels, and average "
+    words += "(default: 1; predict: number of classes)"
     add("--tta-permutations", None, words, "N", type=int_range(1, 1000))
-    words = "test-time augmentation: average over mirrored images, the adaptation repeated"
+    words = "test-time augmentation: average over mirrored support and query images, too"
     add("--tta-flip", False, words)
     words = "transductive batch norm in tests: the query batch's own statistics"
     add("--transductive", False, words)
@@ -223,9 +220,9 @@ def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
     add = group("machine and log")
     switch = {"action": "store_true"}
     add("--cpu", False, "use the CPU even where there is a GPU", **switch)
-    words = "insist on GPU number N (default: the first one, else the CPU)"
+    words = "use GPU number N or fail (default: the first GPU, else the CPU)"
     add("--gpu", None, words, "N", type=int_range(0, 63))
-    add("--plain", False, "plain PyTorch, without fast/: slower, equal to rounding", **switch)
+    add("--plain", False, "plain PyTorch, without fast/: slower, equal up to rounding", **switch)
     words = "precision of the learner's convolutions; bf16 needs a GPU"
     add("--precision", "fp32", words, hyper=True, choices=("fp32", "bf16"))
     add("--plots", True, "draw the run at the end of training")

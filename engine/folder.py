@@ -1,6 +1,6 @@
-"""A training's folder ``SAVE-SEED``: locked for one process, and where its flags come from.
+"""The folder ``SAVE-SEED`` of a training, locked for one process, and the training's flags.
 
-It holds ``console.log``, ``metrics.jsonl``, ``lock`` and ``ckpts/``.
+The folder holds ``console.log``, ``metrics.jsonl``, ``lock`` and ``ckpts/``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training steps, and several episodes at once, each with its own pair of learners."""
+"""Training steps, and parallel episodes, each with its own pair of learners."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This process and its surroundings: terminal, priority, signals, exit."""
+"""This process: terminal, priority, signals, exit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command, commit, versions and machine, which every run and test records."""
+"""Command, commit, versions and machine, recorded with every run and test."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A training that no kill can lose: it logs, validates, and writes snapshots.
+"""A training that survives being killed: it logs, validates, and writes snapshots.
 
 ``meta-learner-last.pth.tar`` is the snapshot: all that the next episode depends on, and the length
 of the logs, so that a resumed run cuts off what a killed one wrote after its last snapshot. A run
-that is killed at any instant and started again reaches the same bits, logs included.
+that is killed at any time and resumed gives the same bits as one that is not, logs included.
 """
 
 from __future__ import annotations

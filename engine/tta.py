@@ -1,10 +1,10 @@
 """Test-time augmentation: predictions averaged over several adaptations to one support set.
 
-The learner's initial weights, cI, differ from output to output, so a prediction depends on which
-class gets which output: two random permutations disagree on a fifth of the images (5-way 5-shot
-mini-ImageNet). ``--tta-permutations`` adapts anew for each of several permutations of the labels
-and averages the probabilities. With n cyclic ones, 2 to 4 % of the predictions still depend on the
-order of the classes; with all n! none does. ``--tta-flip`` does the same with flipped images.
+In cI, the learner's initial weights, the outputs differ, so a prediction depends on which class
+gets which output: two random permutations disagree on a fifth of the images (5-way 5-shot
+mini-ImageNet). ``--tta-permutations`` adapts to each of several permutations of the labels and
+averages the probabilities. With the n cyclic ones, 2 to 4 % of the predictions still depend on the
+order of the classes; with all n!, none does. ``--tta-flip`` does the same with flipped images.
 """
 
 from __future__ import annotations

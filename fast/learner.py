@@ -17,7 +17,7 @@ from learner import N_BLOCKS, Conv4, FlatModule
 
 
 class FastConv4(Conv4):
-    """``learner.Conv4`` with the same parameters, equal to rounding.
+    """``learner.Conv4`` with the same parameters, equal up to rounding.
 
     In training, batch norm subtracts the batch mean, which cancels the convolution's bias: the bias
     enters the running mean alone, and its gradient is exactly zero, where plain PyTorch leaves

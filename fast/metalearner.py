@@ -13,7 +13,7 @@ from metalearner import MetaLearner, MetaState, prep
 
 
 class FastMetaLearner(MetaLearner):
-    """``metalearner.MetaLearner`` with the same parameters and arguments, equal to rounding."""
+    """``metalearner.MetaLearner`` with the same parameters and arguments, equal up to rounding."""
 
     def initial_state(self) -> MetaState:
         """See ``MetaLearner.initial_state``; the CPU kernels arrange h and c in tiles."""

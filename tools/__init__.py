@@ -1,1 +1,1 @@
-"""Uses of a trained model: results, tables, pictures, traces, exports and predictions."""
+"""Uses of a trained model: results, tables, plots, traces, exports and predictions."""

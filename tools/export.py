@@ -1,4 +1,4 @@
-"""Copies what is worth publishing of a tested run."""
+"""Copies the parts of a tested run that are to be published."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Figures of a run, drawn by Matplotlib.
 
-Colours are Okabe & Ito's, which colour-blind readers can tell apart; line styles differ as well,
-for print.
+Colours are Okabe & Ito's, which colour-blind readers can tell apart; line styles differ, too, for
+print.
 """
 
 from __future__ import annotations

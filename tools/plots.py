@@ -1,4 +1,4 @@
-"""Pictures of a run, from its folder alone: ``plots/*.png`` and ``*.svg``.
+"""Plots of a run, from its folder alone: ``plots/*.png`` and ``*.svg``.
 
 Importing this module does not need Matplotlib; ``tools/figures.py`` does.
 """

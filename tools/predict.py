@@ -1,4 +1,4 @@
-"""``--mode predict``: classifies the user's own photographs, by ``tools/predictor.py``."""
+"""``--mode predict``: classifies the user's own images with ``tools/predictor.py``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A trained model in use: it adapts to a few images of each class and classifies others.
 
-Probabilities are averaged over permutations of the classes, see engine/tta.py. The order of the
-classes follows the examples' pixels, so predictions do not depend on labels or on their order.
+Probabilities are averaged over permutations of the classes, see engine/tta.py. The examples' pixels
+determine the order of the classes, so predictions do not depend on the labels or their order.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The recipes, as the scripts define them, and a name for what any run did."""
+"""The recipes that the scripts define, and a name for any run after the nearest of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's tests, in its ``results.json``."""
+"""Reads and writes a run's tests, in its ``results.json``."""
 
 from __future__ import annotations
 

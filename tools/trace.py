@@ -1,4 +1,4 @@
-"""Records gates and updates within episodes, for the pictures."""
+"""Records gates and updates within episodes, for the plots."""
 
 from __future__ import annotations
 
