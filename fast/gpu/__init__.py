@@ -8,6 +8,8 @@ modules of this folder can still be imported; nothing then calls their kernels.
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 from collections.abc import Callable, Hashable, Iterable
 
 import torch
@@ -15,6 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils import out_of_memory
+
+if os.path.expanduser("~") == "~":  # no home folder: Triton would make one called "~" here
+    os.environ.setdefault("TRITON_HOME", tempfile.mkdtemp(prefix="triton-"))
 
 try:
     import triton

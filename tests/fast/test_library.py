@@ -83,7 +83,8 @@ import os, sys
 from pathlib import Path
 from unittest import mock
 with mock.patch("os.path.expanduser", lambda path: path):  # no HOME, no entry of the user
-    from fast import library
+    from fast import gpu, library
+    assert os.path.isabs(os.environ["TRITON_HOME"])
     library.MAIN, library.KERNELS = Path(sys.argv[1]), ("probe",)
     print(library.Library().state)
 """
@@ -93,7 +94,8 @@ def test_without_a_home_folder(probe, tmp_path):
     """Nothing called "~" is made."""
     place = tmp_path / "here"
     place.mkdir()
-    env = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}
+    homes = "HOME", "XDG_CACHE_HOME", "TRITON_HOME"
+    env = {k: v for k, v in os.environ.items() if k not in homes}
     command = [sys.executable, "-c", CODE, str(tmp_path / "probe.cpp")]
     env["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, check=False)
