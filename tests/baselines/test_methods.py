@@ -95,7 +95,7 @@ def test_pretraining_with_a_linear_classifier(pretrained, backend):
     first = cross_entropy(copy.deepcopy(network).train()(x), y)
     how = (episode, network, optimizer, 1000)
     losses = [float(pretrain_batch(*how, classifier="linear")[0]) for _ in range(20)]
-    assert losses[0] == pytest.approx(float(first), rel=1e-5)
+    assert losses[0] == pytest.approx(first.item(), rel=1e-5)
     assert losses[-1] < 0.5 * losses[0]
 
 
