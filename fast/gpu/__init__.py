@@ -8,6 +8,7 @@ modules of this folder can still be imported; nothing then calls their kernels.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Hashable, Iterable
@@ -17,9 +18,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils import out_of_memory
-
-if os.path.expanduser("~") == "~":  # no home folder: Triton would make one called "~" here
-    os.environ.setdefault("TRITON_HOME", tempfile.mkdtemp(prefix="triton-"))
 
 try:
     import triton
@@ -72,6 +70,7 @@ def _agrees(
     variant: Hashable = None,
 ) -> bool:
     try:
+        _triton_home()
         pairs = zip(results(kernel), results(eager), strict=True)
         difference = max(((a - b).abs().mean() / (b.abs().mean() + TINY)).item() for a, b in pairs)
     except Exception as e:  # a compiler's errors are of many types
@@ -85,6 +84,16 @@ def _agrees(
     name = kernel.__name__ if variant is None else f"{kernel.__name__} ({variant})"
     tqdm.write(f"without the Triton kernel {name}, so a little slower: {problem}")
     return False
+
+
+@functools.cache
+def _triton_home() -> tempfile.TemporaryDirectory | None:
+    """Where there is no home folder, a temporary one: Triton would make one called "~" here."""
+    if os.path.expanduser("~") != "~" or "TRITON_HOME" in os.environ:
+        return None
+    folder = tempfile.TemporaryDirectory(prefix="triton-")
+    os.environ["TRITON_HOME"] = folder.name
+    return folder
 
 
 def launch(

@@ -83,7 +83,10 @@ import os, sys
 from pathlib import Path
 from unittest import mock
 with mock.patch("os.path.expanduser", lambda path: path):  # no HOME, no entry of the user
+    import torch
     from fast import gpu, library
+    assert "TRITON_HOME" not in os.environ  # it is made for a first kernel, not for an import
+    assert gpu._agrees(torch.abs, torch.abs, 0, lambda function: [function(torch.ones(1))])
     assert os.path.isabs(os.environ["TRITON_HOME"])
     library.MAIN, library.KERNELS = Path(sys.argv[1]), ("probe",)
     print(library.Library().state)
@@ -97,8 +100,9 @@ def test_without_a_home_folder(probe, tmp_path):
     homes = "HOME", "XDG_CACHE_HOME", "TRITON_HOME"
     env = {k: v for k, v in os.environ.items() if k not in homes}
     command = [sys.executable, "-c", CODE, str(tmp_path / "probe.cpp")]
-    env["PYTHONPATH"] = str(ROOT)
+    env |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, check=False)
     assert "kernels compiled" in done.stdout, done.stderr
     assert done.stdout.startswith("compiling")  # it says what takes so long
     assert not list(place.iterdir())
+    assert not list(tmp_path.glob("triton-*"))
