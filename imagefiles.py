@@ -75,10 +75,9 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a folder, or a link to one."""
-    try:
+    with contextlib.suppress(OSError):  # a link that leads to itself
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
+    return False
 
 
 def walk(
@@ -94,23 +93,16 @@ def walk(
     Raises:
         UserError: a folder cannot be read.
     """
-    found = entries(folder)
-    if not above:
-        info = folder.stat()
-        above = ((info.st_dev, info.st_ino),)
-    for entry in found:
+    above = (*above, os.path.realpath(folder))
+    for entry in entries(folder):
         name = prefix + entry.name
         if not is_folder(entry):
-            try:
-                yield name, entry, "file" if entry.is_file() else "other"
-            except OSError:
-                yield name, entry, "other"
-        elif not without or os.path.realpath(entry.path) not in without:
-            info = os.stat(entry.path)
-            key = info.st_dev, info.st_ino
-            yield name, entry, "other" if key in above else "folder"
-            if key not in above:
-                yield from walk(Path(entry.path), without, f"{name}/", (*above, key))
+            yield name, entry, "file" if os.path.isfile(entry.path) else "other"
+        elif (real := os.path.realpath(entry.path)) in above:
+            yield name, entry, "other"
+        elif real not in without:
+            yield name, entry, "folder"
+            yield from walk(Path(entry.path), without, f"{name}/", above)
 
 
 def images_below(folder: Path, without: Iterable[Path] = ()) -> list[Path]:
@@ -122,11 +114,10 @@ def images_below(folder: Path, without: Iterable[Path] = ()) -> list[Path]:
     Raises:
         UserError: the folder or one in it cannot be read.
     """
-    files = [name for name, _, kind in walk(folder) if kind == "file"]
-    note_unknown(folder, (name for name in files if not is_image(name)))
+    files = [folder / name for name, _, kind in walk(folder) if kind == "file"]
+    note_unknown(folder, (path.name for path in files if not is_image(path.name)))
     known = {os.path.realpath(path) for path in without}
-    found = [folder / name for name in files if is_image(name)]
-    return [path for path in found if not known or os.path.realpath(path) not in known]
+    return [f for f in files if is_image(f.name) and os.path.realpath(f) not in known]
 
 
 def unknown_formats(names: Iterable[str]) -> str:

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for formats
 from formats import DATA
 from formats.build import Manifest, build, is_built
 
-from utils import Parser, UserError, int_range, run_main
+from utils import SPLITS, Parser, UserError, int_range, run_main
 
 RECIPE = 1  # raise it when the same settings come to give other images
 
@@ -80,9 +80,11 @@ def class_splits() -> dict[str, list[str]]:
 
     Every fifth of CHARACTERS goes to test and four of every 25 to val, so that each split has all
     six scripts. The split does not depend on the seed."""
-    test, val = set(CHARACTERS[4::5]), {c for k in (1, 8, 12, 20) for c in CHARACTERS[k::25]}
-    splits = {c: "test" if c in test else "val" if c in val else "train" for c in CHARACTERS}
-    return {name: [c for c in CHARACTERS if splits[c] == name] for name in ("train", "val", "test")}
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for n, character in enumerate(CHARACTERS):
+        split = "test" if n % 5 == 4 else "val" if n % 25 in (1, 8, 12, 20) else "train"
+        splits[split].append(character)
+    return splits
 
 
 def face_file(face: str) -> str:
@@ -166,23 +168,16 @@ def draw(seed: int, character: str, index: int, image_size: int) -> Image.Image:
 # ---- The data set ----
 
 
-class Glyphs:
-    """Draws images: the reader of a manifest whose keys are (character, index)."""
+def manifest(seed: int, image_size: int, per_class: int) -> Manifest:
+    """The whole data set, as JPEG files; its keys are (character, index)."""
 
-    def __init__(self, seed: int, image_size: int):
-        self.seed, self.image_size = seed, image_size
-
-    def stream(self, wanted: set[tuple[str, int]]) -> Iterator[tuple[tuple[str, int], bytes]]:
-        """Yield (key, JPEG file) of the wanted keys."""
+    def stream(wanted: set[tuple[str, int]]) -> Iterator[tuple[tuple[str, int], bytes]]:
         for character, index in sorted(wanted):
             content = io.BytesIO()
-            image = draw(self.seed, character, index, self.image_size)
+            image = draw(seed, character, index, image_size)
             image.save(content, "JPEG", quality=92, subsampling=0)
             yield (character, index), content.getvalue()
 
-
-def manifest(seed: int, image_size: int, per_class: int) -> Manifest:
-    """The manifest of the whole data set."""
     digits = max(3, len(str(per_class - 1)))
     items = {
         f"{split}/{class_name(character)}/{index:0{digits}d}.jpg": (character, index)
@@ -192,14 +187,14 @@ def manifest(seed: int, image_size: int, per_class: int) -> Manifest:
     }
     packages = (("matplotlib", matplotlib), ("numpy", np), ("pillow", PIL))
     versions = ", ".join(f"{name} {package.__version__}" for name, package in packages)
-    return Manifest(f"characters drawn with {versions}", Glyphs(seed, image_size), items)
+    return Manifest(f"characters drawn with {versions}", stream, items)
 
 
-def _run(argv: list[str]) -> int:
-    summary = "Draw 100 classes of characters (64 train, 16 val, 20 test) as JPEG images."
+def main(argv: list[str]) -> None:
+    """Run the command line."""
     parser = Parser(
         prog="glyphs.py",
-        description=summary,
+        description="Draw 100 classes of characters (64 train, 16 val, 20 test) as JPEG images.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--dest", help="folder to make", type=Path, default=DATA / "glyphs")
@@ -214,13 +209,7 @@ def _run(argv: list[str]) -> int:
     record = {"source": "glyphs", "recipe": RECIPE, **settings}
     if not is_built(dest, record):
         build(dest, record, lambda _: manifest(**settings))
-    return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_main(_run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main, sys.argv[1:]))

@@ -18,19 +18,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for utils
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for formats
 
-from utils import SPLITS, Parser, UserError, int_range, pip_install, print_error, run_main
+from utils import SPLITS, Parser, UserError, check_packages, int_range, run_main
 
-try:
-    from formats import DATA, omniglot
-    from formats.build import Manifest, build, is_built, work_folder
-    from formats.check import examine, print_report, read_record
-    from formats.detect import detect, is_wanted
-    from formats.sources import Source, unpack
-    from formats.splits import MINI, TINY, is_numbers
-except ModuleNotFoundError as missing:
-    if missing.name not in ("numpy", "PIL", "tqdm"):
-        raise
-    sys.exit(print_error(f"{missing.name} is missing; run: {pip_install()}"))
+if code := run_main(check_packages, ["numpy", "PIL", "tqdm"]):
+    sys.exit(code)
+
+from formats import DATA, omniglot
+from formats.build import Manifest, build, is_built, work_folder
+from formats.check import examine, print_report, read_record
+from formats.detect import detect, is_wanted
+from formats.sources import Source, unpack
+from formats.splits import MINI, TINY, is_numbers
 
 _EPILOG = """\
 data/README.md lists the sources, for example:
@@ -100,9 +98,7 @@ def _settings(args: argparse.Namespace, source: str, stamp: Any) -> dict[str, An
     return settings
 
 
-def _prepare(args: argparse.Namespace) -> int:
-    if not args.source:
-        raise UserError("SOURCE is empty: give a folder or an archive")
+def _prepare(args: argparse.Namespace) -> None:
     path, folder = Path(args.source), None
     if args.source == "omniglot":
         args.split, args.dest = args.split or omniglot.SPLIT, args.dest or DATA / "omniglot"
@@ -119,37 +115,34 @@ def _prepare(args: argparse.Namespace) -> int:
             raise UserError(f"{path}: is the data set itself; to examine it: --check {path}")
         without = {os.path.realpath(p) for dest in dests for p in (dest, work_folder(dest))}
         folder = Source(path, without=without)
-    stamp = folder.stamp if folder else [_stamp(archive) for archive in archives]
-    settings = _settings(args, source, stamp)
+    settings = _settings(args, source, folder.stamp if folder else [*map(_stamp, archives)])
     for dest in dests:
         wanted = args.dest or read_record(dest).get("settings") == settings
         if wanted and is_built(dest, settings):
-            return 0
+            return
 
     def make(scratch: Path) -> Manifest:
         wanted = partial(is_wanted, args=args)
         return detect(folder or unpack(path, archives, scratch / "outer", wanted), args, scratch)
 
-    build(dests[0], settings, make, args.link)
-    return 0
+    build(dests[0], settings, make)
 
 
-def _run(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
+    """Run the command line; returns the exit code."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes of any kind
     args = _parser().parse_args(argv)
-    if (args.source is None) == (args.check is None):
+    if bool(args.source) == bool(args.check):
         raise UserError("give either SOURCE or --check DIR (see --help)")
     try:
-        return print_report(args.check, examine(args.check)) if args.check else _prepare(args)
+        if args.check:
+            return print_report(args.check, examine(args.check))
+        _prepare(args)
     except (MemoryError, RecursionError):
         what = "does not fit into memory, or is nested too deeply"
         raise UserError(f"{args.source or args.check}: {what}") from None
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_main(_run, sys.argv[1:] if argv is None else argv)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main, sys.argv[1:]))

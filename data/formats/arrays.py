@@ -1,7 +1,8 @@
 """Images in pickles and Parquet shards.
 
-A reader's ``rows`` yields (key, file name or None, label) of each image of a file, and its
-``stream`` (key, image) of the wanted keys. A key is (file, row), a label is a number or a name.
+`read_pickle` and `read_shard` read one file. Without ``wanted`` they yield (row, label, file name
+or None) of each of its images, and with a set of rows (row, label, image) of these. A label is a
+number or a name.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -21,12 +22,13 @@ from utils import UserError, pip_install
 from . import safe_pickle
 from .sources import SPLIT_NAMES, WNID, Source
 
-Key = tuple[str, int]
+Key = tuple[str, int]  # file, row
 Label = int | str
+Reader = Callable[[str, Collection[int] | None], Iterator[tuple[int, Label, Any]]]
 
 
 def read_table(
-    reader: Pickles | Shards, splits: dict[str, str]
+    read: Reader, splits: dict[str, str]
 ) -> tuple[dict[str, dict[Label, list[Key]]], dict[Key, str]]:
     """{split: {class: [key of each image]}} of the files {name: split}, and the known file names.
 
@@ -34,71 +36,63 @@ def read_table(
     """
     table: dict[str, dict[Label, list[Key]]] = {}
     names: dict[Key, str] = {}
+    wnids: dict[Label, set[str]] = {}
     for file, split in splits.items():
         classes = table.setdefault(split, {})
-        for key, name, label in reader.rows(file):
-            classes.setdefault(nfc(label) if isinstance(label, str) else label, []).append(key)
-            if name:
-                names[key] = nfc(PurePosixPath(name.replace("\\", "/")).name)
-    wnids: dict[Label, set[str]] = {}
-    for classes in table.values():
-        for label, keys in classes.items():
+        for row, label, path in read(file, None):
+            name = nfc(PurePosixPath((path or "").replace("\\", "/")).name)
             if isinstance(label, int):
-                wnids.setdefault(label, set()).update(names.get(key, "")[:9] for key in keys)
+                wnids.setdefault(label, set()).add(name[:9])
+            else:
+                label = nfc(label)
+            classes.setdefault(label, []).append((file, row))
+            names[file, row] = name
     if all(len(of) == 1 and WNID.fullmatch(*of) for of in wnids.values()):
         for split, classes in table.items():
             table[split] = {next(iter(wnids.get(c, {c}))): keys for c, keys in classes.items()}
     return table, names
 
 
-class Pickles:
-    """Pickles of image_data uint8 [N, H, W, 3] and class_dict {class: indices}; or of data uint8
-    [N, H, W, 3] and labels [N], numbers or names. One at a time is in memory.
+def stream(read: Reader, wanted: set[Key]) -> Iterator[tuple[Key, Any]]:
+    """Yield (key, image) of the wanted keys."""
+    for file in {file for file, _ in wanted}:
+        for row, _, image in read(file, {row for name, row in wanted if name == file}):
+            yield (file, row), image
+
+
+# ---- Pickles ----
+
+
+def read_pickle(
+    source: Source, file: str, wanted: Collection[int] | None
+) -> Iterator[tuple[int, Label, np.ndarray | None]]:
+    """Read image_data uint8 [N, H, W, 3] and class_dict {class: indices}; or data uint8
+    [N, H, W, 3] and labels [N], numbers or names. An image is uint8 [H, W, 3].
 
     Raises:
-        UserError: a pickle is refused, or its images and labels do not fit together.
+        UserError: the pickle is refused, or its images and labels do not fit together.
     """
-
-    suffix = ".png"
-
-    def __init__(self, source: Source):
-        self._source = source
-
-    def rows(self, name: str) -> Iterator[tuple[Key, None, Label]]:
-        images, data = self._load(name)
-        read = _of_labels if "labels" in data else _of_class_dict
-        classes = read(data, len(images), f"{self._source.path}: {name}")
-        del images, data  # before the next one is loaded
-        yield from (((name, row), None, label) for row, label in enumerate(classes))
-
-    def _load(self, name: str) -> tuple[np.ndarray, dict[str, Any]]:
-        """The images uint8 [N, H, W, 3] of a pickle, and the rest of it."""
-        shown = f"{self._source.path}: {name}"
-        with self._source.open_path(name).open("rb") as file:
-            data = safe_pickle.load(file, shown)
-        key = next((key for key in ("image_data", "data") if key in data), None)
-        if key is None:
-            raise UserError(f"{shown}: has neither 'image_data' nor 'data'")
-        images = safe_pickle.as_array(data.pop(key), f"{shown}: {key}")
-        if images.dtype != np.uint8 or images.shape[3:] != (3,) or 0 in images.shape:
-            is_now = f"{images.dtype} {list(images.shape)}"
-            raise UserError(f"{shown}: {key} is {is_now}, not uint8 [images, height, width, 3]")
-        return images, data
-
-    def stream(self, wanted: set[Key]) -> Iterator[tuple[Key, np.ndarray]]:
-        """Yield (key, image uint8 [H, W, 3]) of the wanted keys."""
-        for name in {name for name, _ in wanted}:
-            images, _ = self._load(name)
-            for row in sorted(row for key, row in wanted if key == name):
-                yield (name, row), images[row].copy()  # a view would keep all of them in memory
-            del images
+    shown = f"{source.path}: {file}"
+    with source.files[file].open("rb") as content:
+        data = safe_pickle.load(content, shown)
+    key = next((key for key in ("image_data", "data") if key in data), None)
+    if key is None:
+        raise UserError(f"{shown}: has neither 'image_data' nor 'data'")
+    images = safe_pickle.as_array(data.pop(key), f"{shown}: {key}")
+    if images.dtype != np.uint8 or images.shape[3:] != (3,) or 0 in images.shape:
+        is_now = f"{images.dtype} {list(images.shape)}"
+        raise UserError(f"{shown}: {key} is {is_now}, not uint8 [images, height, width, 3]")
+    labels = (_of_labels if "labels" in data else _of_class_dict)(data, len(images), shown)
+    for row in range(len(images)) if wanted is None else sorted(wanted):
+        # a view would keep all images in memory
+        yield row, labels[row], None if wanted is None else images[row].copy()
 
 
 def _of_labels(data: dict[str, Any], count: int, shown: str) -> list[str | int]:
     """The class of each of ``count`` images by ``labels``; a number without ``catname2label``."""
     labels = safe_pickle.as_array(data["labels"], f"{shown}: labels").ravel()
-    sound = labels.dtype.kind in "iuU" and not (labels.dtype.kind == "i" and labels.min() < 0)
-    if len(labels) != count or not sound:
+    kind = labels.dtype.kind
+    if len(labels) != count or kind not in "iuU" or (kind == "i" and labels.min() < 0):
         found = f"{len(labels)} labels of type {labels.dtype}"
         needs = "must have a number above -1 or a name for each"
         raise UserError(f"{shown}: has {count} images, but {found}: {needs}")
@@ -123,87 +117,81 @@ def _of_class_dict(data: dict[str, Any], count: int, shown: str) -> list[str]:
     return classes
 
 
+# ---- Parquet shards ----
+
+
 def split_in_name(name: str) -> str:
     """The split in a shard's name, or in its folders' names, the nearest first; else "train"."""
     tokens = re.split(r"[^a-z]+", "/".join(reversed(PurePosixPath(name.lower()).parts)))
     return next((SPLIT_NAMES[token] for token in tokens if token in SPLIT_NAMES), "train")
 
 
-class Shards:
-    """Parquet shards with a column of images {bytes, path} and one of labels, numbers or names.
+def read_shard(
+    source: Source, class_names: list[str], file: str, wanted: Collection[int] | None
+) -> Iterator[tuple[int, Label, Any]]:
+    """Read a column of images {bytes, path} and one of labels, numbers or names. An image is the
+    bytes of its file.
 
     Args:
-        class_names: the names of labels 0, 1, ...; None takes them from the shards' metadata.
+        class_names: the names of labels 0, 1, ...; if empty, those in the shard's metadata.
 
     Raises:
-        UserError: pyarrow or a column is missing, a shard is damaged, or a label is wrong.
+        UserError: pyarrow or a column is missing, the shard is damaged, a label is wrong, or an
+            image is missing.
     """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        advice = pip_install("pyarrow")
+        raise source.error(f"Parquet files need pyarrow; run: {advice}") from None
+    part, batch = ("path", 4096) if wanted is None else ("bytes", 64)  # rows in memory
+    try:
+        with pyarrow.parquet.ParquetFile(source.files[file]) as shard:
+            image, label = _columns(shard.schema_arrow, source, file)
+            names = class_names or _names_in_metadata(shard.schema_arrow, label)
+            tables = shard.iter_batches(batch, columns=[f"{image}.{part}", label])
+            rows = (row for table in tables for row in table.to_pylist())
+            for number, row in enumerate(rows):
+                value, of = (row.get(image) or {}).get(part), row[label]
+                where = f"{file}: row {number}"
+                if not isinstance(of, str):
+                    if not isinstance(of, int) or not 0 <= of < len(names or range(2**63 - 1)):
+                        classes = f" of {len(names)} classes" if names else ""
+                        raise source.error(f"{where}: wrong label {of!r}{classes}")
+                    of = names[of] if names else of
+                if wanted is None or number in wanted:
+                    if wanted and not value:
+                        raise source.error(f"{where} has no image")
+                    yield number, of, value
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        what = str(error).partition("\n")[0][:150]
+        advice = f"truncated or damaged Parquet file ({what}): get another copy"
+        raise source.error(f"{file}: {advice}") from None
 
-    suffix = ""  # the images tell
 
-    def __init__(self, source: Source, class_names: list[str] | None):
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError:
-            advice = pip_install("pyarrow")
-            raise source.error(f"Parquet files need pyarrow; run: {advice}") from None
-        self._arrow, self._source, self._class_names = pyarrow, source, class_names
+def _columns(schema: Any, source: Source, file: str) -> tuple[str, str]:
+    """The names of the image and the label column."""
+    from pyarrow import types
 
-    def rows(self, name: str) -> Iterator[tuple[Key, str | None, Label]]:
-        for key, path, label in self._rows(name, "path", 4096):
-            known = self._class_names
-            if not isinstance(label, str):
-                if not isinstance(label, int) or not 0 <= label < len(known or range(2**63 - 1)):
-                    classes = f" of {len(known)} classes" if known else ""
-                    where = f"{name}: row {key[1]}"
-                    raise self._source.error(f"{where}: wrong label {label!r}{classes}")
-                label = known[label] if known else label
-            yield key, path, label
+    kinds = (types.is_integer, types.is_string, types.is_large_string, types.is_dictionary)
+    structs = [field for field in schema if types.is_struct(field.type)]
+    images = [f.name for f in structs if f.type.get_field_index("bytes") >= 0]
+    labels = [f.name for f in schema if any(kind(f.type) for kind in kinds)]
+    usual = [n for n in ("label", "labels", "class", "fine_label", "target") if n in labels]
+    if not images or not (usual or len(labels) == 1):
+        columns = ", ".join(f"{f.name} ({str(f.type)[:40]})" for f in schema)
+        needs = "needs a column of images {bytes, path} and one of labels"
+        raise source.error(f"{file}: {needs}; its columns are {columns}")
+    return "image" if "image" in images else images[0], [*usual, *labels][0]
 
-    def _rows(self, name: str, part: str, batch: int) -> Iterator[tuple[Key, Any, Any]]:
-        """Yield (key, the image's ``part``, label) of each of a shard's rows, ``batch`` of them in
-        memory.
-        """
-        try:
-            with self._arrow.parquet.ParquetFile(self._source.open_path(name)) as shard:
-                image, label = self._columns(name, shard.schema_arrow)
-                tables = shard.iter_batches(batch, columns=[f"{image}.{part}", label])
-                rows = (row for table in tables for row in table.to_pylist())
-                for number, row in enumerate(rows):
-                    yield (name, number), (row.get(image) or {}).get(part), row[label]
-        except (self._arrow.ArrowException, OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            what = str(error).partition("\n")[0][:150]
-            advice = f"truncated or damaged Parquet file ({what}): get another copy"
-            raise self._source.error(f"{name}: {advice}") from None
 
-    def _columns(self, name: str, schema: Any) -> tuple[str, str]:
-        """The names of the image and the label column; takes class names from the metadata."""
-        is_ = self._arrow.types
-        kinds = (is_.is_integer, is_.is_string, is_.is_large_string, is_.is_dictionary)
-        structs = [field for field in schema if is_.is_struct(field.type)]
-        images = [f.name for f in structs if f.type.get_field_index("bytes") >= 0]
-        labels = [f.name for f in schema if any(kind(f.type) for kind in kinds)]
-        usual = [n for n in ("label", "labels", "class", "fine_label", "target") if n in labels]
-        if not images or not (usual or len(labels) == 1):
-            columns = ", ".join(f"{f.name} ({str(f.type)[:40]})" for f in schema)
-            needs = "needs a column of images {bytes, path} and one of labels"
-            raise self._source.error(f"{name}: {needs}; its columns are {columns}")
-        label = [*usual, *labels][0]
-        if self._class_names is None:
-            with contextlib.suppress(KeyError, ValueError, TypeError):
-                info = json.loads((schema.metadata or {})[b"huggingface"])["info"]
-                names = info["features"][label]["names"]
-                self._class_names = list(map(str, names)) if isinstance(names, list) else None
-        return "image" if "image" in images else images[0], label
-
-    def stream(self, wanted: set[Key]) -> Iterator[tuple[Key, bytes]]:
-        """Yield (key, bytes of the image file) of the wanted keys."""
-        for name in {name for name, _ in wanted}:
-            for key, content, _ in self._rows(name, "bytes", 64):
-                if key in wanted:
-                    if not content:
-                        raise self._source.error(f"{name}: row {key[1]} has no image")
-                    yield key, content
+def _names_in_metadata(schema: Any, label: str) -> list[str]:
+    """The class names that data hubs put into a shard's metadata; [] if there are none."""
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        info = json.loads(schema.metadata[b"huggingface"])["info"]
+        names = info["features"][label]["names"]
+        return list(map(str, names)) if isinstance(names, list) else []
+    return []

@@ -12,9 +12,9 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from imagefiles import is_image
 from utils import SPLITS, UserError, atomic_write, file_lock
 
 from . import DATA
-from .check import RECORD, examine, print_report, read_record
+from .check import RECORD, examine, placed, print_report, read_record
 from .sources import Source, some
 
 _BATCH = 64
@@ -35,25 +35,18 @@ _SUFFIXES = {b"\x89PNG": ".png", b"RIFF": ".webp", b"BM": ".bmp"}  # of other co
 
 @dataclass
 class Manifest:
-    """What to make of a source.
+    """What to make of a source."""
 
-    Attributes:
-        found: the source's format, for the user.
-        reader: its ``stream(keys)`` yields (key, image) of a set of keys; an image is the path or
-            the bytes of an image file, or an array uint8 [H, W, 3].
-        items: {split/class/name: key} of the images, each under one key. A name without a suffix
-            gets one by the image's content.
-        notes: lines for the user.
-        published: False if the images are known not to be the published choice.
-        dest: the name of the folder to make; None for the one that was asked for.
-    """
-
-    found: str
-    reader: Any
+    found: str  # the source's format, for the user
+    # yields (key, image) of a set of keys; an image is the path or the bytes of an image file, or
+    # an array uint8 [H, W, 3]
+    stream: Callable[[set[Any]], Iterable[tuple[Any, Any]]]
+    # {split/class/name: key}; a name without a suffix gets one by the image's content
     items: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
-    published: bool = True
-    dest: str | None = None
+    notes: Sequence[str] = ()  # for the user
+    published: bool = True  # False if the images are known not to be the published choice
+    dest: str | None = None  # the name of the folder to make; None for the one that was asked for
+    link: str = "copy"  # what to do with paths: "copy", "move", "hard" or "symlink"
 
 
 def work_folder(dest: Path) -> Path:
@@ -75,7 +68,7 @@ def is_built(dest: Path, settings: dict[str, Any]) -> bool:
         return False
     record = read_record(dest) if dest.is_dir() else {}
     if record.get("settings") == settings:
-        images, written = len(_images(dest)), record.get("images")
+        images, written = len(placed(Source(dest))), record.get("images")
         if images == written:
             print(f"{dest}: is there already, made from {settings['source']}: nothing to do")
             return True
@@ -87,22 +80,13 @@ def is_built(dest: Path, settings: dict[str, Any]) -> bool:
     raise UserError(f"{dest}: {fault}: remove it, or {advice}")
 
 
-def _images(folder: Path) -> list[str]:
-    """<split>/<class>/<image> of a data set."""
-    names, placed = Source(folder).files, tuple(f"{split}/" for split in SPLITS)
-    return [name for name in names if name.count("/") == 2 and name.startswith(placed)]
-
-
-def build(
-    dest: Path, settings: dict[str, Any], make: Callable[[Path], Manifest], link: str = "copy"
-) -> None:
+def build(dest: Path, settings: dict[str, Any], make: Callable[[Path], Manifest]) -> None:
     """Make a data set at ``dest``, which must be missing or an empty folder, and show what it is.
 
     Args:
         settings: what a later run must share to resume this one; kept in the record. Its "source"
             is named in errors.
         make: its manifest; may unpack archives into the folder that it is given.
-        link: "copy", "hard" or "symlink" the files of a source.
 
     Raises:
         UserError: the source has a fault, or an image cannot be read: ``dest`` is untouched and
@@ -122,12 +106,14 @@ def build(
                 manifest = make(work / ".unpacked")
                 dest = dest.with_name(manifest.dest or dest.name)
                 is_built(dest, settings)  # refuses a data set of another source
-                _fill(work, manifest, dest, link, settings["source"])
+                _fill(work, manifest, dest, settings["source"])
                 report = examine(work)
-                if bad := report.unreadable:
+                if report.unreadable:
                     keys = manifest.items  # of names with and without a suffix
-                    keys = {p: keys.get(p, keys.get(os.path.splitext(p)[0])) for p in bad}
-                    bad = [f"{keys[path]} ({why})" for path, why in bad.items()]
+                    bad = [
+                        f"{keys.get(path, keys.get(os.path.splitext(path)[0]))} ({why})"
+                        for path, why in report.unreadable.items()
+                    ]
                     raise UserError(f"{settings['source']}: {some(bad, 10)}")
             except (UserError, MemoryError, RecursionError):
                 shutil.rmtree(work, ignore_errors=True)
@@ -172,32 +158,26 @@ def _clear(work: Path, settings: dict[str, Any]) -> None:
         shutil.rmtree(work)
 
 
-def _fill(work: Path, manifest: Manifest, dest: Path, link: str, source: str) -> None:
+def _fill(work: Path, manifest: Manifest, dest: Path, source: str) -> None:
     """Write all images of a manifest that an interrupted run has not written."""
     folders = {path.rpartition("/")[0] for path in manifest.items}
     counts = "/".join(str(sum(f.startswith(f"{split}/") for f in folders)) for split in SPLITS)
     total = len(manifest.items)
     print(f"found: {source}: {manifest.found}", *manifest.notes, sep="\nnote: ")
     print(f"writing: {counts} classes, {total} images -> {dest}", flush=True)
-    stored = set(_images(work))
+    stored = set(placed(Source(work)))
     stored |= {os.path.splitext(name)[0] for name in stored}  # of a name without a suffix
     left = {key: path for path, key in manifest.items.items() if path not in stored}
     if done := total - len(left):
         print(f"resuming: {done} of {total} images are there")
     for folder in folders:
         (work / folder).mkdir(parents=True, exist_ok=True)
-    images = manifest.reader.stream(set(left))
-    if getattr(manifest.reader, "archive", None):
-        link = "move"
+    images = iter(manifest.stream(set(left)))
     bar = tqdm(None, "writing", total, initial=done, unit=" images", disable=None)
     with bar, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         while batch := list(itertools.islice(images, _BATCH)):
-            targets = [work / left.pop(key) for key, _ in batch]
-            list(pool.map(_write, targets, [image for _, image in batch], [link] * len(batch)))
+            list(pool.map(lambda x: _write(work / left[x[0]], x[1], manifest.link), batch))
             bar.update(len(batch))
-    if left:
-        lost = f"{len(left)} images are no longer there ({some([*map(str, left)])})"
-        raise UserError(f"{source}: {lost}: has it changed?")
 
 
 def _write(target: Path, image: Path | bytes | np.ndarray, link: str) -> None:

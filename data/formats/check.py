@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,33 +41,27 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 @dataclass
 class Report:
-    """What `examine` finds.
+    """What `examine` finds."""
 
-    Attributes:
-        classes: {split: {class: number of readable images}}.
-        sizes: {split: {(width, height)}}.
-        fingerprints: {split: 16 hex digits} that tell which images are together in a class,
-            whatever their names are.
-        unreadable: {path: why}.
-        duplicates: [(path, path)] of equal images in two splits.
-        inside: number of images that are in one split twice.
-        strays: paths of files that are where none belongs, and of links that lead nowhere.
-        unknown: paths of files of unknown format, which training leaves out.
-    """
-
-    classes: dict[str, dict[str, int]] = field(default_factory=lambda: {s: {} for s in SPLITS})
-    sizes: dict[str, set] = field(default_factory=lambda: {s: set() for s in SPLITS})
-    fingerprints: dict[str, str] = field(default_factory=dict)
-    unreadable: dict[str, str] = field(default_factory=dict)
-    duplicates: list[tuple[str, str]] = field(default_factory=list)
-    inside: int = 0
-    strays: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
+    classes: dict[str, dict[str, int]]  # {split: {class: number of readable images}}
+    sizes: dict[str, set[tuple[int, int]]]  # {split: {(width, height)}}
+    # {split: 16 hex digits} that tell which images are together in a class, whatever their names
+    fingerprints: dict[str, str]
+    unreadable: dict[str, str]  # {path: why}
+    duplicates: list[tuple[str, str]]  # paths of equal images in two splits
+    inside: int  # number of images that are in one split twice
+    strays: list[str]  # paths of files where none belongs, and of links that lead nowhere
+    unknown: list[str]  # paths of files of unknown format, which training leaves out
 
     @property
     def counts(self) -> dict[str, int]:
         """{split/class: number of readable images}."""
         return {f"{s}/{cls}": n for s, of in self.classes.items() for cls, n in of.items()}
+
+
+def placed(source: Source) -> list[str]:
+    """<split>/<class>/<file> of a data set, split by split."""
+    return [n for s in SPLITS for n in source.files if n.startswith(f"{s}/") and n.count("/") == 2]
 
 
 def examine(folder: Path) -> Report:
@@ -76,41 +70,41 @@ def examine(folder: Path) -> Report:
     Raises:
         UserError: ``folder`` does not have the layout {train,val,test}/<class>/<image>.
     """
-    source, report, files = Source(folder), Report(), []
+    source = Source(folder)
     if lacking := [split for split in SPLITS if split not in source.dirs]:
         raise UserError(f"{folder}: has no folder {' and no '.join(lacking)}")
-    for name in sorted(source.dirs, key=natural):
-        split, _, cls = name.partition("/")
-        if split in SPLITS and cls and "/" not in cls:
-            report.classes[split][cls] = 0
-    for split in SPLITS:
-        found = [n for n in (*source.files, *source.skipped) if n.startswith(f"{split}/")]
-        placed = [name for name in found if name.count("/") == 2 and name in source.files]
-        report.strays += sorted(set(found) - set(placed))
-        report.unknown += [name for name in placed if not is_image(name)]
-        files += filter(is_image, placed)
+    below = tuple(f"{split}/" for split in SPLITS)
+    names = [name for name in (*source.files, *source.skipped) if name.startswith(below)]
+    files = placed(source)
+    strays = sorted(set(names) - set(files))
+    unknown = [name for name in files if not is_image(name)]
+    images = list(filter(is_image, files))
     digests: dict[str, dict[str, list[bytes]]] = {split: {} for split in SPLITS}
+    for split, _, cls in (name.partition("/") for name in sorted(source.dirs, key=natural)):
+        if split in SPLITS and cls and "/" not in cls:
+            digests[split][cls] = []
+    report = Report({}, {split: set() for split in SPLITS}, {}, {}, [], 0, strays, unknown)
     first: dict[bytes, str] = {}  # {digest of the pixels: the first file}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about odd metadata
-        results = pool.map(lambda name: _read_image(source.open_path(name)), files)
-        results = tqdm(results, "checking", len(files), unit=" images", disable=None)
-        for name, image in zip(files, results, strict=True):
+        results = pool.map(_read_image, (source.files[name] for name in images))
+        results = tqdm(results, "checking", len(images), unit=" images", disable=None)
+        for name, image in zip(images, results, strict=True):
             if isinstance(image, str):
                 report.unreadable[name] = image
                 continue
             digest, pixels, size = image
             split, cls, _ = name.split("/")
-            report.classes[split][cls] += 1
             report.sizes[split].add(size)
-            digests[split].setdefault(cls, []).append(digest)
+            digests[split][cls].append(digest)
             other = first.setdefault(pixels, name)
             if not other.startswith(f"{split}/"):
                 report.duplicates.append((other, name))
             elif other is not name:
                 report.inside += 1
     for split, classes in digests.items():
-        joined = sorted(hashlib.sha256(b"".join(sorted(c))).digest() for c in classes.values())
+        report.classes[split] = {cls: len(of) for cls, of in classes.items()}
+        joined = sorted(hashlib.sha256(b"".join(sorted(c))).digest() for c in classes.values() if c)
         report.fingerprints[split] = hashlib.sha256(b"".join(joined)).hexdigest()[:16]
     return report
 

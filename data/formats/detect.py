@@ -13,24 +13,32 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 
-from imagefiles import is_image, nfc, read_text, suffix, unknown_formats
+from imagefiles import is_image, read_text, suffix, unknown_formats
 from utils import SPLITS, UserError
 
-from .arrays import Pickles, Shards, read_table, split_in_name
+from .arrays import Reader, read_pickle, read_shard, read_table, split_in_name, stream
 from .build import Manifest
 from .sources import ARCHIVES, SPLIT_NAMES, WNID, Source, natural, some, unpack
 from .splits import MINI, TINY, Classes, is_numbers, read_split_file, split_parts
 
+SHARDS = "Parquet shards"
+ARRAYS = {  # what it is: the pattern of its files' names
+    "mini-imagenet-cache pickles": r"mini-imagenet-cache-(train|val|test)\.pkl",
+    "miniImageNet_category_split pickles": (
+        r"miniImageNet_category_split_(?:train_phase_(train)|(val|test))\.pickle"
+    ),
+    SHARDS: r"(?i:.*\.parquet)",
+}
 _STRAY = 20  # more images than these beside pickles, shards or tars are a data set of their own
 _RANKED = re.compile(r"(n\d{8})(\d{8})\.\w+")  # Ravi & Larochelle's names: class, number
 _OMNIGLOT = re.compile(r"(?:.*/)?images_(?:background|evaluation)/([^/]+)/([^/]+)/[^/]+")
 _FILE_COLUMNS = ("filename", "file_name", "file", "image_name", "image", "path")
 _LABEL_COLUMNS = ("label", "class_name", "class", "class_id", "category", "wnid")
 
-Groups = dict[str, Classes]  # {folder above class folders: {class: [image, in natural order]}}
-Tables = dict[str, tuple[str, bytes]]  # {split: (the CSV file's shown name, its content)}
+Tables = list[tuple[Path, Path]]  # of train.csv, val.csv and test.csv: (name for the user, path)
 
 
 def detect(source: Source, args: argparse.Namespace, scratch: Path) -> Manifest:
@@ -44,45 +52,47 @@ def detect(source: Source, args: argparse.Namespace, scratch: Path) -> Manifest:
         UserError: it is in no known format, or has a fault.
     """
     hits = {
-        what: {name: found for name in source.files if (found := re.fullmatch(p, _base(name)))}
-        for what, p in ARRAYS.items()
+        what: matches
+        for what, pattern in ARRAYS.items()
+        if (matches := {n: m for n in source.files if (m := re.fullmatch(pattern, _base(n)))})
     }
-    hits = {what: matches for what, matches in hits.items() if matches}
     images = sum(map(is_image, source.files))
-    if len(hits) > 1 or (hits and images > _STRAY):
-        there = [*hits, *([f"{images} images"] if images > _STRAY else [])]
+    there = [*hits, *[f"{images} images"] * (images > _STRAY)]
+    if hits and len(there) > 1:
         raise source.error(f"holds {' and '.join(there)}: give the folder of one of them")
-    notes, what = [], "image files"
     if hits:
         ((what, matches),) = hits.items()
-        reader, parts, names, notes = _from_arrays(source, what, matches, args)
+        read, parts, names, notes = _from_arrays(source, what, matches, args)
+        files, read_images = [], partial(stream, read)
     else:
-        tables = _find_tables(source, args)
-        source = reader = _unpacked(source, args, scratch)
+        what, notes, tables = "image files", [], _find_tables(source, args)
+        source = _unpacked(source, args, scratch)
         parts, names = _from_images(source, tables or _find_tables(source, args), args)
+        files, read_images = list(source.files), source.stream
     if args.link != "copy" and (hits or source.archive):
         raise UserError(f"--link {args.link}: only image files of a folder can be linked")
     splits, how, known, cut = split_parts(parts, source, args)
+    # the content of an image in a shard tells its format
+    usual = "" if what == SHARDS else ".png"
     items = {
         f"{split}/{cls}/{name}": key
         for split, classes in splits.items()
         for cls, keys in classes.items()
-        for name, key in zip(_file_names(cls, keys, names, reader.suffix), keys, strict=True)
+        for name, key in zip(_file_names(cls, keys, names, usual), keys, strict=True)
     }
-    for path in items:
-        for name in path.split("/", 2)[1:]:
-            odd = name.startswith(".") or any(ord(c) < 32 or c in "/\\" for c in name)
-            if odd or not 0 < len(os.fsencode(name)) <= 240:
-                raise source.error(f"{name[:80]!r} cannot be the name of a class or file")
+    for name in (name for path in items for name in path.split("/", 2)[1:]):
+        if (
+            not re.fullmatch(r"[^.\x00-\x1f/\\][^\x00-\x1f/\\]*", name)
+            or len(os.fsencode(name)) > 240
+        ):
+            raise source.error(f"{name[:80]!r} cannot be the name of a class or file")
     if len(used := set(items.values())) < len(items):
         twice = Counter(items.values()).most_common(1)[0][0]
         raise source.error(f"{twice} is listed twice")
     published = not (cut and known is MINI)
     if not published:
         notes.append("these are NOT the published images: for those give CSV files with --csv DIR")
-    files = [] if hits else list(source.files)
-    odd = [name for name in files if not is_image(name)]
-    odd = [name for name in odd if not name.lower().endswith((".csv", ".txt", ".json"))]
+    odd = [n for n in files if not (is_image(n) or suffix(n) in (".csv", ".txt", ".json"))]
     for left_out, those in (
         ("other images", [name for name in files if is_image(name) and name not in used]),
         (unknown_formats(odd).partition(" ")[2], odd),
@@ -90,8 +100,8 @@ def detect(source: Source, args: argparse.Namespace, scratch: Path) -> Manifest:
     ):
         if those:
             notes.append(f"left out: {len(those)} {left_out} ({some(those)})")
-    dest = None if args.dest else known.folder
-    return Manifest(f"{what}, {how}", reader, items, notes, published, dest)
+    dest, link = None if args.dest else known.folder, "move" if source.archive else args.link
+    return Manifest(f"{what}, {how}", read_images, items, notes, published, dest, link)
 
 
 def _base(name: str) -> str:
@@ -102,8 +112,7 @@ def _file_names(cls: str, keys: list, names: dict, usual: str) -> list[str]:
     """A file name for each image of a class: its own, or a number where some have none or are
     equal, as in parts that number their images anew.
     """
-    own = [names.get(key, "") for key in keys]
-    own = [name if is_image(name) else "" for name in own]
+    own = [names[key] if is_image(names[key]) else "" for key in keys]
     numbers = [f"{cls}_{rank:04d}{suffix(name) or usual}" for rank, name in enumerate(own)]
     return own if len(set(own)) == len(own) and all(own) else numbers
 
@@ -113,16 +122,15 @@ def _unpacked(source: Source, args: argparse.Namespace, scratch: Path) -> Source
     as ILSVRC-2012 has them, an archive for each split, or one archive.
     """
     packed = [name for name in source.files if name.lower().endswith(ARCHIVES)]
-    stems = {name: _base(name).split(".")[0] for name in packed}
-    splits = {SPLIT_NAMES.get(stem.lower()) for stem in stems.values()}
     if not packed or sum(map(is_image, source.files)) > _STRAY:
         return source
-    if all(map(WNID.fullmatch, stems.values())):
-        packed = [name for name in packed if is_wanted(name, args)]
-    elif len(packed) > 1 and (len(packed) != 3 or splits != set(SPLITS)):
+    stems = {name: _base(name).split(".")[0] for name in packed}
+    splits = sorted(SPLIT_NAMES.get(stem.lower(), "") for stem in stems.values())
+    by_class = all(map(WNID.fullmatch, stems.values()))
+    if len(packed) > 1 and not by_class and splits != sorted(SPLITS):
         advice = "unpack them, or give the one that holds the images"
         raise source.error(f"holds {len(packed)} archives ({some(packed)}): {advice}")
-    archives = {source.open_path(name): stems[name] for name in packed}
+    archives = {source.files[name]: stems[name] for name in packed if is_wanted(name, args)}
     return unpack(source.path, archives, scratch / "inner")
 
 
@@ -139,29 +147,30 @@ def is_wanted(name: str, args: argparse.Namespace) -> bool:
 
 def _from_arrays(
     source: Source, what: str, matches: dict[str, re.Match], args: argparse.Namespace
-) -> tuple[Pickles | Shards, dict[str, Classes], dict, list[str]]:
-    """The reader, the table, the known file names, and notes."""
-    reader: Pickles | Shards
-    if what == "Parquet shards":
+) -> tuple[Reader, dict[str, Classes], dict, list[str]]:
+    """The reader, the table, the file names, and notes."""
+    if what == SHARDS:
         text = read_text(args.class_names) if args.class_names else ""
         class_names = [line.strip() for line in text.splitlines() if line.strip()]
-        reader, splits = Shards(source, class_names or None), {n: split_in_name(n) for n in matches}
+        read, splits = (
+            partial(read_shard, source, class_names),
+            {n: split_in_name(n) for n in matches},
+        )
     else:
-        reader, splits = Pickles(source), {n: m.group(m.lastindex) for n, m in matches.items()}
+        read, splits = partial(read_pickle, source), {n: m[m.lastindex] for n, m in matches.items()}
         if len(set(splits.values())) < len(splits):
             there = ", ".join(splits)
             raise source.error(f"holds a split's pickle twice ({there}): give one folder")
-    table, names = read_table(reader, splits)
-    sets, note = set(map(frozenset, table.values())), []
+    table, names = read_table(read, splits)
+    sets, notes = set(map(frozenset, table.values())), []
     if any(isinstance(label, int) for labels in sets for label in labels):
-        note = ["the labels are numbers without names: classes are called by number"]
-        if isinstance(reader, Shards) and not args.split and len(sets) < len(SPLITS):
-            raise source.error(
-                "every class is in every shard and the labels are numbers without names: "
-                "give the names, one a line, with --class-names FILE"
-            )
+        lack = "the labels are numbers without names"
+        notes = [f"{lack}: classes are called by number"]
+        if what == SHARDS and not args.split and len(sets) < len(SPLITS):
+            advice = "give the names, one a line, with --class-names FILE"
+            raise source.error(f"every class is in every shard and {lack}: {advice}")
     # numbers may start from 0 again in each pickle, and without --split in each shard
-    whole = args.split and isinstance(reader, Shards)
+    whole = args.split and what == SHARDS
     parts = {
         split: {
             f"{'class' if whole else split}-{c:03d}" if isinstance(c, int) else c: keys
@@ -169,33 +178,26 @@ def _from_arrays(
         }
         for split, classes in table.items()
     }
-    return reader, parts, names, note
-
-
-_CATEGORY = r"miniImageNet_category_split_(?:train_phase_(train)|(val|test))\.pickle"
-ARRAYS = {  # what it is: the pattern of its files' names
-    "mini-imagenet-cache pickles": r"mini-imagenet-cache-(train|val|test)\.pkl",
-    "miniImageNet_category_split pickles": _CATEGORY,
-    "Parquet shards": r"(?i:.*\.parquet)",
-}
+    return read, parts, names, notes
 
 
 # ---- Image files ----
 
 
 def _from_images(
-    source: Source, tables: Tables | None, args: argparse.Namespace
+    source: Source, tables: Tables, args: argparse.Namespace
 ) -> tuple[dict[str, Classes], dict[str, str]]:
     """The table of image files, and the name of each."""
     images = sorted(filter(is_image, source.files), key=natural)
     if not images:
         there = unknown_formats(source.files) or "no files"
         raise source.error(f"holds no images, but {there}; data/README.md lists the formats")
-    groups = _by_folder(images)
-    parts = _layout(source, groups)
-    if tables and not parts:
-        return _from_tables(source, groups, images, tables)
-    parts = parts or _class_folders(source, groups, args)
+    layouts, places = _by_folder(images)
+    if len(layouts) > 1:
+        raise source.error(f"holds {len(layouts)} data sets ({some(layouts)}): give one's folder")
+    if tables and not layouts:
+        return _from_tables(source, places, images, tables)
+    parts = next(iter(layouts.values()), None) or {"all": _class_folders(source, places, args)}
     filled = {str(folder) for name in images for folder in PurePosixPath(name).parents}
     used = (name for of in parts.values() for names in of.values() for name in names)
     parents = {str(PurePosixPath(name).parent.parent) for name in used}
@@ -205,103 +207,91 @@ def _from_images(
     return parts, {name: _base(name) for name in images}
 
 
-def _by_folder(images: list[str]) -> Groups:
+def _by_folder(images: list[str]) -> tuple[dict[str, dict[str, Classes]], dict[str, Classes]]:
     """Group images by class folder; <class>/images/ (Tiny-ImageNet) counts as <class>/, and its
     val/images/ and test/images/, which are of no class, are left out. Omniglot's classes are in
     folders of alphabets. Names of Ravi & Larochelle's in one folder begin with their class.
+
+    Returns:
+        {folder: {part: {class: [image]}}} of {train,val,test}/<class>/<image>, perhaps with more
+        folders between; two parts are enough if both have the same classes. And {folder above
+        class folders: {class: [image]}} of all images.
     """
     ranked = len({name.rpartition("/")[0] for name in images}) == 1
     ranked = ranked and all(_RANKED.fullmatch(_base(name)) for name in images)
-    groups: Groups = {}
+    layouts: dict[str, dict[str, Classes]] = {}
+    places: dict[str, Classes] = {}
     for name in images:
         folder = PurePosixPath(name).parent
         if folder.name == "images" and WNID.fullmatch(folder.parent.name):
             folder = folder.parent
-        above, cls = str(folder.parent), folder.name
+        above, cls = folder.parent, folder.name
         if drawing := _OMNIGLOT.fullmatch(name):
-            above, cls = "omniglot", "_".join(drawing.groups())
+            above, cls = PurePosixPath("omniglot"), "_".join(drawing.groups())
         elif ranked:
             cls = _base(name)[:9]
-        if cls and not (cls == "images" and folder.parent.name in SPLIT_NAMES):
-            groups.setdefault(above, {}).setdefault(cls, []).append(name)
-    return groups
+        if not cls or (cls == "images" and above.name in SPLIT_NAMES):
+            continue
+        places.setdefault(str(above), {}).setdefault(cls, []).append(name)
+        if at := [n for n, part in enumerate(above.parts) if part.lower() in SPLIT_NAMES]:
+            layout = layouts.setdefault("/".join(above.parts[: at[0]]), {})
+            part = layout.setdefault(SPLIT_NAMES[above.parts[at[-1]].lower()], {})
+            part.setdefault(cls, []).append(name)
+    for folder, parts in list(layouts.items()):
+        if len(parts) < 2 or (len(parts) == 2 and len(set(map(frozenset, parts.values()))) == 2):
+            del layouts[folder]
+    return layouts, places
 
 
-def _layout(source: Source, groups: Groups) -> dict[str, Classes] | None:
-    """{train,val,test}/<class>/<image>, perhaps between more folders; None if it is not that.
-
-    Two of the three folders are enough if both have the same classes."""
-    layouts: dict[str, dict[str, Classes]] = {}
-    for parent, classes in groups.items():
-        folders = parent.split("/")
-        at = [n for n, folder in enumerate(folders) if folder.lower() in SPLIT_NAMES]
-        if at:
-            above, split = "/".join(folders[: at[0]]), SPLIT_NAMES[folders[at[-1]].lower()]
-            part = layouts.setdefault(above, {}).setdefault(split, {})
-            for cls, names in classes.items():
-                part.setdefault(cls, []).extend(names)
-    whole = {
-        above: parts
-        for above, parts in layouts.items()
-        if len(parts) == 3 or (len(parts) == 2 and len(set(map(frozenset, parts.values()))) == 1)
-    }
-    if len(whole) > 1:
-        raise source.error(f"holds {len(whole)} data sets ({some(whole)}): give one's folder")
-    return next(iter(whole.values()), None)
-
-
-def _class_folders(source: Source, groups: Groups, args: argparse.Namespace) -> dict[str, Classes]:
+def _class_folders(source: Source, places: dict[str, Classes], args: argparse.Namespace) -> Classes:
     """Class folders in one place, or in that place of several which has the classes asked for."""
-    if not groups:
+    if not places:
         advice = "make a folder for each class, or give --csv DIR"
         raise source.error(f"holds images, but neither class folders nor CSV files: {advice}")
     lists = [MINI.split_of.keys(), TINY.split_of.keys()]
     if args.split:
         lists = [] if is_numbers(args.split) else [read_split_file(Path(args.split)).keys()]
     for wanted in lists:
-        fitting = [classes for classes in groups.values() if wanted <= classes.keys()]
+        fitting = [classes for classes in places.values() if wanted <= classes.keys()]
         if len(fitting) == 1:
-            return {"all": fitting[0]}
-    if len(groups) > 1:
-        what = f"holds class folders in {len(groups)} places ({some(groups)})"
+            return fitting[0]
+    if len(places) > 1:
+        what = f"holds class folders in {len(places)} places ({some(places)})"
         raise source.error(f"{what}, which are not train, val and test: give one")
-    return {"all": next(iter(groups.values()))}
+    return next(iter(places.values()))
 
 
 # ---- CSV files ----
 
 
-def _find_tables(source: Source, args: argparse.Namespace) -> Tables | None:
-    """train.csv, val.csv and test.csv of --csv, inside of the source, or beside it; None if there
+def _find_tables(source: Source, args: argparse.Namespace) -> Tables:
+    """train.csv, val.csv and test.csv of --csv, inside of the source, or beside it; [] if there
     are none.
     """
     names = [f"{split}.csv" for split in SPLITS]
     folder = args.csv or source.path.absolute().parent
-    paths = {str(folder / name): folder / name for name in names}
+    tables = [(folder / name, folder / name) for name in names]
     if not args.csv:
-        inside = [PurePosixPath(name).parent for name in source.files if _base(name) == names[0]]
-        inside = [{str(at / name) for name in names} for at in inside]
-        inside = [tables for tables in inside if tables <= source.files.keys()]
+        at = [PurePosixPath(name).parent for name in source.files if _base(name) == names[0]]
+        inside = [[str(folder / name) for name in names] for folder in at]
+        inside = [paths for paths in inside if source.files.keys() >= {*paths}]
         if len(inside) > 1:
             raise source.error(f"holds train.csv in {len(inside)} places: give --csv DIR")
         if inside:
-            paths = {str(source.path / name): source.open_path(name) for name in inside[0]}
-        elif args.split:
-            return None
-    lacking = [path.name for path in paths.values() if not path.is_file()]
+            return [(source.path / name, source.files[name]) for name in inside[0]]
+        if args.split:
+            return []
+    lacking = [path.name for _, path in tables if not path.is_file()]
     if args.csv and lacking:
         raise UserError(f"--csv {args.csv}: has no {' and no '.join(lacking)}")
-    read = {path.stem: (shown, path) for shown, path in paths.items()}
-    return None if lacking else {n: (shown, path.read_bytes()) for n, (shown, path) in read.items()}
+    return [] if lacking else tables
 
 
 def _rows(tables: Tables) -> Iterator[tuple[str, str, str, str]]:
     """Yield (split, place of the line, file name, label)."""
-    for split in SPLITS:
-        shown, content = tables[split]
+    for shown, path in tables:
         try:
-            text = io.StringIO(nfc(content.decode("utf-8-sig")))
-            lines = csv.DictReader(text, strict=True)
+            lines = csv.DictReader(io.StringIO(read_text(path)), strict=True)
             columns = {name.strip().lower(): name for name in lines.fieldnames or ()}
             rows = [(f"{shown}: line {lines.line_num}", row) for row in lines]
         except (UnicodeDecodeError, csv.Error) as error:
@@ -317,11 +307,11 @@ def _rows(tables: Tables) -> Iterator[tuple[str, str, str, str]]:
             told = WNID.match(name)
             if told and WNID.fullmatch(cls) and told.group() != cls:
                 raise UserError(f"{where}: wrong label {cls} for {name}")
-            yield split, where, _base(name), cls
+            yield path.stem, where, _base(name), cls
 
 
 def _from_tables(
-    source: Source, groups: Groups, images: list[str], tables: Tables
+    source: Source, places: dict[str, Classes], images: list[str], tables: Tables
 ) -> tuple[dict[str, Classes], dict[str, str]]:
     """Images that CSV files name: in one folder, or in class folders as ILSVRC-2012 has them.
 
@@ -330,7 +320,7 @@ def _from_tables(
     yaoyao-liu/mini-imagenet-tools reads them so as well."""
     rows = list(_rows(tables))
     labels = {label for *_, label in rows}
-    fitting = [classes for classes in groups.values() if labels <= set(classes)]
+    fitting = [classes for classes in places.values() if labels <= set(classes)]
     classes = fitting[0] if len(fitting) == 1 else {}
     by_rank = not any(_RANKED.fullmatch(_base(name)) for name in images)
     at: dict[str, list[str]] = {}

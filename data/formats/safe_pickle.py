@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import pickle
 import re
+from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
@@ -27,17 +28,19 @@ class _DType:
         self.order = _as_text(state[1])
 
     def numpy(self) -> np.dtype:
-        if not (isinstance(self.code, str) and re.fullmatch(r"[|<>=]?[biufSU]\d+", self.code)):
-            raise pickle.UnpicklingError(f"an array of type {str(self.code)[:40]!r}")
-        order = self.order if self.order in ("<", ">") else ""
-        return np.dtype(order + self.code.lstrip("|<>="))
+        if not re.fullmatch(r"[|<>=]?[biufSU]\d+", self.code):
+            raise pickle.UnpicklingError(f"an array of type {self.code[:40]!r}")
+        return np.dtype(self.code).newbyteorder(self.order)
 
 
+@dataclass
 class _Array:
     """Stand-in for numpy.ndarray: shape, type, memory order and the bytes."""
 
-    def __init__(self, shape: Any = (0,), dtype: Any = None, fortran: Any = False, raw: Any = b""):
-        self.__setstate__((shape, dtype, fortran, raw))
+    shape: Any = (0,)
+    dtype: Any = None
+    fortran: Any = False
+    raw: Any = b""
 
     def __setstate__(self, state: tuple) -> None:
         self.shape, self.dtype, self.fortran, self.raw = state[-4:]
@@ -88,11 +91,9 @@ def load(file: IO[bytes], shown: str) -> dict[str, Any]:
     try:
         # encoding="bytes": as latin1 text, Python 2's array would be in memory twice
         return as_dict(_Unpickler(file, encoding="bytes").load(), shown)
-    except (MemoryError, UserError):
+    except (MemoryError, OSError, UserError):
         raise
     except Exception as error:  # a hostile pickle can raise nearly anything
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
         what = str(error)[:200] or type(error).__name__
         refused = "refused, not a pickle of NumPy arrays and plain containers"
         raise UserError(f"{shown}: {refused} ({what})") from None

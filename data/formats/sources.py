@@ -6,7 +6,6 @@ import errno
 import hashlib
 import heapq
 import lzma
-import os
 import re
 import shutil
 import stat
@@ -45,17 +44,16 @@ def some(names: Collection[str], most: int = 3) -> str:
 
 
 class Source:
-    """The files below a folder; yields them as a reader does (see `build.Manifest`).
+    """The files below a folder.
 
     Args:
-        folder: the folder.
         archive: what was unpacked into it, for messages; None if it is the user's own folder.
         skipped: the names that were left out when it was unpacked.
         without: real paths of folders inside of it to leave out.
 
     Attributes:
         path: the user's name for it.
-        files: {POSIX path in Unicode NFC: entry}, sorted, without hidden files and litter.
+        files: {POSIX path in Unicode NFC: where it is}, sorted, without hidden files and litter.
         dirs: the paths of its folders.
         skipped: the paths of links that lead nowhere, devices and the like.
         stamp: a digest that changes when a file is added, removed or rewritten.
@@ -64,8 +62,6 @@ class Source:
         UserError: there is no such folder, or two names in it are equal in NFC.
     """
 
-    suffix = ""  # of images without a name: there are none
-
     def __init__(
         self,
         folder: Path,
@@ -73,10 +69,10 @@ class Source:
         skipped: Collection[str] = (),
         without: Collection[str] = (),
     ):
-        self.folder, self.archive, self.path = folder, archive, archive or folder
+        self.archive, self.path = archive, archive or folder
         if not folder.is_dir():
             raise self.error("no such file or folder")
-        files: dict[str, os.DirEntry[str]] = {}
+        files: dict[str, Path] = {}
         self.dirs: set[str] = set()
         self.skipped = list(skipped)
         digest = hashlib.sha256()
@@ -89,18 +85,14 @@ class Source:
             elif name in files:
                 raise self.error(f"holds {name} twice: rename one")
             else:
-                files[name], info = entry, entry.stat()
+                files[name], info = Path(entry.path), entry.stat()
                 line = f"{name}\0{info.st_size}\0{info.st_mtime_ns}\n"
                 digest.update(line.encode("utf-8", "surrogateescape"))
         self.files, self.stamp = dict(sorted(files.items())), digest.hexdigest()
 
-    def open_path(self, name: str) -> Path:
-        """Where a file is on disk."""
-        return Path(self.files[name].path)
-
     def stream(self, wanted: set[str]) -> Iterator[tuple[str, Path]]:
-        """Yield (name, path on disk) of the wanted files."""
-        return ((name, self.open_path(name)) for name in sorted(wanted))
+        """Yield (name, where it is) of the wanted files."""
+        return ((name, self.files[name]) for name in sorted(wanted))
 
     def error(self, message: str) -> UserError:
         """The error that says what is wrong with this source."""
@@ -116,8 +108,7 @@ def _members(archive: Any) -> Iterator[tuple[str, Callable | None, bool]]:
             name = info.filename.replace("\\", "/")
             yield name, partial(archive.open, info) if is_file else None, info.is_dir()
         return
-    for info in iter(archive.next, None):
-        archive.members.clear()  # 60,000 of them need not be kept
+    for info in archive:
         yield info.name, partial(archive.extractfile, info) if info.isreg() else None, info.isdir()
     # tarfile takes an archive without its end mark for a whole one
     archive.fileobj.seek(archive.offset)
@@ -176,10 +167,10 @@ def unpack(
             skipped += _unpack(path, folder / part, name, wanted)
             if folder.parent in path.parents:  # it was unpacked itself: make room
                 path.unlink()
+        except (FileExistsError, NotADirectoryError) as error:
+            twice = PurePosixPath(error.filename).name
+            raise UserError(f"{name}: holds {twice} twice: pack it again") from None
         except (*_DAMAGE, OSError) as error:
-            if isinstance(error, FileExistsError | NotADirectoryError):
-                twice = PurePosixPath(error.filename).name
-                raise UserError(f"{name}: holds {twice} twice: pack it again") from None
             # decompressors raise OSError without a number; EINVAL is a damaged offset
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
                 raise

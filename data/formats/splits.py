@@ -44,15 +44,13 @@ def read_split_file(file: Path) -> dict[str, str]:
 
 @dataclass
 class Known:
-    """A published data set: its name, the number of images of each class, its usual folder,
-    {class: split}, and {split: fingerprint} of the published copies.
-    """
+    """A published data set."""
 
     name: str
-    per_class: int
-    folder: str
-    split_of: dict[str, str]
-    fingerprints: dict[str, str] = field(default_factory=dict)
+    per_class: int  # number of images of each class
+    folder: str  # its usual folder
+    split_of: dict[str, str]  # {class: split}
+    fingerprints: dict[str, str] = field(default_factory=dict)  # {split: of the published copies}
 
 
 MINI = Known(
@@ -97,7 +95,8 @@ def split_parts(
     if args.split:
         split_of, how = _split_classes(set(everything), args, source.path)
         return _by_split(everything, split_of), how, MINI, False
-    if all(classes == set(everything) for classes in sets.values()) and known:
+    alike = all(classes == set(everything) for classes in sets.values())
+    if alike and known:
         first = {cls: keys[: known.per_class] for cls, keys in everything.items()}
         cut = len(first) > len(known.split_of) or first != everything
         how = f"split by {known.name}'s class lists"
@@ -106,7 +105,7 @@ def split_parts(
     if len(sets) > 1 and apart:
         lacking = " or ".join(split for split in SPLITS if split not in sets)
         raise source.error(f"has {' and '.join(sets)}, but no {lacking}")
-    if any(classes != set(everything) for classes in sets.values()):
+    if not alike:
         cls = min(cls for cls in everything if sum(cls in s for s in sets.values()) > 1)
         both = " and in ".join(part for part in sets if cls in sets[part])
         raise source.error(f"class {cls} is in {both}: each class belongs in one split")

@@ -17,44 +17,47 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 PREPARE = ROOT / "data" / "prepare.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-prepare = importlib.import_module("prepare")
+main = importlib.import_module("prepare").main
 splits = importlib.import_module("formats.splits")
+run_main = importlib.import_module("utils").run_main
 
 SPLITS = ("train", "val", "test")
 CLASSES = json.loads((ROOT / "data" / "splits" / "mini-imagenet.json").read_text())
+NAMES = sorted(cls for classes in CLASSES.values() for cls in classes)
 TINY_CLASSES = json.loads((ROOT / "data" / "splits" / "tiny64.json").read_text())
 RANKS = (2, 3, 5)  # of the five images that ILSVRC has of each class, those that were chosen
 NUMBERS = (7, 30, 200, 1000, 4321)  # in ILSVRC's names, in an order that is not the alphabet's
 PIXELS = 20
 
 
-def photograph(seed, size=PIXELS, grey=False):
-    """A JPEG of a smooth scene with some texture, as photographs are."""
-    random = np.random.default_rng(seed)
-    y, x = np.mgrid[:size, :size] / size
-    waves = [np.sin(6 * (a * x + b * y) + c) for a, b, c in random.uniform(-1, 1, (3, 3))]
-    scene = (
-        np.stack(waves, -1) * random.uniform(30, 90) + random.normal(0, 6, (size, size, 3)) + 128
-    )
-    image = Image.fromarray(scene.clip(0, 255).astype(np.uint8))
+def prepare(*argv):
+    """Run the command; returns its exit code."""
+    return run_main(main, [str(word) for word in argv])
+
+
+def encoded(image, kind):
     content = io.BytesIO()
-    (image.convert("L") if grey else image).save(content, "JPEG", quality=85)
+    image.save(content, kind)
     return content.getvalue()
 
 
-def png(seed):
+def photograph(*seed, size=PIXELS, grey=False):
+    """A JPEG."""
+    values = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+    return encoded(Image.fromarray(values).convert("L" if grey else "RGB"), "JPEG")
+
+
+def png(*seed):
     """A drawing as Omniglot has them: one bit a pixel."""
-    content = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).random((12, 12)) > 0.2).save(content, "PNG")
-    return content.getvalue()
+    return encoded(Image.fromarray(np.random.default_rng(seed).random((12, 12)) > 0.2), "PNG")
 
 
 @functools.cache
 def ilsvrc():
     """{class: [JPEG of each of five images]}; some are greyscale, as in ImageNet."""
     return {
-        cls: [photograph([n, i], grey=(n % 9, i) == (0, 1)) for i in range(len(NUMBERS))]
-        for n, cls in enumerate(sorted(cls for classes in CLASSES.values() for cls in classes))
+        cls: [photograph(n, i, grey=(n % 9, i) == (0, 1)) for i in range(len(NUMBERS))]
+        for n, cls in enumerate(NAMES)
     }
 
 
@@ -73,11 +76,10 @@ def dataset():
 
 def tree(folder):
     """{path: bytes} of all files, the record and hidden ones left out."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(Path(folder).rglob("*"))
-        if path.is_file() and path.name != "prepared.json"
-    }
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    files.pop("prepared.json", None)
+    return files
 
 
 def pixels(files):
@@ -94,6 +96,7 @@ def pixels(files):
 
 def write(folder, files):
     """Write {name: bytes} under `folder`."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +158,19 @@ def ilsvrc_files():
         for cls, images in ilsvrc().items()
         for number, content in zip(NUMBERS, images, strict=True)
     }
-    return files | {f"n00000001/n00000001_{n}.JPEG": photograph([999, n]) for n in (1, 2)}
+    return files | {f"n00000001/n00000001_{n}.JPEG": photograph(999, n) for n in (1, 2)}
+
+
+def rows(split="", names=None, with_path=True):
+    """[(file name or None, bytes, label)] of a split's images or of all; a label is the class, or
+    its place in ``names``.
+    """
+    found = [(*name.split("/"), content) for name, content in dataset().items()]
+    return [
+        (file if with_path else None, content, names.index(cls) if names else cls)
+        for part, cls, file, content in found
+        if part.startswith(split)
+    ]
 
 
 def python2_pickle(images, labels):
@@ -173,18 +188,17 @@ def python2_pickle(images, labels):
 
 def pickles(protocol=None):
     """{name: pickle}: of mini-imagenet-cache, or without a protocol of the other kind."""
-    order, out = [cls for split in SPLITS for cls in CLASSES[split]], {}
+    out = {}
     for split in SPLITS:
-        files = {name: content for name, content in dataset().items() if name.startswith(split)}
-        images = np.stack([Image.open(io.BytesIO(c)).convert("RGB") for c in files.values()])
-        labels = [name.split("/")[1] for name in files]
+        _, contents, labels = zip(*rows(split), strict=True)
+        images = np.stack([Image.open(io.BytesIO(c)).convert("RGB") for c in contents])
         if protocol:
-            rows = {cls: [i for i, x in enumerate(labels) if x == cls] for cls in CLASSES[split]}
-            content = pickle.dumps({"image_data": images, "class_dict": rows}, protocol)
+            of = {cls: [i for i, x in enumerate(labels) if x == cls] for cls in CLASSES[split]}
+            content = pickle.dumps({"image_data": images, "class_dict": of}, protocol)
             out[f"mini-imagenet-cache-{split}.pkl"] = content
         else:
             part = "train_phase_train" if split == "train" else split
-            content = python2_pickle(images, [order.index(label) for label in labels])
+            content = python2_pickle(images, [NAMES.index(label) for label in labels])
             out[f"miniImageNet_category_split_{part}.pickle"] = content
             out[f"miniImageNet_category_split_train_phase_{split}.pickle"] = content
     return out
@@ -208,15 +222,23 @@ def shard(path, rows, names=None):
     pyarrow.parquet.write_table(table, path, row_group_size=50)
 
 
-def _rows(split=""):
-    for name, content in dataset().items():
-        if name.startswith(split):
-            yield name.split("/")[2], content, name.split("/")[1]
+def two_folders():
+    """github.com/Deo0330/split_minidataset: part of each class in train/, the rest in val/."""
+    files = {".git/train/n1/x.jpg": b"x", ".gitattributes": b"x", "README.md": b"x"}
+    for n, (name, content) in enumerate(dataset().items()):
+        files[f"{('train', 'val')[n % 3 == 2]}/{name.split('/', 1)[1]}"] = content
+    return files
 
 
-def _numbered():
-    names = sorted(cls for classes in CLASSES.values() for cls in classes)
-    return names, [(name, content, names.index(label)) for name, content, label in _rows()]
+def numbered_anew():
+    """Every class in every part, whose files are numbered anew: for classification."""
+    names = [(SPLITS[n % 3], name.split("/")[1]) for n, name in enumerate(dataset())]
+    return {f"{s}/{c}/1.jpg": x for (s, c), x in zip(names, dataset().values(), strict=True)}
+
+
+def without_suffix(tables):
+    """CSV files, one image of each class without its suffix."""
+    return {name: content.replace(b"0002.jpg", b"0002.raw") for name, content in tables.items()}
 
 
 # ---- The formats; each maker returns SOURCE
@@ -225,8 +247,7 @@ def _numbered():
 def parquet_split(at):
     """Class names as labels, several shards of a split."""
     for split, file in (("train", "train"), ("val", "validation"), ("test", "test")):
-        rows = list(_rows(split))
-        for n, part in enumerate((rows[:40], rows[40:])):
+        for n, part in enumerate((rows(split)[:40], rows(split)[40:])):
             shard(at / "data" / f"{file}-{n:05d}-of-00002.parquet", part)
     return at
 
@@ -235,23 +256,28 @@ def parquet_every_class(at):
     """Numbers as labels, their names in the metadata, every class in every shard: one of its images
     in each.
     """
-    names, rows = _numbered()
     for n, split in enumerate(("train", "validation", "test")):
-        shard(at / "default" / split / "0000.parquet", rows[n::3], names)
+        shard(at / "default" / split / "0000.parquet", rows(names=NAMES)[n::3], NAMES)
     return at
 
 
 def parquet_numbers_zip(at):
     """Numbers as labels and no names but in the paths; in a zip archive."""
-    shard(at / "train.parquet", _numbered()[1])
+    shard(at / "train.parquet", rows(names=NAMES))
     return zipped(at / "hub.zip", {"train.parquet": (at / "train.parquet").read_bytes()})
 
 
 def parquet_without_paths(at):
     """Class names as labels, images without file names."""
     for split in SPLITS:
-        rows = [(None, content, label) for _, content, label in _rows(split)]
-        shard(at / f"{split}.parquet", rows)
+        shard(at / f"{split}.parquet", rows(split, with_path=False))
+    return at
+
+
+def parquet_labels_start_again(at):
+    """Numbers as labels, from 0 in each split, and no names at all."""
+    for split in SPLITS:
+        shard(at / f"{split}.parquet", rows(split, sorted(CLASSES[split]), with_path=False))
     return at
 
 
@@ -264,6 +290,10 @@ def three_tars(at):
 def zip_in_zip(at):
     images = zipped(at / "images.zip", below("images/", flat()))
     return zipped(at / "outer.zip", tables() | {"images.zip": images.read_bytes()})
+
+
+def ilsvrc_without_csv(at):
+    return write(at / "train", ilsvrc_files())
 
 
 def ilsvrc_tar(at):
@@ -279,18 +309,16 @@ def ilsvrc_tar(at):
 def kaggle():
     """ILSVRC-2012 as Kaggle serves it: train/ beside val/ and test/ of loose images."""
     files = below("train/", ilsvrc_files())
-    files |= {f"{part}/ILSVRC2012_{part}_1.JPEG": photograph([997]) for part in ("val", "test")}
+    files |= {f"{part}/ILSVRC2012_{part}_1.JPEG": photograph(997) for part in ("val", "test")}
     return below("ILSVRC/Data/CLS-LOC/", files) | tables()
 
 
 IMAGES_AND_TABLES = {
     "csv_folder": {},
     # as easyfsl has them, here with a byte order mark; as pandas writes them
-    "csv_class_name_first": {
-        "head": "class_name,image_name",
-        "line": "{cls},{file}",
-        "encoding": "utf-8-sig",
-    },
+    "csv_class_name_first": dict(
+        head="class_name,image_name", line="{cls},{file}", encoding="utf-8-sig"
+    ),
     "csv_index_column": {"head": ",filename,label", "line": "{n},{file},{cls}"},
 }
 FILE_FORMS = {
@@ -320,10 +348,23 @@ FILE_FORMS = {
     "ilsvrc_folder": lambda at: write(write(at, tables()) / "train", ilsvrc_files()),
     "ilsvrc_whole_folder": lambda at: write(at / "imagenet", kaggle()),
     "ilsvrc_tar": ilsvrc_tar,
+    "two_folders": lambda at: write(at / "clone", two_folders()),
+    "two_folders_zip": lambda at: zipped(
+        at / "x.zip", below("split_minidataset-main/", two_folders())
+    ),
+}
+RENAMED_FORMS = {
+    "numbered_anew": lambda at: write(at / "mini", numbered_anew()),
+    "csv_without_suffix": lambda at: write(
+        write(at, without_suffix(tables())) / "train", ilsvrc_files()
+    ),
 }
 PARQUET_FORMS = {
     form.__name__: form
-    for form in (parquet_split, parquet_every_class, parquet_numbers_zip, parquet_without_paths)
+    for form in (
+        *(parquet_split, parquet_every_class, parquet_numbers_zip, parquet_without_paths),
+        parquet_labels_start_again,
+    )
 }
 ARRAY_FORMS = {
     "cache_pickles": lambda at: write(at / "p", pickles(4)),
@@ -332,7 +373,8 @@ ARRAY_FORMS = {
     "cache_pickles_zip": lambda at: zipped(at / "cache.zip", below("p/", pickles(4))),
     "category_pickles": lambda at: write(at / "p", pickles()),
 }
-FORMS = FILE_FORMS | PARQUET_FORMS | ARRAY_FORMS
+FORMS = FILE_FORMS | RENAMED_FORMS | PARQUET_FORMS | ARRAY_FORMS
+UNNAMED = ("category_pickles", "parquet_labels_start_again")  # their labels are numbers
 
 
 def make(form, at):
@@ -348,14 +390,9 @@ def tiny_imagenet(at, first=452):
     classes = [cls for split in TINY_CLASSES.values() for cls in split]
     files = {"wnids.txt": b"", "words.txt": b""}
     for n, cls in enumerate([*classes, "n00000001", "n00000002"]):
-        image = photograph([n, 7], 8)
-        files |= {
-            f"train/{cls}/images/{cls}_{i}.JPEG": image for i in range(first if n == 0 else 2)
-        }
+        numbers = range(first if n == 0 else 2)
+        files |= dict.fromkeys((f"train/{cls}/images/{cls}_{i}.JPEG" for i in numbers), png(n))
         files[f"train/{cls}/{cls}_boxes.txt"] = b"boxes"
-    files |= {
-        f"{part}/images/{part}_{i}.JPEG": photograph([i, 5], 8)
-        for part in ("val", "test")
-        for i in range(3)
-    }
+    for part in ("val", "test"):
+        files |= {f"{part}/images/{part}_{i}.JPEG": png(i, 5) for i in range(3)}
     return write(at / "tiny-imagenet-200", files)

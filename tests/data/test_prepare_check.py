@@ -1,7 +1,6 @@
 """data/prepare.py --check: what a data set is, and what is wrong with it."""
 
 import contextlib
-import io
 import itertools
 import json
 import shutil
@@ -9,7 +8,7 @@ import shutil
 import prepare_formats as formats
 import pytest
 from PIL import Image
-from prepare_formats import CLASSES, SPLITS, make, prepare, splits
+from prepare_formats import CLASSES, SPLITS, make, splits
 
 from utils import UserError
 
@@ -17,16 +16,22 @@ VAL = CLASSES["val"][0]
 
 
 @pytest.fixture
-def check(capsys):
-    """Run --check; returns (exit code, stdout)."""
+def check(run):
+    """Run --check: (exit code, stdout)."""
 
     def check(folder):
-        code = prepare.main(["--check", str(folder)])
-        out, err = capsys.readouterr()
+        code, out, err = run("--check", folder)
         assert err == ""
         return code, out
 
     return check
+
+
+@pytest.fixture
+def three(monkeypatch):
+    """A mini-ImageNet of three images a class."""
+    assert (splits.MINI.per_class, splits.TINY.per_class) == (600, 450)
+    monkeypatch.setattr("formats.splits.MINI.per_class", 3)
 
 
 def row(out, split):
@@ -38,45 +43,47 @@ def verdict(out):
     return out.splitlines()[4]
 
 
-def next_command(out):
-    return out.splitlines()[-1].removeprefix("next: ")
+def lines(out, start):
+    return [line for line in out.splitlines() if line.startswith(start)]
 
 
-def a_file(at, split):
-    return sorted((at / split / CLASSES[split][0]).iterdir())[0]
+def a_file(at, split, cls=0):
+    return sorted((at / split / CLASSES[split][cls]).iterdir())[0]
 
 
 def own(at, classes=2, images=3):
     """A data set of other classes."""
     keys = itertools.product(range(3), range(classes), range(images))
-    files = {f"{SPLITS[s]}/{s}-{c}/{i}.png": formats.png([s, c, i]) for s, c, i in keys}
-    return formats.write(at, files)
+    return formats.write(
+        at, {f"{SPLITS[s]}/{s}-{c}/{i}.png": formats.png(s, c, i) for s, c, i in keys}
+    )
 
 
-def test_mini_imagenet_is_called_by_its_name(tmp_path, check, monkeypatch):
-    assert (splits.MINI.per_class, splits.TINY.per_class) == (600, 450)
-    monkeypatch.setattr("formats.splits.MINI.per_class", 3)
-    code, out = check(make("mini_folder", tmp_path))
+def test_mini_imagenet_is_called_by_its_name(three, tmp_path, check, monkeypatch):
+    source = make("mini_folder", tmp_path)
+    code, out = check(source)
     assert (code, verdict(out)) == (0, "mini-ImageNet, 64/16/20 x 3")
     assert row(out, "train")[:5] == ["train", "64", "192", "3", "20x20"]
     assert row(out, "val")[:4] == ["val", "16", "48", "3"]
     assert row(out, "test")[:4] == ["test", "20", "60", "3"]
+    fingerprints = {split: row(out, split)[-1] for split in SPLITS}
+    monkeypatch.setattr("formats.splits.MINI.fingerprints", fingerprints)
+    assert "the published images" in verdict(check(source)[1])
 
 
-def test_what_is_missing_or_too_much_is_named(tmp_path, check, monkeypatch):
-    monkeypatch.setattr("formats.splits.MINI.per_class", 3)
+def test_what_is_missing_or_too_much_is_named(three, tmp_path, check):
     source = make("mini_folder", tmp_path)
     lost, moved, short = CLASSES["train"][5], CLASSES["val"][1], CLASSES["test"][7]
     shutil.rmtree(source / "train" / lost)
     (source / "val" / moved).rename(source / "test" / moved)
-    next((source / "test" / short).iterdir()).unlink()
-    formats.write(source, {"test/n00000001/1.jpg": formats.photograph([5])})
+    a_file(source, "test", 7).unlink()
+    formats.write(source, {"test/n00000001/1.jpg": formats.photograph(5)})
     code, out = check(source)
     assert code == 1
     assert "not mini-ImageNet" in verdict(out)
-    findings = [line for line in out.splitlines() if line.startswith("- ")]
+    findings = "".join(lines(out, "- "))
     for name in (f"train/{lost}", f"val/{moved}", f"test/{moved}", "test/n00000001", short):
-        assert any(name in finding for finding in findings)
+        assert name in findings
 
 
 @pytest.mark.parametrize(
@@ -86,38 +93,34 @@ def test_what_is_missing_or_too_much_is_named(tmp_path, check, monkeypatch):
         (lambda at: a_file(at, "test").write_bytes(b"\xff\xd8\xff none"), "00000002.jpg"),
         (lambda at: (at / "train" / "n00000001").mkdir(), "train/n00000001"),
         (lambda at: formats.write(at, {"val/x.txt": b"", "val/a/b/c.jpg": b""}), "val/a/b/c.jpg"),
-        (lambda at: a_file(at, "val").write_bytes(formats.photograph([77])), "changed"),
+        (lambda at: a_file(at, "val").write_bytes(formats.photograph(77)), "changed"),
     ],
     ids=["class twice", "no image", "empty class", "strays", "changed"],
 )
-def test_faults_are_reported(spoil, culprit, tmp_path, check, capsys):
+def test_faults_are_reported(spoil, culprit, tmp_path, run, check):
     dest = tmp_path / "out"
-    assert prepare.main([str(make("mini_folder", tmp_path)), "--dest", str(dest)]) == 0
-    capsys.readouterr()
+    assert run(make("mini_folder", tmp_path))[0] == 0
     formats.write(dest, {".decoded/train/1.npy": b"x", "train/.DS_Store": b"x"})  # no fault
     before = check(dest)[1]
     spoil(dest)
     code, out = check(dest)
     assert code == 1
-    new = [line for line in out.splitlines() if line.startswith("- ") and line not in before]
-    assert any(culprit in line for line in new)
+    assert any(culprit in line for line in lines(out, "- ") if line not in before)
 
 
-def jpeg(scale, suffix):
+def image(scale, kind):
     """An image of ``scale`` times the pixels above which Pillow warns."""
     side = round((scale * 20_000) ** 0.5)
-    content = io.BytesIO()
-    Image.new("RGB", (side, side)).save(content, suffix)
-    return content.getvalue()
+    return formats.encoded(Image.new("RGB", (side, side)), kind)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "sound"),
     [
-        ("a.gif", jpeg(0.1, "GIF"), True),
-        ("a.jfif", jpeg(0.1, "JPEG"), True),
-        ("108 megapixels.jpg", jpeg(1.2, "JPEG"), True),
-        ("bomb.png", jpeg(2.2, "PNG"), False),
+        ("a.gif", image(0.1, "GIF"), True),
+        ("a.jfif", image(0.1, "JPEG"), True),
+        ("108 megapixels.jpg", image(1.2, "JPEG"), True),
+        ("bomb.png", image(2.2, "PNG"), False),
         ("a.jpg", b"\xff\xd8\xff none", False),
     ],
 )
@@ -149,45 +152,29 @@ def test_an_image_that_is_there_twice_is_a_note(tmp_path, check):
     train, val, test = (a_file(source, split) for split in SPLITS)
     (train.parent / "again.jpg").write_bytes(train.read_bytes())
     (test.parent / "again.jpg").write_bytes(val.read_bytes())
-    notes = [line for line in check(source)[1].splitlines() if line.startswith("note: ")]
+    notes = lines(check(source)[1], "note: ")
     assert len(notes) == 2
     pair = (val.relative_to(source), f"test/{test.parent.name}/again.jpg")
     assert all(str(name) in notes[0] for name in pair)
 
 
-def test_first_600_of_ilsvrc_are_not_called_mini_imagenet(tmp_path, check, monkeypatch, capsys):
+def test_first_600_of_ilsvrc_are_not_called_mini_imagenet(tmp_path, run, check, monkeypatch):
     monkeypatch.setattr("formats.splits.MINI.per_class", 5)
-    source = make("ilsvrc_folder", tmp_path)
-    for split in SPLITS:
-        (tmp_path / f"{split}.csv").unlink()
-    assert prepare.main([str(source), "--dest", str(tmp_path / "out")]) == 0
-    capsys.readouterr()
+    assert run(formats.ilsvrc_without_csv(tmp_path))[0] == 0
     code, out = check(tmp_path / "out")
     assert code == 0
     assert "not the published images" in verdict(out)
 
 
-def test_published_images_are_known_by_their_fingerprints(tmp_path, check, monkeypatch):
-    monkeypatch.setattr("formats.splits.MINI.per_class", 3)
-    source = make("mini_folder", tmp_path)
-    out = check(source)[1]
-    fingerprints = {split: row(out, split)[-1] for split in SPLITS}
-    for known in (True, False):
-        monkeypatch.setattr("formats.splits.MINI.fingerprints", fingerprints if known else {})
-        assert ("published" in verdict(check(source)[1])) == known
-
-
 @pytest.mark.parametrize("by_file", [False, True])
-def test_ones_own_split_of_mini_imagenets_classes_is_no_fault(by_file, tmp_path, check, capsys):
+def test_ones_own_split_of_mini_imagenets_classes_is_no_fault(by_file, tmp_path, run, check):
     source, split = make("class_folders", tmp_path), "60/20/20"
     if by_file:
         lists = {name: CLASSES[name][:n] for name, n in zip(SPLITS, (6, 2, 2), strict=True)}
         split = tmp_path / "split.json"
         split.write_text(json.dumps(lists))
-    dest = tmp_path / "out"
-    assert prepare.main([str(source), "--split", str(split), "--dest", str(dest)]) == 0
-    capsys.readouterr()
-    assert check(dest)[0] == 0
+    assert run(source, "--split", split)[0] == 0
+    assert check(tmp_path / "out")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -202,10 +189,10 @@ def test_other_data_sets_and_the_next_command(classes, images, flags, tmp_path, 
         assert code == 0
         assert "not mini-ImageNet" in verdict(out)
         assert f"{classes}/{classes}/{classes} x {images}" in verdict(out)
-        command = f"bash {script}scripts/train_5s_5c.sh --data-root '{at}'{flags}"
-        assert (next_command(out) == command) == (flags is not None)
+        command = f"next: bash {script}scripts/train_5s_5c.sh --data-root '{at}'{flags}"
+        assert (lines(out, "next: ") == [command]) == (flags is not None)
     (at / "train" / "empty").mkdir()
-    assert f"--check {at}" in next_command(check(at)[1])
+    assert f"--check {at}" in lines(check(at)[1], "next: ")[0]
 
 
 def test_fingerprint_of_a_png_is_of_its_pixels(tmp_path, check):
@@ -224,8 +211,8 @@ def test_fingerprint_is_of_the_classes_images(tmp_path, check):
     image = a_file(source, "train")
     image.rename(image.with_name("renamed.jpg"))
     assert row(check(source)[1], "train")[-1] == first
-    a, b = (sorted((source / "train" / cls).iterdir())[0] for cls in CLASSES["train"][:2])
-    content = a.read_bytes(), b.read_bytes()
-    a.write_bytes(content[1])
-    b.write_bytes(content[0])
+    a, b = a_file(source, "train"), a_file(source, "train", 1)
+    content = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(content)
     assert row(check(source)[1], "train")[-1] != first

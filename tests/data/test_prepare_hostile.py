@@ -14,28 +14,9 @@ import zipfile
 import numpy as np
 import prepare_formats as formats
 import pytest
-from prepare_formats import CLASSES, PREPARE, dataset, make, prepare, tree
+from prepare_formats import CLASSES, PREPARE, dataset, make, prepare, tree, zipped
 
 TRAIN, VAL, TEST = (CLASSES[split][0] for split in formats.SPLITS)
-
-
-@pytest.fixture
-def refused(capsys, tmp_path):
-    """Run the command, which must refuse and change nothing: returns its line."""
-
-    def refused(*argv, dest=None):
-        dest = dest or tmp_path / "dest"
-        before = tree(tmp_path)
-        code = prepare.main([*map(str, argv), "--dest", str(dest)])
-        err = capsys.readouterr().err
-        assert code == 2
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        assert tree(tmp_path) == before
-        assert not list(tmp_path.rglob("*.part"))
-        return err
-
-    return refused
 
 
 # ---- Sources with one fault, and the culprit that the line names
@@ -88,11 +69,15 @@ def rows(change):
     return file("train.csv", lambda content: change(content.decode()).encode())
 
 
+def append(row):
+    """Adds a line to train.csv."""
+    return rows(lambda text: text + row)
+
+
 def label(value):
     def spoil(source):
-        image, names = formats.photograph([0]), [str(n) for n in range(100)]
-        rows = [("a.jpg", image, 1), ("b.jpg", image, value)]
-        formats.shard(source / "default" / "test" / "0000.parquet", rows, names)
+        images = [("a.jpg", b"x", 1), ("b.jpg", b"x", value)]
+        formats.shard(source / "default" / "test" / "0000.parquet", images, formats.NAMES)
 
     return spoil
 
@@ -110,9 +95,9 @@ def encrypted(content):
     return content
 
 
-def spoilt_member(content):
-    at = content.index(b"\xff\xd8\xff") + 200
-    return content[:at] + b"????" + content[at + 4 :]
+def spoilt(content):
+    middle = len(content) // 2
+    return content[:middle] + b"????" + content[middle + 4 :]
 
 
 def half_a_tar(content):
@@ -129,12 +114,24 @@ def of_both(name):
     """A member of this name in a tar and in a zip archive."""
     return [
         (lambda at, p=p: p(at / "evil.archive", dataset() | {name: b"x"}), None, "x")
-        for p in (formats.tar, formats.zipped)
+        for p in (formats.tar, zipped)
     ]
 
 
-def without_class(cls):
-    return lambda source: shutil.rmtree(source / cls)
+def new(files):
+    """A folder of these files, or of dummies of these names."""
+    files = files if isinstance(files, dict) else dict.fromkeys(files, b"x")
+    return lambda at: formats.write(at / "new", files)
+
+
+def add(name):
+    return lambda source: formats.write(source, {name: b""})
+
+
+def remove(name):
+    return lambda source: (
+        shutil.rmtree(source / name) if (source / name).is_dir() else (source / name).unlink()
+    )
 
 
 CACHE, CATEGORY = "mini-imagenet-cache-val.pkl", "miniImageNet_category_split_val.pickle"
@@ -161,16 +158,14 @@ ONE_FAULT = [
     ("cache_pickles", image_data(IMAGES[0, 0]), "[3, 3]"),
     ("cache_pickles", cache(lambda _: {"class_dict": None}), "class_dict"),
     ("cache_pickles", file(CACHE, b""), CACHE),
-    ("cache_pickles", file(CACHE, b"\x80\x04}"), CACHE),
-    ("cache_pickles", file(CACHE, b"no pickle at all"), CACHE),
     ("cache_pickles", file(CACHE, pickle.dumps([1, 2])), "list"),
     ("cache_pickles", file(CACHE, pickle.dumps({"other": 1})), "image_data"),
     ("cache_pickles", file(CACHE, lambda content: content[:-2000]), CACHE),
-    ("cache_pickles", lambda source: (source / CACHE).unlink(), "val"),
+    ("cache_pickles", remove(CACHE), "val"),
     ("category_pickles", file(CATEGORY, lambda content: content[:-2000]), CATEGORY),
     ("category_pickles", file(CATEGORY, FORGED), CATEGORY),
     ("category_pickles", file(CATEGORY, UNEVEN), CATEGORY),
-    ("category_pickles", lambda source: (source / CATEGORY).unlink(), "val"),
+    ("category_pickles", remove(CATEGORY), "val"),
     ("cache_pickles", labels(lambda classes, cls, _: {cls: [*classes[cls], 10**6]}), VAL),
     ("cache_pickles", labels(lambda classes, cls, _: {cls: [-1]}), VAL),
     ("cache_pickles", labels(lambda classes, cls, _: {cls: classes[cls][1:]}), "no class"),
@@ -184,21 +179,21 @@ ONE_FAULT = [
     ("parquet_split", file(SHARD, b"PAR1 and no more"), SHARD),
     ("parquet_split", file(SHARD, flip), SHARD),
     ("csv_folder", rows(lambda text: text.replace(",n01558993", ",n01704323", 1)), "line 5"),
-    ("csv_folder", rows(lambda text: text + "x.jpg,../../up\n"), "x.jpg"),
-    ("csv_folder", rows(lambda text: text + "../../x.jpg,n01532829\n"), "x.jpg"),
+    ("csv_folder", append("x.jpg,../../up"), "x.jpg"),
+    ("csv_folder", append("../../x.jpg,n01532829"), "x.jpg"),
     ("csv_folder", rows(lambda text: text.replace(".jpg,n01558993", ".jpg,..", 1)), "'..'"),
-    ("csv_folder", rows(lambda text: text + "n0153282900000099.jpg,n01532829\n"), "line 194"),
-    ("csv_folder", rows(lambda text: text + "n0153282900000099.jpg\n"), "line 194"),
+    ("csv_folder", append("n0153282900000099.jpg,n01532829"), "line 194"),
+    ("csv_folder", append("n0153282900000099.jpg"), "line 194"),
     ("csv_folder", rows(lambda text: text + text.splitlines()[1] + "\n"), "n0153282900000002.jpg"),
-    ("csv_folder", rows(lambda text: text + "n0153282900000002.jpg,bird\n"), "00002.jpg"),
-    ("csv_folder", rows(lambda text: "filename,label\n"), "train"),
-    ("csv_folder", rows(lambda text: ""), "train.csv"),
+    ("csv_folder", append("n0153282900000002.jpg,bird"), "00002.jpg"),
+    ("csv_folder", file("train.csv", b"filename,label\n"), "train"),
+    ("csv_folder", file("train.csv", b""), "train.csv"),
     ("csv_folder", rows(lambda text: text.replace("label", "x")), "train.csv"),
-    ("csv_folder", rows(lambda text: text + '"'), "train.csv"),
-    ("csv_folder", rows(lambda text: text + "\0,"), "train.csv"),
+    ("csv_folder", append('"'), "train.csv"),
+    ("csv_folder", append("\0,"), "train.csv"),
     ("csv_folder", file("train.csv", lambda content: content + b"\xff.jpg,x\n"), "train.csv"),
-    ("csv_folder", lambda at: (at / f"images/{TRAIN}00000002.jpg").unlink(), "train.csv: line"),
-    ("ilsvrc_folder", lambda at: (at / f"{TRAIN}/{TRAIN}_4321.JPEG").unlink(), "train.csv: line"),
+    ("csv_folder", remove(f"images/{TRAIN}00000002.jpg"), "train.csv: line"),
+    ("ilsvrc_folder", remove(f"{TRAIN}/{TRAIN}_4321.JPEG"), "train.csv: line"),
     *of_both("../x.jpg"),
     *of_both("/abs/x.jpg"),
     *of_both("t/../../x.jpg"),
@@ -212,13 +207,22 @@ ONE_FAULT = [
     ("ilsvrc_tar", file("", cut(0.3)), "ILSVRC2012_img_train.tar"),
     ("zip_in_zip", file("", cut(0.3)), "outer.zip"),
     ("mini_tar", file("", half_a_tar), "mini.tar"),
-    ("mini_zip", file("", spoilt_member), "mini.zip"),
+    ("mini_zip", file("", spoilt), "mini.zip"),
+    ("mini_tar_gz", file("", spoilt), "mini.tar.gz"),
+    ("mini_tar_xz", file("", spoilt), "mini.tar.xz"),
     ("mini_zip", file("", encrypted), "mini.zip"),
-    ("mini_folder", lambda at: formats.write(at, {"train/n00000001/x.txt": b""}), "n00000001"),
-    ("class_folders", lambda at: formats.write(at, {"n00000001/x.txt": b""}), "n00000001"),
-    ("mini_folder", lambda at: formats.write(at, {f"train/{TEST}/x.jpg": b"x"}), TEST),
-    ("class_folders", without_class(VAL), VAL),
-    ("mini_folder", without_class("val"), "val"),
+    ("mini_folder", add("train/n00000001/x.txt"), "n00000001"),
+    ("class_folders", add("n00000001/x.txt"), "n00000001"),
+    ("mini_folder", add(f"train/{TEST}/x.jpg"), TEST),
+    ("class_folders", remove(VAL), VAL),
+    ("mini_folder", remove("val"), "val"),
+    *((lambda at, s=s: new([f"x{s}"])(at) / f"x{s}", None, f"x{s}") for s in (".zip", ".jpg", "")),
+    (lambda at: at / "nowhere", None, "nowhere"),
+    (new({}), None, "new"),
+    (new(["a.npy"]), None, ".npy"),
+    (new(["a.jpg"]), None, "--csv"),
+    (new(["a.zip", "b.zip"]), None, "a.zip"),  # and not a list of formats
+    (new([CACHE, CATEGORY]), None, "mini-imagenet-cache pickles and miniImageNet_category_split"),
 ]
 
 
@@ -234,29 +238,23 @@ def test_one_fault(form, spoil, culprit, tmp_path, refused, monkeypatch):
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("suffix", [".zip", ".tar", ".jpg", ""])
-def test_a_file_that_is_no_archive(suffix, tmp_path, refused):
-    path = tmp_path / f"x{suffix}"
-    path.write_bytes(b"<html>404</html>" * 50)
-    assert str(path) in refused(path)
-
-
 def test_missing_pyarrow(tmp_path, refused, monkeypatch):
     formats.write(tmp_path / "hub", {"train.parquet": b"PAR1"})
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install pyarrow" in refused(tmp_path / "hub")
 
 
-def test_links_in_an_archive_are_not_followed(tmp_path, capsys):
+def test_links_in_an_archive_are_not_followed(tmp_path, run):
     source = make("mini_tar", tmp_path)
     with tarfile.open(source, "a") as archive:
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
             member = tarfile.TarInfo("train/n01532829/link.jpg")
             member.type, member.linkname = kind, "/etc/passwd"
             archive.addfile(member)
-    assert prepare.main([str(source), "--dest", str(tmp_path / "out")]) == 0
+    code, out, _ = run(source)
+    assert code == 0
     assert tree(tmp_path / "out") == dataset()
-    assert "link.jpg" in capsys.readouterr().out
+    assert "link.jpg" in out
 
 
 def test_a_zip_archive_that_holds_a_name_twice(tmp_path, refused):
@@ -264,25 +262,6 @@ def test_a_zip_archive_that_holds_a_name_twice(tmp_path, refused):
     with zipfile.ZipFile(source, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr(next(iter(dataset())), b"x")
     assert "00000002.jpg" in refused(source)
-
-
-@pytest.mark.parametrize("form", ["mini_tar_gz", "mini_tar_xz", "mini_zip", "ilsvrc_tar"])
-def test_bytes_changed_anywhere_end_in_a_data_set_or_in_one_line(form, tmp_path, capsys):
-    source = make(form, tmp_path)
-    sound, random, codes = source.read_bytes(), np.random.default_rng(0), set()
-    for n in range(6):
-        content = bytearray(sound)
-        at = int(random.integers(len(content) - 100 if n % 2 else 90))
-        content[at : at + 8] = random.bytes(8)
-        source.write_bytes(content)
-        codes.add(prepare.main([str(source), "--dest", str(tmp_path / "out")]))
-        err = capsys.readouterr().err
-        assert (tmp_path / "out").exists() == (err == "")
-        assert err.count("\n") <= 1
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        assert not list(tmp_path.glob(".out*"))
-    assert 2 in codes
-    assert codes <= {0, 2}
 
 
 @pytest.mark.parametrize("form", ["mini_folder", "mini_tar", "csv_folder"])
@@ -295,26 +274,7 @@ def test_images_that_cannot_be_decoded_are_all_named(form, tmp_path, refused, mo
     assert all(os.path.basename(name) in line for name in names)
 
 
-# ---- Sources, flags and destinations
-
-
-def test_sources_that_hold_no_data_set(tmp_path, refused):
-    assert "nowhere" in refused(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    assert "empty" in refused(tmp_path / "empty")
-    (tmp_path / "empty" / "a.npy").write_bytes(b"x")
-    assert ".npy" in refused(tmp_path / "empty")
-    os.symlink(tmp_path / "gone", tmp_path / "dangling")
-    assert "dangling" in refused(tmp_path / "dangling")
-    formats.write(tmp_path / "flat", {"a.jpg": b"x"})
-    assert "--csv" in refused(tmp_path / "flat")
-    assert "train.csv" in refused(tmp_path / "flat", "--csv", tmp_path / "flat")
-    formats.write(tmp_path / "packed", {"a.zip": b"x", "b.zip": b"x"})
-    assert "a.zip" in refused(tmp_path / "packed")  # and not a list of formats
-    formats.write(tmp_path / "two", {CACHE: b"x", CATEGORY: b"x"})
-    line = refused(tmp_path / "two")
-    assert "mini-imagenet-cache" in line
-    assert "miniImageNet_category_split" in line
+# ---- Flags and destinations
 
 
 @pytest.mark.parametrize(
@@ -335,8 +295,7 @@ def test_sources_that_hold_no_data_set(tmp_path, refused):
     ],
 )
 def test_wrong_split(split, culprit, tmp_path, refused):
-    names = [f"{cls}/{i}.jpg" for cls in "abc" for i in range(2)]
-    source = formats.write(tmp_path / "own", {name: formats.photograph([1]) for name in names})
+    source = new([f"{cls}/{i}.jpg" for cls in "abc" for i in range(2)])(tmp_path)
     if isinstance(split, dict) or (split and split[0] in "[{"):
         text = json.dumps(split) if isinstance(split, dict) else split
         split = tmp_path / "split.json"
@@ -361,7 +320,7 @@ def test_wrong_split(split, culprit, tmp_path, refused):
     ],
 )
 def test_wrong_flags(argv, culprit, capsys):
-    assert prepare.main(argv) == 2
+    assert prepare(*argv) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert culprit in err
@@ -374,16 +333,16 @@ def test_flags_that_do_not_fit_the_source(tmp_path, refused):
     assert "--link" in refused(source, "--link", "hard")
     assert "--split" in refused(source, "--split", "64/16/20")
     assert "/nowhere" in refused(source, "--class-names", "/nowhere")
+    assert "train.csv" in refused(source, "--csv", tmp_path)
 
 
 def test_dest_that_holds_something_else(tmp_path, refused):
     source = make("mini_zip", tmp_path)
     formats.write(tmp_path, {"dest/train/cat/1.jpg": b"mine", "file": b"mine"})
-    os.symlink(tmp_path / "gone", tmp_path / "link")
-    for dest in ("dest", "file", "file/below", "link"):
+    for dest in ("dest", "file", "file/below"):
         assert str(tmp_path / dest[:4]) in refused(source, dest=tmp_path / dest)
     formats.write(tmp_path, {".away.part/mine.txt": b"mine"})
-    assert prepare.main([str(source), "--dest", str(tmp_path / "away")]) == 2
+    assert prepare(source, "--dest", tmp_path / "away") == 2
     assert (tmp_path / ".away.part" / "mine.txt").read_bytes() == b"mine"
 
 
@@ -393,16 +352,15 @@ def test_source_and_dest_that_overlap(tmp_path, refused):
     assert str(tmp_path) in refused(source, dest=tmp_path)
     (source / "dest").mkdir()  # empty: it is filled
     for _ in range(2):
-        assert prepare.main([str(source), "--dest", str(source / "dest")]) == 0
+        assert prepare(source, "--dest", source / "dest") == 0
         assert len(tree(source / "dest")) == 300
 
 
-def test_links_in_a_circle(tmp_path, capsys):
-    os.symlink("circle", tmp_path / "circle")
-    source, circle = str(make("mini_zip", tmp_path)), str(tmp_path / "circle")
-    for argv in ([source, "--dest", circle], [circle, "--dest", str(tmp_path / "out")]):
-        assert prepare.main(argv) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+@pytest.mark.parametrize("target", ["link", "gone"])
+def test_link_to_itself_or_nowhere(target, tmp_path, refused):
+    os.symlink(target, tmp_path / "link")
+    assert "link" in refused(make("mini_zip", tmp_path), dest=tmp_path / "link")
+    assert "link" in refused(tmp_path / "link")
 
 
 def test_unwritable_dest(tmp_path, refused):
@@ -427,11 +385,11 @@ def test_disk_that_fills_up(form, limit, tmp_path):
     assert "free some space" in full.stderr
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / ".out.part" / ".unpacked").exists()
-    assert prepare.main(list(map(str, argv[2:]))) == 0
+    assert prepare(*argv[2:]) == 0
     assert formats.pixels(tree(tmp_path / "out")) == formats.pixels(dataset())
 
 
-def test_loops_litter_and_odd_files(tmp_path, capsys):
+def test_loops_litter_and_odd_files(tmp_path, run):
     source = make("mini_nested", tmp_path)
     inner = source / "a b" / "mini-imagenet"
     cls = inner / "train" / TRAIN
@@ -440,34 +398,32 @@ def test_loops_litter_and_odd_files(tmp_path, capsys):
     os.symlink(tmp_path / "gone.jpg", cls / "gone.jpg")
     os.mkfifo(cls / "pipe.jpg")
     formats.write(cls, {".hidden.jpg": b"x", "Thumbs.db": b"x", "notes.docx": b"x"})
-    assert prepare.main([str(source), "--dest", str(tmp_path / "öut put")]) == 0
+    code, out, _ = run(source, "--dest", tmp_path / "öut put")
+    assert code == 0
     assert tree(tmp_path / "öut put") == dataset()
-    out = capsys.readouterr().out
     assert all(name in out for name in ("loop", "gone.jpg", "notes.docx"))
 
 
 def test_names_that_are_no_text(tmp_path):
-    files = {os.fsdecode(cls) + "/1.jpg": formats.photograph(list(cls)) for cls in (b"\xff", b"b")}
-    formats.write(tmp_path / "bytes", files | {"c/1.jpg": formats.photograph([1])})
-    argv = [str(tmp_path / "bytes"), "--split", "1/1/1", "--dest", str(tmp_path / "out")]
-    assert prepare.main(argv) == 0
+    names = [os.fsdecode(cls) + "/1.jpg" for cls in (b"\xff", b"b", b"c")]
+    source = new(dict.fromkeys(names, formats.photograph(1)))(tmp_path)
+    assert prepare(source, "--split", "1/1/1", "--dest", tmp_path / "out") == 0
     assert len(tree(tmp_path / "out")) == 3
-    assert prepare.main(["--check", str(tmp_path / "out")]) == 0
+    assert prepare("--check", tmp_path / "out") == 0
 
 
 @pytest.mark.parametrize("end", ["a lock", "an interrupt"])
-def test_two_at_once_and_an_interrupt(end, tmp_path, capsys, monkeypatch):
+def test_two_at_once_and_an_interrupt(end, tmp_path, run, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
-    argv = [str(make("mini_zip", tmp_path)), "--dest", str(tmp_path / "out")]
-    work = tmp_path / ".out.part"
+    source, work = make("mini_zip", tmp_path), tmp_path / ".out.part"
     work.mkdir()
     with (work / ".lock").open("w") as file:
         if end == "a lock":
             fcntl.flock(file, fcntl.LOCK_EX)
         else:
             monkeypatch.setattr("formats.build._write", Call(KeyboardInterrupt).stop)
-        assert prepare.main(argv) == (2 if end == "a lock" else 130)
-    err = capsys.readouterr().err
+        code, _, err = run(source)
+        assert code == (2 if end == "a lock" else 130)
     assert err.count("\n") == 1
     assert end != "a lock" or str(work) in err
     assert (work / ".lock").exists()
