@@ -58,16 +58,12 @@ class FlatModule(nn.Module):
         Raises:
             ValueError: its length is not P.
         """
+        n, size = flat.numel(), self.size()
+        if n != size:
+            raise ValueError(f"the flat vector has {n} numbers, but this learner has {size}")
         shapes = [shape for _, _, shape in self.slots()]
-        sizes = [shape.numel() for shape in shapes]
-        if flat.numel() != sum(sizes):
-            raise ValueError(
-                f"the flat vector has {flat.numel()} numbers, but this learner has {sum(sizes)}"
-            )
-        return [
-            part.view(shape)
-            for part, shape in zip(flat.reshape(-1).split(sizes), shapes, strict=True)
-        ]
+        parts = flat.reshape(-1).split([shape.numel() for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def size(self) -> int:
         """P, the number of parameters."""

@@ -116,11 +116,7 @@ class MetaLSTMCell(nn.Module):
 
     @torch.no_grad()
     def init_cI(self, flat_params: Tensor) -> None:
-        """Start from the learner's own initialisation.
-
-        Args:
-            flat_params: [P], as ``Conv4.get_flat_params`` returns it.
-        """
+        """See ``UpdateRule.init_cI``."""
         self.cI.copy_(flat_params.reshape(-1, 1))
 
     def forward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -45,11 +46,22 @@ class EpisodicModel(NamedTuple):
 
 
 def make_embedding(args: argparse.Namespace, backend: Backend) -> FlatModule:
-    """Make the learner without its classifier: images [B, 3, H, W] -> features [B, F]."""
+    """Make the learner without its classifier: images [B, 3, H, W] -> features [B, n_features]."""
     network = make_learner(args, backend)
     network.n_features = network.cls.in_features
     network.cls = nn.Identity()
     return network
+
+
+def builder(
+    module: Callable[[FlatModule, int], nn.Module], model: type[EpisodicModel] = EpisodicModel
+) -> Callable[[argparse.Namespace, Backend], EpisodicModel]:
+    """How to build the method that is ``module(embedding, n_class)``."""
+
+    def build(args: argparse.Namespace, backend: Backend) -> EpisodicModel:
+        return model(module(make_embedding(args, backend), args.n_class).to(backend.device))
+
+    return build
 
 
 def one_hot(episode: Episode, n_class: int) -> Tensor:

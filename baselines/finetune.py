@@ -37,13 +37,13 @@ class FineTuning(nn.Module):
         self.register_buffer("accuracy", torch.zeros(len(GRID)))
         self.nothing = nn.Parameter(torch.zeros(0))  # an optimiser needs a parameter
 
-    def best(self) -> Tensor:
-        """The best pair's place in ``GRID`` [1], the first of equal ones; without a wait."""
-        return self.accuracy.argmax().view(1)
-
 
 class FineTuningModel(EpisodicModel):
     """Its learner is trained anew in each episode."""
+
+    def of_best(self, choices: Tensor) -> Tensor:
+        """The best pair's of ``choices`` [len(GRID), ...], the first of equal ones; no wait."""
+        return choices.index_select(0, self.metalearner.accuracy.argmax().view(1))[0]
 
     def tuned(
         self, args: argparse.Namespace, episode: Episode, learner: FlatModule, pair: Tensor
@@ -72,17 +72,15 @@ class FineTuningModel(EpisodicModel):
         module = self.metalearner
         logits = torch.stack([self.tuned(args, episode, learner, pair) for pair in module.grid])
         module.accuracy += torch.stack([accuracy(each, episode.query_y) for each in logits])
-        best = logits.index_select(0, module.best())[0]
-        loss = F.cross_entropy(best, episode.query_y)
-        return torch.zeros_like(module.nothing), loss, accuracy(best, episode.query_y)
+        best, y = self.of_best(logits), episode.query_y
+        return torch.zeros_like(module.nothing), F.cross_entropy(best, y), accuracy(best, y)
 
     @torch.no_grad()
     def evaluate(
         self, args: argparse.Namespace, episode: Episode, learner: FlatModule
     ) -> tuple[Tensor, Tensor]:
         """Train with the best pair."""
-        pair = self.metalearner.grid.index_select(0, self.metalearner.best())[0]
-        logits = self.tuned(args, episode, learner, pair)
+        logits = self.tuned(args, episode, learner, self.of_best(self.metalearner.grid))
         return F.cross_entropy(logits, episode.query_y), accuracy(logits, episode.query_y)
 
 

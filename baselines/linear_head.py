@@ -12,7 +12,8 @@ import copy
 
 from torch import Tensor, nn
 
-from engine.backend import Backend, make_learner, make_metalearner
+from baselines.episodic import make_embedding
+from engine.backend import Backend, make_metalearner
 from engine.model import Model
 from learner import FlatModule
 
@@ -33,8 +34,6 @@ class LinearHead(FlatModule):
 
 def build(args: argparse.Namespace, backend: Backend) -> Model:
     """Make the pair of heads, their meta-learner, and a backbone with random weights."""
-    backbone = make_learner(args, backend)
-    head = LinearHead(backbone.cls.in_features, args.n_class).to(backend.device)
-    backbone.cls = nn.Identity()
-    backbone.eval().requires_grad_(False)
+    backbone = make_embedding(args, backend).eval().requires_grad_(False)
+    head = LinearHead(backbone.n_features, args.n_class).to(backend.device)
     return Model(head, copy.deepcopy(head), make_metalearner(args, backend, head), backbone)

@@ -9,14 +9,11 @@ each image gets its own.
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines.episodic import EpisodicModel, make_embedding, one_hot
-from engine.backend import Backend
+from baselines.episodic import one_hot
 from episode import Episode
 from learner import N_BLOCKS, FlatModule
 
@@ -54,7 +51,7 @@ class MatchingNetwork(nn.Module):
         context: ``FullContext``, or None.
     """
 
-    def __init__(self, embedding: FlatModule, n_class: int, context: nn.Module | None):
+    def __init__(self, embedding: FlatModule, n_class: int, context: nn.Module | None = None):
         super().__init__()
         self.embedding, self.n_class, self.context = embedding, n_class, context
 
@@ -74,9 +71,6 @@ class MatchingNetwork(nn.Module):
         return cosines @ one_hot(episode, self.n_class)[order]
 
 
-def build(args: argparse.Namespace, backend: Backend) -> EpisodicModel:
-    """Make the network that the flags ask for."""
-    embedding = make_embedding(args, backend)
-    fce = args.method == "matching-fce"
-    context = FullContext(embedding.n_features) if fce else None
-    return EpisodicModel(MatchingNetwork(embedding, args.n_class, context).to(backend.device))
+def with_context(embedding: FlatModule, n_class: int) -> MatchingNetwork:
+    """Make a network with full context embeddings."""
+    return MatchingNetwork(embedding, n_class, FullContext(embedding.n_features))

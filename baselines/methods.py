@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from baselines import descent, finetune, linear_head, matching, nearest, protonet
+from baselines import descent, finetune, linear_head, matching
+from baselines.episodic import builder
+from baselines.nearest import NearestModel, NearestNeighbour
+from baselines.protonet import PrototypicalNetwork
 from dataloader import EpisodeDataset, episodes
 from engine.backend import Backend
 from engine.checkpoint import load_init, load_weights
@@ -22,11 +25,11 @@ BUILDERS: dict[str, Callable[[argparse.Namespace, Backend], Trainable]] = {
     "sgd": descent.build,
     "meta-sgd": descent.build,
     "linear-head": linear_head.build,
-    "nearest": nearest.build,
+    "nearest": builder(NearestNeighbour, NearestModel),
     "finetune": finetune.build,
-    "matching": matching.build,
-    "matching-fce": matching.build,
-    "protonet": protonet.build,
+    "matching": builder(matching.MatchingNetwork),
+    "matching-fce": builder(matching.with_context),
+    "protonet": builder(PrototypicalNetwork),
 }
 MEASURED = 20  # training episodes whose images' batch statistics are averaged
 SAME = ("image_size", "filters", "pixels", "learner")  # as in the training that --init-from names

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines.episodic import EpisodicModel, make_embedding
-from engine.backend import Backend
+from baselines.episodic import EpisodicModel
 from episode import Episode
 from learner import FlatModule
 
@@ -37,9 +36,3 @@ class NearestModel(EpisodicModel):
     def gradient(self, args: argparse.Namespace, episode: Episode) -> tuple[Tensor, ...]:
         """See ``engine.model.Trainable``."""
         return torch.zeros_like(self.metalearner.nothing), *self.evaluate(args, episode)
-
-
-def build(args: argparse.Namespace, backend: Backend) -> NearestModel:
-    """Make the method that the flags ask for, on a network with random weights."""
-    module = NearestNeighbour(make_embedding(args, backend), args.n_class)
-    return NearestModel(module.to(backend.device))

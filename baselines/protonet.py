@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-
 from torch import Tensor, nn
 
-from baselines.episodic import EpisodicModel, make_embedding, one_hot
-from engine.backend import Backend
+from baselines.episodic import one_hot
 from episode import Episode
 from learner import FlatModule
 
@@ -25,9 +22,3 @@ class PrototypicalNetwork(nn.Module):
         means = (members / members.sum(0)).t() @ self.embedding(episode.support)
         differences = self.embedding(episode.query).unsqueeze(1) - means
         return -differences.square().sum(2)
-
-
-def build(args: argparse.Namespace, backend: Backend) -> EpisodicModel:
-    """Make the network that the flags ask for."""
-    network = PrototypicalNetwork(make_embedding(args, backend), args.n_class)
-    return EpisodicModel(network.to(backend.device))

@@ -29,10 +29,8 @@ from metalearner import MetaLearner
 from utils import run_main
 
 # nohup and a shell's & ignore these signals, and what the tests start would, too
-for number, handler in (
-    (signal.SIGINT, signal.default_int_handler),
-    (signal.SIGHUP, signal.SIG_DFL),
-):
+usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+for number, handler in usual.items():
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 
@@ -72,23 +70,25 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip("no GPU here, or not asked for by -m gpu"))
 
 
+def networks(
+    backend, image_size, dtype, n_class=5, hidden_size=20, gates=(), device="cpu", **options
+):
+    """Two equal learners, and a meta-learner that starts as they do."""
+    learner = LEARNERS[backend](image_size, 1e-3, 0.95, n_class, **options).to(device, dtype)
+    meta = METALEARNERS[backend](4, hidden_size, learner.size(), *gates).to(device, dtype)
+    meta.init_cI(learner.get_flat_params())
+    return learner, copy.deepcopy(learner), meta
+
+
 class Model:
     """A backend's learners, meta-learner and Adam, always from the same initialisation."""
 
-    def __init__(
-        self, backend, image_size, dtype=torch.float32, conv_dtype=None, device="cpu", batch_size=25
-    ):
+    def __init__(self, backend, image_size, dtype=torch.float32, batch_size=25, **options):
         torch.manual_seed(1)
-        # only the fast learner has conv_dtype
-        extra = {} if conv_dtype is None else {"conv_dtype": conv_dtype}
-        learner = LEARNERS[backend](image_size, 1e-3, 0.95, 5, **extra).to(device, dtype)
-        self.learners = (learner, copy.deepcopy(learner))
+        *self.learners, self.meta = networks(backend, image_size, dtype, **options)
         self.scratch = copy.deepcopy(self.learners)
-        self.meta = METALEARNERS[backend](4, 20, learner.size()).to(device, dtype)
-        self.meta.metalstm.init_cI(learner.get_flat_params())
         self.optimizer = make_adam(backend, self.meta)
-        self.step = STEPS[backend]
-        self.batch_size = batch_size
+        self.step, self.batch_size = STEPS[backend], batch_size
 
     def captured(self, mode):
         """``train`` or ``test``, to be recorded as a CUDA graph."""
@@ -126,6 +126,8 @@ def backend(request):
 @pytest.fixture(autouse=True)
 def _seeded():
     make_reproducible(0)
+    yield
+    torch.set_num_threads(1)
 
 
 def photograph(rng: np.random.Generator, width: int, height: int) -> Image.Image:
@@ -144,38 +146,32 @@ def master(tmp_path_factory):
             folder = root / split / (f"class {c}" if split == "train" else f"{split} class {c}")
             folder.mkdir(parents=True)
             for k in range(8):
-                photograph(rng, int(rng.integers(18, 40)), int(rng.integers(18, 40))).save(
-                    folder / f"{k}.jpg", quality=95
-                )
+                image = photograph(rng, int(rng.integers(18, 40)), int(rng.integers(18, 40)))
+                image.save(folder / f"{k}.jpg", quality=95)
     return root
 
 
 @pytest.fixture
 def data(master, tmp_path):
     """A copy of the small data set that a test may damage."""
-    return Path(
-        shutil.copytree(master, tmp_path / "data", ignore=shutil.ignore_patterns(".decoded"))
-    )
+    return shutil.copytree(master, tmp_path / "data", ignore=shutil.ignore_patterns(".decoded"))
 
 
-def make(backend, n_class=3, n_shot=2, n_eval=2, n_pass=2, size=16, dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    w_grad = LEARNERS[backend](size, 1e-3, 0.95, n_class).to(dtype)
-    wo_grad = copy.deepcopy(w_grad)
-    meta = METALEARNERS[backend](4, 5, w_grad.get_flat_params().numel(), (-2.0, -1.0)).to(dtype)
-    meta.metalstm.init_cI(w_grad.get_flat_params())
-    return new_episode(n_class, n_shot, n_eval, n_pass, size, dtype), w_grad, wo_grad, meta
+def make(backend, n_shot=2, n_pass=2, size=16, dtype=torch.float32):
+    """An episode, and the networks that learn from it."""
+    torch.manual_seed(0)
+    models = networks(backend, size, dtype, n_class=3, hidden_size=5, gates=[(-2.0, -1.0)])
+    return new_episode(n_shot=n_shot, n_pass=n_pass, size=size, dtype=dtype), *models
 
 
 def new_episode(n_class=3, n_shot=2, n_eval=2, n_pass=2, size=16, dtype=torch.float32):
-    y = torch.arange(n_class)
-    return Episode(
-        torch.randn(n_class * n_shot, 3, size, size, dtype=dtype),
-        y.repeat_interleave(n_shot),
-        torch.randn(n_class * n_eval, 3, size, size, dtype=dtype),
-        y.repeat_interleave(n_eval),
-        torch.stack([torch.randperm(n_class * n_shot) for _ in range(n_pass)]),
-    )
+    """Noise: images of ``size`` pixels, or vectors if ``size`` is a shape."""
+    shape, y = (3, size, size) if isinstance(size, int) else size, torch.arange(n_class)
+    support = torch.randn(n_class * n_shot, *shape, dtype=dtype)
+    query = torch.randn(n_class * n_eval, *shape, dtype=dtype)
+    order = torch.stack([torch.randperm(n_class * n_shot) for _ in range(n_pass)])
+    labels = y.repeat_interleave(n_shot), y.repeat_interleave(n_eval)
+    return Episode(support, labels[0], query, labels[1], order)
 
 
 def dataset(backend, root, split="train", length=6, **kwargs):
@@ -228,9 +224,16 @@ def training(data, save, *flags, episode=4, val_freq=2):
     return [str(word) for word in run]
 
 
-def train(data, save, *flags, episode=4, val_freq=2):
-    """Run a small training."""
-    return run_cli(*training(data, save, *flags, episode=episode, val_freq=val_freq))
+def train(*words, **length):
+    """Run a small training, as ``training`` describes it."""
+    return run_cli(*training(*words, **length))
+
+
+def pretrain(data, save, *flags, episode=4):
+    """Run a small pre-training, on all classes."""
+    run = ["--mode", "pretrain", "--data-root", data, "--save", save, "--episode", episode]
+    words = [word for word in SMALL if word not in ("--n-class", "3")]
+    return run_cli(*run, "--val-freq", 2, *words, *flags)
 
 
 def run_test(data, save, *flags):
@@ -263,8 +266,7 @@ def succeeded(done):
 def metrics(save, event=None, seed=719):
     """A run's ``metrics.jsonl`` without what the clock says; of one kind of event, or all."""
     lines = Path(f"{save}-{seed}", "metrics.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines]
-    kept = [e for e in events if event in (None, e["event"])]
+    kept = [e for e in map(json.loads, lines) if event in (None, e["event"])]
     return [{k: v for k, v in e.items() if k != "time"} for e in kept]
 
 
@@ -277,16 +279,14 @@ def tensors(save, name="meta-learner-last.pth.tar", seed=719):
 def assert_same(a, b, but=("about", "data_root", "logs_end_at")):
     """Two checkpoints, or parts of them, are equal to the bit, but for a run's place and clock."""
     assert type(a) is type(b)
+    if isinstance(a, list | tuple):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b)
     elif isinstance(a, dict):
         assert a.keys() == b.keys()
         for k in a.keys() - set(but):
             assert_same(a[k], b[k], but)
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y, but)
     else:
         assert a == b
 

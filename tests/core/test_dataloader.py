@@ -4,7 +4,7 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, DATASETS, dataset, photograph, same
+from conftest import CPU, assert_same, dataset, photograph, same
 from PIL import Image
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
@@ -15,30 +15,22 @@ from dataloader import (
     check_split,
     check_splits,
     draw_augmentation,
+    draw_flips,
     draw_images,
     draw_order,
     episodes,
-    eval_image,
     scan_split,
-    to_input,
 )
 from imagefiles import images_below, load_image
 from utils import UserError
 
-PINNED = {
-    "classes": [2, 0, 5, 4, 3],
-    "images": [[0, 3, 2, 4], [2, 3, 5, 4], [0, 5, 1, 3], [6, 1, 3, 0], [0, 3, 4, 7]],
-    "box": [[1, 7, 62, 53], [159, 30, 192, 176], [0, 130, 30, 40]],
-    "flip": [True, True, True],
-    "order": [[1, 3, 0, 2], [3, 1, 0, 2], [1, 3, 0, 2]],
-    "jitter": [0.7532890033976217, 1.0110292056703787, 0.6268533608825444, -0.14045899455008767],
-    "passes": [[4, 1, 3, 0, 2], [0, 3, 1, 2, 4]],
-}
+
+def listed(data, start=0, n_workers=0):
+    return list(episodes(data, start, n_workers, CPU, False))
 
 
 def test_shape_and_order_of_an_episode(backend, master):
-    data = dataset(backend, master)
-    episode = next(episodes(data, 0, 0, CPU, False))
+    episode = listed(dataset(backend, master))[0]
     assert episode.support.shape == (6, 3, 16, 16)
     assert episode.query.shape == (9, 3, 16, 16)
     assert episode.support.dtype == torch.float32
@@ -48,58 +40,31 @@ def test_shape_and_order_of_an_episode(backend, master):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("n_workers", [1, 2, 4])
-def test_same_episodes_for_any_number_of_workers(backend, master, n_workers):
-    data = dataset(backend, master)
-    alone = list(episodes(data, 0, 0, CPU, False))
+@pytest.mark.parametrize("n_workers", [0, 1, 2, 4])
+def test_same_episodes_with_any_workers_from_any_start_for_any_length(backend, master, n_workers):
+    """And the global random state stays as it is."""
+    before = torch.get_rng_state()
+    alone = listed(dataset(backend, master))
     assert len(alone) == 6
     assert not same(alone[0], alone[1])
-    assert all(
-        same(a, b) for a, b in zip(alone, episodes(data, 0, n_workers, CPU, False), strict=True)
-    )
-
-
-def test_same_episodes_after_a_restart_and_for_a_longer_run(backend, master):
-    alone = list(episodes(dataset(backend, master), 0, 0, CPU, False))
-    later = list(episodes(dataset(backend, master, length=9), 4, 0, CPU, False))
+    assert_same(alone, listed(dataset(backend, master), 0, n_workers))
+    later = listed(dataset(backend, master, length=9), 4, n_workers)
     assert len(later) == 5
-    assert all(same(a, b) for a, b in zip(alone[4:], later, strict=False))
-
-
-@pytest.mark.parametrize("n_workers", [0, 1])
-def test_episodes_leave_the_global_random_state_alone(backend, master, n_workers):
-    before = torch.get_rng_state()
-    assert (
-        len(list(episodes(dataset(backend, master, "val", length=2), 0, n_workers, CPU, False)))
-        == 2
-    )
+    assert_same(alone[4:], later[:2])
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_other_splits_and_seeds_give_other_episodes(master):
-    drawn = [
-        draw_images(seed, scan_split(master, split), k, 5, 8)[0].tolist()
-        for seed, split, k in (
-            (719, "train", 0),
-            (719, "train", 1),
-            (719, "val", 0),
-            (53, "train", 0),
-        )
-    ]
-    assert len({tuple(d) for d in drawn}) == 4
+    others = [(719, "train", 0), (719, "train", 1), (719, "val", 0), (53, "train", 0)]
+    drawn = [draw_images(a, scan_split(master, split), k, 5, 8)[0] for a, split, k in others]
+    assert len({tuple(classes) for classes in drawn}) == 4
 
 
-def test_classes_and_images_do_not_repeat(master):
-    split = scan_split(master, "train")
-    for k in range(50):
-        classes, images = draw_images(1, split, k, 6, 8)
-        assert sorted(classes) == list(range(6))
-        assert all(sorted(row) == list(range(8)) for row in images)
-
-
-def test_every_class_and_image_is_drawn_equally_often(master):
+def test_classes_and_images_do_not_repeat_and_are_drawn_equally_often(master):
     split = scan_split(master, "train")
     drawn = [draw_images(1, split, k, 2, 3) for k in range(3000)]
+    for classes, images in drawn:
+        assert [len(set(row)) for row in (classes, *images)] == [2, 3, 3]
     by_class = np.bincount(np.concatenate([c for c, _ in drawn]), minlength=6) / 3000
     by_image = np.bincount(np.concatenate([i.reshape(-1) for _, i in drawn]), minlength=8) / 6000
     assert np.abs(by_class - 2 / 6).max() < 0.04
@@ -109,57 +74,85 @@ def test_every_class_and_image_is_drawn_equally_often(master):
 def test_the_same_on_another_machine(master):
     """Literal numbers: whatever changes them changes every published run."""
     classes, images = draw_images(719, scan_split(master, "train"), 31417, 5, 4)
-    assert classes.tolist() == PINNED["classes"]
-    assert images.tolist() == PINNED["images"]
+    assert classes.tolist() == [2, 0, 5, 4, 3]
+    rows = [[0, 3, 2, 4], [2, 3, 5, 4], [0, 5, 1, 3], [6, 1, 3, 0], [0, 3, 4, 7]]
+    assert images.tolist() == rows
     drawn = draw_augmentation(719, "train", 31417, np.array([[64, 64], [375, 500], [30, 300]]))
-    assert drawn.box.tolist() == PINNED["box"]
-    assert drawn.flip.tolist() == PINNED["flip"]
-    assert drawn.order.tolist() == PINNED["order"]
-    assert np.allclose(drawn.jitter[1], PINNED["jitter"], rtol=1e-12)
-    assert draw_order(719, "train", 31417, 2, 5).tolist() == PINNED["passes"]
+    assert drawn.box.tolist() == [[1, 7, 62, 53], [159, 30, 192, 176], [0, 130, 30, 40]]
+    assert drawn.flip.all()
+    assert drawn.order.tolist() == [[1, 3, 0, 2], [3, 1, 0, 2], [1, 3, 0, 2]]
+    jitter = [0.7532890033976217, 1.0110292056703787, 0.6268533608825444, -0.14045899455008767]
+    assert np.allclose(drawn.jitter[1], jitter, rtol=1e-12)
+    assert draw_order(719, "train", 31417, 2, 5).tolist() == [[4, 1, 3, 0, 2], [0, 3, 1, 2, 4]]
 
 
-@pytest.mark.parametrize(
-    ("name", "mode", "close"),
-    [
-        ("x.png", "RGB", 0),
-        ("x.jpg", "RGB", 4),
-        ("x.webp", "RGB", 4),
-        ("x.jpg", "CMYK", 4),
-        ("x.png", "P", 0),
-        ("x.gif", "P", 0),
-        ("x.png", "L", 1),
-        ("x.jpg", "L", 4),
-        ("x.png", "RGBA", 0),
-        ("x.png", "LA", 1),
-        ("x.png", "I;16", 1),
-        ("x.tif", "I;16", 1),
-    ],
-)
+def test_one_order_an_episode_as_the_authors_have_it():
+    order = draw_order(719, "train", 3, 4, 25, "episode")
+    assert (order == draw_order(719, "train", 3, 1, 25)[0]).all()
+    assert order.shape == (4, 25)
+    assert sorted(order[0]) == list(range(25))
+
+
+# ---- Images ----
+
+
+FORMS = [("x.png", "RGB", 0), ("x.jpg", "RGB", 4), ("x.webp", "RGB", 4), ("x.jpg", "CMYK", 4)]
+FORMS += [("x.png", "P", 0), ("x.gif", "P", 0), ("x.png", "L", 1), ("x.jpg", "L", 4)]
+FORMS += [("x.png", "RGBA", 0), ("x.png", "LA", 1), ("x.png", "I;16", 1), ("x.tif", "I;16", 1)]
+
+
+@pytest.mark.parametrize(("name", "mode", "close"), FORMS)
 def test_the_same_picture_in_every_form(tmp_path, name, mode, close):
     """At most so many grey levels apart, on average."""
     picture = photograph(np.random.default_rng(2), 40, 30)
     if mode == "P":
         picture = picture.quantize(256).convert("RGB")
-    grey = mode in ("L", "LA", "I;16")
-    expected = np.asarray(picture.convert("L").convert("RGB") if grey else picture).astype(int)
+    if mode in ("L", "LA", "I;16"):
+        picture = picture.convert("L")
     if mode == "I;16":
-        saved = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+        saved = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
     else:
         saved = picture.quantize(256) if mode == "P" else picture.convert(mode)
     saved.save(tmp_path / name, **({"quality": 95} if name.endswith(("jpg", "webp")) else {}))
-    loaded = load_image(tmp_path / name)
+    loaded, expected = load_image(tmp_path / name), picture.convert("RGB")
     assert Image.open(tmp_path / name).mode == mode
-    assert loaded.mode == "RGB"
-    assert loaded.size == picture.size
-    assert np.abs(np.asarray(loaded) - expected).mean() <= close
+    assert (loaded.mode, loaded.size) == ("RGB", picture.size)
+    assert np.abs(np.asarray(loaded) - np.asarray(expected).astype(int)).mean() <= close
 
 
-def test_orientation_of_cameras_is_followed(tmp_path):
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_are_white(tmp_path, mode):
+    """Whatever colour lies under them."""
+    images = []
+    for k, hidden in enumerate((10, 200)):
+        pixels = np.full((4, 4, 4), 60, dtype=np.uint8)
+        pixels[..., 3] = 255
+        pixels[:2] = (hidden, hidden, hidden, 0)
+        image = Image.fromarray(pixels)
+        image = image.quantize(4) if mode == "P" else image.convert(mode)
+        image.save(tmp_path / f"{k}.png")
+        images.append(np.asarray(load_image(tmp_path / f"{k}.png")))
+    assert (images[0] == images[1]).all()
+    assert images[0][0, 0].tolist() == [255, 255, 255]
+
+
+def test_depths_are_scaled_or_refused(tmp_path):
+    ramp = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
+    for name, values in (("float.tif", ramp), ("int.tif", (ramp * 65535).astype(np.int32))):
+        Image.fromarray(values).save(tmp_path / name)
+        pixels = np.asarray(load_image(tmp_path / name))
+        assert (pixels[0, 0, 0], pixels[3, 3, 0]) == (0, 255)
+    Image.fromarray(ramp * 9).save(tmp_path / "wide.tif")
+    with pytest.raises(UserError, match=r"wide\.tif"):
+        load_image(tmp_path / "wide.tif")
+
+
+def test_orientation_of_cameras_is_followed_unless_it_is_damaged(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
-    Image.new("RGB", (30, 20)).save(tmp_path / "x.jpg", exif=exif)
-    assert load_image(tmp_path / "x.jpg").size == (20, 30)
+    for block, size in ((exif, (20, 30)), (b"Exif\0\0garbage!", (30, 20))):
+        Image.new("RGB", (30, 20)).save(tmp_path / "x.jpg", exif=block)
+        assert load_image(tmp_path / "x.jpg").size == size
 
 
 def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
@@ -167,6 +160,9 @@ def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15000)  # Pillow refuses twice as many
     with pytest.raises(UserError, match=r"x\.png: not a readable image"):
         load_image(tmp_path / "x.png")
+
+
+# ---- Augmentation ----
 
 
 def distance(a, b):
@@ -178,28 +174,56 @@ def distance(a, b):
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 300), (300, 100), (84, 112)])
 def test_parameters_are_distributed_as_torchvision_draws_them(size):
-    n = 4000
+    n, image = 4000, torch.empty(3, *size)
     ours = draw_augmentation(3, "train", 0, np.tile(size, (n, 1)))
-    crop = RandomResizedCrop(84)
-    image = torch.empty(3, *size)
-    theirs = np.array([crop.get_params(image, crop.scale, crop.ratio) for _ in range(n)])
-    for k in range(4):
-        assert (
-            distance(ours.box[:, k], theirs[:, k]) < 0.043
-        )  # the 0.1 % point for two samples of 4,000
-    jitter = ColorJitter(0.4, 0.4, 0.4, 0.2)
-    drawn = [
-        jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-        for _ in range(n)
-    ]
-    for k in range(4):
-        assert distance(ours.jitter[:, k], np.array([d[k + 1] for d in drawn])) < 0.043
-    first = [
-        np.bincount([int(d[0][0]) for d in drawn], minlength=4),
-        np.bincount(ours.order[:, 0], minlength=4),
-    ]
-    assert np.abs(first[0] - first[1]).max() / n < 0.04
+    crop, jitter = RandomResizedCrop(84), ColorJitter(0.4, 0.4, 0.4, 0.2)
+    ranges = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
+    boxes = np.array([crop.get_params(image, crop.scale, crop.ratio) for _ in range(n)])
+    orders, *factors = zip(*(jitter.get_params(*ranges) for _ in range(n)), strict=True)
+    for k in range(4):  # the 0.1 % point for two samples of 4,000
+        assert distance(ours.box[:, k], boxes[:, k]) < 0.043
+        assert distance(ours.jitter[:, k], np.array(factors[k])) < 0.043
+    firsts = ours.order[:, 0], np.array([int(order[0]) for order in orders])
+    counts = [np.bincount(first, minlength=4) for first in firsts]
+    assert np.abs(counts[0] - counts[1]).max() / n < 0.04
     assert abs(ours.flip.mean() - 0.5) < 0.03
+
+
+def test_no_augmentation_squashes(backend, master):
+    data = dataset(backend, master, augment="none", pixels="unit")
+    assert data.augmentation(0, np.array([[20, 30]])) is None
+    support = listed(data)[0].support
+    assert support.shape == (6, 3, 16, 16)
+    for x, number in zip(support, data.numbers(0), strict=False):
+        squashed = load_image(data.files[number]).resize((16, 16), Image.Resampling.BILINEAR)
+        levels = 255 * x.permute(1, 2, 0).numpy()
+        # the fast way reduces the largest of these images twice, to 32 px first
+        close = 0.01 if backend == "plain" else 1.5
+        assert np.abs(levels - np.asarray(squashed)).mean() < close
+
+
+def test_pixels_from_zero_to_one(backend, master):
+    kinds = [dataset(backend, master, "val", pixels=pixels) for pixels in ("unit", "imagenet")]
+    unit, normalised = (listed(data)[0].query for data in kinds)
+    assert 0 <= unit.min() < unit.max() <= 1
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    assert torch.allclose((unit - mean) / std, normalised, atol=1e-5)
+
+
+def test_training_images_are_flipped_as_drawn(backend, master):
+    data = [dataset(backend, master, augment=how, pixels="unit") for how in ("flip", "none")]
+    flips = [draw_flips(719, "train", k, 15).flip for k in range(6)]
+    for flip, *pair in zip(flips, *map(listed, data), strict=True):
+        found, whole = (torch.cat((e.support, e.query)) for e in pair)
+        whole[flip] = whole[flip].flip(3)
+        assert (found - whole).abs().max() < 1e-2  # Pillow rounds
+    assert 0.3 < np.mean(flips) < 0.7
+    for split in ("val", "test"):
+        flip, none = (dataset(backend, master, split, augment=how) for how in ("flip", "none"))
+        assert_same(listed(flip), listed(none))
+
+
+# ---- Folders ----
 
 
 def test_too_few_classes_or_images(master, tmp_path):
@@ -271,103 +295,3 @@ def test_linked_folders_are_followed_but_not_in_circles(data, tmp_path):
     assert sum(path.parent.name == "class 0" for path in found) == 8
     assert len({path.resolve() for path in found}) == 3 * 6 * 8
     assert len(images_below(data / "train", without=(data / "elsewhere").iterdir())) == 5 * 8
-
-
-def test_no_augmentation_squashes_every_split_alike(backend, master):
-    data = dataset(backend, master, "train", augment="none")
-    assert data.augmentation(0, np.array([[20, 30]])) is None
-    support = next(episodes(data, 0, 0, CPU, False)).support
-    assert support.shape == (6, 3, 16, 16)
-    for x, number in zip(support, data.numbers(0), strict=False):
-        squashed = load_image(data.files[number]).resize((16, 16), Image.Resampling.BILINEAR)
-        whole = (x * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).permute(
-            1, 2, 0
-        ) * 255
-        # the fast way reduces the largest of these images twice, to 32 px first
-        assert np.abs(whole.numpy() - np.asarray(squashed)).mean() < (
-            0.01 if backend == "plain" else 1.5
-        )
-
-
-def test_one_order_an_episode_as_the_authors_have_it():
-    order = draw_order(719, "train", 3, 4, 25, "episode")
-    assert (order == draw_order(719, "train", 3, 1, 25)[0]).all()
-    assert order.shape == (4, 25)
-    assert sorted(order[0]) == list(range(25))
-
-
-def test_pixels_from_zero_to_one(backend, master):
-    kinds = [dataset(backend, master, "val", pixels=pixels) for pixels in ("unit", "imagenet")]
-    unit, normalised = (next(episodes(data, 0, 0, CPU, False)).query for data in kinds)
-    assert 0 <= unit.min() < unit.max() <= 1
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    assert torch.allclose((unit - mean) / std, normalised, atol=1e-5)
-
-
-def test_training_images_are_flipped_at_random(backend, master):
-    ours = dataset(backend, master, augment="flip", pixels="unit")
-    plain = dataset(backend, master, augment="none", pixels="unit")
-    same_side = []
-    for a, b in zip(
-        episodes(ours, 0, 0, CPU, False), episodes(plain, 0, 0, CPU, False), strict=True
-    ):
-        for x, y in zip(
-            torch.cat((a.support, a.query)), torch.cat((b.support, b.query)), strict=True
-        ):
-            same_side.append((x - y).abs().max() < 1e-6)
-            assert same_side[-1] or (x - y.flip(2)).abs().max() < 1e-2  # Pillow rounds
-    assert 0.3 < np.mean(same_side) < 0.7
-    for split in ("val", "test"):
-        a, b = (
-            next(episodes(dataset(backend, master, split, augment=how), 0, 0, CPU, False))
-            for how in ("flip", "none")
-        )
-        assert same(a, b)
-
-
-def test_both_ways_flip_the_same_images(master):
-    found = [
-        next(episodes(dataset(backend, master, augment="flip"), 0, 0, CPU, False))
-        for backend in DATASETS
-    ]
-    assert all(
-        (a - b).abs().mean() < 0.02 for a, b in zip(found[0][:1], found[-1][:1], strict=True)
-    )
-
-
-def test_evaluation_squashes(master):
-    path = scan_split(master, "val").files[0][0]
-    a, b = (to_input([eval_image(load_image(path), 16, how)], "unit") for how in ("flip", "none"))
-    assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparent_pixels_are_white(tmp_path, mode):
-    """Whatever colour lies under them."""
-    images = []
-    for k, hidden in enumerate((10, 200)):
-        pixels = np.full((4, 4, 4), 60, dtype=np.uint8)
-        pixels[..., 3] = 255
-        pixels[:2] = (hidden, hidden, hidden, 0)
-        image = Image.fromarray(pixels)
-        image = image.quantize(4) if mode == "P" else image.convert(mode)
-        image.save(tmp_path / f"{k}.png")
-        images.append(np.asarray(load_image(tmp_path / f"{k}.png")))
-    assert (images[0] == images[1]).all()
-    assert images[0][0, 0].tolist() == [255, 255, 255]
-
-
-def test_depths_are_scaled_or_refused(tmp_path):
-    ramp = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
-    for name, values in (("float.tif", ramp), ("int.tif", (ramp * 65535).astype(np.int32))):
-        Image.fromarray(values).save(tmp_path / name)
-        pixels = np.asarray(load_image(tmp_path / name))
-        assert (pixels[0, 0, 0], pixels[3, 3, 0]) == (0, 255)
-    Image.fromarray(ramp * 9).save(tmp_path / "wide.tif")
-    with pytest.raises(UserError, match=r"wide\.tif"):
-        load_image(tmp_path / "wide.tif")
-
-
-def test_a_damaged_exif_block_is_ignored(tmp_path):
-    Image.new("RGB", (4, 6), "red").save(tmp_path / "a.jpg", exif=b"Exif\0\0garbage!")
-    assert load_image(tmp_path / "a.jpg").size == (4, 6)

@@ -18,8 +18,7 @@ def test_prep_on_both_sides_of_its_threshold():
 
 @pytest.mark.parametrize("lstm_init", ["pytorch", "authors"])
 def test_initialisation_is_the_published_one(lstm_init):
-    for seed in range(20):
-        torch.manual_seed(seed)
+    for _ in range(20):
         meta = MetaLearner(4, 20, 10, lstm_init=lstm_init)
         cell = meta.metalstm
         assert max(cell.WF.abs().max(), cell.WI.abs().max()) <= 0.01
@@ -27,8 +26,9 @@ def test_initialisation_is_the_published_one(lstm_init):
         assert -5 <= cell.bI.item() <= -4
         largest = max(p.abs().max() for p in meta.lstm.parameters())
         assert (largest <= 0.01) == (lstm_init == "authors")
-        assert meta.lstm.bias_hh.requires_grad == (meta.lstm.bias_hh != 0).any()
-        assert meta.lstm.bias_hh.requires_grad == (lstm_init == "pytorch")
+        assert (
+            meta.lstm.bias_hh.requires_grad == meta.lstm.bias_hh.any() == (lstm_init == "pytorch")
+        )
     cell = MetaLearner(4, 20, 10, bi_range=(0.0, 0.0), bf_range=(2.0, 2.0)).metalstm
     assert (cell.bI.item(), cell.bF.item()) == (0, 2)
 
@@ -73,16 +73,3 @@ def test_steps_are_the_papers():
             c[k] = sigmoid(f[k]) * c[k] - sigmoid(i[k]) * g
         assert np.allclose(state.c.detach().numpy()[:, 0], c, rtol=1e-12)
         assert np.allclose(state.i.detach().numpy()[:, 0], i, rtol=1e-12)
-
-
-def test_starts_as_gradient_descent_with_a_small_step():
-    meta, start = MetaLearner(4, 20, 50).double(), torch.randn(50)
-    meta.metalstm.init_cI(start)
-    assert torch.equal(meta.initial_state().c.squeeze(1).float(), start)
-    grad = torch.randn(50, 1, dtype=torch.float64)
-    with torch.no_grad():
-        c = meta(torch.tensor(1.6, dtype=torch.float64), grad, meta.initial_state()).c
-    step = meta.metalstm.cI - c
-    descent = step - 0.01 * meta.metalstm.cI
-    assert torch.nn.functional.cosine_similarity(descent, grad, dim=0).item() > 0.5
-    assert step.abs().max() < 0.1
