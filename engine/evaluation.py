@@ -17,7 +17,7 @@ from engine.distributed import SINGLE_PROCESS, Ranks
 from engine.flags import ROOT
 from engine.logger import result_line
 from engine.model import Trainable
-from engine.parallel import EpisodePool
+from engine.parallel import side_by_side
 from engine.process import begin_worker
 from engine.tta import class_permutations, evaluate_tta
 from episode import Episode
@@ -66,7 +66,7 @@ class Evaluator:
             return model.evaluate(args, episode, *pair)
 
         self.args, self.device, self.ranks = args, backend.device, ranks
-        self.pool = EpisodePool(evaluate, backend, model)
+        self.evaluate = side_by_side(evaluate, backend, model)
 
     def __call__(
         self, dataset: EpisodeDataset | None, after_each: Callable[[], None] = lambda: None
@@ -85,7 +85,7 @@ class Evaluator:
         bar = tqdm(total=len(dataset), desc=dataset.split.name, **look)
         how = (args.n_workers, device, args.pin_mem, begin_worker, size, after_each)
         with contextlib.closing(episodes(dataset, rank, *how)) as stream:
-            for k, result in enumerate(self.pool(stream)):
+            for k, result in enumerate(self.evaluate(stream)):
                 rows[k] = torch.stack(result)
                 bar.update(size)
                 after_each()
