@@ -55,6 +55,12 @@ def spelled(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def typed(value: object) -> str:
+    """A flag's value as one types it."""
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.lower() if value in (True, False, None) else text
+
+
 def path(text: str) -> str:
     """A path with the home folder for "~", which no shell replaces after "="."""
     if text != "~" and not text.startswith("~/"):
@@ -129,8 +135,7 @@ def _group(title: str) -> Callable:
         if "action" not in kwargs and isinstance(default, bool):
             kwargs["type"], metavar = boolean, "BOOL"
         if "action" not in kwargs and default is not None:
-            shown = " ".join(map(str, default)) if isinstance(default, list) else default
-            help += f" (default: {str(shown).lower() if default in (True, False) else shown})"
+            help += f" (default: {typed(default)})"
         if metavar:
             kwargs["metavar"] = metavar
         section.add_argument(name, help=help, **kwargs)
@@ -291,10 +296,11 @@ def resolve(
         if low > high:
             raise UserError(f"{spelled(name)} {low:g} {high:g}: LOW must not exceed HIGH")
     if args.learner != "conv4":
-        for flag, needed in (("mode", "train"), ("method", "lstm"), ("precision", "fp32")):
-            value = getattr(args, flag)
-            if value != needed and (flag, value) not in (("mode", "test"), ("mode", "predict")):
-                raise UserError(f"{spelled(flag)} {value}: not with --learner, but with conv4 only")
+        possible: dict[str, tuple] = {"mode": ("train", "test", "predict")}
+        possible |= {"method": ("lstm",), "precision": ("fp32",)}
+        for name, values in possible.items():
+            if (value := getattr(args, name)) not in values:
+                raise UserError(f"{spelled(name)} {value}: not with --learner, but with conv4 only")
     if args.bn_shift and args.method != "linear-head":
         raise UserError(f"--bn-shift {args.bn_shift:g}: is for --method linear-head only")
     if args.transductive and args.method == "linear-head":
@@ -314,15 +320,14 @@ def _check_without_inner_loop(args: argparse.Namespace) -> None:
     for name in ("transductive", "tta_permutations", "tta_flip", "meta_batch", "second_order"):
         value = getattr(args, name)
         if value != DEFAULTS[name]:
-            shown = str(value).lower()
-            raise UserError(f"{spelled(name)} {shown}: is not for --method {args.method}")
+            raise UserError(f"{spelled(name)} {typed(value)}: is not for --method {args.method}")
     if args.mode == "predict":
         raise UserError(f"--mode predict: is not for --method {args.method}")
     if args.init_from and args.method not in PRETRAINED:
         raise UserError(f"--init-from {args.init_from}: --method {args.method} starts from scratch")
     if args.shots and args.method == "finetune":
         advice = "its rate is chosen for one number of shots; leave it out"
-        raise UserError(f"--shots {' '.join(map(str, args.shots))}: {advice}")
+        raise UserError(f"--shots {typed(args.shots)}: {advice}")
 
 
 def check(argv: list[str]) -> None:

@@ -92,7 +92,7 @@ class RunFolder:
         fixed = sorted(k for k in self.changed if self.continues or k in START_ONLY)
         if fixed:
             changes, began = (
-                ", ".join(f"{flags.spelled(k)} {_typed(values[k])}" for k in fixed)
+                ", ".join(f"{flags.spelled(k)} {flags.typed(values[k])}" for k in fixed)
                 for values in (self.changed, stored)
             )
             advice = "leave them out" + ", or give another --save" * self.continues
@@ -119,12 +119,6 @@ def _essence(value: object) -> object:
     """A flag's value, but of --learner FILE:NAME@DIGEST without FILE, which may move."""
     learner = isinstance(value, str) and "@" in value
     return flags.split_learner(value)[1:] if learner else value
-
-
-def _typed(value: object) -> str:
-    if isinstance(value, bool | None):
-        return str(value).lower()
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _check_meta_batch(args: argparse.Namespace, seen: int, n_ranks: int) -> None:

@@ -40,15 +40,16 @@ class TrainingState:
         if run and run.keys() != state.to_checkpoint()["run"].keys():
             raise KeyError("a part of the run's state")
         counts = [state.validated, state.skipped_in_a_row, state.asked_for]
-        counts += state.logs_end_at.values()
         lists = [state.losses, state.accuracies, state.skipped]
-        numbers = [x for each in lists for x in each]
-        sound = all(isinstance(n, int) and n >= 0 for n in counts)
-        sound = sound and all(isinstance(each, list) for each in lists)
-        sound = sound and all(isinstance(x, float) for x in numbers)
-        sound = sound and all(isinstance(v, str) for v in state.data.values())
-        if best is not None:
-            sound = sound and isinstance(best["episode"], int) and math.isfinite(best["accuracy"])
-        if not sound or len(state.losses) != len(state.accuracies):
+        sound = (
+            all(isinstance(n, int) and n >= 0 for n in (*counts, *state.logs_end_at.values()))
+            and all(isinstance(each, list) for each in lists)
+            and all(isinstance(x, float) for each in lists for x in each)
+            and len(state.losses) == len(state.accuracies)
+            and all(isinstance(v, str) for v in state.data.values())
+            and (best is None or isinstance(best["episode"], int))
+            and (best is None or math.isfinite(best["accuracy"]))
+        )
+        if not sound:
             raise ValueError("not what training writes")
         return state
