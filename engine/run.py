@@ -22,14 +22,13 @@ from tqdm import tqdm
 
 from dataloader import EpisodeDataset, episodes
 from engine import checkpoint as checkpoints
-from engine.checkpoint import BEST, LAST, short_name
+from engine.checkpoint import BEST, LAST, TrainingState, short_name
 from engine.ema import chosen_weights
 from engine.flags import data_name, stored_flags
 from engine.folder import RunFolder
 from engine.logger import Logger, result_line
 from engine.process import Signals, Stopped, begin_worker
 from engine.provenance import provenance
-from engine.state import TrainingState
 from episode import Episode
 from utils import UserError, summary
 

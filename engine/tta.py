@@ -41,11 +41,10 @@ def class_permutations(n: int, count: int, seed: int) -> Tensor:
 
 def sides(images: Tensor, model: Model, flip: bool) -> list[Tensor]:
     """The learner's inputs for images [B, 3, H, W], and with ``flip`` for the flipped ones."""
-    found = [model.inputs(images)]
-    if flip:  # in the memory format that the images have
-        flipped = images.flip(3).contiguous(memory_format=torch.channels_last)
-        found.append(model.inputs(flipped))
-    return found
+    if not flip:
+        return [model.inputs(images)]
+    flipped = images.flip(3).contiguous(memory_format=torch.channels_last)  # as the images are
+    return [model.inputs(images), model.inputs(flipped)]
 
 
 def adapt_view(
