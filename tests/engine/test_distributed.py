@@ -93,31 +93,25 @@ def all_refused(found, *culprits):
     assert all(str(word) in err for word in culprits), err
 
 
-PATIENT = ("--monitor-interval", "5")  # torchrun ends a rank later than the rank itself does
-
-
 def torchrun(n, argv, *flags):
     """The command; each rank has one thread."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, "--nproc-per-node", str(n), *flags, str(ROOT / "main.py"), *argv]
 
 
-def alone(master, tmp_path_factory, length):
-    save = tmp_path_factory.mktemp("alone") / "logs"
-    succeeded(run_cli(*training(master, save, *M6, **length)))
-    succeeded(run_test(master, save, "--episode-test", "4", "7"))
-    return save
+def alone(length):
+    @pytest.fixture(scope="module")
+    def run(master, tmp_path_factory):
+        """The run that all others must equal: one process."""
+        save = tmp_path_factory.mktemp("alone") / "logs"
+        succeeded(run_cli(*training(master, save, *M6, **length)))
+        succeeded(run_test(master, save, "--episode-test", "4", "7"))
+        return save
+
+    return run
 
 
-@pytest.fixture(scope="module")
-def short(master, tmp_path_factory):
-    """The run that all others must equal: one process."""
-    return alone(master, tmp_path_factory, SHORT)
-
-
-@pytest.fixture(scope="module")
-def long(master, tmp_path_factory):
-    return alone(master, tmp_path_factory, LONG)
+short, long = alone(SHORT), alone(LONG)
 
 
 def assert_as_alone(save, alone):
@@ -196,7 +190,8 @@ def workers(launcher):
 @slow
 def test_a_rank_that_dies_takes_the_others_down(master, long, tmp_path):
     save, command = tmp_path / "logs", training(master, tmp_path / "logs", *M6, **LONG)
-    launcher, pids = begun(torchrun(2, command, *PATIENT), save, 4)
+    # torchrun ends a rank later than the rank itself does
+    launcher, pids = begun(torchrun(2, command, "--monitor-interval", "5"), save, 4)
     os.kill(pids[1], signal.SIGKILL)
     killed = time.monotonic()
     _, err = launcher.communicate(timeout=600)
