@@ -77,11 +77,11 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
             train_step = make_train_step(args, backend, model, optimizer, ranks, averaged)
             evaluate, val_set = Evaluator(args, backend, averaged, ranks), sets.get("val")
             if run.should_validate():  # the last process ended while it validated
-                run.log_validation(*evaluate(val_set, run.stop_if_asked))
+                run.log_validation(*evaluate(val_set, run.heed_signals))
             for n, batch in run.batches():
                 run.log(n, *train_step(n, batch))
                 if run.should_validate():
-                    run.log_validation(*evaluate(val_set, run.stop_if_asked))
+                    run.log_validation(*evaluate(val_set, run.heed_signals))
             run.finish()
         if args.plots and ranks.rank == 0:
             announce("drawing the run")

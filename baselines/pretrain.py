@@ -22,7 +22,7 @@ from engine.backend import adam, dataset, make_learner, select_backend
 from engine.distributed import Ranks
 from engine.flags import resolve, spelled
 from engine.folder import RunFolder
-from engine.parallel import learning_rate
+from engine.parallel import set_learning_rate
 from engine.run import Run
 from episode import Episode, accuracy, step_if_finite
 from learner import Conv4
@@ -105,8 +105,7 @@ def pretrain(cli_args: dict[str, object], ranks: Ranks) -> None:
             folder, {"network": network}, optimizer, {"train": train_set}, backend.device
         ) as run:
             for n, batch in run.batches():
-                if args.lr_decay:
-                    optimizer.param_groups[0]["lr"].fill_(learning_rate(args, n - 1))
+                set_learning_rate(args, optimizer, n - 1)
                 run.log(n, *train_step(*batch))
                 if run.should_validate():
                     run.log_validation([], [])

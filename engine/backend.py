@@ -29,9 +29,7 @@ REPRODUCIBLE: list[tuple[Any, str, object]] = [
 ]
 
 
-def _eager(
-    function: Callable, modules: Iterable, optimizer: torch.optim.Optimizer | None = None
-) -> Callable:
+def _eager(function: Callable, *_: object) -> Callable:
     return function
 
 
@@ -54,23 +52,18 @@ class Backend(NamedTuple):
 def make_reproducible(seed: int) -> None:
     """Seed PyTorch, and restrict cuDNN and cuBLAS to deterministic float32 algorithms."""
     torch.manual_seed(seed)
-    _set(REPRODUCIBLE)
+    for module, name, value in REPRODUCIBLE:
+        setattr(module, name, value)
 
 
 @contextlib.contextmanager
 def reproducible() -> Iterator[None]:
     """``make_reproducible`` without a seed, after which a user's own settings come back."""
-    before = [(module, name, getattr(module, name)) for module, name, _ in REPRODUCIBLE]
-    try:
-        _set(REPRODUCIBLE)
+    with contextlib.ExitStack() as stack:
+        for module, name, value in REPRODUCIBLE:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
         yield
-    finally:
-        _set(before)
-
-
-def _set(settings: list[tuple[Any, str, object]]) -> None:
-    for module, name, value in settings:
-        setattr(module, name, value)
 
 
 def select_backend(args: argparse.Namespace, local: tuple[int, int] = (0, 1)) -> Backend:
@@ -130,24 +123,23 @@ def _fast(args: argparse.Namespace, device: torch.device, name: str) -> Backend:
     from fast.metalearner import FastMetaLearner
     from fast.threads import keep_freed_memory, parallel_map
 
-    on_cpu = device.type == "cpu"
     keep_freed_memory()
-    n_parallel = torch.get_num_threads() if on_cpu else 1
-    description = f"device: {name}, {library().state}" if on_cpu else f"device: {name}"
     cache_dir = Path(args.cache_dir) if args.cache_dir else None
     conv_dtype = {"fp32": None, "bf16": torch.bfloat16}[args.precision]
-    return Backend(
+    backend = Backend(
         device,
-        description,
+        f"device: {name}",
         learner=partial(FastConv4, conv_dtype=conv_dtype),
         metalearner=FastMetaLearner,
         dataset=partial(FastEpisodeDataset, device=device, cache_dir=cache_dir),
         adam=partial(torch.optim.Adam, fused=True),
         step=step_without_sync,
-        capture=_eager if on_cpu else CUDAGraphFunction,
-        n_parallel=n_parallel,
-        map=partial(parallel_map, n_threads=n_parallel) if on_cpu else map,
     )
+    if device.type == "cuda":
+        return backend._replace(capture=CUDAGraphFunction)
+    n, description = torch.get_num_threads(), f"{backend.description}, {library().state}"
+    side_by_side = partial(parallel_map, n_threads=n)
+    return backend._replace(description=description, n_parallel=n, map=side_by_side)
 
 
 def make_learner(args: argparse.Namespace, backend: Backend) -> FlatModule:

@@ -3,23 +3,73 @@
 from __future__ import annotations
 
 import argparse
+import math
 import zipfile
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.distributed import SINGLE_PROCESS, Ranks
 from engine.ema import TRAINED
 from engine.flags import check_stored, resolve, run_folder
-from engine.state import TrainingState
 from utils import UserError, atomic_write
 
 if TYPE_CHECKING:
     from engine.model import Model
 
 BEST, LAST = "meta-learner-best.pth.tar", "meta-learner-last.pth.tar"
+
+
+@dataclass
+class TrainingState:
+    """What a snapshot holds beyond weights and moments: counts and numbers that the next episode's
+    log line and validation depend on.
+    """
+
+    episode: int = 0  # episodes seen
+    validated: int = 0  # the episode of the last validation
+    best: dict | None = None  # of the validations: episode, accuracy, std
+    skipped_in_a_row: int = 0  # updates whose loss or gradient was not finite
+    losses: list[float | Tensor] = field(default_factory=list)  # since the last log line
+    accuracies: list[float | Tensor] = field(default_factory=list)
+    skipped: list[float | Tensor] = field(default_factory=list)
+    asked_for: int = 0  # --episode
+    data: dict[str, str] = field(default_factory=dict)  # fingerprints of the images, by split
+    logs_end_at: dict[str, int] = field(default_factory=dict)  # length of the logs in bytes
+
+    def to_checkpoint(self) -> dict:
+        """The checkpoint's entries ``episode``, ``best`` and ``run``."""
+        run = asdict(self)
+        return {"episode": run.pop("episode"), "best": run.pop("best"), "run": run}
+
+    @classmethod
+    def from_checkpoint(cls, content: dict) -> TrainingState:
+        """Read what ``to_checkpoint`` wrote; exported checkpoints have no ``run``.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is something else.
+        """
+        best, run = content.get("best"), content.get("run", {})
+        state = cls(episode=content["episode"], best=best, **run)
+        if run and run.keys() != state.to_checkpoint()["run"].keys():
+            raise KeyError("a part of the run's state")
+        counts = [state.validated, state.skipped_in_a_row, state.asked_for]
+        lists = [state.losses, state.accuracies, state.skipped]
+        sound = (
+            all(isinstance(n, int) and n >= 0 for n in (*counts, *state.logs_end_at.values()))
+            and all(isinstance(each, list) for each in lists)
+            and all(isinstance(x, float) for each in lists for x in each)
+            and len(state.losses) == len(state.accuracies)
+            and all(isinstance(v, str) for v in state.data.values())
+            and (best is None or isinstance(best["episode"], int))
+            and (best is None or math.isfinite(best["accuracy"]))
+        )
+        if not sound:
+            raise ValueError("not what training writes")
+        return state
 
 
 def save(content: dict, *paths: Path) -> None:
@@ -110,7 +160,7 @@ def _fault(content: object) -> str | None:
         if not isinstance(tensors, dict) or not tensors:
             return f"not a checkpoint of this project: it lacks {key!r}, a table of tensors"
         for name, value in tensors.items():
-            if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            if not isinstance(value, Tensor) or value.layout != torch.strided:
                 return f"{name} should be a dense tensor"
             if not value.is_floating_point() and not name.endswith("num_batches_tracked"):
                 return f"{name} is {value.dtype}, but should be of floats"

@@ -6,6 +6,7 @@ are collective: all ranks go on, or none does. Later, all stop after the same up
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -14,7 +15,6 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,9 +22,6 @@ from torch import Tensor
 from engine.flags import ROOT, spelled
 from engine.process import end_with_parent
 from utils import UserError, out_of_memory, print_error
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
 
 TIMEOUT = timedelta(minutes=30)  # the longest wait for a rank that lives but does not answer
 PER_MACHINE = ("data_root", "cache_dir", "n_workers")  # flags that may differ between machines
@@ -91,7 +88,7 @@ class Ranks:
         if self.rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
 
-    def _meet(self, store: Store) -> str:
+    def _meet(self, store: torch.distributed.Store) -> str:
         """Agree on a name that the ranks of this start share, and no earlier start knows.
 
         torchrun's restarts share one store, which still holds the addresses of ranks that have
@@ -134,42 +131,28 @@ class Ranks:
         # torchrun sends it when the first rank ends, but each has an exit code of its own
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if isinstance(error, UserError) and not isinstance(error, CollectiveError):
-            error = self._told(error)
-        if isinstance(error, CollectiveError):
-            if self.rank == 0:
-                raise error from None
-            raise SystemExit(2)
+            if self._begun:
+                error = UserError(f"rank {self.rank}: {error}")
+            else:
+                try:  # the others are waiting to hear of it
+                    self.exchange(None, str(error))
+                except (CollectiveError, PeerLost) as e:
+                    error = e
         code = 2 if isinstance(error, UserError) else getattr(error, "exit_code", 1)
-        first, its_code = self._first(code)
-        if first != self.rank:
+        first = f"{self.rank} {code}"  # the rank that has ended first, which alone speaks
+        if isinstance(error, CollectiveError):
+            first = "0 2"
+        else:
+            with contextlib.suppress(RuntimeError):  # if the process that held the store has ended
+                first = self._store.compare_set("end", "", first).decode()
+        speaker, its_code = map(int, first.split())
+        if speaker != self.rank:
             raise SystemExit(its_code if isinstance(error, PeerLost) else code) from None
         if isinstance(error, PeerLost):
             print_error(f"rank {self.rank}: {error}")
             raise SystemExit(code) from None
         if isinstance(error, UserError):
             raise error from None
-
-    def _told(self, error: UserError) -> UserError | PeerLost:
-        """What becomes of an error of this rank: before the work begins the others are waiting to
-        hear of it.
-        """
-        if self._begun:
-            return UserError(f"rank {self.rank}: {error}")
-        try:
-            self.exchange(None, str(error))
-        except (CollectiveError, PeerLost) as e:
-            return e
-        return error
-
-    def _first(self, code: int) -> tuple[int, int]:
-        """The rank that has ended first, and its exit code: it alone speaks."""
-        mine = f"{self.rank} {code}"
-        try:
-            first = self._store.compare_set("end", "", mine).decode()
-        except RuntimeError:  # with the process that held the store
-            first = mine
-        rank, its_code = map(int, first.split())
-        return rank, its_code
 
     def _call(self, function: Callable, *args: object, **kwargs: object) -> None:
         try:
@@ -217,15 +200,11 @@ class Ranks:
     def compare_start(self, given: dict[str, object]) -> None:
         """Check that all ranks run the same code with the same flags."""
         if self.size > 1:
-            flags = {
-                spelled(name): value for name, value in given.items() if name not in PER_MACHINE
-            }
-            processor = torch.backends.cpu.get_cpu_capability()
-            versions = {
-                "version of PyTorch": torch.__version__,
-                "version of this repository": _code(),
-            }
-            self.compare({**flags, **versions, "kind of processor": processor})
+            facts = {spelled(k): v for k, v in given.items() if k not in PER_MACHINE}
+            facts["version of PyTorch"] = torch.__version__
+            facts["version of this repository"] = _code()
+            facts["kind of processor"] = torch.backends.cpu.get_cpu_capability()
+            self.compare(facts)
 
     def begin(self, facts: dict[str, object]) -> None:
         """``compare``, and end the start-up phase, in which errors are collective."""
@@ -273,11 +252,8 @@ SINGLE_PROCESS = Ranks()
 def _code() -> str:
     """16 hex digits over this repository's code."""
     digest = hashlib.sha256()
-    for path in sorted(
-        path
-        for part in ("*.py", "engine/*.py", "baselines/*.py", "fast/**/*.*")
-        for path in ROOT.glob(part)
-    ):
-        if "__pycache__" not in path.parts:
-            digest.update(path.read_bytes())
+    for part in ("*.py", "engine/*.py", "baselines/*.py", "fast/**/*.*"):
+        for path in sorted(ROOT.glob(part)):
+            if "__pycache__" not in path.parts:
+                digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

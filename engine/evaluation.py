@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from engine.distributed import SINGLE_PROCESS, Ranks
 from engine.flags import ROOT
 from engine.logger import result_line
 from engine.model import Trainable
-from engine.parallel import EpisodePool
+from engine.parallel import side_by_side
 from engine.process import begin_worker
 from engine.tta import class_permutations, evaluate_tta
 from episode import Episode
@@ -57,16 +58,15 @@ class Evaluator:
     ):
         permutations = class_permutations(args.n_class, args.tta_permutations or 1, args.seed)
         permutations = permutations.to(backend.device)  # here: a CUDA graph cannot copy it
-        augmented = len(permutations) > 1 or args.tta_flip
 
-        def evaluate(episode: Episode, *pair: FlatModule) -> tuple[Tensor, Tensor]:
-            if augmented:
-                how = (args.batch_size, permutations, args.tta_flip, args.transductive)
-                return evaluate_tta(episode, *pair, model, *how)
-            return model.evaluate(args, episode, *pair)
+        def augmented(episode: Episode, *pair: FlatModule) -> tuple[Tensor, Tensor]:
+            how = (args.batch_size, permutations, args.tta_flip, args.transductive)
+            return evaluate_tta(episode, *pair, model, *how)
 
+        usual = len(permutations) == 1 and not args.tta_flip
+        evaluate = partial(model.evaluate, args) if usual else augmented
         self.args, self.device, self.ranks = args, backend.device, ranks
-        self.pool = EpisodePool(evaluate, backend, model)
+        self.evaluate = side_by_side(evaluate, backend, model)
 
     def __call__(
         self, dataset: EpisodeDataset | None, after_each: Callable[[], None] = lambda: None
@@ -85,7 +85,7 @@ class Evaluator:
         bar = tqdm(total=len(dataset), desc=dataset.split.name, **look)
         how = (args.n_workers, device, args.pin_mem, begin_worker, size, after_each)
         with contextlib.closing(episodes(dataset, rank, *how)) as stream:
-            for k, result in enumerate(self.pool(stream)):
+            for k, result in enumerate(self.evaluate(stream)):
                 rows[k] = torch.stack(result)
                 bar.update(size)
                 after_each()
@@ -128,8 +128,8 @@ def run_test(
         name = f"test {n_shot}-shot ({args.epoch} x {size})"
         for count in counts:
             print(result_line(name if args.shots else "test", losses[:count], accuracies[:count]))
-        test = {"n_class": args.n_class, "n_shot": n_shot, "n_eval": args.n_eval}
-        test |= {"epoch": args.epoch, "batch_size": size}
+        names = ("n_class", "n_shot", "n_eval", "epoch", "batch_size")
+        test: dict = {name: getattr(these, name) for name in names}
         test["tta"] = {"permutations": args.tta_permutations or 1, "flip": args.tta_flip}
         test["transductive"] = args.transductive
         test["fingerprint"] = test_set.fingerprint

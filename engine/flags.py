@@ -8,24 +8,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from utils import Parser, UserError, float_range, int_range
 
 MIN_IMAGE_SIZE, INPUT_SIZE = 16, 4  # learner.py's and metalearner.py's, which import PyTorch
 ROOT = Path(__file__).resolve().parent.parent
-PATHS = [
-    "save",
-    "resume",
-    "data_root",
-    "cache_dir",
-    "init_from",
-    "support",
-    "query",
-    "out",
-    "to",
-    "runs",
-]
 # which a checkpoint carries for a resumed run: its length, and what its validations depend on
 RUN_FLAGS = ("episode", "val_freq", "episode_val", "transductive", "tta_permutations", "tta_flip")
 MODES = {
@@ -37,8 +27,6 @@ MODES = {
     "results": "print tables of tested runs",
     "export": "copy a tested run without its optimiser and snapshots, to publish it",
 }
-
-
 METHODS = {
     "lstm": "the paper's",
     "sgd": "gradient descent with one learned step size",
@@ -62,6 +50,53 @@ def boolean(text: str) -> bool:
     return values[text.lower()]
 
 
+def spelled(name: str) -> str:
+    """A flag as one types it: ``n_class`` -> ``--n-class``."""
+    return "--" + name.replace("_", "-")
+
+
+def typed(value: object) -> str:
+    """A flag's value as one types it."""
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.lower() if value in (True, False, None) else text
+
+
+def path(text: str) -> str:
+    """A path with the home folder for "~", which no shell replaces after "="."""
+    if text != "~" and not text.startswith("~/"):
+        return text
+    try:
+        return str(Path(text).expanduser()) + "/" * text.endswith("/")  # --out DIR/
+    except RuntimeError as e:  # no HOME, and a user without an entry in the list of users
+        raise argparse.ArgumentTypeError(f"{text}: there is no home folder; set HOME") from e
+
+
+def split_learner(learner: str) -> tuple[str, str, str]:
+    """``--learner FILE:NAME@DIGEST`` -> FILE, NAME and DIGEST, which may be empty."""
+    file, _, name = learner.rpartition(":")
+    name, _, digest = name.partition("@")
+    return file, name, digest
+
+
+def with_digest(learner: str) -> str:
+    """``--learner`` with a digest of the file's content, as a checkpoint keeps it; conv4 has none.
+
+    Raises:
+        UserError: there is no such file, or no name in it is given.
+    """
+    learner = path(learner)
+    file, name, digest = split_learner(learner)
+    if digest or learner == "conv4":
+        return learner
+    if not file.endswith(".py") or not name.isidentifier():
+        raise UserError(f"--learner {learner}: should be conv4, or FILE:NAME such as my_net.py:Net")
+    try:
+        content = Path(file).read_bytes()
+    except OSError as e:
+        raise UserError(f"--learner {file}:{name}: cannot be read ({e.strerror})") from e
+    return f"{learner}@{hashlib.sha256(content).hexdigest()[:12]}"
+
+
 def _listed(title: str, items: dict[str, str]) -> str:
     return f"{title}:\n" + "".join(f"  {k:<13} {v}\n" for k, v in items.items()) + "\n"
 
@@ -72,173 +107,160 @@ def default_workers() -> int:
     return min(8, max(2, len(usable) // 2))
 
 
-def _define_flags() -> tuple[Parser, dict[str, object], list[str]]:
-    """The parser, which leaves out flags that are not given; all defaults; the hyper-parameters."""
-    parser = Parser(
-        prog="main.py",
-        usage="python main.py [--mode MODE] [flags]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="The LSTM meta-learner of Ravi & Larochelle (ICLR 2017).\n"
-        "The defaults are the 5-way 5-shot recipe of the PyTorch port of 2019.",
-        epilog=_listed("modes", MODES) + _listed("methods", METHODS) + "examples:\n"
-        "  python main.py --mode train --data-root data/miniImagenet\n  python main.py --mode test",
-        argument_default=argparse.SUPPRESS,
-    )
-    defaults: dict[str, object] = {}
-    hyper_parameters: list[str] = []
-
-    def group(title: str):
-        section = parser.add_argument_group(title)
-
-        def add(name: str, default, help: str, metavar=None, hyper: bool = False, **kwargs) -> None:
-            key = name[2:].replace("-", "_")
-            defaults[key] = default
-            if hyper:
-                hyper_parameters.append(key)
-            if isinstance(default, bool) and kwargs.get("action") is None:
-                kwargs["type"], metavar = boolean, "BOOL"
-            if default is not None and kwargs.get("action") is None:
-                shown = " ".join(map(str, default)) if isinstance(default, list) else default
-                help += f" (default: {str(shown).lower() if default in (True, False) else shown})"
-            if metavar:
-                kwargs["metavar"] = metavar
-            section.add_argument(name, help=help, **kwargs)
-
-        return add
-
-    count, bias = int_range(1), float_range(-100, 100)
-
-    add = group("what to do")
-    add("--mode", "train", "one of the modes below", "MODE", choices=tuple(MODES))
-    words = "checkpoint, or run folder (training takes its last, test its best); "
-    add("--resume", None, words + "auto: this run's own, if any", "PATH")
-    add("--save", "logs", "the run folder is SAVE-SEED", "PATH")
-    seed = int_range(0, 2**32 - 1)
-    add("--seed", 719, "seed of initialisation and episodes", "N", True, type=seed)
-    words = "minutes between two writes of the last checkpoint"
-    add("--save-minutes", 5.0, words, "X", type=float_range(0, 10**6))
-    add("--runs", None, "results: run folders", "DIR", nargs="+")
-    add("--to", "exported", "export: folder in which to make the run's copy", "DIR")
-    add("--means", False, "results: of three or more seeds show the mean only")
-
-    add = group("data")
-    add("--data", "miniImagenet", "data set, a folder in data/", "NAME")
-    words = "folder with train/, val/, test/ of class folders (default: data/NAME)"
-    add("--data-root", None, words, "DIR")
-    px = int_range(MIN_IMAGE_SIZE, 1024)
-    add("--image-size", 84, "height and width of the images, pixels", "PX", True, type=px)
-    words = "port: random crops, flips and colour jitter, in tests centre crops; none: whole "
-    words += "images, resized to a square, as the authors; flip: the same with random flips; zoom, "
-    words += "mild: larger crops and weaker jitter than port, and tests as with none"
-    kinds = ("port", "none", "flip", "zoom", "mild")
-    add("--augment", "port", words, hyper=True, choices=kinds)
-    words = "imagenet: normalised by ImageNet's mean and standard deviation, as the port; "
-    words += "unit: 0 to 1"
-    add("--pixels", "imagenet", words, hyper=True, choices=("imagenet", "unit"))
-    add("--cache-dir", None, "folder for decoded images (default: .decoded in the data)", "DIR")
-    n, words = default_workers(), "processes that prepare episodes"
-    add("--n-workers", n, words, "N", type=int_range(0, 256))
-    add("--pin-mem", True, "page-locked memory for copies to the GPU")
-
-    add = group("episodes")
-    add("--n-class", 5, "classes of an episode (n-way)", "N", True, type=int_range(2, 1000))
-    add("--n-shot", 5, "support images per class (k-shot)", "N", True, type=int_range(1, 1000))
-    add("--n-eval", 15, "query images per class", "N", True, type=int_range(1, 1000))
-    add("--episode", 50000, "training episodes", "N", type=count)
-    add("--episode-val", 100, "validation episodes, the same each time", "N", type=count)
-    words = "test episodes; of several counts, the larger include the smaller"
-    add("--episode-test", [600], words, "N", type=count, nargs="+")
-    words = "test: numbers of shots to test, such as 1 5 (default: --n-shot)"
-    add("--shots", None, words, "K", type=int_range(1, 1000), nargs="+")
-
-    add = group("learner")
-    words = "conv4, the paper's; or your own network, a class or function NAME in a Python file: "
-    words += "see examples/own_network.py"
-    add("--learner", "conv4", words, "FILE:NAME", True)
-    add("--epoch", 8, "passes over the support set", "N", True, type=int_range(1, 10000))
-    add("--batch-size", 25, "images of a support minibatch", "N", True, type=count)
-    words = "divide the minibatch's mean gradient by N; 0: by its number of images, as the authors"
-    add("--grad-divisor", 0, words, "N", True, type=int_range(0, 10**6))
-    words = "order of the support images in minibatches: a new one in each pass or episode"
-    add("--shuffle", "pass", words, hyper=True, choices=("pass", "episode"))
-    words = "initial scale of batch norm: uniform, U(0, 1), as both earlier codes; one, as PyTorch"
-    add("--bn-scale", "uniform", words, hyper=True, choices=("uniform", "one"))
-    words = "weight of the new batch in batch norm's running statistics"
-    add("--bn-momentum", 0.95, words, "X", True, type=float_range(0, 1))
-    eps = float_range(0, 1, low_open=True)
-    add("--bn-eps", 1e-3, "epsilon of batch norm", "X", True, type=eps)
-    words = "filters of each convolution; the CPU kernels are for 32"
-    add("--filters", 32, words, "N", True, type=int_range(1, 1024))
-
-    add = group("meta-learner")
-    size = int_range(INPUT_SIZE, INPUT_SIZE)
-    add("--input-size", INPUT_SIZE, "inputs of the LSTM per coordinate", "N", True, type=size)
-    add("--hidden-size", 20, "width of the LSTM", "N", True, type=int_range(1, 4096))
-    words = "initialisation of the LSTM: pytorch, as the port; authors: U(-0.01, 0.01) and one bias"
-    add("--lstm-init", "pytorch", words, hyper=True, choices=("pytorch", "authors"))
-    low_high = {"metavar": ("LOW", "HIGH"), "hyper": True, "type": bias, "nargs": 2}
-    add("--bf-init", [4.0, 6.0], "range of bF's initial value (authors: 4 5)", **low_high)
-    words = "range of bI's initial value; first steps are about sigmoid(bI) times the gradient: "
-    words += "1/100, or with 0 0 a half, for small networks and only hundreds of episodes"
-    add("--bi-init", [-5.0, -4.0], words, **low_high)
-    rate = float_range(0, 1, low_open=True)
-    add("--lr", 1e-3, "learning rate of Adam", "X", True, type=rate)
-    words = "final fraction of training over which the learning rate falls linearly to 0"
-    add("--lr-decay", 0.0, words, "X", True, type=float_range(0, 1))
-    words = "decay of an exponential moving average of the weights, for validation, test and "
-    words += "prediction; 0: the weights themselves, even if a checkpoint holds both"
-    add("--ema", 0.0, words, "X", True, type=float_range(0, 1))
-    words = "episodes whose gradients are averaged for an update"
-    add("--meta-batch", 1, words, "M", True, type=int_range(1, 10**6))
-    clip = float_range(0, 10**6, low_open=True)
-    add("--grad-clip", 0.25, "largest norm of the meta-gradient", "X", True, type=clip)
-
-    add = group("beyond the paper")
-    add("--method", "lstm", "one of the methods below", "METHOD", True, choices=tuple(METHODS))
-    words = "pretrain: cosine similarities, or a linear classifier as for the paper's baselines"
-    add("--classifier", "cosine", words, hyper=True, choices=("cosine", "linear"))
-    words = "also differentiate the learner's losses and gradients, which the paper treats as "
-    words += "constants (first order)"
-    add("--second-order", False, words, hyper=True)
-    words = "start a new training from the weights of this checkpoint or run folder (or PATH-SEED)"
-    add("--init-from", None, words, "PATH")
-    words = "linear-head: raise the shift of the last batch norm by X standard deviations"
-    add("--bn-shift", 0.0, words, "X", True, type=float_range(-10, 10))
-
-    add = group("test and prediction")
-    words = "test-time augmentation: adapt to each of N permutations of the labels, and average "
-    words += "(default: 1; predict: number of classes)"
-    add("--tta-permutations", None, words, "N", type=int_range(1, 1000))
-    words = "test-time augmentation: average over mirrored support and query images, too"
-    add("--tta-flip", False, words)
-    words = "transductive batch norm in tests: the query batch's own statistics"
-    add("--transductive", False, words)
-    add("--support", None, "predict: a folder with one folder of examples per class", "DIR")
-    add("--query", None, "predict: images to classify, or folders of them", "PATH", nargs="+")
-    add("--out", "predictions", "predict: writes OUT.csv and OUT.png", "PATH")
-
-    add = group("machine and log")
-    switch = {"action": "store_true"}
-    add("--cpu", False, "use the CPU even where there is a GPU", **switch)
-    words = "use GPU number N or fail (default: the first GPU, else the CPU)"
-    add("--gpu", None, words, "N", type=int_range(0, 63))
-    add("--plain", False, "plain PyTorch, without fast/: slower, equal up to rounding", **switch)
-    words = "precision of the learner's convolutions; bf16 needs a GPU"
-    add("--precision", "fp32", words, hyper=True, choices=("fp32", "bf16"))
-    add("--plots", True, "draw the run at the end of training")
-    add("--tensorboard", False, "also write TensorBoard's files into the run folder", **switch)
-    add("--log-freq", 50, "episodes between two lines of the log", "N", type=count)
-    words = "episodes between two validations and checkpoints; 0: none"
-    add("--val-freq", 1000, words, "N", type=int_range(0))
-    return parser, defaults, hyper_parameters
+_parser = Parser(
+    prog="main.py",
+    usage="python main.py [--mode MODE] [flags]",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    description="The LSTM meta-learner of Ravi & Larochelle (ICLR 2017).\n"
+    "The defaults are the 5-way 5-shot recipe of the PyTorch port of 2019.",
+    epilog=_listed("modes", MODES) + _listed("methods", METHODS) + "examples:\n"
+    "  python main.py --mode train --data-root data/miniImagenet\n  python main.py --mode test",
+    argument_default=argparse.SUPPRESS,  # leaves out flags that are not given
+)
+DEFAULTS: dict[str, object] = {}
+HYPER_PARAMETERS: list[str] = []
 
 
-_parser, DEFAULTS, HYPER_PARAMETERS = _define_flags()
+def _group(title: str) -> Callable:
+    """Begin a group of flags; the function that adds one to it."""
+    section = _parser.add_argument_group(title)
+
+    def add(name: str, default, help: str, metavar=None, hyper: bool = False, **kwargs) -> None:
+        key = name[2:].replace("-", "_")
+        DEFAULTS[key] = default
+        if hyper:
+            HYPER_PARAMETERS.append(key)
+        if metavar in ("PATH", "DIR"):
+            kwargs["type"] = path
+        if "action" not in kwargs and isinstance(default, bool):
+            kwargs["type"], metavar = boolean, "BOOL"
+        if "action" not in kwargs and default is not None:
+            help += f" (default: {typed(default)})"
+        if metavar:
+            kwargs["metavar"] = metavar
+        section.add_argument(name, help=help, **kwargs)
+
+    return add
 
 
-def spelled(name: str) -> str:
-    """A flag as one types it: ``n_class`` -> ``--n-class``."""
-    return "--" + name.replace("_", "-")
+count, positive = int_range(1), partial(float_range, 0, low_open=True)
+
+add = _group("what to do")
+add("--mode", "train", "one of the modes below", "MODE", choices=tuple(MODES))
+words = "checkpoint, or run folder (training takes its last, test its best); "
+add("--resume", None, words + "auto: this run's own, if any", "PATH")
+add("--save", "logs", "the run folder is SAVE-SEED", "PATH")
+add("--seed", 719, "seed of initialisation and episodes", "N", True, type=int_range(0, 2**32 - 1))
+words = "minutes between two writes of the last checkpoint"
+add("--save-minutes", 5.0, words, "X", type=float_range(0, 10**6))
+add("--runs", None, "results: run folders", "DIR", nargs="+")
+add("--to", "exported", "export: folder in which to make the run's copy", "DIR")
+add("--means", False, "results: of three or more seeds show the mean only")
+
+add = _group("data")
+add("--data", "miniImagenet", "data set, a folder in data/", "NAME")
+words = "folder with train/, val/, test/ of class folders (default: data/NAME)"
+add("--data-root", None, words, "DIR")
+words, pixels = "height and width of the images, pixels", int_range(MIN_IMAGE_SIZE, 1024)
+add("--image-size", 84, words, "PX", True, type=pixels)
+words = "port: random crops, flips and colour jitter, in tests centre crops; none: whole "
+words += "images, resized to a square, as the authors; flip: the same with random flips; zoom, "
+words += "mild: larger crops and weaker jitter than port, and tests as with none"
+add("--augment", "port", words, hyper=True, choices=("port", "none", "flip", "zoom", "mild"))
+words = "imagenet: normalised by ImageNet's mean and standard deviation, as the port; unit: 0 to 1"
+add("--pixels", "imagenet", words, hyper=True, choices=("imagenet", "unit"))
+add("--cache-dir", None, "folder for decoded images (default: .decoded in the data)", "DIR")
+words = "processes that prepare episodes"
+add("--n-workers", default_workers(), words, "N", type=int_range(0, 256))
+add("--pin-mem", True, "page-locked memory for copies to the GPU")
+
+add = _group("episodes")
+add("--n-class", 5, "classes of an episode (n-way)", "N", True, type=int_range(2, 1000))
+add("--n-shot", 5, "support images per class (k-shot)", "N", True, type=int_range(1, 1000))
+add("--n-eval", 15, "query images per class", "N", True, type=int_range(1, 1000))
+add("--episode", 50000, "training episodes", "N", type=count)
+add("--episode-val", 100, "validation episodes, the same each time", "N", type=count)
+words = "test episodes; of several counts, the larger include the smaller"
+add("--episode-test", [600], words, "N", type=count, nargs="+")
+words = "test: numbers of shots to test, such as 1 5 (default: --n-shot)"
+add("--shots", None, words, "K", type=int_range(1, 1000), nargs="+")
+
+add = _group("learner")
+words = "conv4, the paper's; or your own network, a class or function NAME in a Python file: "
+words += "see examples/own_network.py"
+add("--learner", "conv4", words, "FILE:NAME", True, type=with_digest)
+add("--epoch", 8, "passes over the support set", "N", True, type=int_range(1, 10000))
+add("--batch-size", 25, "images of a support minibatch", "N", True, type=count)
+words = "divide the minibatch's mean gradient by N; 0: by its number of images, as the authors"
+add("--grad-divisor", 0, words, "N", True, type=int_range(0, 10**6))
+words = "order of the support images in minibatches: a new one in each pass or episode"
+add("--shuffle", "pass", words, hyper=True, choices=("pass", "episode"))
+words = "initial scale of batch norm: uniform, U(0, 1), as both earlier codes; one, as PyTorch"
+add("--bn-scale", "uniform", words, hyper=True, choices=("uniform", "one"))
+words = "weight of the new batch in batch norm's running statistics"
+add("--bn-momentum", 0.95, words, "X", True, type=float_range(0, 1))
+add("--bn-eps", 1e-3, "epsilon of batch norm", "X", True, type=positive(1))
+words = "filters of each convolution; the CPU kernels are for 32"
+add("--filters", 32, words, "N", True, type=int_range(1, 1024))
+
+add = _group("meta-learner")
+only = int_range(INPUT_SIZE, INPUT_SIZE)
+add("--input-size", INPUT_SIZE, "inputs of the LSTM per coordinate", "N", True, type=only)
+add("--hidden-size", 20, "width of the LSTM", "N", True, type=int_range(1, 4096))
+words = "initialisation of the LSTM: pytorch, as the port; authors: U(-0.01, 0.01) and one bias"
+add("--lstm-init", "pytorch", words, hyper=True, choices=("pytorch", "authors"))
+bias = {"metavar": ("LOW", "HIGH"), "hyper": True, "type": float_range(-100, 100), "nargs": 2}
+add("--bf-init", [4.0, 6.0], "range of bF's initial value (authors: 4 5)", **bias)
+words = "range of bI's initial value; first steps are about sigmoid(bI) times the gradient: "
+words += "1/100, or with 0 0 a half, for small networks and only hundreds of episodes"
+add("--bi-init", [-5.0, -4.0], words, **bias)
+add("--lr", 1e-3, "learning rate of Adam", "X", True, type=positive(1))
+words = "final fraction of training over which the learning rate falls linearly to 0"
+add("--lr-decay", 0.0, words, "X", True, type=float_range(0, 1))
+words = "decay of an exponential moving average of the weights, for validation, test and "
+words += "prediction; 0: the weights themselves, even if a checkpoint holds both"
+add("--ema", 0.0, words, "X", True, type=float_range(0, 1))
+words = "episodes whose gradients are averaged for an update"
+add("--meta-batch", 1, words, "M", True, type=int_range(1, 10**6))
+add("--grad-clip", 0.25, "largest norm of the meta-gradient", "X", True, type=positive(10**6))
+
+add = _group("beyond the paper")
+add("--method", "lstm", "one of the methods below", "METHOD", True, choices=tuple(METHODS))
+words = "pretrain: cosine similarities, or a linear classifier as for the paper's baselines"
+add("--classifier", "cosine", words, hyper=True, choices=("cosine", "linear"))
+words = "also differentiate the learner's losses and gradients, which the paper treats as "
+words += "constants (first order)"
+add("--second-order", False, words, hyper=True)
+words = "start a new training from the weights of this checkpoint or run folder (or PATH-SEED)"
+add("--init-from", None, words, "PATH")
+words = "linear-head: raise the shift of the last batch norm by X standard deviations"
+add("--bn-shift", 0.0, words, "X", True, type=float_range(-10, 10))
+
+add = _group("test and prediction")
+words = "test-time augmentation: adapt to each of N permutations of the labels, and average "
+words += "(default: 1; predict: number of classes)"
+add("--tta-permutations", None, words, "N", type=int_range(1, 1000))
+words = "test-time augmentation: average over mirrored support and query images, too"
+add("--tta-flip", False, words)
+words = "transductive batch norm in tests: the query batch's own statistics"
+add("--transductive", False, words)
+add("--support", None, "predict: a folder with one folder of examples per class", "DIR")
+add("--query", None, "predict: images to classify, or folders of them", "PATH", nargs="+")
+add("--out", "predictions", "predict: writes OUT.csv and OUT.png", "PATH")
+
+add = _group("machine and log")
+switch = {"action": "store_true"}
+add("--cpu", False, "use the CPU even where there is a GPU", **switch)
+words = "use GPU number N or fail (default: the first GPU, else the CPU)"
+add("--gpu", None, words, "N", type=int_range(0, 63))
+add("--plain", False, "plain PyTorch, without fast/: slower, equal up to rounding", **switch)
+words = "precision of the learner's convolutions; bf16 needs a GPU"
+add("--precision", "fp32", words, hyper=True, choices=("fp32", "bf16"))
+add("--plots", True, "draw the run at the end of training")
+add("--tensorboard", False, "also write TensorBoard's files into the run folder", **switch)
+add("--log-freq", 50, "episodes between two lines of the log", "N", type=count)
+words = "episodes between two validations and checkpoints; 0: none"
+add("--val-freq", 1000, words, "N", type=int_range(0))
 
 
 def parse(argv: list[str]) -> dict[str, object]:
@@ -250,50 +272,7 @@ def parse(argv: list[str]) -> dict[str, object]:
     cli_args = vars(_parser.parse_args(argv))
     if cli_args.get("cpu") and cli_args.get("gpu") is not None:
         raise UserError(f"--cpu and --gpu {cli_args['gpu']}: give one of the two")
-    for name in PATHS:
-        value = cli_args.get(name)
-        if isinstance(value, list):
-            cli_args[name] = [_expanded(name, path) for path in value]
-        elif value:
-            cli_args[name] = _expanded(name, value)
-    if cli_args.get("learner", "conv4") != "conv4":
-        cli_args["learner"] = with_digest(_expanded("learner", str(cli_args["learner"])))
     return cli_args
-
-
-def split_learner(learner: str) -> tuple[str, str, str]:
-    """``--learner FILE:NAME@DIGEST`` -> FILE, NAME and DIGEST, which may be empty."""
-    file, _, name = learner.rpartition(":")
-    name, _, digest = name.partition("@")
-    return file, name, digest
-
-
-def with_digest(learner: str) -> str:
-    """``--learner`` with a digest of the file's content, as a checkpoint keeps it.
-
-    Raises:
-        UserError: there is no such file, or no name in it is given.
-    """
-    file, name, digest = split_learner(learner)
-    if digest:
-        return learner
-    if not file.endswith(".py") or not name.isidentifier():
-        raise UserError(f"--learner {learner}: should be conv4, or FILE:NAME such as my_net.py:Net")
-    try:
-        content = Path(file).read_bytes()
-    except OSError as e:
-        raise UserError(f"--learner {file}:{name}: cannot be read ({e.strerror})") from e
-    return f"{learner}@{hashlib.sha256(content).hexdigest()[:12]}"
-
-
-def _expanded(name: str, path: str) -> str:
-    """The path with the home folder for "~", which no shell replaces after "="."""
-    if path != "~" and not path.startswith("~/"):
-        return path
-    try:
-        return str(Path(path).expanduser()) + "/" * path.endswith("/")  # --out DIR/
-    except RuntimeError as e:  # no HOME, and a user without an entry in the list of users
-        raise UserError(f"{spelled(name)} {path}: there is no home folder; set HOME") from e
 
 
 def resolve(
@@ -317,10 +296,11 @@ def resolve(
         if low > high:
             raise UserError(f"{spelled(name)} {low:g} {high:g}: LOW must not exceed HIGH")
     if args.learner != "conv4":
-        for flag, needed in (("mode", "train"), ("method", "lstm"), ("precision", "fp32")):
-            value = getattr(args, flag)
-            if value != needed and (flag, value) not in (("mode", "test"), ("mode", "predict")):
-                raise UserError(f"{spelled(flag)} {value}: not with --learner, but with conv4 only")
+        possible: dict[str, tuple] = {"mode": ("train", "test", "predict")}
+        possible |= {"method": ("lstm",), "precision": ("fp32",)}
+        for name, values in possible.items():
+            if (value := getattr(args, name)) not in values:
+                raise UserError(f"{spelled(name)} {value}: not with --learner, but with conv4 only")
     if args.bn_shift and args.method != "linear-head":
         raise UserError(f"--bn-shift {args.bn_shift:g}: is for --method linear-head only")
     if args.transductive and args.method == "linear-head":
@@ -340,15 +320,14 @@ def _check_without_inner_loop(args: argparse.Namespace) -> None:
     for name in ("transductive", "tta_permutations", "tta_flip", "meta_batch", "second_order"):
         value = getattr(args, name)
         if value != DEFAULTS[name]:
-            shown = str(value).lower()
-            raise UserError(f"{spelled(name)} {shown}: is not for --method {args.method}")
+            raise UserError(f"{spelled(name)} {typed(value)}: is not for --method {args.method}")
     if args.mode == "predict":
         raise UserError(f"--mode predict: is not for --method {args.method}")
     if args.init_from and args.method not in PRETRAINED:
         raise UserError(f"--init-from {args.init_from}: --method {args.method} starts from scratch")
     if args.shots and args.method == "finetune":
         advice = "its rate is chosen for one number of shots; leave it out"
-        raise UserError(f"--shots {' '.join(map(str, args.shots))}: {advice}")
+        raise UserError(f"--shots {typed(args.shots)}: {advice}")
 
 
 def check(argv: list[str]) -> None:
@@ -389,8 +368,6 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 def stored_flags(args: argparse.Namespace) -> dict[str, dict[str, object]]:
     """The flags that a checkpoint carries: hyper-parameters and, for a resumed run, others."""
+    hyper_parameters = {k: getattr(args, k) for k in HYPER_PARAMETERS}
     run_flags = {k: getattr(args, k) for k in RUN_FLAGS if getattr(args, k) is not None}
-    return {
-        "hyper_parameters": {k: getattr(args, k) for k in HYPER_PARAMETERS},
-        "run_flags": run_flags,
-    }
+    return {"hyper_parameters": hyper_parameters, "run_flags": run_flags}

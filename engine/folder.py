@@ -12,31 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine import checkpoint as checkpoints
+from engine import flags
 from engine.checkpoint import BEST, LAST
 from engine.distributed import SINGLE_PROCESS, Ranks
-from engine.flags import (
-    DEFAULTS,
-    HYPER_PARAMETERS,
-    INNER_LOOP,
-    RUN_FLAGS,
-    resolve,
-    run_folder,
-    spelled,
-    split_learner,
-)
 from utils import UserError, file_lock
 
 # hyper-parameters that shape the first episode, and cannot change after it
-START_ONLY = [
-    "bn_scale",
-    "lstm_init",
-    "bf_init",
-    "bi_init",
-    "method",
-    "bn_shift",
-    "classifier",
-    "learner",
-]
+START_ONLY = {"bn_scale", "lstm_init", "bf_init", "bi_init"}
+START_ONLY |= {"method", "bn_shift", "classifier", "learner"}
 
 
 class RunFolder:
@@ -63,26 +46,26 @@ class RunFolder:
     """
 
     def __init__(self, cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS):
-        args = resolve(cli_args)
-        self.ranks, self.path = ranks, run_folder(args)
+        args = flags.resolve(cli_args)
+        self.ranks, self.path = ranks, flags.run_folder(args)
         with contextlib.ExitStack() as stack:  # closed here after an error, else in __exit__
             if ranks.rank == 0:
                 stack.enter_context(_exclusive(self.path))
             found = self._load(args) if ranks.rank == 0 else None
             resume, self.checkpoint, self.origin = ranks.exchange(found)[0]
-            checkpoint = self.checkpoint or {}
+            checkpoint, default = self.checkpoint or {}, flags.DEFAULTS
             stored = checkpoint.get("hyper_parameters", {})
             if stored:  # a flag that is newer than the checkpoint had its default
-                stored = {k: DEFAULTS[k] for k in HYPER_PARAMETERS} | stored
+                stored = {k: default[k] for k in flags.HYPER_PARAMETERS} | stored
             own = (self.path / "ckpts").resolve()
             self.continues = resume is not None and Path(resume).resolve().parent == own
             free = {"val_freq"} if stored.get("lr_decay") else {"val_freq", "episode"}
             if self.continues and "run_flags" in checkpoint:
-                stored = stored | {k: DEFAULTS[k] for k in RUN_FLAGS} | checkpoint["run_flags"]
+                stored = stored | {k: default[k] for k in flags.RUN_FLAGS} | checkpoint["run_flags"]
             given = {k: v for k, v in cli_args.items() if k in stored.keys() - free}
             self.changed = {k: v for k, v in given.items() if _essence(stored[k]) != _essence(v)}
             self._refuse_changes(str(resume), stored)
-            self.args = resolve({**cli_args, "resume": resume}, stored)
+            self.args = flags.resolve({**cli_args, "resume": resume}, stored)
             _check_meta_batch(self.args, checkpoint.get("episode", 0), ranks.size)
             self._stack = stack.pop_all()
 
@@ -106,10 +89,12 @@ class RunFolder:
         return resume, checkpoint, origin
 
     def _refuse_changes(self, resume: str, stored: dict[str, object]) -> None:
-        fixed = self.changed if self.continues else {k for k in self.changed if k in START_ONLY}
+        fixed = sorted(k for k in self.changed if self.continues or k in START_ONLY)
         if fixed:
-            changes = ", ".join(f"{spelled(k)} {_typed(self.changed[k])}" for k in sorted(fixed))
-            began = ", ".join(f"{spelled(k)} {_typed(stored[k])}" for k in sorted(fixed))
+            changes, began = (
+                ", ".join(f"{flags.spelled(k)} {flags.typed(values[k])}" for k in fixed)
+                for values in (self.changed, stored)
+            )
             advice = "leave them out" + ", or give another --save" * self.continues
             raise UserError(f"{changes}: {resume} began with {began}; {advice}")
 
@@ -133,13 +118,7 @@ class RunFolder:
 def _essence(value: object) -> object:
     """A flag's value, but of --learner FILE:NAME@DIGEST without FILE, which may move."""
     learner = isinstance(value, str) and "@" in value
-    return split_learner(value)[1:] if learner else value
-
-
-def _typed(value: object) -> str:
-    if isinstance(value, bool | None):
-        return str(value).lower()
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return flags.split_learner(value)[1:] if learner else value
 
 
 def _check_meta_batch(args: argparse.Namespace, seen: int, n_ranks: int) -> None:
@@ -151,7 +130,7 @@ def _check_meta_batch(args: argparse.Namespace, seen: int, n_ranks: int) -> None
     m = args.meta_batch
     if m % n_ranks:
         advice = f"give --meta-batch {m + -m % n_ranks}"
-        if args.method not in INNER_LOOP:
+        if args.method not in flags.INNER_LOOP:
             advice = f"--method {args.method} trains in one; start it without torchrun"
         raise UserError(f"--meta-batch {m}: {n_ranks} processes cannot share it evenly; {advice}")
     for flag, n in (("--episode", args.episode), ("--val-freq", args.val_freq)):

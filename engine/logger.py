@@ -8,7 +8,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -32,14 +32,20 @@ class Logger:
         folder: the run's folder.
         end_at: the files' lengths at the snapshot, from ``position``; what a killed process wrote
             beyond is cut off.
+        tensorboard: also write TensorBoard's files.
+        episode: of the snapshot; TensorBoard hides what was written after it.
 
     Raises:
-        UserError: a file cannot be written, or is shorter than ``end_at`` says.
+        UserError: a file cannot be written, or is shorter than ``end_at`` says; or TensorBoard is
+            missing or broken.
     """
 
     NAMES = (CONSOLE, METRICS)
 
-    def __init__(self, folder: Path, end_at: dict[str, int]):
+    def __init__(
+        self, folder: Path, end_at: dict[str, int], tensorboard: bool = False, episode: int = 0
+    ):
+        self._board = _tensorboard(folder, episode) if tensorboard else None
         how = {"encoding": "utf-8", "errors": "backslashreplace"}  # file names are any bytes
         try:
             self._files = {name: (folder / name).open("a", **how) for name in self.NAMES}
@@ -75,8 +81,16 @@ class Logger:
         }
         _append(self._files[METRICS], json.dumps({"event": kind, **values}) + "\n")
 
+    def curve(self, kind: str, episode: int, loss: float, accuracy: float) -> None:
+        """Add a point to TensorBoard's curves, if they are asked for."""
+        if self._board is not None:
+            self._board.add_scalar(f"{kind}/loss", loss, episode)
+            self._board.add_scalar(f"{kind}/accuracy", accuracy, episode)
+
     def close(self) -> None:
-        """Close both files."""
+        """Close all files."""
+        if self._board is not None:
+            self._board.close()
         for file in self._files.values():
             with contextlib.suppress(OSError):  # what could not be written was reported then
                 file.close()
@@ -90,12 +104,7 @@ def _append(file: IO[str], text: str) -> None:
         raise UserError(f"{file.name}: cannot be written ({e.strerror}); free some space") from e
 
 
-def open_tensorboard(folder: Path, episode: int):
-    """Open a writer that hides what a killed process may have written after ``episode``.
-
-    Raises:
-        UserError: TensorBoard is missing or broken.
-    """
+def _tensorboard(folder: Path, episode: int) -> Any:
     try:
         writer = load_package("torch.utils.tensorboard", "tensorboard").SummaryWriter
     except UserError as e:
@@ -116,9 +125,8 @@ def read_metrics(folder: Path) -> list[dict]:
         raise UserError(f"{path}: cannot be read ({e.strerror}); name a run folder") from e
     for line in lines:
         with contextlib.suppress(ValueError):
-            event = json.loads(line)
-            if isinstance(event, dict) and "event" in event:
-                events.append(event)
+            events.append(json.loads(line))
+    events = [e for e in events if isinstance(e, dict) and "event" in e]
     try:
         sound = all(map(_is_sound, events))
     except (KeyError, TypeError, AttributeError):  # a part is missing

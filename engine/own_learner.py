@@ -36,11 +36,10 @@ class OwnLearner(FlatModule):
         """See the network's own."""
         return self.network(x)
 
-    def __getattr__(self, name: str) -> Any:
-        """The network's other methods, such as ``features``."""
-        if name == "features":
-            return self.network.features
-        return super().__getattr__(name)
+    @property
+    def features(self) -> Any:
+        """The network's own, if it has any."""
+        return self.network.features
 
 
 def own_learner(args: argparse.Namespace) -> FlatModule:

@@ -22,14 +22,13 @@ from tqdm import tqdm
 
 from dataloader import EpisodeDataset, episodes
 from engine import checkpoint as checkpoints
-from engine.checkpoint import BEST, LAST, short_name
+from engine.checkpoint import BEST, LAST, TrainingState, short_name
 from engine.ema import chosen_weights
 from engine.flags import data_name, stored_flags
 from engine.folder import RunFolder
-from engine.logger import Logger, open_tensorboard, result_line
+from engine.logger import Logger, result_line
 from engine.process import Signals, Stopped, begin_worker
 from engine.provenance import provenance
-from engine.state import TrainingState
 from episode import Episode
 from utils import UserError, summary
 
@@ -78,7 +77,6 @@ class Run:
         self.signals, self.saved_at = Signals(), time.monotonic()
         # of rank 0 only
         self.logger: Any = None
-        self.tensorboard: Any = None
         self.bar: Any = None
         with contextlib.ExitStack() as stack:  # closed here after an error, else in __exit__
             stack.callback(self.signals.restore)
@@ -115,11 +113,9 @@ class Run:
         if not folder.continues and folder.ckpt(LAST).exists():
             advice = "continue it with --resume auto, or give another --save or --seed"
             raise UserError(f"{folder.path}: holds a run already; {advice}")
-        if args.tensorboard:
-            self.tensorboard = open_tensorboard(folder.path, state.episode)
-            stack.callback(self.tensorboard.close)
         ends = state.logs_end_at or dict.fromkeys(Logger.NAMES, 0)
-        self.logger = stack.enter_context(contextlib.closing(Logger(folder.path, ends)))
+        logger = Logger(folder.path, ends, args.tensorboard, state.episode)
+        self.logger = stack.enter_context(contextlib.closing(logger))
         for left in folder.ckpt("").glob(".*.tmp"):  # by a process that was killed while writing
             left.unlink(missing_ok=True)
         if state.episode == 0:
@@ -151,19 +147,12 @@ class Run:
         """Yield the number of episodes after each update to come, and this rank's share of it."""
         args, ranks, state = self.args, self.ranks, self.state
         where = (args.n_workers, self.device, args.pin_mem, begin_worker)
-        first, wait = state.episode + ranks.rank, self._heed_signals
-        stream = episodes(self.datasets["train"], first, *where, step=ranks.size, waiting=wait)
+        how = {"step": ranks.size} | ({} if ranks.rank else {"waiting": self.heed_signals})
+        stream = episodes(self.datasets["train"], state.episode + ranks.rank, *where, **how)
         # closing the stream ends its worker processes
         with contextlib.closing(stream):
             for n in range(state.episode + args.meta_batch, args.episode + 1, args.meta_batch):
                 yield n, list(islice(stream, args.meta_batch // ranks.size))
-
-    def _heed_signals(self) -> None:
-        """Between two updates, while the worker processes have no episode ready."""
-        if self.ranks.rank == 0 and (self.signals.stop or self.signals.save):
-            self.signals.save = False
-            self.snapshot(LAST)
-            self.stop_if_asked()
 
     def log(self, n: int, losses: Tensor, accuracies: Tensor, skipped: Tensor) -> None:
         """Record the update that ends with episode ``n``.
@@ -218,7 +207,7 @@ class Run:
             skipped=n_skipped,
             time={"seconds": seconds, "episodes_per_second": rate},
         )
-        self._board("train", mean_loss, mean_accuracy)
+        self.logger.curve("train", n, mean_loss, mean_accuracy)
         note = f"  {n_skipped} updates skipped: loss or gradient not finite" if n_skipped else ""
         self.logger.info(
             f"[{n:>{len(str(total))}}/{total}] loss {loss:.4f} (mean {mean_loss:.4f})  "
@@ -240,14 +229,8 @@ class Run:
         """Bring the numbers since the last log line from the device."""
         for name in ("losses", "accuracies", "skipped"):
             values = getattr(self.state, name)
-            how = {"dtype": torch.float32, "device": self.device}
-            rows = [torch.as_tensor(v, **how).view(-1) for v in values]
+            rows = [torch.as_tensor(v, device=self.device).view(-1).float() for v in values]
             setattr(self.state, name, torch.cat(rows).tolist() if rows else [])
-
-    def _board(self, kind: str, loss: float, accuracy: float) -> None:
-        if self.tensorboard is not None:
-            self.tensorboard.add_scalar(f"{kind}/loss", loss, self.state.episode)
-            self.tensorboard.add_scalar(f"{kind}/accuracy", accuracy, self.state.episode)
 
     def should_validate(self) -> bool:
         """Whether a validation is due. If so, write a snapshot first: a kill costs no more."""
@@ -268,7 +251,7 @@ class Run:
         names = [f"meta-learner-{n}.pth.tar", LAST]
         if accuracies:
             loss, percent = summary(losses), summary(accuracies)
-            self._board("val", loss["mean"], percent["mean"])
+            self.logger.curve("val", n, loss["mean"], percent["mean"])
             # of each episode, too: benchmarks/compare_runs.py pairs them
             each = [round(v, 2) for v in accuracies]
             self.logger.event("val", episode=n, loss=loss, accuracy=percent, accuracies=each)
@@ -281,13 +264,16 @@ class Run:
         self.snapshot(*names)
         self.since += time.perf_counter() - self.paused
 
-    def stop_if_asked(self) -> None:
-        """After a snapshot: end the run if a signal asks for it.
+    def heed_signals(self) -> None:
+        """Between two updates: write a snapshot, and end the run, if a signal asks for it.
 
         Raises:
             Stopped: a signal asks for it.
         """
-        if self.signals.stop is not None:
+        if self.ranks.rank == 0 and (self.signals.stop or self.signals.save):
+            self.signals.save = False
+            self.snapshot(LAST)
+        if self.signals.stop:
             raise Stopped(self.signals.stop, self.folder.path, self.state.episode)
 
     def snapshot(self, *names: str) -> None:

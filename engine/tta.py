@@ -10,7 +10,7 @@ order of the classes; with all n!, none does. ``--tta-flip`` does the same with 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from itertools import product
 
 import numpy as np
 import torch
@@ -20,13 +20,6 @@ from torch import Tensor
 from engine.model import Model
 from episode import Episode, accuracy, adapt
 from learner import FlatModule
-
-
-class View(NamedTuple):
-    """One way to show an episode to the learner."""
-
-    permutation: Tensor  # [n] int64, on the episode's device: the output of each class
-    side: int  # of the support set: 0 as it is, 1 flipped
 
 
 def class_permutations(n: int, count: int, seed: int) -> Tensor:
@@ -46,24 +39,18 @@ def class_permutations(n: int, count: int, seed: int) -> Tensor:
     return torch.tensor(rows[:count])
 
 
-def views(permutations: Tensor, flip: bool) -> list[View]:
-    """Each permutation [N, n], with ``flip`` also of the flipped support set."""
-    return [View(p, side) for p in permutations for side in range(1 + flip)]
-
-
 def sides(images: Tensor, model: Model, flip: bool) -> list[Tensor]:
     """The learner's inputs for images [B, 3, H, W], and with ``flip`` for the flipped ones."""
-    found = [model.inputs(images)]
-    if flip:  # in the memory format that the images have
-        flipped = images.flip(3).contiguous(memory_format=torch.channels_last)
-        found.append(model.inputs(flipped))
-    return found
+    if not flip:
+        return [model.inputs(images)]
+    flipped = images.flip(3).contiguous(memory_format=torch.channels_last)  # as the images are
+    return [model.inputs(images), model.inputs(flipped)]
 
 
 def adapt_view(
     episode: Episode,
-    support: list[Tensor],
-    view: View,
+    support: Tensor,
+    permutation: Tensor,
     learner_w_grad: FlatModule,
     learner_wo_grad: FlatModule,
     model: Model,
@@ -73,19 +60,19 @@ def adapt_view(
     """Adapt to one view of the support set; ``learner_wo_grad`` takes over the result.
 
     Args:
-        support: the learner's inputs, from ``sides``.
+        support: the learner's inputs, one of ``sides``.
+        permutation: [n] int64, on the episode's device: the output of each class.
         The others are ``evaluate_episode``'s.
     """
-    labels = view.permutation[episode.support_y]
-    seen = episode._replace(support=support[view.side], support_y=labels)
+    seen = episode._replace(support=support, support_y=permutation[episode.support_y])
     learner_wo_grad.train(transductive)
     c, _ = adapt(seen, learner_w_grad, model.metalearner, batch_size)
     learner_wo_grad.transfer_params(learner_w_grad, c)
 
 
-def probabilities(query: list[Tensor], view: View, learner: FlatModule) -> Tensor:
+def probabilities(query: list[Tensor], permutation: Tensor, learner: FlatModule) -> Tensor:
     """An adapted learner's probabilities [B, n] by class, averaged over the inputs in ``query``."""
-    return torch.stack([learner(x).softmax(dim=1) for x in query]).mean(0)[:, view.permutation]
+    return torch.stack([learner(x).softmax(dim=1) for x in query]).mean(0)[:, permutation]
 
 
 @torch.no_grad()
@@ -111,9 +98,9 @@ def evaluate_tta(
     """
     support, query = sides(episode.support, model, flip), sides(episode.query, model, flip)
     pair, found = (learner_w_grad, learner_wo_grad), []
-    for view in views(permutations, flip):
-        adapt_view(episode, support, view, *pair, model, batch_size, transductive)
-        found.append(probabilities(query, view, learner_wo_grad))
+    for permutation, x in product(permutations, support):
+        adapt_view(episode, x, permutation, *pair, model, batch_size, transductive)
+        found.append(probabilities(query, permutation, learner_wo_grad))
     mean = torch.stack(found).mean(0)
     logs = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()  # a 0 would make the loss infinite
     return F.nll_loss(logs, episode.query_y), accuracy(mean, episode.query_y)

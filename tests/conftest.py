@@ -2,12 +2,15 @@ import contextlib
 import copy
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -190,7 +193,37 @@ def refused(done, *culprits):
     return done.stderr
 
 
-# ---- The command line, in this process ----
+def before_call(patch, module, name, do):
+    """Call ``do(n)`` before a function's nth call, n = 1, 2, ...; ``patch`` is a ``setattr``."""
+    original, calls = getattr(module, name), itertools.count(1)
+    patch(module, name, lambda *args, **kwargs: do(next(calls)) or original(*args, **kwargs))
+
+
+def poisoned(episode):
+    """An episode whose query images are not finite."""
+    return episode._replace(query=episode.query * float("nan"))
+
+
+def kill_self(number=signal.SIGKILL):
+    os.kill(os.getpid(), number)
+
+
+# ---- The command line ----
+
+
+def completed(command, **kwargs):
+    """Run a command in a process of its own, on one thread."""
+    how = {"capture_output": True, "text": True, "timeout": 600, "env": ONE_THREAD, **kwargs}
+    return subprocess.run(command, check=False, **how)
+
+
+def wait_for_lines(log, n_lines, *processes):
+    """Wait until a run has logged as many lines; the processes must live that long."""
+    deadline = time.monotonic() + 300
+    while not (log.exists() and log.read_text().count("\n") >= n_lines):
+        assert all(process.poll() is None for process in processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 class Done(NamedTuple):

@@ -10,7 +10,7 @@ import argparse
 import copy
 import hashlib
 from collections.abc import Hashable, Iterable, Iterator
-from itertools import islice
+from itertools import islice, product
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from dataloader import draw_order, eval_image, to_input
 from engine.backend import Backend, reproducible
 from engine.evaluation import schedule
 from engine.model import Model
-from engine.tta import View, adapt_view, class_permutations, probabilities, sides, views
+from engine.tta import adapt_view, class_permutations, probabilities, sides
 from episode import Episode
 from imagefiles import to_rgb
 from learner import FlatModule
@@ -37,13 +37,13 @@ class Predictor:
 
     Attributes:
         classes: the labels, in the order of the columns of ``predict``; empty before ``adapt``.
-        adapted: the views that ``predict`` averages over, each with its adapted learner.
+        adapted: the permutations that ``predict`` averages over, each with its adapted learner.
     """
 
     def __init__(self, args: argparse.Namespace, backend: Backend, model: Model, trained_on: int):
         self.args, self.backend, self.model, self.trained_on = args, backend, model, trained_on
         self.classes: list[Hashable] = []
-        self.adapted: list[tuple[View, FlatModule]] = []
+        self.adapted: list[tuple[Tensor, FlatModule]] = []
 
     @torch.no_grad()
     @reproducible()
@@ -84,10 +84,10 @@ class Predictor:
         episode = Episode(support[0], y, nothing, nothing, torch.from_numpy(drawn).to(device))
         size, model.metalearner.grad_divisor = schedule(args, self.trained_on, len(y))
         self.classes, self.adapted = classes, []
-        for view in views(permutations, args.tta_flip):
+        for permutation, x in product(permutations, support):
             learner = copy.deepcopy(model.learner_wo_grad)
-            adapt_view(episode, support, view, model.learner_w_grad, learner, model, size)
-            self.adapted.append((view, learner))
+            adapt_view(episode, x, permutation, model.learner_w_grad, learner, model, size)
+            self.adapted.append((permutation, learner))
 
     @torch.no_grad()
     @reproducible()

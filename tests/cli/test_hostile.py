@@ -249,6 +249,11 @@ CHECKPOINTS = {  # what is done to a checkpoint -> a culprit beside the file
     "about": (change(about=3), ""),
     "data root": (change(data_root=3), "data_root"),
     "no optimiser": (without("optim"), ""),
+    "a foreign optimiser": (change(optim={"state": {}, "param_groups": []}), ""),
+    "absurd run flag": (change(run_flags={"episode_val": 0}), "episode_val 0"),
+    "unknown run flag": (change(run_flags={"lr": 0.1}), "lr"),
+    "a number for a run flag": (change(run_flags={3: 4}), "run_flags"),
+    "no run flags": (change(run_flags=[1]), "run_flags"),
 }
 
 
@@ -263,9 +268,11 @@ def test_checkpoints(master, trained, tmp_path, name):
 
 
 def test_files_that_are_no_checkpoint(master, trained, tmp_path):
-    last = trained.with_name("logs-719") / "ckpts" / LAST
-    (tmp_path / "half").write_bytes(last.read_bytes()[:2000])
-    for path in (tmp_path, ROOT / "LICENSE", tmp_path / "half"):
+    raw = bytearray(Path(f"{trained}-719", "ckpts", LAST).read_bytes())
+    (tmp_path / "half").write_bytes(raw[: len(raw) // 2])
+    raw[len(raw) // 2] ^= 1
+    (tmp_path / "a bit").write_bytes(raw)
+    for path in (tmp_path, ROOT / "LICENSE", tmp_path / "half", tmp_path / "a bit"):
         refused(run_test(master, "nowhere", "--resume", path), path)
 
 

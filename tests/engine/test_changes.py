@@ -27,12 +27,6 @@ def test_each_is_refused(master, trained, words):
     assert metrics(trained) == before
 
 
-def test_all_are_refused_at_once(master, trained):
-    words = ["--lr 0.1", "--n-shot 2", *CHANGES]
-    done = train(master, trained, "--resume", "auto", *" ".join(words).split())
-    refused(done, *words)
-
-
 def test_what_is_not_given_is_as_it_was(master, trained, tmp_path):
     """Also where the default differs."""
     assert "nothing to do" in succeeded(train(master, trained, "--resume", "auto", episode=2))
@@ -52,15 +46,6 @@ def test_another_folder_may_change_them(master, trained, tmp_path):
     done = train(master, tmp_path / "new", *resume, "--episode-val", 3, "--tta-flip", "false")
     succeeded(done)
     assert [len(event["accuracies"]) for event in metrics(tmp_path / "new", "val")] == [3]
-
-
-@pytest.mark.parametrize(
-    "stored", [{"episode_val": 0}, {"tta_flip": "maybe"}, {"lr": 0.1}, {3: 4}, [1]]
-)
-def test_absurd_values_in_a_checkpoint(master, trained, tmp_path, stored):
-    content = tensors(trained) | {"run_flags": stored}
-    torch.save(content, tmp_path / "x.pth.tar")
-    refused(train(master, tmp_path / "logs", "--resume", tmp_path / "x.pth.tar"), "x.pth.tar")
 
 
 def test_a_flag_newer_than_the_checkpoint_had_its_default(master, tmp_path):

@@ -19,19 +19,23 @@ from conftest import (
     ONE_THREAD,
     ROOT,
     assert_same,
+    before_call,
+    completed,
+    kill_self,
     metrics,
+    poisoned,
     run_cli,
     run_test,
     succeeded,
     tensors,
     training,
+    wait_for_lines,
 )
 from torch.distributed import TCPStore
 
 from engine import checkpoint, distributed
 from engine import model as models
-from engine.backend import select_backend
-from engine.flags import parse, resolve
+from engine.flags import parse
 from engine.folder import RunFolder
 from engine.run import Run
 from fast import images
@@ -89,36 +93,25 @@ def all_refused(found, *culprits):
     assert all(str(word) in err for word in culprits), err
 
 
-PATIENT = ("--monitor-interval", "5")  # torchrun ends a rank later than the rank itself does
-
-
 def torchrun(n, argv, *flags):
     """The command; each rank has one thread."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, "--nproc-per-node", str(n), *flags, str(ROOT / "main.py"), *argv]
 
 
-def completed(command):
-    how = {"capture_output": True, "text": True, "timeout": 600, "check": False}
-    return subprocess.run(command, env=ONE_THREAD, **how)
+def alone(length):
+    @pytest.fixture(scope="module")
+    def run(master, tmp_path_factory):
+        """The run that all others must equal: one process."""
+        save = tmp_path_factory.mktemp("alone") / "logs"
+        succeeded(run_cli(*training(master, save, *M6, **length)))
+        succeeded(run_test(master, save, "--episode-test", "4", "7"))
+        return save
+
+    return run
 
 
-def alone(master, tmp_path_factory, length):
-    save = tmp_path_factory.mktemp("alone") / "logs"
-    succeeded(run_cli(*training(master, save, *M6, **length)))
-    succeeded(run_test(master, save, "--episode-test", "4", "7"))
-    return save
-
-
-@pytest.fixture(scope="module")
-def short(master, tmp_path_factory):
-    """The run that all others must equal: one process."""
-    return alone(master, tmp_path_factory, SHORT)
-
-
-@pytest.fixture(scope="module")
-def long(master, tmp_path_factory):
-    return alone(master, tmp_path_factory, LONG)
+short, long = alone(SHORT), alone(LONG)
 
 
 def assert_as_alone(save, alone):
@@ -136,7 +129,9 @@ def results_of(save):
 
 
 def test_two_and_three_ranks_give_the_bits_of_one(master, short, tmp_path):
-    """Training, validation and logs; the second half on another number of ranks; and the test."""
+    """Training, logs and validation, in which a third rank has nothing to do; the second half on
+    another number of ranks; and the test.
+    """
     save = tmp_path / "logs"
     for n, episode in ((2, 12), (3, 24)):
         argv = training(master, save, *M6, episode=episode, val_freq=12)
@@ -160,16 +155,6 @@ def test_torchrun_gives_the_bits_of_one(master, short, tmp_path):
     assert results_of(save) == results_of(short)
 
 
-def test_fewer_episodes_than_ranks(master, tmp_path):
-    """In a validation: some have nothing to do."""
-    save, one = tmp_path / "three", tmp_path / "one"
-    flags = (*M6, "--episode-val", "2")
-    argv = training(master, save, *flags, episode=6, val_freq=6)
-    assert together(tmp_path / "a", 3, argv)[0] == [0, 0, 0]
-    succeeded(run_cli(*training(master, one, *flags, episode=6, val_freq=6)))
-    assert metrics(save) == metrics(one)
-
-
 def test_plain_ranks_agree_too(master, tmp_path):
     pytest.importorskip("torchvision.transforms.functional")  # loaded before the forks, as the rest
     flags = ("--meta-batch", "2", "--plain")
@@ -186,16 +171,8 @@ def begun(command, save, n_lines):
     """Start torchrun and wait for lines in the run's log; the launcher and the ranks' processes."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     launcher = subprocess.Popen(command, env=ONE_THREAD, **pipes)
-    wait_for(Path(f"{save}-719", "metrics.jsonl"), n_lines, launcher)
+    wait_for_lines(Path(f"{save}-719", "metrics.jsonl"), n_lines, launcher)
     return launcher, workers(launcher)
-
-
-def wait_for(log, n_lines, *launchers):
-    deadline = time.monotonic() + 300
-    while not (log.exists() and log.read_text().count("\n") >= n_lines):
-        assert all(launcher.poll() is None for launcher in launchers)
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def workers(launcher):
@@ -213,7 +190,8 @@ def workers(launcher):
 @slow
 def test_a_rank_that_dies_takes_the_others_down(master, long, tmp_path):
     save, command = tmp_path / "logs", training(master, tmp_path / "logs", *M6, **LONG)
-    launcher, pids = begun(torchrun(2, command, *PATIENT), save, 4)
+    # torchrun ends a rank later than the rank itself does
+    launcher, pids = begun(torchrun(2, command, "--monitor-interval", "5"), save, 4)
     os.kill(pids[1], signal.SIGKILL)
     killed = time.monotonic()
     _, err = launcher.communicate(timeout=600)
@@ -247,7 +225,7 @@ def test_torchrun_starts_them_again_on_two_machines(master, long, tmp_path, how)
                 command = [word for word in torchrun(1, argv, *flags) if word != "--standalone"]
                 launchers.append(subprocess.Popen(command, stdout=file, stderr=2, env=ONE_THREAD))
             for lines, of in ((3, 0), (8, 1)):
-                wait_for(log, lines, *launchers)
+                wait_for_lines(log, lines, *launchers)
                 os.kill(workers(launchers[of])[0], signal.SIGKILL)
             assert [launcher.wait(300) for launcher in launchers] == [0, 0], words.read_text()
         finally:
@@ -270,68 +248,50 @@ def test_the_launchers_signal_stops_all_at_the_same_update(master, long, tmp_pat
     assert_as_alone(save, long)
 
 
+def on_rank(k, do):
+    """For ``prepare``: what one of the ranks does."""
+    return lambda rank: do() if rank == k else None
+
+
 def in_gradient(do):
     """For ``prepare``: ``do(rank, call)`` before each of a rank's episodes."""
-
-    def prepare(rank):
-        original, calls = models.meta_gradient, []
-
-        def meta_gradient(*args):
-            calls.append(0)
-            do(rank, len(calls))
-            return original(*args)
-
-        models.meta_gradient = meta_gradient
-
-    return prepare
-
-
-def signalled(number, at_call, of_rank):
-    """For ``prepare``: one rank sends itself a signal while it works on one of its episodes."""
-    here = (of_rank, at_call)
-    return in_gradient(lambda *at: os.kill(os.getpid(), number) if at == here else None)
+    return lambda rank: before_call(setattr, models, "meta_gradient", lambda n: do(rank, n))
 
 
 def test_a_signal_to_one_rank_is_heeded_by_all(master, tmp_path):
     flags = (*M6, "--save-minutes", "60")
     argv = training(master, tmp_path / "logs", *flags, episode=48, val_freq=0)
-    # in the third update
-    found = together(tmp_path / "a", 3, argv, signalled(signal.SIGTERM, 5, 2))
+    # of rank 2 in the third update
+    third = in_gradient(lambda *at: kill_self(signal.SIGTERM) if at == (2, 5) else None)
+    found = together(tmp_path / "a", 3, argv, third)
     assert (found[0], found[1].count("\n")) == ([143] * 3, 1)
     assert "SIGTERM" in found[1]
     assert tensors(tmp_path / "logs")["episode"] == 18
 
     def prepare(rank):
-        signalled(signal.SIGUSR1, 3, 1)(rank)
-        kept = Run.log
-        Run.log = lambda run, n, *rest: (
-            kept(run, n, *rest) if n < 42 else os.kill(os.getpid(), signal.SIGKILL)
-        )
+        in_gradient(lambda *at: kill_self(signal.SIGUSR1) if at == (1, 3) else None)(rank)
+        before_call(setattr, Run, "log", lambda n: kill_self() if n == 4 else None)
 
     assert together(tmp_path / "b", 3, argv, prepare)[0] == [-signal.SIGKILL] * 3
     assert tensors(tmp_path / "logs")["episode"] == 30  # the second update after 18
 
 
-def not_finite(rank):
+def not_finite():
     original = models.meta_gradient
-
-    def meta_gradient(*args):
-        gradient, *rest = original(*args)
-        return gradient * (float("nan") if rank == 1 else 1), *rest
-
-    models.meta_gradient = meta_gradient
+    models.meta_gradient = lambda episode, *rest: original(poisoned(episode), *rest)
 
 
-def full_disk(rank):
-    def save(*_):
-        raise UserError("x.pth.tar: cannot be written")
-
-    checkpoint.save = save
+def full_disk(*_):
+    raise UserError("x.pth.tar: cannot be written")
 
 
-@pytest.mark.parametrize(
-    ("prepare", "culprit"), [(not_finite, "20 updates"), (full_disk, "x.pth.tar")]
-)
+ERRORS = {
+    "20 updates": on_rank(1, not_finite),
+    "x.pth.tar": lambda rank: setattr(checkpoint, "save", full_disk),
+}
+
+
+@pytest.mark.parametrize(("culprit", "prepare"), ERRORS.items())
 def test_an_error_of_one_ends_all(master, tmp_path, prepare, culprit):
     flags = ("--meta-batch", "2", "--save-minutes", "0")
     argv = training(master, tmp_path / "logs", *flags, episode=60, val_freq=0)
@@ -340,14 +300,10 @@ def test_an_error_of_one_ends_all(master, tmp_path, prepare, culprit):
 
 def test_a_rank_that_dies_during_a_validation_ends_all(master, tmp_path):
     """At once; the other continues from the snapshot before the validation."""
-
-    def prepare(rank):
-        if rank == 1:
-            models.evaluate_episode = lambda *_: os._exit(9)
-
+    prepare = on_rank(1, lambda: setattr(models, "evaluate_episode", lambda *_: os._exit(9)))
     argv = training(master, tmp_path / "logs", *M6[2:], "--meta-batch", "2")
     began = time.monotonic()
-    codes, err = together(tmp_path / "a", 2, lambda rank: argv, prepare)
+    codes, err = together(tmp_path / "a", 2, argv, prepare)
     assert time.monotonic() - began < 120
     assert (codes, err.count("\n")) == ([1, 9], 1), err
     assert "rank 0: another rank has ended" in err
@@ -371,20 +327,9 @@ def test_nobody_waits_longer_than_it_says(master, tmp_path):
 # ---- Refusals ----
 
 
-def other_version(rank):
-    if rank == 2:
-        torch.__version__ = "2.0.0"
-
-
-def other_code(rank):
-    if rank == 1:
-        distributed._code = lambda: "other"
-
-
-def other_threads(rank):
-    torch.set_num_threads(1 + (rank == 1))
-
-
+other_version = on_rank(2, lambda: setattr(torch, "__version__", "2.0.0"))
+other_code = on_rank(1, lambda: setattr(distributed, "_code", lambda: "other"))
+other_threads = on_rank(1, lambda: torch.set_num_threads(2))
 REFUSALS = {
     "the default": ("", None, "--meta-batch 1", "--meta-batch 3"),
     "not divisible": ("--meta-batch 8", None, "--meta-batch 8", "--meta-batch 9"),
@@ -455,14 +400,6 @@ def test_refusals_through_torchrun(master, tmp_path):
     assert re.findall(r"exitcode +: (\d+)", done.stderr) == ["2", "2"]
 
 
-def test_more_ranks_than_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for given, culprit in (({}, "--nproc-per-node 2"), ({"gpu": 0}, "--gpu 0")):
-        with pytest.raises(UserError, match=culprit):
-            select_backend(resolve(given), (0, 4))
-
-
 # ---- Data ----
 
 
@@ -470,23 +407,19 @@ def test_images_are_decoded_once_a_machine(data, tmp_path):
     """The others wait at the lock, however long it takes."""
     log = tmp_path / "built"
 
+    def note(_):
+        with log.open("a") as file:
+            file.write("x")
+        time.sleep(0.5)
+
     def prepare(rank):
-        original = images._build
-
-        def build(folder, name, *rest):
-            with log.open("a") as file:
-                file.write(f"{name}\n")
-            time.sleep(0.5)
-            original(folder, name, *rest)
-
-        images._build = build
+        before_call(setattr, images, "_build", note)
 
     argv = training(data, tmp_path / "logs", "--meta-batch", "3", episode=3, val_freq=3)
     assert together(tmp_path / "a", 3, argv, prepare) == ([0, 0, 0], "")
-    assert sorted(log.read_text().split()) == ["train", "val"]
-    log.unlink()
+    assert log.read_text() == "xx"  # for training and validation
     caches = [str(tmp_path / name) for name in "abc"]  # each machine may have its own
     argv += ["--save", str(tmp_path / "b"), "--cache-dir"]
     found = together(tmp_path / "b", 3, lambda rank: [*argv, caches[rank]], prepare)
     assert found == ([0, 0, 0], "")
-    assert sorted(log.read_text().split()) == ["train"] * 3 + ["val"] * 3
+    assert log.read_text() == "xx" + 3 * "xx"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_same, metrics, refused, run_cli, succeeded, tensors, train
+from conftest import assert_same, metrics, refused, run_cli, run_test, succeeded, tensors, train
 
 from dataloader import scan_split
 from engine.backend import dataset
@@ -26,6 +26,13 @@ def nth(save, n):
     return tensors(save, f"meta-learner-{n}.pth.tar")
 
 
+def assert_averaged(before, content, decay):
+    """A checkpoint holds the average of its trained weights and the average before."""
+    for name, found in content["metalearner"].items():
+        expected = decay * before[name].double() + (1 - decay) * content[TRAINED][name].double()
+        assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-7), name
+
+
 def test_the_trained_weights_are_those_of_a_run_without(master, averaged, tmp_path):
     succeeded(train(master, tmp_path / "logs", *EMA[2:], val_freq=1))
     for n in range(1, 5):
@@ -41,10 +48,7 @@ def test_it_is_the_average(averaged):
     before = nth(averaged, 1)["metalearner"]
     for n, decay in ((2, 3 / 12), (3, 0.3), (4, 0.3)):
         content = nth(averaged, n)
-        for name, found in content["metalearner"].items():
-            new = content[TRAINED][name].double()
-            expected = decay * before[name].double() + (1 - decay) * new
-            assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-7), (n, name)
+        assert_averaged(before, content, decay)
         before = content["metalearner"]
 
 
@@ -77,10 +81,7 @@ def test_a_run_without_goes_on_with_it(master, trained, tmp_path):
     """The average starts from its weights."""
     save = tmp_path / "logs"
     succeeded(train(master, save, "--resume", trained, *EMA, episode=5, val_freq=1))
-    before, after = tensors(trained)["metalearner"], tensors(save)
-    for name, found in after["metalearner"].items():
-        expected = 0.3 * before[name].double() + 0.7 * after[TRAINED][name].double()
-        assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-7), name
+    assert_averaged(tensors(trained)["metalearner"], tensors(save), 0.3)
 
 
 def test_a_run_goes_on_without_it(master, averaged, tmp_path):
@@ -91,17 +92,10 @@ def test_a_run_goes_on_without_it(master, averaged, tmp_path):
 
 
 def test_an_exported_run_has_the_average_alone(master, averaged, tmp_path):
-    succeeded(run_cli("--mode", "test", "--data-root", master, "--save", averaged, "--cpu",
-                      "--n-workers", 0, "--episode-test", 2))  # fmt: skip
+    succeeded(run_test(master, averaged, "--episode-test", 2))
     succeeded(run_cli("--mode", "export", "--save", averaged, "--to", tmp_path))
     (file,) = tmp_path.rglob("meta-learner.pth.tar")
     exported = torch.load(file, weights_only=True)
     assert TRAINED not in exported
     assert_same(exported["metalearner"], nth(averaged, exported["episode"])["metalearner"])
-    done = run_cli("--mode", "test", "--data-root", master, "--resume", file, "--ema", "0", "--cpu")
-    refused(done, "--ema 0", file, "--ema 0.3")
-
-
-def test_pre_training_has_none(master, tmp_path):
-    done = run_cli("--mode", "pretrain", "--ema", "0.9", "--save", tmp_path / "p")
-    refused(done, "--ema 0.9")
+    refused(run_test(master, "x", "--resume", file, "--ema", "0"), "--ema 0", file, "--ema 0.3")

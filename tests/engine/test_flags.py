@@ -52,6 +52,7 @@ BAD = {  # the flag that the error names -> its values; "" stands for none at al
     "--n-workers": ["9999"],
     "--meta-batch": ["0"],
     "--tta-permutations": ["0"],
+    "--ema": ["0.9 --mode pretrain"],
     "--cpu": ["--gpu 0"],
     "--transductive": ["true --method linear-head", "true --mode predict"],
     "--epsiode": ["3"],

@@ -1,14 +1,15 @@
 """Exhausted memory, in each phase, and GPUs that cannot be used: one line, or the fallback."""
 
+import contextlib
 import errno
 import os
-import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
-from conftest import ROOT, refused, train, training
+from conftest import ROOT, completed, refused, train, training
 
 from engine import model as models
 from engine.backend import select_backend
@@ -34,20 +35,14 @@ ERRORS = {
 
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
 def test_one_line_names_the_flags(master, tmp_path, monkeypatch, error):
-    def fails(*args):
-        raise error
-
-    monkeypatch.setattr(models, "meta_gradient", fails)
+    monkeypatch.setattr(models, "meta_gradient", Mock(side_effect=error))
     done = train(master, tmp_path / "logs")
     refused(done, "out of memory", "--image-size", "--filters", "--n-workers")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError(errno.EBADF, "bad")])
 def test_other_errors_are_not_explained_away(master, tmp_path, monkeypatch, error):
-    def fails(*args):
-        raise error
-
-    monkeypatch.setattr(models, "meta_gradient", fails)
+    monkeypatch.setattr(models, "meta_gradient", Mock(side_effect=error))
     with pytest.raises(type(error)):
         train(master, tmp_path / "logs")
 
@@ -56,10 +51,8 @@ def test_other_errors_are_not_explained_away(master, tmp_path, monkeypatch, erro
 def test_a_real_limit(master, tmp_path):
     words = training(master, tmp_path / "logs", "--image-size", 1024, "--filters", 1024)
     line = 'ulimit -v 9000000; exec "$@"'
-    command = ["bash", "-c", line, "-", sys.executable, str(ROOT / "main.py"), *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    how = {"capture_output": True, "text": True, "timeout": 300, "check": False, "env": env}
-    refused(subprocess.run(command, **how), "out of memory", "--image-size")
+    done = completed(["bash", "-c", line, "-", sys.executable, str(ROOT / "main.py"), *words])
+    refused(done, "out of memory", "--image-size")
 
 
 # ---- GPUs ----
@@ -69,47 +62,32 @@ class OutOfResources(Exception):
     """As Triton's, which is no RuntimeError."""
 
 
+TOO_MUCH = OutOfResources("out of resource: shared memory")
+
+
 @pytest.mark.parametrize("error", [e for e in ERRORS.values() if isinstance(e, RuntimeError)])
 def test_a_kernel_is_not_blamed_for_the_memory(error):
-    def fails(_):
-        raise error
-
     with pytest.raises(RuntimeError):
-        gpu._agrees(test_a_real_limit, None, 0.1, fails)
+        gpu._agrees(test_a_real_limit, None, 0.1, Mock(side_effect=error))
 
 
 def test_a_kernel_that_needs_too_much_is_left_out(capsys):
-    def fails(_):
-        raise OutOfResources("out of resource: shared memory")
-
-    assert not gpu._agrees(test_a_real_limit, None, 0.1, fails)
+    assert not gpu._agrees(test_a_real_limit, None, 0.1, Mock(side_effect=TOO_MUCH))
     assert "out of resource" in capsys.readouterr().out
-    assert not out_of_memory(OutOfResources("out of resource: shared memory"))
+    assert not out_of_memory(TOO_MUCH)
 
 
-@pytest.mark.parametrize(
-    "error", [OutOfResources("out of resource: shared memory"), ERRORS["CUDA's"]]
-)
+@pytest.mark.parametrize("error", [TOO_MUCH, ERRORS["CUDA's"]])
 def test_a_capture_that_fails_falls_back(monkeypatch, capsys, error):
     for name in ("CUDAGraph", "Stream"):
         monkeypatch.setattr(torch.cuda, name, SimpleNamespace)
-
-    def fails(*_args, **_kwargs):
-        raise error
-
-    class Capture:
-        __enter__, __exit__ = fails, lambda *_: None
-
-    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **kwargs: Capture())
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: Capture.__new__(Quiet))
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", MagicMock())
+    torch.cuda.graph().__enter__.side_effect = error
     captured = CUDAGraphFunction(lambda episode: ())
     captured._capture()
     assert captured.graph is None
     assert str(error) in capsys.readouterr().out
-
-
-class Quiet:
-    __enter__ = __exit__ = lambda *_: None
 
 
 @pytest.fixture
@@ -117,13 +95,10 @@ def one_gpu(monkeypatch):
     """A GPU on which the first operation raises the given error."""
 
     def set_up(message):
-        def ones(*_args, **_kwargs):
-            raise RuntimeError(message)
-
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-        monkeypatch.setattr(torch, "ones", ones)
+        monkeypatch.setattr(torch, "ones", Mock(side_effect=RuntimeError(message)))
 
     return set_up
 
@@ -139,13 +114,19 @@ def test_a_gpu_without_code_is_left_out(one_gpu):
 
 
 @pytest.mark.parametrize(
-    ("message", "flags"),
-    [(NO_CODE, {"gpu": 0}), ("CUDA error: out of memory", {}), ("device is busy", {})],
+    ("message", "flags", "n_ranks", "culprits"),
+    [
+        (NO_CODE, {"gpu": 0}, 1, f"GPU 0.*{NO_CODE}.*--cpu"),
+        ("CUDA error: out of memory", {}, 1, "GPU 0.*out of memory.*--cpu"),
+        ("device is busy", {}, 1, "GPU 0.*device is busy.*--cpu"),
+        ("", {}, 4, "--nproc-per-node 1"),
+        ("", {"gpu": 0}, 4, "--gpu 0"),
+    ],
 )
-def test_a_gpu_that_cannot_be_used(one_gpu, message, flags):
+def test_a_gpu_that_cannot_be_used(one_gpu, message, flags, n_ranks, culprits):
     one_gpu(message)
-    with pytest.raises(UserError, match=rf"GPU 0.*{message}.*--cpu"):
-        select_backend(resolve(flags))
+    with pytest.raises(UserError, match=culprits):
+        select_backend(resolve(flags), (0, n_ranks))
 
 
 def test_several_processes_without_nccl(one_gpu, monkeypatch):
@@ -157,29 +138,15 @@ def test_several_processes_without_nccl(one_gpu, monkeypatch):
     assert select_backend(resolve({"plain": True, "cpu": True})).device.type == "cpu"
 
 
-class Dist:
-    """Stands in for torch.distributed where the other rank has ended: NCCL waits for it."""
-
-    ReduceOp = SimpleNamespace(MAX="max")
-
-    def all_reduce(self, *_):
-        raise RuntimeError("Connection closed by peer")
-
-    def all_gather(self, *_):
-        pytest.fail("waits for 30 minutes")
-
-
 def test_a_rank_that_has_ended_is_noticed_before_nccl_waits_for_it():
-    ranks = Ranks(0, 2)
-    ranks._dist = Dist()
+    ranks, ended = Ranks(0, 2), RuntimeError("Connection closed by peer")
+    ranks._dist = Mock(all_reduce=Mock(side_effect=ended))
     rows = torch.zeros(2, 2).as_subclass(type("OnGPU", (torch.Tensor,), {"is_cuda": True}))
     with pytest.raises(PeerLost, match="closed by peer"):
         ranks.gather(rows)
+    ranks._dist.all_gather.assert_not_called()  # it waits for 30 minutes
 
 
 def test_memory_is_not_a_lost_rank():
-    def fails():
-        raise ERRORS["CUDA's"]
-
     with pytest.raises(torch.OutOfMemoryError):
-        Ranks(0, 2)._call(fails)
+        Ranks(0, 2)._call(Mock(side_effect=ERRORS["CUDA's"]))

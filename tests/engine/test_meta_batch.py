@@ -1,7 +1,6 @@
 """Several episodes an update: the mean of their gradients, whatever runs beside what."""
 
 import copy
-import os
 import signal
 
 import pytest
@@ -10,6 +9,8 @@ from conftest import (
     STEPS,
     adam_state,
     assert_same,
+    before_call,
+    kill_self,
     make,
     make_adam,
     metrics,
@@ -21,7 +22,7 @@ from conftest import (
 )
 
 from engine import model as models
-from episode import adapt, meta_gradient, query_loss, train_episode, update_metalearner
+from episode import adapt, meta_gradient, query_loss, update_metalearner
 
 M2 = ("--meta-batch", "2", "--log-freq", "3")
 LONG = {"episode": 8, "val_freq": 4}
@@ -52,17 +53,6 @@ def test_it_is_the_gradient_of_the_mean_loss(backend):
     update_metalearner(*stacked(group, w_grad, wo_grad, meta), meta, optimizer, float(norm) / 2)
     for p, theirs in zip(meta.parameters(), expected, strict=True):  # clips the mean
         assert torch.allclose(p.grad, theirs / 2, rtol=1e-4, atol=1e-12)
-
-
-def test_one_episode_an_update_is_train_episode(backend):
-    episode, w_grad, wo_grad, meta = make(backend)
-    optimizer = torch.optim.Adam(meta.parameters())
-    update_metalearner(*stacked([episode], w_grad, wo_grad, meta), meta, optimizer, 0.25)
-    others = make(backend)
-    other = torch.optim.Adam(others[3].parameters())
-    train_episode(*others, other, 100, 0.25)
-    assert_same(list(meta.parameters()), list(others[3].parameters()))
-    assert_same(adam_state(optimizer), adam_state(other))
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
@@ -110,15 +100,8 @@ def test_the_same_bits_on_any_number_of_cores(master, batched, tmp_path, n_threa
 
 def test_a_signal_waits_for_the_end_of_the_update(master, batched, tmp_path, monkeypatch, backend):
     """It comes in the second update's first episode; a resumed run has the bits of another one."""
-    original, calls, save = models.meta_gradient, [], tmp_path / "logs"
-
-    def signalled(*args):
-        calls.append(0)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
-
-    monkeypatch.setattr(models, "meta_gradient", signalled)
+    save, at = tmp_path / "logs", (monkeypatch.setattr, models, "meta_gradient")
+    before_call(*at, lambda n: kill_self(signal.SIGTERM) if n == 3 else None)
     flags = (*M2, "--resume", "auto", *(["--plain"] if backend == "plain" else []))
     assert train(master, save, *flags, **LONG).returncode == 128 + signal.SIGTERM
     assert tensors(save)["episode"] == 4

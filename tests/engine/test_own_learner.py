@@ -35,6 +35,12 @@ def train(data, save, *flags, **length):
     return train_conv4(data, save, "--learner", "net.py:Net", *flags, **length)
 
 
+def made(learner="net.py:Net", *flags):
+    """The learner that the flags ask for."""
+    args = resolve(parse(["--learner", learner, "--image-size", "16", "--cpu", *flags]))
+    return make_learner(args, select_backend(args))
+
+
 @pytest.mark.slow
 def test_it_is_trained_resumed_tested_and_drawn(master, net):
     succeeded(train(master, "logs", "--plots", "true", episode=4))
@@ -80,19 +86,15 @@ def test_a_test_needs_the_file_as_it_was(master, net):
 
 
 def test_only_the_arguments_that_it_has(net):
-    net.write_text(NET + "class Other(nn.Sequential):\n    def __init__(self):\n")
-    with net.open("a") as file:
-        file.write("        super().__init__(nn.Flatten(), nn.Linear(3 * 256, 5))\n")
-    args = resolve(parse(["--learner", "net.py:Other", "--image-size", "16", "--cpu"]))
-    learner = make_learner(args, select_backend(args))
+    net.write_text(NET + "Other = lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 5))\n")
+    learner = made("net.py:Other")
     assert isinstance(learner, FlatModule)
     assert learner.size() == 3 * 256 * 5 + 5
 
 
 def test_a_flat_module_stays_what_it_is(net):
     net.write_text("from learner import Conv4\n")
-    args = resolve(parse(["--learner", "net.py:Conv4", "--filters", "8", "--cpu"]))
-    learner = make_learner(args, select_backend(args))
+    learner = made("net.py:Conv4", "--filters", "8")
     assert type(learner).__name__ == "Conv4"
     assert len(learner.conv4.bias) == 8
 
@@ -120,6 +122,13 @@ MODULES = {  # the network -> what the line says
     "1 / 0": "ZeroDivisionError",
     "sys.exit(0)": "SystemExit",
 }
+FILES = {  # the whole file
+    "def Net(": "SyntaxError",
+    "import nowhere_to_be_found": "nowhere_to_be_found",
+    "raise SystemExit": "SystemExit",
+    "x = 3": "Net",
+    "Net = 3": "TypeError",
+}
 FAULTY = """
 import sys, torch
 from torch import nn
@@ -131,79 +140,52 @@ def twice():
     a = nn.Linear(768, 3)
     a.again = a.weight
     return nn.Sequential(nn.Flatten(), a)
-class Copies(nn.Module):
+def normed(norm):
+    flat = [nn.Flatten(), norm] if isinstance(norm, nn.BatchNorm1d) else [norm, nn.Flatten()]
+    return nn.Sequential(*flat, nn.Linear(768, 3))
+class Linear(nn.Module):
     def __init__(self):
         super().__init__()
         self.inner = nn.Linear(768, 3)
         self.kept = [self.inner.weight]
+        self.register_buffer("mean", torch.zeros(768))
+class Copies(Linear):
     def forward(self, x):
         return x.flatten(1) @ self.kept[0].t()
-def normed(norm):
-    flat = [nn.Flatten(), norm] if isinstance(norm, nn.BatchNorm1d) else [norm, nn.Flatten()]
-    return nn.Sequential(*flat, nn.Linear(768, 3))
-class Ordered(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(768, 3)
+class Ordered(Linear):
     def forward(self, x):
         return self.inner(x.flatten(1).cumsum(0))
-class Average(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(768, 3)
-        self.register_buffer("mean", torch.zeros(768))
+class Average(Linear):
     def forward(self, x):
-        x = x.flatten(1)
         if self.training:
-            self.mean.lerp_(x.mean(0), 0.1)
-        return self.inner(x if self.training else x - self.mean)
-class Pair(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(768, 3)
+            self.mean.lerp_(x.flatten(1).mean(0), 0.1)
+        return self.inner(x.flatten(1) if self.training else x.flatten(1) - self.mean)
+class Pair(Linear):
     def forward(self, x):
         return self.inner(x.flatten(1)), x
 def Net():
     return """
 
 
-@pytest.mark.parametrize("network", MODULES)
+@pytest.mark.parametrize("network", [*MODULES, *FILES])
 def test_modules_that_cannot_be_learners(master, net, network):
-    net.write_text(FAULTY + network + "\n")
+    net.write_text(FAULTY + network + "\n" if network in MODULES else network)
     batch = 1 if "BatchNorm1d(768))" in network else 25
     done = train(master, "logs", "--batch-size", batch)
-    refused(done, "net.py:Net", MODULES[network])
+    refused(done, "net.py:Net", (MODULES | FILES)[network])
     assert not Path("logs-719").exists()
 
 
-FILES = {
-    "def Net(": "SyntaxError",
-    "import nowhere_to_be_found": "nowhere_to_be_found",
-    "raise SystemExit": "SystemExit",
-    "x = 3": "Net",
-    "Net = 3": "TypeError",
-}
-
-
-@pytest.mark.parametrize("content", FILES)
-def test_files_that_cannot_be_used(master, net, content):
-    net.write_text(content)
-    refused(train(master, "logs"), "net.py:Net", FILES[content])
-
-
 FLAGS = ["net.py", "net.py:", ":Net", "net.py:3", "nowhere.py:Net", "net.txt:Net", "conv5", ""]
+CONV4_ONLY = ["--mode pretrain", "--method linear-head", "--precision bf16"]
 
 
-@pytest.mark.parametrize("value", FLAGS)
-def test_values_of_the_flag(net, value):
-    with pytest.raises(UserError, match="--learner"):
-        parse(["--learner", value])
-
-
-@pytest.mark.parametrize("words", ["--mode pretrain", "--method linear-head", "--precision bf16"])
-def test_what_is_for_conv4_only(net, words):
-    with pytest.raises(UserError, match=words):
-        resolve(parse(["--learner", "net.py:Net", *words.split()]))
+@pytest.mark.parametrize(
+    ("value", "words"), [*((f, "") for f in FLAGS), *(("net.py:Net", w) for w in CONV4_ONLY)]
+)
+def test_flags_that_cannot_be(net, value, words):
+    with pytest.raises(UserError, match=words or "--learner"):
+        resolve(parse(["--learner", value, *words.split()]))
 
 
 def test_the_example(monkeypatch):
@@ -211,8 +193,7 @@ def test_the_example(monkeypatch):
     lines = (ROOT / "examples" / "own_network.py").read_text().split('"""')[2].splitlines()
     assert len([line for line in lines if line]) <= 15
     for size in ("16", "84"):
-        args = ["--learner", "examples/own_network.py:Net", "--image-size", size, "--cpu"]
-        make_learner(resolve(parse(args)), select_backend(resolve(parse(args))))
+        made("examples/own_network.py:Net", "--image-size", size)
 
 
 def test_a_module_beside_it_can_be_imported_but_hides_none_of_ours(master, net):
@@ -227,29 +208,16 @@ def test_steps_that_leave_it_at_chance_are_explained(master, net):
     assert "--bi-init" not in succeeded(train(master, "b", "--bi-init", 0, 0, episode=1))
 
 
-def test_the_seed_decides(net):
-    args = resolve(parse(["--learner", "net.py:Net", "--image-size", "16", "--cpu"]))
-    a, b = (make_learner(args, select_backend(args)) for _ in range(2))
-    assert torch.equal(a.get_flat_params(), b.get_flat_params())
-
-
-def test_features_are_its_own(net):
+def test_parameters_and_features_are_its_own(net):
+    assert torch.equal(made().get_flat_params(), made().get_flat_params())  # the seed's
+    assert not hasattr(made(), "features")
     net.write_text(
-        NET.replace("def Net(", "def make(")
-        + """class Net(nn.Module):
-    def __init__(self, n_classes, image_size):
-        super().__init__()
-        *layers, self.cls = make(n_classes, image_size)
-        self.layers = nn.Sequential(*layers)
+        NET.replace("nn.Sequential(", "Net_(")
+        + """
+class Net_(nn.Sequential):
     def features(self, x):
-        return self.layers(x)
-    def forward(self, x):
-        return self.cls(self.features(x))
+        return self[:-1](x)
 """
     )
-    args = resolve(parse(["--cpu", "--image-size", "16", "--learner", "net.py:Net"]))
-    learner, x = make_learner(args, select_backend(args)), torch.randn(2, 3, 16, 16)
+    learner, x = made(), torch.randn(2, 3, 16, 16)
     assert torch.equal(learner.features(x), learner.network.features(x))
-    net.write_text(NET)
-    args = resolve(parse(["--cpu", "--image-size", "16", "--learner", "net.py:Net"]))
-    assert not hasattr(make_learner(args, select_backend(args)), "features")

@@ -3,13 +3,25 @@
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import CPU, ROOT, assert_same, refused, run_cli, succeeded, tensors, train, training
+from conftest import (
+    CPU,
+    ROOT,
+    assert_same,
+    completed,
+    kill_self,
+    refused,
+    run_cli,
+    succeeded,
+    tensors,
+    train,
+    training,
+)
 from torch.utils.data import Dataset
 
 import dataloader
@@ -37,15 +49,9 @@ def stream(function, waiting=lambda: None):
     return list(episodes(Items(function), 0, 2, CPU, False, waiting=waiting))
 
 
-@pytest.fixture
-def full_memory(monkeypatch):
-    def share_memory_(tensor):
-        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
-
-    monkeypatch.setattr(torch.Tensor, "share_memory_", share_memory_)
-
-
-def test_shared_memory_that_is_full_is_an_error(full_memory):
+def test_shared_memory_that_is_full_is_an_error(monkeypatch):
+    error = RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", Mock(side_effect=error))
     with pytest.raises(UserError, match=r"--n-workers 2.*/dev/shm.*--n-workers 0"):
         stream(lambda index: (torch.zeros(9), 3))
 
@@ -55,11 +61,10 @@ def test_a_small_dev_shm(master, tmp_path):
     """A real one, where this process may mount it."""
     words = training(master, tmp_path / "logs", "--image-size", 256, "--n-workers", 2)
     command = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=2m x /dev/shm && exec "$@"']
-    if subprocess.run([*command, "-", "true"], capture_output=True, check=False).returncode:
+    if completed([*command, "-", "true"]).returncode:
         pytest.skip("may not mount")
     command += ["-", sys.executable, str(ROOT / "main.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    refused(done, "/dev/shm", "--n-workers 0")
+    refused(completed(command), "/dev/shm", "--n-workers 0")
 
 
 def test_the_wait_has_a_limit(monkeypatch):
@@ -102,7 +107,7 @@ def test_a_signal_is_heeded_while_waiting(master, tmp_path, monkeypatch):
     assert_same(*(tensors(tmp_path / save) for save in ("logs", "other")))
 
 
-@pytest.mark.parametrize("end", [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os._exit(3)])
+@pytest.mark.parametrize("end", [kill_self, lambda: os._exit(3)])
 def test_a_worker_that_dies(master, tmp_path, monkeypatch, end):
     monkeypatch.setattr(EpisodeDataset, "order", lambda dataset, index: end())
     words = training(master, tmp_path / "logs", "--n-workers", 1)
@@ -110,10 +115,7 @@ def test_a_worker_that_dies(master, tmp_path, monkeypatch, end):
 
 
 def test_a_worker_out_of_memory(master, tmp_path, monkeypatch):
-    def order(dataset, index):
-        raise MemoryError
-
-    monkeypatch.setattr(EpisodeDataset, "order", order)
+    monkeypatch.setattr(EpisodeDataset, "order", Mock(side_effect=MemoryError))
     refused(train(master, tmp_path / "logs", "--n-workers", 1), "out of memory", "--n-workers")
 
 
