@@ -15,6 +15,7 @@ from fast import augment, library, native
 from fast.learner import FastConv4, eval_block, train_block
 from fast.metalearner import FastMetaLearner
 from fast.native import PatchMoments
+from metalearner import MetaLearner
 
 NO_KERNELS = SimpleNamespace(functions={}, state="")
 CHANNELS = pytest.mark.parametrize("channels", [3, 32])
@@ -235,25 +236,31 @@ def test_moments_of_other_images_are_not_used(compiled):
     assert torch.equal(train_block(x, *block, PatchMoments.of(x[:1])), expected)
 
 
+@pytest.mark.parametrize("size_of_loss", [1.3, 1e-6])
 @pytest.mark.parametrize(("hidden_size", "n_params"), [(20, 900), (20, 128), (1, 5), (7, 130)])
-def test_meta_learner_steps(compiled, hidden_size, n_params):
-    """Three steps, whose gradients reach all that is learned; incomplete tiles."""
-    meta = FastMetaLearner(4, hidden_size, n_params)
+def test_meta_learner_steps(compiled, hidden_size, n_params, size_of_loss):
+    """Three, and the gradients of what is learned, loss and gradients, against float64. Their sizes
+    lie on both sides of e^-10, where ``prep`` changes its form; incomplete tiles.
+    """
+    fast = FastMetaLearner(4, hidden_size, n_params)
     with torch.no_grad():
-        for p in (meta.metalstm.WF, meta.metalstm.WI, meta.metalstm.cI):
+        for p in (fast.metalstm.WF, fast.metalstm.WI, fast.metalstm.cI):
             p.normal_()
-    size = 10 ** torch.empty(3, n_params, 1).uniform_(-7, 1)  # on both sides of prep's e^-10
-    grads, losses = size * torch.randn(3, n_params, 1).sign(), torch.rand(3)
-    grad_out = torch.randn(n_params, 1)
+    exact = MetaLearner(4, hidden_size, n_params).double()
+    exact.load_state_dict(fast.state_dict())
+    grads = torch.randn(n_params, 1) * torch.logspace(-8, 1, n_params).unsqueeze(1)
+    weights = torch.randn(n_params, 1)
 
-    def run():
-        state = meta.initial_state()
-        for loss, grad in zip(losses, grads, strict=True):
-            state = meta(loss, grad, state)
-        learned = torch.autograd.grad(state.c, list(meta.parameters()), grad_out)
-        return [state.c, state.f, state.i, *learned]
+    def run(meta, dtype):
+        loss = torch.tensor(size_of_loss, dtype=dtype, requires_grad=True)
+        grad, state = grads.to(dtype).requires_grad_(), meta.initial_state()
+        for k in range(3):
+            state = meta(loss * (1 + k), grad / (1 + k), state)
+        inputs = [loss, grad, *meta.parameters()]
+        return state.c, state.f, state.i, *torch.autograd.grad(state.c, inputs, weights.to(dtype))
 
-    check_plain(compiled, run, 2e-4)
+    for a, b in zip(run(fast, torch.float32), run(exact, torch.float64), strict=True):
+        assert relative(a, b) < 2e-4
 
 
 def run_episode(size=32):
@@ -297,7 +304,7 @@ def test_loss_and_grad_in_one_call(compiled, images, size, n_classes):
     eager, exact = copy.deepcopy(learner), copy.deepcopy(learner).double()
 
     def run(learner, x):
-        return [*learner.loss_and_grad(x, y), *learner._running("mean"), *learner._running("var")]
+        return [*learner.loss_and_grad(x, y), *learner._running()]
 
     results, in_pytorch = run(learner, x), plain(compiled, lambda: run(eager, x))
     for a, b, c in zip(results, in_pytorch, run(exact, x.double()), strict=True):
@@ -500,71 +507,3 @@ def test_misfit_augmentation_is_refused(compiled, changes):
 def test_grey_and_empty_pixels_are_left_to_pytorch(compiled):
     for shape in ((2, 1, 8, 8), (2, 4, 8, 8), (0, 3, 8, 8)):
         assert not native.handles(torch.zeros(shape, dtype=torch.uint8), torch.uint8)
-
-
-# ---- Compiling ----
-
-
-@pytest.fixture
-def probe(tmp_path, monkeypatch):
-    """Load a small library in place of the kernels: whether there are any, and their state."""
-    source = tmp_path / "probe.cpp"
-    source.write_text(
-        'extern "C" { void* probe_address = &probe_address; const char* probe_arguments = "l";\n'
-        "int parallel = 1; }\n"
-    )
-    for name, value in {"MAIN": source, "KERNELS": ("probe",)}.items():
-        monkeypatch.setattr(library, name, value)
-
-    def load(cache, **environment):
-        for name, value in {"XDG_CACHE_HOME": str(cache), **environment}.items():
-            monkeypatch.setenv(name, value)
-        loaded = library.Library()
-        return list(loaded.functions) == ["probe"], loaded.state
-
-    return load
-
-
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"PATH": "none", "CXX": ""}, "g++"),
-        ({"CXX": "/none/c++"}, "/none/c++"),
-        ({"CXX": "/bin/false"}, "/bin/false"),
-    ],
-)
-def test_without_a_compiler(probe, tmp_path, environment, message):
-    exists, state = probe(tmp_path / "cache", **environment)
-    assert not exists
-    assert message in state
-    assert not (tmp_path / "cache").exists()
-
-
-def test_compiler_error_is_shown(probe, tmp_path):
-    compiler, message = tmp_path / "c++", "a.cpp:1: error: bad"
-    lines = ["#!/bin/sh", "[ $1 = --version ] && exit", "echo note >&2", f"echo '{message}' >&2"]
-    compiler.write_text("\n".join([*lines, "exit 1\n"]))
-    compiler.chmod(0o755)
-    exists, state = probe(tmp_path / "cache", CXX=str(compiler))
-    assert not exists
-    assert message in state
-    assert list((tmp_path / "cache" / "lstm-meta-learner").iterdir()) == []
-
-
-@pytest.mark.skipif(not native.library().functions, reason="no compiler")
-def test_compiled_once_and_again_if_damaged(probe, tmp_path):
-    cache = tmp_path / "cache" / "lstm-meta-learner"
-    assert probe(cache.parent)[0]
-    (file,) = cache.iterdir()
-    first, content = file.stat(), file.read_bytes()
-    assert probe(cache.parent)[0]
-    assert file.stat().st_mtime_ns == first.st_mtime_ns
-    file.unlink()  # the process has the old one mapped
-    file.write_bytes(content[:1000])
-    assert probe(cache.parent)[0]
-    assert file.stat().st_size == first.st_size
-    assert list(cache.iterdir()) == [file]
-    occupied = tmp_path / "file"
-    occupied.write_text("")
-    assert probe(occupied)[0]  # without a cache
-    assert occupied.read_text() == ""
