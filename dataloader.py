@@ -11,6 +11,7 @@ may change between NumPy releases.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import math
 import os
@@ -110,14 +111,14 @@ def relative_names(files: list[Path], root: Path) -> list[str]:
     return [str(path).removeprefix(folder) for path in files]
 
 
-def stats_of(files: list[Path]) -> list[os.stat_result]:
-    """The files' ``os.stat``.
+def stats_of(files: list[Path]) -> list[tuple[int, int]]:
+    """The files' sizes in bytes and modification times in ns.
 
     Raises:
         UserError: a file cannot be read; it is named.
     """
     try:
-        return [os.stat(path) for path in files]
+        return [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
     except OSError as e:
         raise UserError(f"{e.filename}: cannot be read ({e.strerror}); remove or replace it") from e
 
@@ -367,20 +368,17 @@ class EpisodeDataset(Dataset):
         self.files = [path for of_class in split.files for path in of_class]
         self._first = np.cumsum([0] + [len(of_class) for of_class in split.files])
 
-    @property
-    def names(self) -> list[str]:
-        """The files' paths within the data set's folder."""
-        return [os.path.join(self.split.name, path.parent.name, path.name) for path in self.files]
-
-    def file_sizes(self) -> list[int]:
-        """The files' sizes in bytes."""
-        return [path.stat().st_size for path in self.files]
+    @functools.cached_property
+    def stats(self) -> list[tuple[int, int]]:
+        """See ``stats_of``; read once."""
+        return stats_of(self.files)
 
     @property
     def fingerprint(self) -> str:
         """16 hex digits that identify the data set by its files' names, classes and sizes."""
         digest = hashlib.sha256()
-        for name, size in zip(self.names, self.file_sizes(), strict=True):
+        names = relative_names(self.files, self.split.root)
+        for name, (size, _) in zip(names, self.stats, strict=True):
             digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:16]
 

@@ -96,18 +96,14 @@ def _weights(
     return w.div_(w.sum(2, keepdim=True))
 
 
-def _filters(
-    windows: Tensor, flip: Tensor, size: tuple[int, int], image_size: int
-) -> tuple[Tensor, Tensor]:
-    """Filters of rows [B, image_size, H] and columns [B, image_size, W]; the columns are mirrored
+def _resize(pixels: Tensor, windows: Tensor, flip: Tensor, image_size: int) -> Tensor:
+    """[B, 3, H, W] uint8 -> [B, 3, image_size, image_size] float32, grey levels 0 to 255; mirrored
     where ``flip`` [B] is not 0.
     """
-    rows, columns = (_weights(*windows[:, :, axis], size[axis], image_size) for axis in (0, 1))
-    return rows, torch.where((flip != 0).view(-1, 1, 1), columns.flip(1), columns)
-
-
-def _resize(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """[B, 3, H, W] uint8 -> [B, 3, image_size, image_size] float32, grey levels 0 to 255."""
+    rows, columns = (
+        _weights(*windows[:, :, axis], pixels.shape[2 + axis], image_size) for axis in (0, 1)
+    )
+    columns = torch.where((flip != 0).view(-1, 1, 1), columns.flip(1), columns)
     x = torch.bmm(pixels.float().flatten(1, 2), columns.transpose(1, 2))  # [B, 3 * H, image_size]
     return torch.matmul(rows.unsqueeze(1), x.view(*pixels.shape[:3], -1))
 
@@ -189,7 +185,7 @@ def transform(pixels: Tensor, table: Tensor, image_size: int, scale: str = "imag
     mean, std = (_constant(device, *values) for values in PIXELS[scale])
     if native.handles(pixels, torch.uint8):
         return native.augment(pixels, windows.long(), flip != 0, factors, order, (mean, std), out)
-    x = _resize(pixels, *_filters(windows, flip, pixels.shape[2:], image_size))
+    x = _resize(pixels, windows, flip, image_size)
     if factors is not None:
         x = _adjust_colours(x, factors, order)
     mean, std = (v.view(3, 1, 1) * 255 for v in (mean, std))

@@ -71,7 +71,7 @@ class CUDAGraphFunction:
         self._load(episode)
         self.calls += 1
         if self.calls == WARM_UP:
-            with _report_syncs(), _report_copies():
+            with _report_syncs(), _ReportCopies():
                 return self._eager()
         if self.calls == WARM_UP + 1:
             self._capture()
@@ -107,13 +107,14 @@ class CUDAGraphFunction:
         # thread_local: the thread that pins memory for the data pipeline keeps running. The outer
         # stream context restores the current stream, which a failing end of a capture does not.
         capture = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
+        groups = self.optimizer.param_groups if self.optimizer else []
+        for group in groups:
+            group["capturable"] = True  # Adam warns about this flag at any other time
+        collecting = gc.isenabled()
+        gc.collect()
+        gc.disable()  # destroying an old graph during a capture invalidates the new one
         try:
-            with (
-                _no_garbage_collection(),
-                _capturable(self.optimizer),
-                torch.cuda.stream(self.stream),
-                capture,
-            ):
+            with torch.cuda.stream(self.stream), capture:
                 self.outputs = self.function(self.inputs)
         except Exception as e:  # Triton's, such as OutOfResources, are no RuntimeErrors
             cause: BaseException = e
@@ -122,6 +123,11 @@ class CUDAGraphFunction:
             self._drop(next(iter(str(cause).splitlines()), type(cause).__name__))
         else:
             self.graph, self.addresses = graph, self._addresses()
+        finally:
+            if collecting:
+                gc.enable()
+            for group in groups:
+                group["capturable"] = False
 
     def _checked_replay(self) -> tuple[Tensor, ...]:
         """Call eagerly, then replay from the same state, and compare results and state."""
@@ -165,34 +171,6 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Collect garbage now and not again until the end: destroying an old graph during a capture
-    invalidates the new one.
-    """
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@contextlib.contextmanager
-def _capturable(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-    """Set Adam's flag for captures, about which it warns at any other time."""
-    groups = [] if optimizer is None else optimizer.param_groups
-    for group in groups:
-        group["capturable"] = True
-    try:
-        yield
-    finally:
-        for group in groups:
-            group["capturable"] = False
-
-
-@contextlib.contextmanager
 def _report_syncs() -> Iterator[None]:
     """Write a line if the host waits for the GPU in this context."""
     mode = torch.cuda.get_sync_debug_mode()
@@ -211,44 +189,31 @@ def _report_syncs() -> Iterator[None]:
         )
 
 
-@contextlib.contextmanager
-def _report_copies() -> Iterator[None]:
-    """Write a line if tensors are copied between devices in this context: a graph cannot contain
+class _ReportCopies(TorchDispatchMode):
+    """Writes a line if tensors are copied between devices in this context: a graph cannot contain
     such a copy, or would read the host's memory long after the tensor is gone.
     """
-    with _Copies() as copies:
-        yield
-    if copies.places:
-        n, first = len(copies.places), copies.places[0]
-        tqdm.write(f"an episode copies {n} tensors between host and device; first at {first}")
-
-
-class _Copies(TorchDispatchMode):
-    """Notes where tensors are copied from one device to another, as "file:line"."""
 
     def __init__(self):
         super().__init__()
         self.places: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = func._schema.name
-        if name == "aten::_to_copy":
-            target = torch.device(kwargs.get("device") or args[0].device)
-        else:
-            target = args[0].device if name == "aten::copy_" else None
-        source = args[name == "aten::copy_"] if target is not None else None
-        if isinstance(source, Tensor) and source.device.type != target.type:
+        out = func(*args, **(kwargs or {}))
+        source = {"aten::_to_copy": 0, "aten::copy_": 1}.get(func._schema.name)
+        if source is not None and args[source].device.type != out.device.type:
             self.places.append(_caller())
-        return func(*args, **kwargs)
+        return out
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        if self.places:
+            n, first = len(self.places), self.places[0]
+            tqdm.write(f"an episode copies {n} tensors between host and device; first at {first}")
 
 
 def _caller() -> str:
     """The innermost frame outside PyTorch and this file, as "file:line"."""
-    torch_folder = str(Path(torch.__file__).parent)
-    frames = [
-        f
-        for f in traceback.extract_stack()
-        if f.filename != __file__ and not f.filename.startswith(torch_folder)
-    ]
+    inner = __file__, str(Path(torch.__file__).parent)
+    frames = [f for f in traceback.extract_stack() if not f.filename.startswith(inner)]
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "a backward pass"

@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloader import EpisodeDataset, Split, relative_names, stats_of
+from dataloader import EpisodeDataset, Split, relative_names
 from episode import Episode
 from fast.augment import Windows, table, transform
 from imagefiles import load_image
@@ -80,7 +80,7 @@ class DecodedSplit:
         self._starts = np.concatenate(([0], ends[:-1]))
         self._file = folder / "pixels.bin"
         self._map()
-        if self._pixels.size != ends[-1] or _checksum(self._pixels) != checksum:
+        if self._pixels.size != ends[-1] or zlib.crc32(self._pixels) != checksum:
             raise ValueError("its bytes have changed")
 
     def _map(self) -> None:
@@ -100,18 +100,10 @@ class DecodedSplit:
         return self._pixels[start : start + 3 * height * width].reshape(3, height, width)
 
 
-def _checksum(pixels: np.ndarray) -> int:
-    value = 0
-    for at in range(0, pixels.size, 1 << 24):
-        value = zlib.crc32(pixels[at : at + (1 << 24)], value)
-    return value
-
-
-def _key(files: list[Path], stats: list[os.stat_result], root: Path, image_size: int) -> str:
+def _key(files: list[Path], stats: list[tuple[int, int]], root: Path, image_size: int) -> str:
     digest = hashlib.sha256(f"{FORMAT} {image_size}".encode())
-    for name, stat in zip(relative_names(files, root), stats, strict=True):
-        line = f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}"
-        digest.update(line.encode("utf-8", "surrogateescape"))
+    for name, (size, mtime) in zip(relative_names(files, root), stats, strict=True):
+        digest.update(f"\0{name}\0{size}\0{mtime}".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 
 
@@ -121,7 +113,7 @@ def decoded(
     root: Path,
     image_size: int,
     cache_dir: Path | None,
-    stats: list[os.stat_result] | None = None,
+    stats: list[tuple[int, int]],
 ) -> DecodedSplit:
     """A split's decoded images from the cache, which all cores build if it is missing.
 
@@ -131,7 +123,7 @@ def decoded(
         root: the data set's folder, which also holds the caches by default.
         image_size: size in pixels of the episodes' images, see ``reduced_size``.
         cache_dir: another folder for caches, with a subfolder for each data set.
-        stats: of the files, from ``stats_of``, if known already.
+        stats: of the files, from ``stats_of``.
 
     Raises:
         UserError: an image cannot be decoded, or the cache cannot be written.
@@ -142,7 +134,7 @@ def decoded(
         digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
         parent = cache_dir / f"{path.name[:40]}-{digest}"
     prefix = f"{name}-{2 * image_size}-"
-    folder = parent / (prefix + _key(files, stats or stats_of(files), root, image_size))
+    folder = parent / (prefix + _key(files, stats, root, image_size))
     split = _open(folder)
     if split is not None:
         return split
@@ -260,14 +252,8 @@ class FastEpisodeDataset(EpisodeDataset):
         super().__init__(split, *args, **kwargs)
         self.device = device
         self.stream: torch.cuda.Stream | None = None  # of the GPU's augmentation
-        stats = stats_of(self.files)
-        self._file_sizes = [stat.st_size for stat in stats]
         of_split = split.name, self.files, split.root
-        self._decoded = decoded(*of_split, self.image_size, cache_dir, stats)
-
-    def file_sizes(self) -> list[int]:
-        """See ``EpisodeDataset.file_sizes``."""
-        return self._file_sizes
+        self._decoded = decoded(*of_split, self.image_size, cache_dir, self.stats)
 
     def draw(self, index: int) -> Drawn:
         """Read an episode's images and draw its random numbers."""

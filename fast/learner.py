@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 
@@ -68,17 +68,17 @@ class FastConv4(Conv4):
             return False
         key = x.device, x.dtype
         if key not in self._in_triton:
-            self._in_triton[key] = True
-            for b in range(1, N_BLOCKS + 1):
-                conv, norm = self._block(b)
-                with torch.enable_grad():
-                    kernel = _triton_or(_train_block, blocks.train_block, x, conv, norm)
-                if kernel is _train_block:
-                    self._in_triton[key] = False
-                    break
-                with torch.no_grad():
-                    x = _eval_block(x, conv, norm)  # which leaves the running statistics alone
+            self._in_triton[key] = all(self._blocks_work_in_triton(x))
         return self._in_triton[key]
+
+    def _blocks_work_in_triton(self, x: Tensor) -> Iterator[bool]:
+        for b in range(1, N_BLOCKS + 1):
+            conv, norm = self._block(b)
+            with torch.enable_grad():
+                kernel = _triton_or(_train_block, blocks.train_block, x, conv, norm)
+            yield kernel is blocks.train_block
+            with torch.no_grad():
+                x = _eval_block(x, conv, norm)  # which leaves the running statistics alone
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, native.PatchMoments | None]:
         """The images in ``conv_dtype`` and, for the CPU kernels, their moments; kept for the next
@@ -99,12 +99,7 @@ class FastConv4(Conv4):
             return self._in_one_call(images, y, moments, self._own_parameters())[:2]
         if self._blocks_run_in_triton(images):
             return self._by_triton(images, y, self._own_parameters())[:2]
-        with torch.enable_grad():
-            loss = F.cross_entropy(self(x), y)
-            grads = torch.autograd.grad(loss, list(self.parameters()), allow_unused=True)
-        zero = torch.zeros_like(self.conv1.bias)  # the gradient of each convolution's bias
-        flat = torch.cat([zero if g is None else g.reshape(-1) for g in grads])
-        return loss.detach(), flat.unsqueeze(1)
+        return super().loss_and_grad(x, y)
 
     def loss_and_grad_at(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """See ``FlatModule.loss_and_grad_at``; the kernels take a difference of gradients."""
@@ -127,11 +122,8 @@ class FastConv4(Conv4):
 
     def _differences(self, images: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Second order by Triton's kernels."""
-
-        def at(c: Tensor, frozen: update.Switches | None) -> tuple[Tensor, Tensor, update.Switches]:
-            return self._by_triton(images, y, self._arranged_slices(c), frozen)
-
-        return native.LossAndGrad.apply(c, at)
+        at = partial(self._by_triton, images, y)
+        return native.LossAndGrad.apply(c, lambda c, frozen: at(self._arranged_slices(c), frozen))
 
     def _differentiated_twice(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Second order by PyTorch's operations, which alone can be differentiated twice."""
@@ -145,7 +137,7 @@ class FastConv4(Conv4):
         self, implementation: Callable, images: Tensor, y: Tensor, c: Tensor
     ) -> list[Tensor]:
         """The gradient, and the Hessian's product with it, for ``gpu.works``."""
-        statistics = self._running("mean") + self._running("var")
+        statistics = self._running()
         before = [t.clone() for t in statistics]
         with torch.enable_grad():
             c = c.detach().requires_grad_()
@@ -162,8 +154,7 @@ class FastConv4(Conv4):
         frozen: update.Switches | None = None,
     ) -> tuple[Tensor, Tensor, update.Switches]:
         flat = self.conv1.weight.new_zeros(self.size(), 1)
-        norms = [self._block(b)[1] for b in range(1, N_BLOCKS + 1)]
-        args = images, y, parameters, norms, self.slices(flat), frozen
+        args = images, y, parameters, self._norms(), self.slices(flat), frozen
         loss, switches = update.loss_and_grad(*args)
         return loss, flat, switches
 
@@ -175,23 +166,27 @@ class FastConv4(Conv4):
         parameters: list[Tensor],
         frozen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        running, norm = self._running("mean") + self._running("var"), self.norm1
-        constants = (norm.eps, norm.momentum)
-        return native.loss_and_grad(images, y, moments, parameters, running, *constants, frozen)
+        args = images, y, moments, parameters, self._running()
+        return native.loss_and_grad(*args, self.norm1.eps, self.norm1.momentum, frozen)
 
     def _own_parameters(self) -> list[Tensor]:
         return [getattr(m, name) for m, name, _ in self.slots()]
 
-    def _running(self, statistic: str) -> list[Tensor]:
-        norms = [getattr(self, f"norm{b}") for b in range(1, N_BLOCKS + 1)]
-        return [getattr(norm, f"running_{statistic}") for norm in norms]
+    def _norms(self) -> list[nn.BatchNorm2d]:
+        return [self._block(b)[1] for b in range(1, N_BLOCKS + 1)]
+
+    def _running(self) -> list[Tensor]:
+        """The blocks' running means, then their running variances."""
+        norms = self._norms()
+        return [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
 
     @torch.no_grad()
     def reset_batch_stats(self) -> None:
         """See ``FlatModule.reset_batch_stats``."""
         self._last = None  # a new episode may bring other images in the same memory
-        torch._foreach_zero_(self._running("mean") + self._running("var"))
-        torch._foreach_add_(self._running("var"), 1)
+        statistics = self._running()
+        torch._foreach_zero_(statistics)
+        torch._foreach_add_(statistics[N_BLOCKS:], 1)
 
     @torch.no_grad()
     def copy_flat_params(self, cI: Tensor) -> None:
@@ -230,7 +225,7 @@ class FastConv4(Conv4):
     def copy_buffers(self, other: FlatModule) -> None:
         """See ``FlatModule.copy_buffers``."""
         self._last = None  # as above, for the query set
-        torch._foreach_copy_(*([*m._running("mean"), *m._running("var")] for m in (self, other)))
+        torch._foreach_copy_(self._running(), other._running())
 
 
 def train_block(

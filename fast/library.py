@@ -27,7 +27,7 @@ GCC_FLAGS = ["-fopenmp", "-fno-predictive-commoning"]  # the latter optimisation
 DIGEST = 32  # bytes of a SHA-256
 SLOWER = "without compiled kernels, at a third of the speed"
 
-KERNELS = ("augment", "convolve", "convolve_to_input", "convolve_to_filters")
+KERNELS = ("augment", "convolve", "convolve_to_filters")
 KERNELS += ("block_forward", "block_backward", "block_eval")
 KERNELS += ("first_forward", "first_backward", "first_eval", "patch_moments")
 KERNELS += ("learner_gradient", "learner_gradient_frozen", "meta_forward", "meta_backward")

@@ -11,7 +11,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -40,9 +39,12 @@ def handles(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:
 
 
 def handles_block(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``train_block`` and ``eval_block`` handle this input and these filters."""
+    """Whether ``train_block`` and ``eval_block`` handle this input and these filters. They compute
+    no gradient of 3-channel images.
+    """
     fits = x.dim() == 4 and weight.shape == (N_FILTERS, x.shape[1], 3, 3)
-    return fits and weight.dtype == torch.float32 and weight.is_cpu and handles(x)
+    fits = fits and weight.dtype == torch.float32 and weight.is_cpu and handles(x)
+    return fits and not (x.shape[1] == 3 and x.requires_grad)
 
 
 def _checked(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -113,28 +115,20 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _convolve(x: Tensor, weight: Tensor) -> Tensor:
-    """A block's convolution, padded with zeros; ``x`` and the result are channels last."""
-    if x.shape[1] != N_FILTERS:
-        return _channels_last(F.conv2d(x, weight, padding=1))
+def _convolve(x: Tensor, weight: Tensor, turned: bool = False) -> Tensor:
+    """A block's convolution, padded with zeros; or, ``turned``, the gradient of its input from that
+    of its output. ``x`` and the result are channels last.
+    """
     y = torch.empty_like(x)
-    _call("convolve", x, weight.contiguous(), y, *_size(x))
+    _call("convolve", x, weight.contiguous(), y, turned, *_size(x))
     return y
 
 
-def _convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, needs_grad_x: bool
-) -> tuple[Tensor | None, Tensor]:
-    """The gradients of input (None if not needed) and filters; all images are channels last."""
-    if x.shape[1] != N_FILTERS:
-        geometry, mask = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1), [needs_grad_x, True, False]
-        return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, mask)[:2]
-    weight = weight.contiguous()
-    grad_x, grad_w = torch.empty_like(x) if needs_grad_x else None, torch.empty_like(weight)
-    if grad_x is not None:
-        _call("convolve_to_input", grad, weight, grad_x, *_size(x))
+def _filters_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of the filters; all images are channels last."""
+    grad_w = torch.empty_like(weight, memory_format=torch.contiguous_format)
     _call("convolve_to_filters", grad, x, grad_w, *_size(x))
-    return grad_x, grad_w
+    return grad_w
 
 
 def _empty_pooled(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -199,7 +193,10 @@ class FirstBlock(torch.autograd.Function):
 
 
 class Block(torch.autograd.Function):
-    """(input, weight, gamma, beta, eps) -> output, batch mean [C], biased batch variance [C]."""
+    """A block with 32 channels in.
+
+    (input, weight, gamma, beta, eps) -> output, batch mean [C], biased batch variance [C].
+    """
 
     @staticmethod
     def forward(ctx, x, weight, gamma, beta, eps):
@@ -223,7 +220,8 @@ class Block(torch.autograd.Function):
         grads = [torch.empty_like(t) for t in (gamma, beta)]
         args = pooled, switches, y, gamma, beta, mean, var, ctx.eps, *grads
         _call("block_backward", _channels_last(grad), *args, *_size(x))
-        return *_convolve_backward(y, x, weight, ctx.needs_input_grad[0]), *grads, None
+        grad_x = _convolve(y, weight, turned=True) if ctx.needs_input_grad[0] else None
+        return grad_x, _filters_gradient(y, x, weight), *grads, None
 
 
 def train_block(
@@ -242,7 +240,7 @@ def train_block(
     images, which are the same in all updates of an episode.
     """
     count = math.prod(_size(x))
-    if x.shape[1] == 3 and not x.requires_grad:
+    if x.shape[1] == 3:
         if moments is None or moments.count != count:
             moments = PatchMoments.of(x)
         out, mean, var = FirstBlock.apply(x, conv.weight, norm.weight, norm.bias, norm.eps, moments)

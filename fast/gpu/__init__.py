@@ -7,7 +7,6 @@ modules of this folder can still be imported; nothing then calls their kernels.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import tempfile
@@ -62,13 +61,7 @@ def works(
     return _works[key]
 
 
-def _agrees(
-    kernel: Callable,
-    eager: Callable,
-    tolerance: float,
-    results: Callable[[Callable], Iterable[Tensor]],
-    variant: Hashable = None,
-) -> bool:
+def _agrees(kernel, eager, tolerance, results, variant=None) -> bool:
     try:
         _triton_home()
         pairs = zip(results(kernel), results(eager), strict=True)
@@ -100,8 +93,7 @@ def launch(
     kernel: Callable, programs: tuple[int, ...], x: Tensor, *args: object, **options: object
 ) -> None:
     """Run a kernel on the device of its first argument, whichever is the current one."""
-    on_current = not x.is_cuda or x.device.index == torch.cuda.current_device()
-    with contextlib.nullcontext() if on_current else torch.cuda.device(x.device):
+    with torch.cuda.device_of(x):
         kernel[programs](x, *args, **options)
 
 

@@ -220,22 +220,17 @@ def handles_block(x: Tensor, weight: Tensor) -> bool:
 
 
 def train_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """See ``learner.train_block``."""
-    y, running = _convolved(x, conv), (norm.running_mean, norm.running_var)
+    """See ``learner.train_block``; batch normalisation cancels the convolution's bias."""
+    y, running = Convolution.apply(x, conv.weight), (norm.running_mean, norm.running_var)
     affine = norm.weight, norm.bias, conv.bias.detach()
     return NormPoolReLU.apply(y, *affine, *running, norm.momentum, norm.eps)
 
 
 def eval_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """See ``learner.eval_block``; without a graph."""
-    y, running = _convolved(x, conv), (norm.running_mean, norm.running_var)
+    """See ``learner.eval_block``; without a graph. The kernel adds the convolution's bias."""
+    y, running = Convolution.apply(x, conv.weight), (norm.running_mean, norm.running_var)
     affine = norm.weight, norm.bias, conv.bias
     return normalised(y, *affine, *running, norm.momentum, norm.eps, train=False)[0]
-
-
-def _convolved(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Without the bias, which batch normalisation cancels or the kernel adds."""
-    return Convolution.apply(x, conv.weight)
 
 
 def _counts(y: Tensor) -> tuple[int, int, int, int]:

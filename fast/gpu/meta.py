@@ -14,10 +14,8 @@ from fast.gpu import INT32, jit, launch, shares, tl
 from metalearner import MetaState
 
 TILE, WARPS = 32, 8  # fewer warps or larger tiles spill registers
-BACKWARD = {
-    "num_stages": 1,
-    "maxnreg": 128,
-}  # options of the backward pass: two programs share a multiprocessor
+# options of the backward pass: two programs share a multiprocessor
+BACKWARD = {"num_stages": 1, "maxnreg": 128}
 MAX_PARTS = 264  # most programs: two for each multiprocessor of a large GPU
 LARGEST_HIDDEN = 28  # with the gates' other inputs, 32
 

@@ -10,12 +10,12 @@ namespace {
 
 constexpr int C = 32;  // filters of the learner
 constexpr int VECTORS = C / LANES;
-constexpr int PAIR = 2 * LANES;  // channels whose sums add_outer_products keeps in registers
+constexpr int PAIR = 2 * LANES;  // channels whose sums add_times_gradient keeps in registers
 static_assert(C % PAIR == 0, "channels go by two vectors");
 
-// Adds to sums [N, C], for each of n pixels, N numbers from x on, times the pixel's row of grad [n, C]. x advances by step.
-template <int N>
-INLINE void add_outer_products(const float* x, len step, const float* grad, len n, float* sums) {
+// Adds to sums [N, C], for each of n pixels and each k < N, x(pixel, k, channel) times the pixel's row of grad [n, C].
+template <int N, class X>
+INLINE void add_times_gradient(X x, const float* grad, len n, float* sums) {
   ROLLED for (int from = 0; from < C; from += PAIR) {
     vec acc[N][2];
     float* to = sums + from;
@@ -24,9 +24,8 @@ INLINE void add_outer_products(const float* x, len step, const float* grad, len 
     ROLLED for (len q = 0; q < n; q++) {
       const vec left = load(grad + q * C + from), right = load(grad + q * C + from + LANES);
       UNROLL for (int k = 0; k < N; k++) {
-        const vec value = all(x[q * step + k]);
-        acc[k][0] += value * left;
-        acc[k][1] += value * right;
+        acc[k][0] += x(q, k, from) * left;
+        acc[k][1] += x(q, k, from + LANES) * right;
       }
     }
     UNROLL for (int k = 0; k < N; k++)

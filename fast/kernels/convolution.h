@@ -164,8 +164,9 @@ INLINE void multiply(const float* x, const float* w, float* out, len n) {
 }
 
 // y [B, H, W, C] = x [B, H, W, C] convolved with weight, in PyTorch's order [out, in, row, column]; or, turned, with the
-// filters turned around and in and out exchanged.
-void convolve_by(const float* weight, bool turned, const float* x, float* y, const Tiling& s, len threads) {
+// filters turned around and in and out exchanged: from the output's gradient to the input's.
+void convolve(const float* x, const float* weight, float* y, len turned, len images, len height, len width, len threads) {
+  const Tiling s{{images, height, width}};
   alignas(64) float filters[POINTS * PLANE];  // [POINTS, in, out]
 #pragma omp parallel num_threads(threads)
   {
@@ -193,15 +194,6 @@ void convolve_by(const float* weight, bool turned, const float* x, float* y, con
   }
 }
 
-void convolve(const float* x, const float* weight, float* y, len images, len height, len width, len threads) {
-  convolve_by(weight, false, x, y, Tiling{{images, height, width}}, threads);
-}
-
-// The gradient at x.
-void convolve_to_input(const float* grad, const float* weight, float* grad_x, len images, len height, len width, len threads) {
-  convolve_by(weight, true, grad, grad_x, Tiling{{images, height, width}}, threads);
-}
-
 // The gradient at the filters. The tiles are summed in groups, whose number and borders depend on the images' size alone.
 void convolve_to_filters(const float* grad, const float* x, float* grad_weight, len images, len height, len width,
                          len threads) {
@@ -226,8 +218,9 @@ void convolve_to_filters(const float* grad, const float* x, float* grad_weight, 
         }
         for (int p = 0; p < POINTS; p++) {  // 6 x 2 vectors of sums fit AVX2's 16 registers; the last 8 rows are 2 x 4
           const float *x_p = in + p * TILES * C, *grad_p = grad_points + p * TILES * C;
-          ROLLED for (int i = 0; i < C - 8; i += 6) add_outer_products<6>(x_p + i, C, grad_p, n, to + p * PLANE + i * C);
-          ROLLED for (int i = C - 8; i < C; i += 4) add_outer_products<4>(x_p + i, C, grad_p, n, to + p * PLANE + i * C);
+          auto inputs_from = [&](int i) { return [=](len t, int k, int) { return all(x_p[t * C + i + k]); }; };
+          ROLLED for (int i = 0; i < C - 8; i += 6) add_times_gradient<6>(inputs_from(i), grad_p, n, to + p * PLANE + i * C);
+          ROLLED for (int i = C - 8; i < C; i += 4) add_times_gradient<4>(inputs_from(i), grad_p, n, to + p * PLANE + i * C);
         }
       }
     }

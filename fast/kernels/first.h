@@ -122,29 +122,6 @@ INLINE void quads_of_rows(const float* row, const float* next, len n, float* qua
   }
 }
 
-// Adds to sums [N, C], for each of n pooling windows, the inputs of N neighbouring taps at each channel's maximum, times the
-// gradient.
-template <int N>
-INLINE void add_at_maxima(const float* quads, const float* grad, const uint8_t* switches, len n, float* sums) {
-  ROLLED for (int from = 0; from < C; from += PAIR) {
-    vec acc[N][2];
-    float* to = sums + from;
-    UNROLL for (int k = 0; k < N; k++)
-      UNROLL for (int v = 0; v < 2; v++) acc[k][v] = load(to + k * C + v * LANES);
-    ROLLED for (len q = 0; q < n; q++) {
-      const vec left = load(grad + q * C + from), right = load(grad + q * C + from + LANES);
-      const ivec of_left = widened(switches + q * C + from), of_right = widened(switches + q * C + from + LANES);
-      UNROLL for (int k = 0; k < N; k++) {
-        const vec four = repeated(quads + (6 * q + k) * 4);
-        acc[k][0] += chosen(four, of_left) * left;
-        acc[k][1] += chosen(four, of_right) * right;
-      }
-    }
-    UNROLL for (int k = 0; k < N; k++)
-      UNROLL for (int v = 0; v < 2; v++) store(to + k * C + v * LANES, acc[k][v]);
-  }
-}
-
 // The gradient at the ReLU's input for a row of pooling windows, [columns, C]; its sums are added to plain [C].
 INLINE void back_through_relu(const float* grad, const uint8_t* switches, len columns, float* back, float* plain) {
   for (int v = 0; v < C; v += LANES) {
@@ -171,8 +148,11 @@ void first_sums_of_image(const Padded& padded, const float* grad, const uint8_t*
       const float* in = padded.pixels.data() + (2 * r + row) * padded.stride;
       float* to = sums + C + row * 9 * C;
       quads_of_rows(in, in + padded.stride, n, quads);
-      add_at_maxima<5>(quads, back, switches + from, s.columns(), to);
-      add_at_maxima<4>(quads + 5 * 4, back, switches + from, s.columns(), to + 5 * C);
+      auto at_maxima = [&](const float* quads) {
+        return [=](len q, int tap, int c) { return chosen(repeated(quads + (6 * q + tap) * 4), widened(switches + from + q * C + c)); };
+      };
+      add_times_gradient<5>(at_maxima(quads), back, s.columns(), to);
+      add_times_gradient<4>(at_maxima(quads + 5 * 4), back, s.columns(), to + 5 * C);
     }
   }
   std::copy_n(sums, C + TAPS * C, result);

@@ -45,7 +45,6 @@ int parallel = 0;
 }
 EXPORT(augment, augment)
 EXPORT(convolve, convolve)
-EXPORT(convolve_to_input, convolve_to_input)
 EXPORT(convolve_to_filters, convolve_to_filters)
 EXPORT(block_forward, block_forward<>)
 EXPORT(block_backward, block_backward)

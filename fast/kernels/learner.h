@@ -17,18 +17,11 @@ struct Layers {  // a block's parameters or their gradients, in the learner's or
 };
 
 struct Activations {  // what a block keeps for its backward pass; the first one has no y, and pools in registers
-  Shape s;            // of its input
+  Shape s;  // of its input
   const float* in;
-  std::unique_ptr<float[]> y, pooled, out;
   uint8_t* switches;
+  std::unique_ptr<float[]> y, pooled, out;
   float mean[C], var[C];
-  Activations(const Shape& s, const float* in, uint8_t* switches, bool first)
-      : s(s),
-        in(in),
-        y(first ? nullptr : new float[s.count() * C]),
-        pooled(first ? nullptr : new float[s.images * s.pooled()]),
-        out(new float[s.images * s.pooled()]),
-        switches(switches) {}
 };
 
 // Mean cross entropy of the linear layer's logits for features in [images, area, C], and its gradients with respect to the
@@ -86,17 +79,19 @@ void learner_gradient(const float* x, const int64_t* labels, const double* patch
   Shape s{images, height, width};
   for (int b = 0; b < BLOCKS; b++) {
     const auto& [weight, bias, gamma, beta] = params[b];
-    blocks.emplace_back(s, b == 0 ? x : blocks.back().out.get(), switches, b == 0);
+    blocks.push_back({s, b == 0 ? x : blocks.back().out.get(), switches});
     switches += images * s.pooled();
     Activations& a = blocks.back();
-    float *y = a.y.get(), *pooled = a.pooled.get(), *out = a.out.get();
+    a.out.reset(new float[images * s.pooled()]);
     if (b == 0) {
-      first_forward<FROZEN>(x, weight, gamma, beta, eps, patches, products, a.switches, out, a.mean, a.var, images, height,
-                                   width, threads);
+      first_forward<FROZEN>(x, weight, gamma, beta, eps, patches, products, a.switches, a.out.get(), a.mean, a.var,
+                            images, height, width, threads);
     } else {
-      convolve(a.in, weight, y, images, s.height, s.width, threads);
-      block_forward<FROZEN>(y, gamma, beta, eps, pooled, a.switches, out, a.mean, a.var, images, s.height, s.width,
-                                   threads);
+      a.y.reset(new float[s.count() * C]);
+      a.pooled.reset(new float[images * s.pooled()]);
+      convolve(a.in, weight, a.y.get(), false, images, s.height, s.width, threads);
+      block_forward<FROZEN>(a.y.get(), gamma, beta, eps, a.pooled.get(), a.switches, a.out.get(), a.mean, a.var, images, s.height,
+                            s.width, threads);
     }
     const float unbiased = float(s.count()) / std::max<len>(s.count() - 1, 1);
     for (int c = 0; c < C && !FROZEN; c++) {
@@ -130,7 +125,7 @@ void learner_gradient(const float* x, const int64_t* labels, const double* patch
                      grads[b].beta, images, height, width, threads);
       convolve_to_filters(a.y.get(), a.in, grads[b].weight, images, height, width, threads);
       grad_out.reset(new float[a.s.count() * C]);
-      convolve_to_input(a.y.get(), weight, grad_out.get(), images, height, width, threads);
+      convolve(a.y.get(), weight, grad_out.get(), true, images, height, width, threads);
     }
   }
 }

@@ -69,8 +69,11 @@ INLINE ivec integers(vec x) {  // rounds towards zero
 }
 INLINE vec keep(ivec mask, vec x) { return floats(mask & bits(x)); }
 INLINE vec relu(vec x) { return x < 0 ? vec{} : x; }  // keeps NaN
-// Of equal numbers the first wins, and NaN wins over all, as in PyTorch. at is the winner's index, 0 to 3.
-INLINE vec largest(vec a, vec b, vec c, vec d, ivec& at) {
+// The largest, with its index, 0 to 3, in at; or, KNOWN, the one that at says. Of equal numbers the first wins, and NaN wins
+// over all, as in PyTorch.
+template <bool KNOWN>
+INLINE vec maximum(vec a, vec b, vec c, vec d, ivec& at) {
+  if (KNOWN) return at == 0 ? a : at == 1 ? b : at == 2 ? c : d;
   at = ivec{};
   const vec rest[] = {b, c, d};
   UNROLL for (int k = 0; k < 3; k++) {
@@ -79,10 +82,6 @@ INLINE vec largest(vec a, vec b, vec c, vec d, ivec& at) {
     at = won ? (ivec{} + k + 1) : at;
   }
   return a;
-}
-template <bool KNOWN>  // the largest or, KNOWN, the one that at says
-INLINE vec maximum(vec a, vec b, vec c, vec d, ivec& at) {
-  return !KNOWN ? largest(a, b, c, d, at) : at == 0 ? a : at == 1 ? b : at == 2 ? c : d;
 }
 INLINE vec permuted(vec x, ivec at) {
 #ifdef __aarch64__

@@ -1,6 +1,5 @@
 """The Triton kernels. Without a GPU, Triton interprets them, and compiles them for two GPUs."""
 
-import contextlib
 import math
 import os
 import re
@@ -346,7 +345,7 @@ def test_nonfinite_block_matches_pytorch(monkeypatch, block):
     conv, norm = torch.nn.Conv2d(32, 32, 3, device=DEVICE), torch.nn.BatchNorm2d(32, device=DEVICE)
     y = channels_last(2, 32, 5, 6)
     y[0, 3, 1, 2], y[1, 4, 0, 0], y[1, 5, 1, 1] = float("nan"), float("inf"), float("-inf")
-    monkeypatch.setattr(blocks, "_convolved", lambda y, conv: y)
+    monkeypatch.setattr(blocks, "Convolution", SimpleNamespace(apply=lambda y, weight: y))
     monkeypatch.setattr(learner.F, "conv2d", lambda y, *args, **kwargs: y)
     torch.nn.init.zeros_(conv.bias)
     kernel, code = getattr(blocks, block), getattr(learner, f"_{block}")
@@ -542,25 +541,16 @@ def test_offsets_beyond_int32_are_left_to_pytorch(monkeypatch, unchecked):
 
 
 def test_kernels_launch_on_the_tensors_device(monkeypatch):
-    """Whichever is the current one."""
-    current, launched = [0], []
-
-    @contextlib.contextmanager
-    def device(device):
-        current.append(device.index)
-        yield
-        current.pop()
-
-    class Kernel:
-        def __getitem__(self, programs):
-            return lambda *args, **options: launched.append((current[-1], programs, args, options))
-
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
-    monkeypatch.setattr(torch.cuda, "device", device)
-    for index in (0, 1, None):
-        x = SimpleNamespace(is_cuda=index is not None, device=SimpleNamespace(index=index))
-        gpu.launch(Kernel(), (2,), x, 3, C=4)
-        assert launched.pop() == (index or 0, (2,), (x, 3), {"C": 4})
+    """Whichever is the current one, here 0; a CPU's tensor has -1, which changes nothing."""
+    current, launched = [], []
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        monkeypatch.setattr(torch.cuda, name, lambda index: current.append(index) or 0)
+    kernel = {(2,): lambda *args, **options: launched.append((current[-1], args, options))}
+    for index in (0, 1, -1):
+        x = SimpleNamespace(is_cuda=index >= 0, get_device=lambda index=index: index)
+        gpu.launch(kernel, (2,), x, 3, C=4)
+        assert launched.pop() == (index, (x, 3), {"C": 4})
+        assert current.pop() == 0
 
 
 # ---- Machine code ----

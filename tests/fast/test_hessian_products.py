@@ -10,9 +10,7 @@ from torch.nn.functional import cross_entropy
 from episode import Episode, meta_gradient
 from fast import native
 from fast.learner import FastConv4
-from fast.metalearner import FastMetaLearner
 from learner import Conv4
-from metalearner import MetaLearner
 
 needs_kernels = pytest.mark.skipif(not native.handles(torch.ones(1)), reason="no kernels")
 
@@ -100,33 +98,6 @@ def closed(fast, c, y):
     """The loss if all ReLUs are closed: the classifier's bias alone."""
     bias = fast.slices(c)[-1]
     return cross_entropy(bias.double().expand(5, 5), y).float()
-
-
-@needs_kernels
-@pytest.mark.parametrize(("hidden_size", "n_params"), [(1, 300), (20, 1000)])
-def test_the_meta_learners_gradient_reaches_its_inputs(hidden_size, n_params):
-    """Of loss and gradients from far below e^-10, where ``prep`` changes its form, to 10."""
-    fast = FastMetaLearner(4, hidden_size, n_params)
-    torch.nn.init.normal_(fast.metalstm.cI)
-    exact = MetaLearner(4, hidden_size, n_params).double()
-    exact.load_state_dict(fast.state_dict())
-    grads = torch.randn(n_params, 1) * torch.logspace(-8, 1, n_params).unsqueeze(1)
-
-    def derivatives(meta, dtype, size):
-        loss = torch.tensor(size, dtype=dtype, requires_grad=True)
-        grad, state = grads.to(dtype).requires_grad_(), meta.initial_state()
-        for k in range(3):
-            state = meta(loss * (1 + k), grad / (1 + k), state)
-        weights = torch.linspace(-1, 1, n_params, dtype=dtype).unsqueeze(1)
-        return torch.autograd.grad((state.c * weights).sum(), [loss, grad, *meta.parameters()])
-
-    for size in (1.3, 1e-6):
-        pairs = zip(
-            derivatives(fast, torch.float32, size),
-            derivatives(exact, torch.float64, size),
-            strict=True,
-        )
-        assert all(relative(a, b) < 1e-4 for a, b in pairs)
 
 
 @needs_kernels

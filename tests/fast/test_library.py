@@ -24,47 +24,90 @@ int parallel = 0;
 """
 
 
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+
+
+def executable(path, *lines):
+    path.write_text("\n".join(["#!/bin/sh", *lines]) + "\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 @pytest.fixture
-def probe(tmp_path, monkeypatch):
-    """A small library in place of the kernels."""
+def load(tmp_path, monkeypatch):
+    """Load a small library in place of the kernels: whether there are any, and their state."""
     (tmp_path / "probe.cpp").write_text(PROBE)
     monkeypatch.setattr(library, "MAIN", tmp_path / "probe.cpp")
     monkeypatch.setattr(library, "KERNELS", ("probe",))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    if shutil.which("g++") is None:
-        pytest.skip("no compiler")
 
-
-def test_a_compiler_behind_another_command(probe, tmp_path, monkeypatch):
-    """As ``CXX="ccache g++"``."""
-    wrapper = tmp_path / "my wrapper"
-    wrapper.write_text('#!/bin/sh\nexec "$@"\n')
-    wrapper.chmod(0o755)
-    for words in (f"{shlex.quote(str(wrapper))} g++ -g", str(wrapper)):
-        monkeypatch.setenv("CXX", words)
-        found = library.Library()
-        assert list(found.functions) == (["probe"] if "g++" in words else []), found.state
-
-
-def test_a_compiler_without_openmp(probe, tmp_path, monkeypatch):
-    """Like Apple's clang; found in the cache the next time."""
-    compiler = tmp_path / "apple"
-    compiler.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec g++ "$@"\n')
-    compiler.chmod(0o755)
-    for words, cache in ((str(compiler), "a"), ("g++", "b"), (str(compiler), "a")):
-        monkeypatch.setenv("CXX", words)
+    def load(compiler="g++", cache="cache"):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
-        found = library.Library()
-        assert list(found.functions) == ["probe"], found.state
-        assert ("without OpenMP" in found.state) == (words != "g++")
+        monkeypatch.setenv("CXX", compiler)
+        loaded = library.Library()
+        return list(loaded.functions) == ["probe"], loaded.state
+
+    return load
 
 
-@pytest.mark.parametrize("words", ["g++ '", "nowhere g++", " "])
-def test_a_command_that_is_none(probe, monkeypatch, words):
-    monkeypatch.setenv("CXX", words)
-    found = library.Library()
-    assert not found.functions
-    assert "a third of the speed" in found.state
+@pytest.mark.parametrize(
+    ("compiler", "culprit"),
+    [("", "g++"), *((c, c) for c in ("/none/c++", "/bin/false", "g++ '", "nowhere g++", " "))],
+)
+def test_without_a_compiler(load, tmp_path, monkeypatch, compiler, culprit):
+    """None installed, or ``CXX`` is none."""
+    if not compiler:
+        monkeypatch.setenv("PATH", "none")
+    exists, state = load(compiler)
+    assert not exists
+    assert culprit in state
+    assert "a third of the speed" in state
+    assert not (tmp_path / "cache").exists()
+
+
+def test_compiler_error_is_shown(load, tmp_path):
+    message = "a.cpp:1: error: bad"
+    lines = "[ $1 = --version ] && exit", "echo note >&2", f"echo '{message}' >&2", "exit 1"
+    exists, state = load(executable(tmp_path / "c++", *lines))
+    assert not exists
+    assert message in state
+    assert list((tmp_path / "cache" / "lstm-meta-learner").iterdir()) == []
+
+
+@needs_compiler
+def test_compiled_once_and_again_if_damaged(load, tmp_path):
+    cache = tmp_path / "cache" / "lstm-meta-learner"
+    assert load()[0]
+    (file,) = cache.iterdir()
+    first, content = file.stat(), file.read_bytes()
+    assert load()[0]
+    assert file.stat().st_mtime_ns == first.st_mtime_ns
+    file.unlink()  # the process has the old one mapped
+    file.write_bytes(content[:1000])
+    assert load()[0]
+    assert file.stat().st_size == first.st_size
+    assert list(cache.iterdir()) == [file]
+    (tmp_path / "file").write_text("")
+    assert load(cache="file")[0]  # without a cache
+    assert (tmp_path / "file").read_text() == ""
+
+
+@needs_compiler
+def test_a_compiler_behind_another_command(load, tmp_path):
+    """As ``CXX="ccache g++"``."""
+    wrapper = executable(tmp_path / "my wrapper", 'exec "$@"')
+    assert load(f"{shlex.quote(wrapper)} g++ -g")[0]
+    assert not load(wrapper)[0]
+
+
+@needs_compiler
+def test_a_compiler_without_openmp(load, tmp_path):
+    """Like Apple's clang; found in the cache the next time."""
+    lines = 'case "$*" in *-fopenmp*) exit 1;; esac', 'exec g++ "$@"'
+    apple = executable(tmp_path / "apple", *lines)
+    for compiler, cache in ((apple, "a"), ("g++", "b"), (apple, "a")):
+        exists, state = load(compiler, cache)
+        assert exists, state
+        assert ("without OpenMP" in state) == (compiler == apple)
 
 
 def test_an_openmp_whose_path_has_spaces(tmp_path, monkeypatch):
@@ -93,8 +136,10 @@ with mock.patch("os.path.expanduser", lambda path: path):  # no HOME, no entry o
 """
 
 
-def test_without_a_home_folder(probe, tmp_path):
+@needs_compiler
+def test_without_a_home_folder(tmp_path):
     """Nothing called "~" is made."""
+    (tmp_path / "probe.cpp").write_text(PROBE)
     place = tmp_path / "here"
     place.mkdir()
     homes = "HOME", "XDG_CACHE_HOME", "TRITON_HOME"
