@@ -99,12 +99,11 @@ def _asked_for(folder: Path, checkpoint: dict) -> int | None:
 
 def _progress(folder: Path) -> dict[str, object]:
     """Episodes seen, and hours of training without validations and pauses; empty if unknown."""
-    try:
+    with contextlib.suppress(UserError):
         train = [e for e in read_metrics(folder) if e["event"] == "train"]
         hours = sum(e["time"]["seconds"] for e in train) / 3600
         return {"episodes": train[-1]["episode"], "hours": round(hours, 3)}
-    except (UserError, KeyError, TypeError):
-        return {}
+    return {}
 
 
 def read_results(folder: Path) -> dict:

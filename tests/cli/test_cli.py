@@ -189,8 +189,3 @@ def test_plain_is_plain(master, trained, tmp_path, monkeypatch):
         assert "(--plain)" in succeeded(done).splitlines()[0]
     refused(train(master, tmp_path / "b", "--plain", "--precision", "bf16"), "--precision")
     assert not (tmp_path / "b-719").exists()
-
-
-def test_plain_decodes_nothing_in_advance(data, tmp_path):
-    succeeded(train(data, tmp_path / "logs", "--plain", "--episode", 1))
-    assert {path.name for path in data.iterdir()} == {"test", "train", "val"}
