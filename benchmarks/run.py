@@ -197,9 +197,10 @@ def parts(args: argparse.Namespace, device: torch.device) -> str:
 
 def peak(device: torch.device, plain: bool, what: str, epoch: int) -> float:
     """Peak memory of training or testing above this process's before, in MiB."""
-    model = Model(device, plain, epoch=epoch)
+    # or the next episode would reuse what one frees
+    with mock.patch("fast.threads.keep_freed_memory"):
+        model = Model(device, plain, epoch=epoch)
     episode, function = synthetic(device, model.args), getattr(model, what)
-    keep_freed_memory(False)  # or the next episode would reuse what one frees
     function(episode._replace(order=episode.order[:1]))  # loads libraries
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 
