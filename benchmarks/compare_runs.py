@@ -23,8 +23,8 @@ from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST, find_checkpoint
 from engine.flags import HYPER_PARAMETERS, spelled
 from engine.logger import read_metrics
-from tools.markdown import markdown_table
 from tools.recipes import text
+from tools.words import markdown_table
 from utils import Parser, UserError, int_range, run_main, summary
 
 EPISODES = ("seed", "n_class", "n_shot", "n_eval")  # which episodes a run is validated on
@@ -48,12 +48,6 @@ def validation(folder: Path, events: list[dict], at: int | None) -> dict:
     return max(found, key=lambda event: summary(event["accuracies"])["mean"])
 
 
-def flags(stored: dict[str, object], first: dict[str, object]) -> str:
-    """The hyper-parameters that differ from the first run's, as flags."""
-    apart = [k for k in HYPER_PARAMETERS if stored.get(k) != first.get(k)]
-    return ", ".join(f"`{spelled(k)} {text(stored.get(k))}`" for k in apart)
-
-
 def compare(folders: list[Path], at: int | None = None) -> str:
     """The table: a row for each run.
 
@@ -75,14 +69,15 @@ def compare(folders: list[Path], at: int | None = None) -> str:
             n = f"{len(found)} episodes, {folders[0]} on {len(accuracies)}"
             raise UserError(f"{folder}: validated on {n}; compare runs of one kind")
         paired = folder != folders[0] and all(stored.get(k) == first.get(k) for k in EPISODES)
-        seconds = seconds_per_episode(events)
-        cells = [folder.name, begins_with.split("/")[0], flags(stored, first)]
-        cells += [f"{val['episode']:,} of {events[-1]['episode']:,}", f"{seconds * 1e3:.0f}"]
-        rows.append([*cells, interval(found), difference(found, accuracies) if paired else ""])
+        apart = [k for k in HYPER_PARAMETERS if stored.get(k) != first.get(k)]
+        changes = ", ".join(f"`{spelled(k)} {text(stored.get(k))}`" for k in apart)
+        seen = f"{val['episode']:,} of {events[-1]['episode']:,}"
+        cells = [folder.name, begins_with.split("/")[0], changes, seen]
+        cells += [f"{seconds_per_episode(events) * 1e3:.0f}", interval(found)]
+        rows.append([*cells, difference(found, accuracies) if paired else ""])
     header = ["run", "starts from", "changes", "validated after", "ms per episode"]
-    return markdown_table(
-        [*header, f"validation, {len(accuracies)} episodes, %", "difference"], rows
-    )
+    header += [f"validation, {len(accuracies)} episodes, %", "difference"]
+    return markdown_table(header, rows)
 
 
 def main(argv: list[str]) -> int:

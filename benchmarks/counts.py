@@ -40,8 +40,8 @@ from episode import learned
 from fast import gpu
 from fast.images import FastEpisodeDataset
 from main import build
-from tools.markdown import markdown_table
 from tools.recipes import recipes
+from tools.words import markdown_table
 from utils import Parser, UserError, run_main
 
 META = torch.device("meta")

@@ -34,12 +34,10 @@ from engine.model import Model
 from episode import updates
 from main import load_model
 from metalearner import UpdateRule
-from tools.markdown import markdown_table
 from tools.plots import load_figures
 from tools.trace import layers
+from tools.words import markdown_table
 from utils import Parser, UserError, run_main, summary
-
-HEADER = ("rule, from the same cI", "accuracy, %", "difference from the LSTM")
 
 
 class FixedState(NamedTuple):
@@ -155,33 +153,28 @@ def compare(run: str, flags: dict) -> tuple[str, list[tuple[str, list[float]]]]:
     return f"{title}, chosen on {len(val_set)} validation episodes", found
 
 
-def table(found: list[tuple[str, list[float]]]) -> str:
-    """The rules of one run, a row for each."""
-    first = found[0][1]
-    rows = [
-        (name, interval(a), difference(a, first) if a is not first else "") for name, a in found
-    ]
-    return markdown_table(HEADER, rows)
+def table(title: str, found: list[tuple[str, list[float]]]) -> str:
+    """The title of one run and its table, a row for each rule."""
+    (name, first), *others = found
+    rows = [(name, interval(first), "")]
+    rows += [(name, interval(a), difference(a, first)) for name, a in others]
+    header = ("rule, from the same cI", "accuracy, %", "difference from the LSTM")
+    return f"{title}:\n\n{markdown_table(header, rows)}\n"
 
 
 def draw(runs: list[tuple[str, list[tuple[str, list[float]]]]], path: Path) -> None:
     """Draw the differences from the LSTM with their intervals, one panel for each run."""
-    figures = load_figures()
+    figures, size = load_figures(), (7, 2.5 * len(runs))
     with figures.style([]):
-        figure, axes = figures.plt.subplots(
-            len(runs), 1, figsize=(7, 2.5 * len(runs)), squeeze=False
-        )
-        for (title, found), ax in zip(runs, axes[:, 0], strict=True):
-            first, names = found[0][1], [name.partition(" (")[0] for name, _ in found[1:]]
-            names = [fill(name, 30) for name in names]
-            spans = [summary([a - b for a, b in zip(v, first, strict=True)]) for _, v in found[1:]]
+        figure, axes = figures.plt.subplots(len(runs), 1, figsize=size, squeeze=False)
+        for (title, ((_, first), *others)), ax in zip(runs, axes[:, 0], strict=True):
+            names = [fill(name.partition(" (")[0], 30) for name, _ in others]
+            spans = [summary([a - b for a, b in zip(v, first, strict=True)]) for _, v in others]
             means, halves = ([s[key] for s in spans] for key in ("mean", "ci95"))
             ax.errorbar(means, names, xerr=halves, fmt="o", color=figures.BLUE, capsize=3)
             ax.axvline(0, color=figures.GREY, linewidth=1)
-            ax.set(
-                title=title.partition(", chosen")[0],
-                xlabel="difference from the LSTM, percentage points",
-            )
+            ax.set_title(title.partition(", chosen")[0])
+            ax.set_xlabel("difference from the LSTM, percentage points")
             ax.invert_yaxis()
         figure.savefig(path, dpi=150)
 
@@ -195,11 +188,10 @@ def main(argv: list[str]) -> int:
     if not out.name or not out.parent.is_dir():
         raise UserError(f"--out {args.out}: give a name in a folder that exists")
     for run in args.runs:
-        title, found = compare(run, flags)
-        print(f"{title}:\n\n{table(found)}\n", flush=True)
-        done.append((title, found))
-        text = "\n\n".join(f"{title}:\n\n{table(found)}" for title, found in done)
-        Path(f"{args.out}.md").write_text(text + "\n", encoding="utf-8")
+        done.append(compare(run, flags))
+        tables = [table(*each) for each in done]
+        print(tables[-1], flush=True)
+        Path(f"{args.out}.md").write_text("\n".join(tables), encoding="utf-8")
         draw(done, Path(f"{args.out}.png"))
     return 0
 

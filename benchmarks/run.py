@@ -12,12 +12,13 @@ import argparse
 import contextlib
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import count, islice
+from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
@@ -40,11 +41,12 @@ from fast.graphs import CHECKED, WARM_UP
 from fast.library import library
 from fast.threads import keep_freed_memory
 from main import build
-from tools.markdown import markdown_table
+from tools.words import markdown_table
 from utils import Parser, UserError, int_range, run_main
 
 TURN = 4  # episodes of a round, end to end
 LARGEST = 20  # kernels of a table
+BACKENDS = {"cpu": ["plain", "fast", "fast, no compiler"], "cuda": ["plain", "fast"]}
 VARIANTS = [{}, {"n_class": 10}, {"n_class": 20}, {"n_shot": 1}, {"n_shot": 10}, {"epoch": 4}]
 VARIANTS += [{"epoch": 16}, {"image_size": 42}, {"image_size": 112}]
 VARIANTS += [{"filters": 16}, {"filters": 64}]
@@ -79,13 +81,6 @@ class Model:
         return dataset(self.args, self.backend, scan_split(self.args.data_root, split), length)
 
 
-@contextlib.contextmanager
-def without_kernels():
-    """Run PyTorch's code alone, as where there is no C++ compiler."""
-    with mock.patch.object(native, "library", return_value=mock.Mock(functions={})):
-        yield
-
-
 def median_seconds(
     functions: dict[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, float]:
@@ -94,11 +89,12 @@ def median_seconds(
     The first round does not count; on a GPU, nor do those that capture and check a CUDA graph.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
+    no_compiler = mock.patch.object(native, "library", return_value=mock.Mock(functions={}))
     uncounted = WARM_UP + CHECKED if device.type == "cuda" else 1
     for n in range(uncounted + rounds):
         for name, function in functions.items():
             keep_freed_memory(name != "plain")  # plain: the C library's own allocator
-            with without_kernels() if "no compiler" in name else contextlib.nullcontext():
+            with no_compiler if "no compiler" in name else contextlib.nullcontext():
                 start = time.perf_counter()
                 function()
                 if device.type == "cuda":
@@ -108,42 +104,36 @@ def median_seconds(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def table(header: list[str], rows: list[list[object]]) -> list[str]:
-    """A table's lines, with numbers of three digits."""
+def table(header: list[str], rows: list[list[object]]) -> str:
+    """A table with numbers of three digits."""
 
     def text(cell: object) -> object:
         if not isinstance(cell, float):
             return cell
         return f"{cell:.0f}" if cell >= 1000 else f"{cell:.3g}"
 
-    return ["", *markdown_table(header, [list(map(text, row)) for row in rows]).splitlines()]
+    return markdown_table(header, [list(map(text, row)) for row in rows])
 
 
-def backends(device: torch.device) -> list[str]:
-    return ["plain", "fast", *(["fast, no compiler"] if device.type == "cpu" else [])]
-
-
-def end_to_end(args: argparse.Namespace, device: torch.device) -> list[str]:
+def end_to_end(args: argparse.Namespace, device: torch.device) -> str:
     """Episodes from images on disk to the update, each backend with its own data pipeline."""
-    names = [*backends(device), *(["fast bf16"] if device.type == "cuda" else [])]
-    spent = {}
+
+    def stepper(name: str, split: str) -> Callable[[], object]:
+        precision = "bf16" if "bf16" in name else "fp32"
+        model = Model(device, name == "plain", precision=precision, data_root=args.data_root)
+        data = model.dataset(split, TURN * (args.rounds + WARM_UP + CHECKED))
+        stream = episodes(data, 0, args.n_workers, device, True, begin_worker)
+        if split == "train":
+            return lambda: [model.train(episode) for episode in islice(stream, TURN)]
+        return lambda: list(model.backend.map(model.test, islice(stream, TURN)))
+
+    names = [*BACKENDS[device.type], *(["fast bf16"] if device.type == "cuda" else [])]
+    rows: list[list] = [[name] for name in names]
     for split in ("train", "test"):
-
-        def stepper(name: str, split: str = split) -> Callable[[], object]:
-            precision = "bf16" if "bf16" in name else "fp32"
-            model = Model(device, name == "plain", precision=precision, data_root=args.data_root)
-            data = model.dataset(split, TURN * (args.rounds + WARM_UP + CHECKED))
-            stream = episodes(data, 0, args.n_workers, device, True, begin_worker)
-            if split == "train":
-                return lambda: [model.train(episode) for episode in islice(stream, TURN)]
-            return lambda: list(model.backend.map(model.test, islice(stream, TURN)))
-
-        steppers = {name: stepper(name) for name in names}
-        spent[split] = median_seconds(steppers, args.rounds, device)
-    rows = []
-    for name in names:
-        ratios = [(s[name] * 1e3 / TURN, s["plain"] / s[name]) for s in spent.values()]
-        rows.append([name, *(value for pair in ratios for value in pair)])
+        steppers = {name: stepper(name, split) for name in names}
+        spent = median_seconds(steppers, args.rounds, device)
+        for name, row in zip(names, rows, strict=True):
+            row += [spent[name] * 1e3 / TURN, spent["plain"] / spent[name]]
     header = ["end to end", "training, ms an episode", "speed relative to plain"]
     return table([*header, "testing, ms an episode", "speed relative to plain"], rows)
 
@@ -163,7 +153,7 @@ def synthetic(device: torch.device, args) -> Episode:
     return Episode(*support, images(args.n_eval), y.repeat_interleave(args.n_eval), order)
 
 
-def parts(args: argparse.Namespace, device: torch.device) -> list[str]:
+def parts(args: argparse.Namespace, device: torch.device) -> str:
     """Where the time of an episode goes."""
 
     def functions(plain: bool) -> dict[str, Callable[[], object]]:
@@ -182,17 +172,19 @@ def parts(args: argparse.Namespace, device: torch.device) -> list[str]:
             state.c.sum().backward()
 
         images, labels = episode.support, episode.support_y
+
+        def deliver() -> None:
+            data.deliver(data[next(index)], device)
+
         return {
             "one inner update of the learner": lambda: learner.loss_and_grad(images, labels),
             "meta-learner, 8 updates forward and back": unroll,
-            "data of a training episode, one thread": lambda: data.deliver(
-                data[next(index)], device
-            ),
+            "data of a training episode, one thread": deliver,
             "training without data": lambda: model.train(episode),
             "testing without data": lambda: model.test(episode),
         }
 
-    plain, fast, names, rows = functions(True), functions(False), backends(device), []
+    plain, fast, names, rows = functions(True), functions(False), BACKENDS[device.type], []
     for part in plain:
         n_threads = torch.get_num_threads()
         torch.set_num_threads(1 if "one thread" in part else n_threads)
@@ -203,44 +195,40 @@ def parts(args: argparse.Namespace, device: torch.device) -> list[str]:
     return table(["part, ms", *names, "plain : fast"], rows)
 
 
-MEMORY = """
-import sys
-sys.path[:0] = [{root!r}, {root!r} + "/benchmarks"]
-import torch, run, fast.threads
-fast.threads.keep_freed_memory = lambda: None  # or the next episode would reuse what one frees
-device = torch.device({device!r})
-model = run.Model(device, {plain}, epoch={epoch})
-episode = run.synthetic(device, model.args)
-model.{what}(episode._replace(order=episode.order[:1]))  # loads libraries
-def resident(name):
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**10
-open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
-base = resident("VmRSS")
-for _ in range(run.WARM_UP + run.CHECKED + 1 if device.type == "cuda" else 2):
-    model.{what}(episode)
-on_gpu = device.type == "cuda"
-print(torch.cuda.max_memory_reserved() / 2**20 if on_gpu else resident("VmHWM") - base)
-"""
+def peak(device: torch.device, plain: bool, what: str, epoch: int) -> float:
+    """Peak memory of training or testing above this process's before, in MiB."""
+    # or the next episode would reuse what one frees
+    with mock.patch("fast.threads.keep_freed_memory"):
+        model = Model(device, plain, epoch=epoch)
+    episode, function = synthetic(device, model.args), getattr(model, what)
+    function(episode._replace(order=episode.order[:1]))  # loads libraries
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+
+    def resident(name: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**10
+
+    base, on_gpu = resident("VmRSS"), device.type == "cuda"
+    for _ in range(WARM_UP + CHECKED + 1 if on_gpu else 2):
+        function(episode)
+    return torch.cuda.max_memory_reserved() / 2**20 if on_gpu else resident("VmHWM") - base
 
 
-def memory(_args: argparse.Namespace, device: torch.device) -> list[str]:
-    """Peak memory above a process's start, and its growth with the number of updates."""
+def memory(_args: argparse.Namespace, device: torch.device) -> str:
+    """Peak memory, in a process for each, and its growth with the number of updates."""
     rows = []
     for name in ("plain", "fast"):
         for what in ("train", "test"):
-            how = {"root": str(ROOT), "device": str(device), "plain": name == "plain", "what": what}
             peaks = []
             for epoch in (8, 24):
-                command = [sys.executable, "-c", MEMORY.format(**how, epoch=epoch)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                peaks.append(float(done.stdout.split()[-1]))
+                with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                    peaks.append(pool.submit(peak, device, name == "plain", what, epoch).result())
             growth = f"{(peaks[1] - peaks[0]) / 16:.1f}"
             rows.append([f"{name}, {what}", *(f"{p:.0f}" for p in peaks), growth])
     return table(["peak memory, MiB", "8 updates", "24 updates", "per update"], rows)
 
 
-def scaling(args: argparse.Namespace, device: torch.device) -> list[str]:
+def scaling(args: argparse.Namespace, device: torch.device) -> str:
     """A training episode as one size changes; a minibatch is the whole support set."""
     rows = []
     for variant in VARIANTS:
@@ -258,10 +246,10 @@ def scaling(args: argparse.Namespace, device: torch.device) -> list[str]:
     return table([*header, "plain : fast"], rows)
 
 
-def kernels(_args: argparse.Namespace, device: torch.device) -> list[str]:
-    """A GPU's time for one training episode, by kernel, without a CUDA graph."""
+def kernels(_args: argparse.Namespace, device: torch.device) -> str:
+    """A GPU's time for one training episode, by kernel, without a CUDA graph; of a CPU nothing."""
     if device.type == "cpu":
-        return []
+        return ""
     model = Model(device, plain=False, capture=False)
     episode = synthetic(device, model.args)
     for _ in range(2):
@@ -270,17 +258,10 @@ def kernels(_args: argparse.Namespace, device: torch.device) -> list[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         model.train(episode)
         torch.cuda.synchronize()
-    found = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
-    found = [event for event in found if event.self_device_time_total > 0]
-    rows = [[e.key[:90], e.count, e.self_device_time_total / 1e3] for e in found[:LARGEST]]
-    total = sum(e.self_device_time_total for e in found) / 1e3
-    return table(["kernel", "launches", "ms"], [*rows, ["all", sum(e.count for e in found), total]])
-
-
-def machine(device: torch.device) -> str:
-    name = f"{cpu_name()}, {torch.get_num_threads()} threads, {library().state}"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
-    return f"{name}; torch {torch.__version__}; commit {commit()}; {time.strftime('%Y-%m-%d')}"
+    found = [(e.key[:90], e.count, e.self_device_time_total / 1e3) for e in profile.key_averages()]
+    found = sorted((row for row in found if row[-1] > 0), key=lambda row: -row[-1])
+    total = ["all", sum(n for _, n, _ in found), sum(ms for *_, ms in found)]
+    return table(["kernel", "launches", "ms"], [*found[:LARGEST], total])
 
 
 SECTIONS = {"end-to-end": end_to_end, "parts": parts, "scaling": scaling, "memory": memory}
@@ -306,14 +287,17 @@ def main(argv: list[str]) -> int:
     out = args.out or ROOT / "benchmarks" / "results" / f"{device.type}.md"
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
+    name = f"{cpu_name()}, {torch.get_num_threads()} threads, {library().state}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+    now = f"torch {torch.__version__}; commit {commit()}; {time.strftime('%Y-%m-%d')}"
     command = shlex.join(["bash", "benchmarks/run.sh", *argv])
-    lines = [f"`{command}` on {machine(device)}; data: {data_name(args)}"]
-    print(lines[0])
+    blocks = [f"`{command}` on {name}; {now}; data: {data_name(args)}"]
+    print(blocks[0])
     for name in args.sections:
-        found = SECTIONS[name](args, device)
-        print("\n".join(found), flush=True)
-        lines += found
-    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if found := SECTIONS[name](args, device):
+            print(f"\n{found}", flush=True)
+            blocks.append(found)
+    out.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
     print(f"\nwritten to {out}")
     return 0
 

@@ -22,7 +22,7 @@ from engine.checkpoint import short_name
 from engine.evaluation import Evaluator
 from engine.flags import DEFAULTS, parse
 from main import load_model
-from tools.markdown import markdown_table
+from tools.words import markdown_table
 from utils import Parser, UserError, run_main
 
 EPISODES = ("n_class", "n_shot", "n_eval", "image_size")  # with the seed, what episodes are

@@ -23,6 +23,6 @@ export GOMP_SPINCOUNT=${GOMP_SPINCOUNT-1000} # tests are slow beside other progr
 cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-if grep -qs '^\[tool.mypy\]' pyproject.toml; then "$PYTHON" -m mypy; fi # it names the files
+"$PYTHON" -m mypy # pyproject.toml names the files
 "$PYTHON" -m pytest "$@"
 if [ "$chosen" = 0 ] && nvidia-smi -L >/dev/null 2>&1; then "$PYTHON" -m pytest -m gpu; fi

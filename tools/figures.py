@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,10 +30,10 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 from engine import checkpoint as checkpoints
 from engine.checkpoint import LAST
 from engine.logger import read_metrics
-from tools.class_names import display_name
 from tools.results import NAME as RESULTS
 from tools.results import read_results, variant
 from tools.trace import QUANTILES
+from tools.words import display_name, shorten
 from utils import UserError, summary
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -51,28 +50,10 @@ STYLE = {
     "text.parse_math": False,  # a $ in a file's name is a dollar
     "axes.formatter.useoffset": False,
 }
-CI = r"$\mathit{cI}$"  # for texts with parse_math
+GUESSING = {"color": GREY, "linestyle": ":", "linewidth": 1}
 
 
 # ---- Words ----
-
-
-def shorten(text: str, width: int) -> str:
-    """Words that a picture can hold: printable, and if too long, without their middle.
-
-    Args:
-        width: the most characters; wide ones, such as Chinese, count twice.
-    """
-    text = text.encode(
-        "utf-8", "backslashreplace"
-    ).decode()  # file names may hold bytes of any kind
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    sizes = [1 + (unicodedata.east_asian_width(c) in "WF") for c in text]
-    if sum(sizes) <= width:
-        return text
-    left, right = np.cumsum(sizes), np.cumsum(sizes[::-1])
-    head, tail = (left <= width // 2).sum(), (right <= width - width // 2 - 1).sum()
-    return text[:head] + "…" + text[len(text) - tail :]
 
 
 def fonts_for(texts: Iterable[str]) -> list[str]:
@@ -83,9 +64,7 @@ def fonts_for(texts: Iterable[str]) -> list[str]:
     each), and a note says so.
     """
     families = ["DejaVu Sans"]
-    missing = {ord(c) for text in texts for c in text} - _characters(
-        font_manager.findfont(families[0])
-    )
+    missing = {ord(c) for c in "".join(texts)} - _characters(font_manager.findfont(families[0]))
     for font in font_manager.fontManager.ttflist if missing else ():
         if not font.name.startswith("Last Resort") and (has := missing & _characters(font.fname)):
             families.append(font.name)
@@ -115,9 +94,7 @@ def style(texts: Iterable[str]) -> Iterator[None]:
 
 def layer_name(layer: str) -> str:
     """The name of a layer of ``Conv4`` in words; others stay."""
-    return re.sub(
-        r"^conv(?=\d+$)", "convolution ", {"cls": "classifier"}.get(str(layer), str(layer))
-    )
+    return re.sub(r"^conv(?=\d+$)", "convolution ", "classifier" if layer == "cls" else str(layer))
 
 
 # ---- Numbers ----
@@ -134,9 +111,8 @@ def smooth(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """
     reach = [min(width // 2, k) for k in range(len(values))]
     windows = [values[k - r : k + r + 1] for k, r in enumerate(reach)]
-    finite = [w[np.isfinite(w)] for w in windows]
-    mean = np.array([w.mean() if len(w) else math.nan for w in finite])
-    return mean, np.array([w.std() if len(w) else math.nan for w in finite])
+    finite = [w[np.isfinite(w)] if np.isfinite(w).any() else np.array([math.nan]) for w in windows]
+    return np.array([w.mean() for w in finite]), np.array([w.std() for w in finite])
 
 
 def settings(folder: Path) -> dict[str, object]:
@@ -146,20 +122,26 @@ def settings(folder: Path) -> dict[str, object]:
     with suppress(UserError):  # there is none, or it is not readable any more
         content = checkpoints.load(checkpoints.find_checkpoint(folder, LAST) or folder)
         return {"mode": content.get("mode", "train"), **content.get("hyper_parameters", {})}
-    return (
-        read_results(folder)["training"]["hyper_parameters"] if (folder / RESULTS).exists() else {}
-    )
+    known = (folder / RESULTS).exists()
+    return read_results(folder)["training"]["hyper_parameters"] if known else {}
 
 
 # ---- Pictures ----
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, with an SVG beside it, and close it."""
+    """Write a figure as PNG, with an SVG beside it, and close it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     try:
         path.parent.mkdir(exist_ok=True)
         figure.savefig(path, dpi=150)
         figure.savefig(path.with_suffix(".svg"), dpi=150, metadata={"Date": None})
+    except OSError as e:
+        why = f"cannot be written ({e.strerror}); free some space"
+        raise UserError(f"{path.parent}: {why}") from e
     finally:
         plt.close(figure)
 
@@ -171,24 +153,20 @@ def curves(folder: Path) -> Figure:
     val = [e for e in events if e["event"] == "val"]
     episode, validated = ([e["episode"] for e in of_kind] for of_kind in (train, val))
     known = settings(folder)
-    n = known.get("n_class")
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.8))
-    chances = (math.log(n), 100 / n) if n else (None, None)
-    labels = (("loss", "loss"), ("accuracy", "accuracy, %"))
-    for axis, (key, label), chance in zip(axes, labels, chances, strict=True):
-        if chance:
-            look = {"color": GREY, "linestyle": ":", "linewidth": 1}
-            axis.axhline(chance, **look, label=f"guessing among {n} classes")
+    for axis, key, label in zip(axes, ("loss", "accuracy"), ("loss", "accuracy, %"), strict=True):
+        if n := known.get("n_class"):
+            chance = math.log(n) if key == "loss" else 100 / n
+            axis.axhline(chance, **GUESSING, label=f"guessing among {n} classes")
         values = np.array([e[f"mean_{key}"] for e in train], dtype=float)
         mean, std = smooth(values, max(3, len(values) // 20))
         axis.fill_between(episode, mean - std, mean + std, color=BLUE, alpha=0.2, linewidth=0)
         words = "training, smoothed, ± std of the log's means"
         axis.plot(episode, mean, color=BLUE, marker="o" if len(mean) == 1 else None, label=words)
         if val:
-            pairs = [[e[key][k] for e in val] for k in ("mean", "ci95")]
-            centre, half = np.array(pairs, dtype=float)
+            pairs = np.array([[e[key][k] for e in val] for k in ("mean", "ci95")], dtype=float)
             look = {"color": ORANGE, "fmt": "s--", "markersize": 3, "linewidth": 1, "capsize": 2}
-            axis.errorbar(validated, centre, half, **look, label="validation, ± 95 %")
+            axis.errorbar(validated, *pairs, **look, label="validation, ± 95 %")
         axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set(xlabel="batches" if known.get("mode") == "pretrain" else "episodes", ylabel=label)
@@ -208,18 +186,17 @@ def curves(folder: Path) -> Figure:
 def gates(name: str, trace: dict[str, np.ndarray]) -> Figure:
     """Forget and input gates over the updates, layer by layer (compare the paper's figure 2)."""
     layers = trace["layers"]
-    size = (max(7, 1 + 2 * len(layers)), 4.8)
-    figure, axes = plt.subplots(
-        2, len(layers), figsize=size, sharex=True, sharey="row", squeeze=False
-    )
+    how = {"figsize": (max(7, 1 + 2 * len(layers)), 4.8), "sharex": True, "sharey": "row"}
+    figure, axes = plt.subplots(2, len(layers), **how, squeeze=False)
     for row, (key, colour) in enumerate((("forget", BLUE), ("input", ORANGE))):
         gate = trace[key]  # [E, T, L, 6]
         t = np.arange(1, gate.shape[1] + 1)
         for k, layer in enumerate(layers):
             axis = axes[row, k]
             spread = gate[:, :, k, 1:].mean(0)
-            axis.fill_between(t, spread[:, 0], spread[:, 4], color=colour, alpha=0.15, linewidth=0)
-            axis.fill_between(t, spread[:, 1], spread[:, 3], color=colour, alpha=0.3, linewidth=0)
+            for reach, alpha in ((0, 0.15), (1, 0.3)):
+                band = spread[:, reach], spread[:, 4 - reach]
+                axis.fill_between(t, *band, color=colour, alpha=alpha, linewidth=0)
             axis.plot(t, gate[:, :, k, 0].T, color=GREY, linewidth=0.5, alpha=0.4)
             axis.plot(t, gate[:, :, k, 0].mean(0), color=colour, marker="o", markersize=3)
             if row == 0:
@@ -229,9 +206,8 @@ def gates(name: str, trace: dict[str, np.ndarray]) -> Figure:
                 axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes[row, 0].set_ylabel(f"{key} gate")
     figure.suptitle(f"{shorten(name, 30)}: gates, layer by layer")
-    low, high = f"{QUANTILES[0]:.0%}", f"{QUANTILES[-1]:.0%}"
     words = "line: mean of a layer's coordinates; bands: their quartiles and "
-    words += f"{low} to {high}; thin: one episode each"
+    words += f"{QUANTILES[0]:.0%} to {QUANTILES[-1]:.0%}; thin: one episode each"
     figure.supxlabel(words, fontsize=8, color=GREY)
     return figure
 
@@ -247,12 +223,10 @@ def movement(name: str, trace: dict[str, np.ndarray]) -> Figure:
         axis.plot(np.arange(1, len(moved) + 1), 100 * moved[:, k], **look)
     axis.set(xlabel="update", title=f"{shorten(name, 36)}: movement, layer by layer", yscale="log")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ylabel = r"$|\mathit{c_t} - \mathit{cI}|\ /\ |\mathit{cI}|$, %"
-    axis.set_ylabel(ylabel, parse_math=True)
+    axis.set_ylabel(r"$|\mathit{c_t} - \mathit{cI}|\ /\ |\mathit{cI}|$, %", parse_math=True)
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(
-        LogFormatter()
-    )  # the usual one writes formulas, which STYLE forbids
+    # the usual one writes formulas, which STYLE forbids
+    axis.yaxis.set_minor_formatter(LogFormatter())
     figure.legend(loc="outside right upper", fontsize=8, handlelength=3)
     return figure
 
@@ -261,20 +235,17 @@ def adaptation(name: str, trace: dict[str, np.ndarray]) -> Figure:
     """The learner's accuracy before the first update and after each."""
     n = len(trace["classes"])
     figure, axis = plt.subplots(figsize=(6, 3.8))
-    axis.axhline(100 / n, color=GREY, linestyle=":", linewidth=1, label=f"guessing among {n}")
+    axis.axhline(100 / n, **GUESSING, label=f"guessing among {n}")
     for key, colour, look in (("support", GREEN, "s--"), ("query", BLUE, "o-")):
-        values = trace[key]
-        t = np.arange(values.shape[1])
-        half = 1.96 * values.std(0) / math.sqrt(len(values))
-        mean = values.mean(0)
+        mean, half = trace[key].mean(0), 1.96 * trace[key].std(0) / math.sqrt(len(trace[key]))
+        t = np.arange(len(mean))
         axis.fill_between(t, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
         axis.plot(t, mean, look, color=colour, markersize=3, label=f"{key} set")
     axis.set(ylabel="accuracy, %", ylim=(0, 102))
-    axis.set_xlabel(f"update (0: the learner at {CI})", parse_math=True)
+    axis.set_xlabel(r"update (0: the learner at $\mathit{cI}$)", parse_math=True)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_title(
-        f"{shorten(name, 30)}: the learner in {len(trace['query'])} validation episodes, ± 95 %"
-    )
+    words = f"the learner in {len(trace['query'])} validation episodes, ± 95 %"
+    axis.set_title(f"{shorten(name, 30)}: {words}")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
@@ -283,16 +254,14 @@ def histogram(folder: Path) -> Figure:
     """Test accuracies, one per episode; a row for each test."""
     content = read_results(folder)
     tests, trained_on = content["tests"], content["training"]["hyper_parameters"].get("n_shot")
-    figure, axes = plt.subplots(
-        len(tests), figsize=(6, 1.6 + 1.4 * len(tests)), sharex=True, squeeze=False
-    )
+    size = (6, 1.6 + 1.4 * len(tests))
+    figure, axes = plt.subplots(len(tests), figsize=size, sharex=True, squeeze=False)
     for axis, test in zip(axes[:, 0], tests, strict=True):
         s, values = summary(test["accuracies"]), np.array(test["accuracies"])
         axis.hist(values, bins=_bins(values), color=BLUE, alpha=0.6)
         axis.axvline(s["mean"], color="black", linestyle="--", linewidth=1, label="mean")
-        guessing = {"color": GREY, "linestyle": ":", "linewidth": 1.5}
-        label = f"guessing among {test['n_class']}"
-        axis.axvline(100 / test["n_class"], **guessing, label=label)
+        n = test["n_class"]
+        axis.axvline(100 / n, **{**GUESSING, "linewidth": 1.5}, label=f"guessing among {n}")
         title = f"{test['n_shot']}-shot, {shorten(test['data'], 20)}, after {test['episode']:,} "
         title += f"episodes: {s['mean']:.2f} ± {s['ci95']:.2f} %"
         axis.set_title("\n".join(filter(None, (title, variant(test)))), loc="left")
@@ -301,9 +270,8 @@ def histogram(folder: Path) -> Figure:
     axes[-1, 0].set(xlabel="accuracy of an episode, %", xlim=(-2, 102))
     shots = f" (trained on {trained_on}-shot)" if trained_on else ""
     figure.suptitle(f"{shorten(folder.resolve().name, 34)}{shots}: test accuracies")
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
-    )
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
@@ -321,20 +289,18 @@ def confusion(name: str, trace: dict[str, np.ndarray]) -> Figure:
     images, pairs = trace["images"], trace["confusion"]
     names = [shorten(display_name(str(c)), 18) for c in trace["classes"]]
     n, size = len(names), images.shape[1]
-    side = math.ceil(
-        math.sqrt(np.bincount(pairs[:, 0]).max())
-    )  # room for all images of a class in one cell
+    # room for all images of a class in one cell
+    side = math.ceil(math.sqrt(np.bincount(pairs[:, 0]).max()))
     figure, axes = plt.subplots(n, n, figsize=(1.5 * n + 0.8, 1.5 * n + 1.1), squeeze=False)
     for right in range(n):
         for given in range(n):
             axis: Axes = axes[right, given]
             these = images[(pairs[:, 0] == right) & (pairs[:, 1] == given)]
             if len(these):
-                sheet = np.full((side * size, side * size, 3), 255, dtype=np.uint8)
-                for k, image in enumerate(these):
-                    y, x = divmod(k, side)
-                    sheet[y * size : (y + 1) * size, x * size : (x + 1) * size] = image
-                axis.imshow(sheet, interpolation="nearest")
+                sheet = np.full((side * side, size, size, 3), 255, dtype=np.uint8)
+                sheet[: len(these)] = these
+                rows = [np.hstack(sheet[k : k + side]) for k in range(0, len(sheet), side)]
+                axis.imshow(np.vstack(rows), interpolation="nearest")
             axis.set(xticks=[], yticks=[], box_aspect=1)
             axis.grid(False)
             colour, width = (GREEN, 2.5) if right == given else ("#bbbbbb", 0.8)
@@ -346,10 +312,8 @@ def confusion(name: str, trace: dict[str, np.ndarray]) -> Figure:
             if right == n - 1:
                 axis.set_xlabel(names[given], fontsize=8)
     share = (pairs[:, 0] == pairs[:, 1]).mean()
-    figure.suptitle(
-        f"{shorten(name, 14 * n - 18)}\nquery images of one validation episode, {share:.0%} right",
-        fontsize=10,
-    )
+    words = f"query images of one validation episode, {share:.0%} right"
+    figure.suptitle(f"{shorten(name, 14 * n - 18)}\n{words}", fontsize=10)
     figure.supylabel("true class", fontsize=9)
     figure.supxlabel("the learner's answer", fontsize=9)
     return figure

@@ -14,10 +14,10 @@ from dataloader import scan_split
 from engine.backend import dataset
 from engine.checkpoint import LAST, resolve_checkpoint
 from engine.flags import resolve, run_folder
-from tools.class_names import display_name
 from tools.results import NAME as RESULTS
 from tools.trace import N_EPISODES, read_trace, write_trace
 from tools.trace import NAME as TRACE
+from tools.words import display_name
 from utils import UserError, load_package
 
 
@@ -91,12 +91,7 @@ def plot(folder: Path, wanted: str | None = None) -> list[Path]:
     with figures.style([run] + [display_name(str(c)) for c in (trace or {}).get("classes", [])]):
         for name, (function, *numbers) in pictures.items():
             if wanted in (None, name):
-                figure = function(*numbers)
                 written.append(folder / "plots" / f"{name}.png")
-                try:
-                    figures.save(figure, written[-1])
-                except OSError as e:
-                    why = f"cannot be written ({e.strerror}); free some space"
-                    raise UserError(f"{folder / 'plots'}: {why}") from e
+                figures.save(function(*numbers), written[-1])
     print(f"drawn: {folder / 'plots'}: {' '.join(path.name for path in written)}")
     return written

@@ -7,17 +7,18 @@ import io
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from dataloader import scan_classes
 from imagefiles import images_below, load_image
-from tools.class_names import display_name
 from tools.plots import load_figures, optional
 from tools.predictor import Predictor
+from tools.words import display_name, printable, shorten
 from utils import UserError, atomic_write
 
 SHOWN = 24  # images in the picture
@@ -64,14 +65,9 @@ def table(classes: list[str], files: list[Path], probabilities: np.ndarray) -> b
     writer = csv.writer(text)
     writer.writerow(["file", "class", "probability", *classes])
     for file, row in zip(files, probabilities, strict=True):
-        writer.writerow(
-            [file, classes[row.argmax()], f"{row.max():.4f}", *(f"{p:.4f}" for p in row)]
-        )
-    return _printable(text.getvalue()).encode()
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()  # names may hold bytes of any kind
+        best = classes[row.argmax()], f"{row.max():.4f}"
+        writer.writerow([file, *best, *(f"{p:.4f}" for p in row)])
+    return printable(text.getvalue()).encode()
 
 
 def picture(
@@ -83,46 +79,35 @@ def picture(
     Raises:
         UserError: Matplotlib is missing or broken.
     """
-    figures = load_figures()
-    plt, shorten = figures.plt, figures.shorten
+    figures, fit = load_figures(), partial(ImageOps.fit, method=Image.Resampling.BILINEAR)
     shown, columns = files[:SHOWN], max(len(classes), 4)
     rows = 1 + -(-len(shown) // columns)
     names = [shorten(display_name(name), 20) for name in classes]
     labels = [shorten(file.name, 26) for file in shown]
     with figures.style([*names, *labels]):
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(2.1 * columns, 2.6 * rows), squeeze=False
-        )
+        size = (2.1 * columns, 2.6 * rows)
+        figure, axes = figures.plt.subplots(rows, columns, figsize=size, squeeze=False)
         figure.get_layout_engine().set(hspace=0.1)
         if len(files) > SHOWN:
             figure.supxlabel(f"the first {SHOWN} of {len(files)} images", fontsize=9)
         for axis in axes.flat:
             axis.axis("off")
         for axis, name, examples in zip(axes[0], names, support, strict=False):
-            side = [np.asarray(_square(load_image(p), 96)) for p in examples[:4]]
+            side = [np.asarray(fit(load_image(p), (96, 96))) for p in examples[:4]]
             side += [np.full_like(side[0], 255)] * (4 - len(side))
             axis.imshow(np.vstack((np.hstack(side[:2]), np.hstack(side[2:]))))
             axis.set_title(f"{name}\n{len(examples)} examples", color=figures.BLUE, weight="bold")
-        for axis, file, label, row in zip(
-            axes[1:].flat, shown, labels, probabilities, strict=False
-        ):
-            axis.imshow(_square(load_image(file), 192))
+        drawn = zip(axes[1:].flat, shown, labels, probabilities, strict=False)
+        for axis, file, label, row in drawn:
+            axis.imshow(fit(load_image(file), (192, 192)))
             best = row.argsort()[::-1][:2]
             axis.set_title("\n".join(f"{names[k]} {row[k]:.0%}" for k in best))
             look = {"ha": "center", "va": "top", "fontsize": 8, "color": figures.GREY}
             axis.text(0.5, -0.03, label, transform=axis.transAxes, **look)
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=110, bbox_inches="tight", pad_inches=0.15)
-        plt.close(figure)
+        figures.plt.close(figure)
     return out.getvalue()
-
-
-def _square(image: Image.Image, side: int) -> Image.Image:
-    short = min(image.size)
-    left, top = (image.width - short) // 2, (image.height - short) // 2
-    return image.resize(
-        (side, side), Image.Resampling.BILINEAR, (left, top, left + short, top + short)
-    )
 
 
 def _targets(out: str) -> tuple[Path, Path]:
@@ -152,13 +137,12 @@ def predict(predictor: Predictor) -> None:
         if not images:
             advice = "no images there; a class needs at least one example"
             raise UserError(f"--support {args.support}/{name}: {advice}")
-    files = gather(args.query, [path for of_class in support for path in of_class])
-    csv_path, png_path = _targets(args.out)
     labels = [name for name, of_class in zip(classes, support, strict=True) for _ in of_class]
+    examples = [path for of_class in support for path in of_class]
+    files = gather(args.query, examples)
+    csv_path, png_path = _targets(args.out)
     try:
-        predictor.adapt(
-            map(load_image, (path for of_class in support for path in of_class)), labels
-        )
+        predictor.adapt(map(load_image, examples), labels)
     except UserError as e:
         raise UserError(f"--support {args.support}: {e}") from e
     read: list[Path] = []
@@ -168,10 +152,9 @@ def predict(predictor: Predictor) -> None:
         raise UserError(f"--query {query}: none of the {len(files)} files is a readable image")
     with atomic_write(csv_path) as file:
         file.write(table(classes, read, shares))
-    names = [_printable(str(file)).replace("\n", "\\n") for file in read]
-    width = max(map(len, names))
-    averaged = f"mean over {len(predictor.adapted)} adaptations"
-    print(f"{'image':<{width}}  class, probability ({averaged})")
+    names = [printable(str(file)).replace("\n", "\\n") for file in read]
+    width, n = max(map(len, names)), len(predictor.adapted)
+    print(f"{'image':<{width}}  class, probability (mean over {n} adaptations)")
     shown = {c: c if display_name(c) == c else f"{c} ({display_name(c)})" for c in classes}
     for name, row in zip(names, shares, strict=True):
         print(f"{name:<{width}}  {shown[classes[row.argmax()]]}, {row.max():.2f}")

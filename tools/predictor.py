@@ -69,14 +69,11 @@ class Predictor:
             advice += f", or train with --n-class {len(classes)}" if len(classes) > 1 else ""
             trained = f"{args.resume} was trained for {args.n_class}"
             raise UserError(f"{len(classes)} classes, but {trained}; {advice}")
-        examples = by_content(
-            [[x for x, label in zip(inputs, labels, strict=True) if label == c] for c in classes]
-        )
-        place = {k: rank for rank, k in enumerate(dict.fromkeys(k for k, _ in examples))}
-        permutations = class_permutations(
-            len(classes), args.tta_permutations or len(classes), args.seed
-        )
-        permutations = permutations[:, [place[k] for k in range(len(classes))]].to(device)
+        pairs = list(zip(inputs, labels, strict=True))
+        examples = by_content([[x for x, label in pairs if label == c] for c in classes])
+        ranked, n = list(dict.fromkeys(k for k, _ in examples)), len(classes)
+        permutations = class_permutations(n, args.tta_permutations or n, args.seed)
+        permutations = permutations[:, [ranked.index(k) for k in range(n)]].to(device)
         support = sides(torch.stack([x for _, x in examples]).to(device), model, args.tta_flip)
         y = torch.tensor([k for k, _ in examples], device=device)
         drawn = draw_order(args.seed, "test", 0, args.epoch, len(y), args.shuffle)

@@ -25,9 +25,9 @@ _TYPES = {  # of a test's entries
     "episodes_drawn_by_seed": int,
     "validation": (dict, type(None)),
 }
-# two tests that agree in these are of the same thing: the later one replaces the other
-_KEY = tuple(k for k in _TYPES if k not in ("accuracies", "losses", "about", "training_length"))
-_KEY = tuple(k for k in _KEY if k not in ("validation", "mini_imagenet"))
+# two tests that agree in all others are of the same thing: the later one replaces the other
+_FOUND = {"accuracies", "losses", "about", "training_length", "validation", "mini_imagenet"}
+_KEY = _TYPES.keys() - _FOUND
 
 
 def contradictions(args: argparse.Namespace, stored: dict[str, object]) -> dict[str, object]:
@@ -67,13 +67,11 @@ def write_results(
         "data": {"fingerprints": checkpoint.get("run", {}).get("data", {})},
         **_progress(folder),
     }
+    length = {"seen": training.get("episodes"), "asked_for": _asked_for(folder, checkpoint)}
     tested = {
         "checkpoint": Path(args.resume).name,
         "episode": checkpoint["episode"],
-        "training_length": {
-            "seen": training.get("episodes"),
-            "asked_for": _asked_for(folder, checkpoint),
-        },
+        "training_length": length,
         "validation": best if best.get("episode") == checkpoint["episode"] else None,
         "data": data_name(args),
         "episodes_drawn_by_seed": args.seed,
@@ -101,12 +99,11 @@ def _asked_for(folder: Path, checkpoint: dict) -> int | None:
 
 def _progress(folder: Path) -> dict[str, object]:
     """Episodes seen, and hours of training without validations and pauses; empty if unknown."""
-    try:
+    with contextlib.suppress(UserError):
         train = [e for e in read_metrics(folder) if e["event"] == "train"]
         hours = sum(e["time"]["seconds"] for e in train) / 3600
         return {"episodes": train[-1]["episode"], "hours": round(hours, 3)}
-    except (UserError, KeyError, TypeError):
-        return {}
+    return {}
 
 
 def read_results(folder: Path) -> dict:
@@ -120,12 +117,13 @@ def read_results(folder: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
         training = content["training"]
         check_stored(path, {"hyper_parameters": training["hyper_parameters"]})
-        sound = bool(content["tests"])
+        sound = bool(content["tests"]) and all(map(_is_test, content["tests"]))
         sound = sound and isinstance(training["seed"], (int, type(None)))
-        for origin in filter(None, map(training.get, ("started_from", "resumed_from"))):
-            sound = sound and isinstance(origin["checkpoint"], str)
-            sound = sound and isinstance(origin["episode"], int)
-        sound = sound and all(map(_is_test, content["tests"]))
+        origins = filter(None, map(training.get, ("started_from", "resumed_from")))
+        pairs = [
+            (o[k], kind) for o in origins for k, kind in (("checkpoint", str), ("episode", int))
+        ]
+        sound = sound and all(isinstance(*pair) for pair in pairs)
     except FileNotFoundError as e:
         advice = "test the run first (python main.py --mode test)"
         raise UserError(f"{folder}: no {NAME} there; {advice}") from e
@@ -138,18 +136,14 @@ def read_results(folder: Path) -> dict:
 
 def _is_test(test: dict) -> bool:
     """Whether a test has all entries; missing ones may raise."""
-    sound = all(isinstance(test[key], kind) for key, kind in _TYPES.items())
-    sound = sound and all(isinstance(c, int) and c > 0 for c in test["counts"])
-    sound = sound and all(isinstance(a, (int, float)) for a in test["accuracies"])
-    sound = sound and all(map(math.isfinite, test["accuracies"]))
     lengths = map(test["training_length"].get, ("seen", "asked_for"))
-    sound = sound and all(isinstance(n, (int, type(None))) for n in lengths)
-    sound = sound and isinstance(test["tta"]["permutations"], int)
-    sound = sound and isinstance(test["tta"]["flip"], bool)
+    whole = [*test["counts"], test["tta"]["permutations"], *(n for n in lengths if n is not None)]
     val = test["validation"]
-    numbers = [val["accuracy"], val.get("std", 0.0)] if val else []
-    sound = sound and all(isinstance(x, (int, float)) for x in numbers)
-    return sound and 0 < max(test["counts"]) <= len(test["accuracies"])
+    numbers = [*test["accuracies"], *([val["accuracy"], val.get("std", 0.0)] if val else [])]
+    sound = all(isinstance(test[key], kind) for key, kind in _TYPES.items())
+    sound = sound and all(isinstance(n, int) for n in whole) and all(map(math.isfinite, numbers))
+    sound = sound and isinstance(test["tta"]["flip"], bool)
+    return sound and 0 < min(test["counts"]) <= max(test["counts"]) <= len(test["accuracies"])
 
 
 def variant(test: dict) -> str:

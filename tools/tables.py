@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+from collections.abc import Iterable
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -12,9 +15,9 @@ import torch
 from engine.flags import run_folder
 from engine.provenance import provenance
 from tools import plots
-from tools.markdown import markdown_table
 from tools.recipes import recipe_name, starts_from
 from tools.results import read_results, variant, write_results
+from tools.words import markdown_table
 from utils import UserError, summary
 
 _TESTED = "after {} of 50,000 episodes"
@@ -86,40 +89,84 @@ def tables(folders: list[Path], means_alone: bool = False) -> str:
     Raises:
         UserError: nothing in these folders has been tested.
     """
-    groups: dict[tuple, list] = {}
-    notes = []
+    rows, notes = [], []
     for folder in folders:
         try:
             content = read_results(folder)
         except UserError as e:
             notes.append(str(e))
-            continue
-        for test in content["tests"]:
-            mini = test["mini_imagenet"]
-            data = "mini-ImageNet" if mini else test["data"]
-            key = (not mini, data, test["n_class"], -test["n_shot"])
-            groups.setdefault(key, []).append((content["training"], test))
-    if not groups:
+        else:
+            rows += [Row(content["training"], test) for test in content["tests"]]
+    if not rows:
         raise UserError("; ".join(notes) or "no run folders given; name some with --runs")
-    blocks = [_table(key, groups[key], means_alone) for key in sorted(groups)]
-    return "\n\n".join(blocks + [f"skipped {note}" for note in notes])
+    by_table = attrgetter("table")
+    parts = [_table(*part, means_alone) for part in groupby(sorted(rows, key=by_table), by_table)]
+    return "\n\n".join(parts + [f"skipped {note}" for note in notes])
 
 
-def _table(key: tuple, rows: list[tuple[dict, dict]], means_alone: bool) -> str:
-    foreign, data, n_class, shots = *key[:3], -key[3]
+class Row:
+    """A tested checkpoint.
+
+    Attributes:
+        table: what the rows of a table share, which sorts the tables.
+        kind: "best", the best of so many episodes; "last", the last of them; or "checkpoint".
+        seen: episodes that the run had seen when it was tested, or None if that is unknown.
+        asked: episodes that it was to see.
+        group: what rows share that differ in their seed only: name, kind, episodes seen and asked.
+    """
+
+    def __init__(self, training: dict, test: dict):
+        self.test, self.seed, length = test, training["seed"], test["training_length"]
+        data = "mini-ImageNet" if test["mini_imagenet"] else test["data"]
+        self.table = (not test["mini_imagenet"], data, test["n_class"], -test["n_shot"])
+        self.kind = next((k for k in ("best", "last") if k in test["checkpoint"]), "checkpoint")
+        self.seen = length.get("seen") or training.get("episodes")
+        self.asked = length.get("asked_for") or self.seen
+        seen = self.seen if self.kind == "best" else test["episode"]
+        self.group = (_name(training, test), self.kind, seen, self.asked)
+
+    def cells(self, counts: list[int]) -> list[str]:
+        """Name, seed, what was tested, validation, accuracy by count."""
+        val, values = self.test["validation"], self.test["accuracies"]
+        tested = f"{self.kind}, {self.test['episode']:,}"
+        tested += (f" of {self.seen:,}" if self.seen else "") + " episodes"
+        tested += f", {self.asked:,} asked for" if self.asked != self.seen else ""
+        validated = f"{val['accuracy']:.2f} (std {val['std']:.1f})" if val and "std" in val else ""
+        found = [summary(values[:n]) if n <= len(values) else None for n in counts]
+        cells = [
+            f"{s['mean']:.2f} ± {s['ci95']:.2f} (std {s['std']:.1f})" if s else "" for s in found
+        ]
+        return [self.group[0], str(self.seed), tested, validated, *cells]
+
+
+def _name(training: dict, test: dict) -> str:
+    """The recipe, and all but the seed that sets a run and its test apart."""
+    stored, shots = training["hyper_parameters"], test["n_shot"]
+    since = (training.get("resumed_from") or {}).get("episode", 0)
+    recipe = recipe_name(stored, training.get("changed") or (), since)
+    trained_on = stored.get("n_shot", shots)
+    words = [recipe] + [f"trained on {trained_on}-shot"] * (trained_on != shots)
+    checkpoint = (training.get("started_from") or {}).get("checkpoint", "")  # of --init-from
+    origin = Path(checkpoint).parent.name
+    alike = origin.removesuffix(f"-{training['seed']}")
+    if alike != Path(starts_from(recipe, trained_on)).name:
+        suffix = "-SEED" if alike != origin else ""
+        words.append(f"initialised from {alike}{suffix}" if origin else "from scratch")
+    return ", ".join(filter(None, [*words, variant(test)]))
+
+
+def _table(key: tuple, these: Iterable[Row], means_alone: bool) -> str:
+    (foreign, data, n_class, shots), rows = (*key[:3], -key[3]), list(these)
     published = [] if foreign or n_class != 5 else PUBLISHED.get(shots, [])
-    counts = {count for _, test in rows for count in test["counts"]}
+    counts = {count for row in rows for count in row.test["counts"]}
     counts = sorted(counts | ({PUBLISHED_COUNT} if published else set()))
-    groups: dict[tuple, list] = {}  # of runs that differ in their seed only
-    for row in rows:
-        groups.setdefault(_group(*row, shots), []).append(row)
+    rows.sort(key=lambda row: (str(row.group), row.seed or 0, row.test["episode"]))
     lines, has_means = [], False
-    for name, kind, seen, asked in sorted(groups, key=str):
-        group = groups[name, kind, seen, asked]
-        group.sort(key=lambda row: (row[0]["seed"] or 0, row[1]["episode"]))
+    for (name, kind, seen, _), alike in groupby(rows, attrgetter("group")):
+        group = list(alike)
         mean = _mean(group) if kind != "checkpoint" else None
         if mean is None or not means_alone:
-            lines += [[name, *_cells(*row, kind, counts), ""] for row in group]
+            lines += [[*row.cells(counts), ""] for row in group]
         if mean is not None:
             n, count, numbers = mean
             over = numbers if count == counts[-1] else f"{numbers} ({count} episodes)"
@@ -138,71 +185,11 @@ def _table(key: tuple, rows: list[tuple[dict, dict]], means_alone: bool) -> str:
     return f"{data}, {n_class}-way {shots}-shot, {about}:\n\n{table}"
 
 
-def _group(training: dict, test: dict, shots: int) -> tuple:
-    """What a row's name and training say, apart from the seed: (name, kind of checkpoint, episodes
-    that the run had seen, episodes asked for).
-
-    A best checkpoint is the best of so many episodes, a last one the last of them.
-    """
-    kind = next((k for k in ("best", "last") if k in test["checkpoint"]), "checkpoint")
-    seen, asked = _length(training, test)
-    return _name(training, test, shots), kind, seen if kind == "best" else test["episode"], asked
-
-
-def _length(training: dict, test: dict) -> tuple[int | None, int | None]:
-    """Episodes that a run had seen when it was tested, and asked for; None: unknown."""
-    length = test["training_length"]
-    seen = length.get("seen") or training.get("episodes")
-    return seen, length.get("asked_for") or seen
-
-
-def _name(training: dict, test: dict, shots: int) -> str:
-    """The recipe, and all but the seed that sets a run and its test apart."""
-    stored, seed = training["hyper_parameters"], training["seed"]
-    since = (training.get("resumed_from") or {}).get("episode", 0)
-    recipe = recipe_name(stored, training.get("changed") or (), since)
-    trained_on = stored.get("n_shot", shots)
-    words = [recipe] + [f"trained on {trained_on}-shot"] * (trained_on != shots)
-    origin = started_from(training)
-    alike = origin.removesuffix(f"-{seed}")
-    if alike != Path(starts_from(recipe, trained_on)).name:
-        suffix = "-SEED" if alike != origin else ""
-        words.append(f"initialised from {alike}{suffix}" if origin else "from scratch")
-    return ", ".join(words + [variant(test)] * bool(variant(test)))
-
-
-def started_from(training: dict) -> str:
-    """The run folder whose checkpoint a training started from (``--init-from``), or nothing."""
-    origin = training.get("started_from")
-    return Path(origin["checkpoint"]).parent.name if origin else ""
-
-
-def _cells(training: dict, test: dict, kind: str, counts: list[int]) -> list[str]:
-    """A run's cells after its name: seed, what was tested, validation, accuracy by count."""
-    val, (seen, asked) = test["validation"], _length(training, test)
-    tested = f"{kind}, {test['episode']:,}" + (f" of {seen:,}" if seen else "") + " episodes"
-    tested += f", {asked:,} asked for" if asked != seen else ""
-    validation = f"{val['accuracy']:.2f} (std {val['std']:.1f})" if val and "std" in val else ""
-    values = test["accuracies"]
-    accuracies = [cell(values, n) if n <= len(values) else "" for n in counts]
-    return [str(training["seed"]), tested, validation, *accuracies]
-
-
-def _mean(group: list[tuple[dict, dict]]) -> tuple[int, int, str] | None:
+def _mean(rows: list[Row]) -> tuple[int, int, str] | None:
     """Number of seeds, test episodes, and mean ± interval over the seeds; None for few seeds."""
-    for count in sorted({n for _, test in group for n in test["counts"]}, reverse=True):
-        means = {
-            training["seed"]: statistics.fmean(test["accuracies"][:count])
-            for training, test in group
-            if count in test["counts"]
-        }
-        if len(means) >= MIN_SEEDS:
-            mean, half = interval(list(means.values()))
-            return len(means), count, f"{mean:.2f} ± {half:.2f}"
+    for count in sorted({n for row in rows for n in row.test["counts"]}, reverse=True):
+        these = {row.seed: row.test["accuracies"] for row in rows if count in row.test["counts"]}
+        if len(these) >= MIN_SEEDS:
+            mean, half = interval([statistics.fmean(a[:count]) for a in these.values()])
+            return len(these), count, f"{mean:.2f} ± {half:.2f}"
     return None
-
-
-def cell(accuracies: list[float], count: int) -> str:
-    """Mean, 95 % interval and standard deviation of the first ``count`` episodes."""
-    s = summary(accuracies[:count])
-    return f"{s['mean']:.2f} ± {s['ci95']:.2f} (std {s['std']:.1f})"

@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, metrics, refused, run_cli, run_test, succeeded, tensors, train
+from conftest import SMALL, metrics, refused, run_cli, run_test, succeeded, tensors, train
 from PIL import Image
 
 from engine.checkpoint import BEST, LAST
@@ -161,18 +160,16 @@ def test_images_of_every_kind(data, tmp_path):
     for name in (".DS_Store", "Thumbs.db", ".hidden.jpg"):
         (folder / name).write_bytes(b"junk")
         (data / "train" / name).write_bytes(b"junk")
-    kinds = {"L": "jpg", "CMYK": "jpg", "P": "png", "RGBA": "png", "I;16": "png", "1": "bmp"}
-    for number, (mode, ending) in enumerate([*kinds.items(), ("RGB", "webp"), ("P", "gif")]):
+    kinds = ["L.jpg", "CMYK.jpg", "P.png", "RGBA.png", "I;16.png", "1.bmp", "RGB.webp", "P.gif"]
+    for number, kind in enumerate(kinds):
+        mode, ending = kind.split(".")
         image = Image.open(folder / f"{number}.jpg")
         if mode == "I;16":
             image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
-        else:
-            image = image.convert(mode)
         (folder / f"{number}.jpg").unlink()
-        image.save(tmp_path / f"{number}.{ending}")
-        (folder / f"new {number} ü\n猫.{ending.upper()}").symlink_to(
-            tmp_path / f"{number}.{ending}"
-        )
+        image.convert(mode).save(tmp_path / f"{number}.{ending}")
+        link = folder / f"new {number} ü\n猫.{ending.upper()}"
+        link.symlink_to(tmp_path / f"{number}.{ending}")
     Image.new("RGB", (20, 20)).save(folder / "a.png")
     (folder / "a.png").rename(folder / "PNG by content.jpg")
     succeeded(train(data, tmp_path / "a", "--episode", 1))
@@ -192,56 +189,3 @@ def test_plain_is_plain(master, trained, tmp_path, monkeypatch):
         assert "(--plain)" in succeeded(done).splitlines()[0]
     refused(train(master, tmp_path / "b", "--plain", "--precision", "bf16"), "--precision")
     assert not (tmp_path / "b-719").exists()
-
-
-def test_plain_decodes_nothing_in_advance(data, tmp_path):
-    succeeded(train(data, tmp_path / "logs", "--plain", "--episode", 1))
-    assert {path.name for path in data.iterdir()} == {"test", "train", "val"}
-
-
-# ---- Processes; those that stop before PyTorch is imported are quick ----
-
-
-def start(*command, **env):
-    """Run a command in the repository."""
-    env = {**os.environ, **env}
-    how = {"cwd": ROOT, "env": env, "capture_output": True, "text": True, "timeout": 300}
-    return subprocess.run([str(word) for word in command], check=False, **how)
-
-
-def test_help_and_wrong_flags_come_before_pytorch():
-    code = "import runpy, sys; sys.argv = ['main.py', *sys.argv[1:]]\ntry: runpy.run_path("
-    code += "'main.py', run_name='__main__')\nfinally: assert 'torch' not in sys.modules"
-    done = start(sys.executable, "-c", code, "--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "--tta-permutations" in done.stdout
-    done = start(sys.executable, "-c", code, "--lr", "7")
-    refused(done, "--lr")
-
-
-def test_without_packages_one_line_says_so():
-    done = start(sys.executable, "-S", "main.py")  # -S leaves out all installed packages
-    refused(done, "numpy", "pip install")
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")],
-)
-def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(given, expected, monkeypatch):
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
-    code = "import os\ntry: import main\nfinally: print(os.environ.get('GOMP_SPINCOUNT'))"
-    assert start(sys.executable, "-S", "-c", code, **given).stdout.strip() == expected
-
-
-@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux only")
-@pytest.mark.parametrize(("nice", "policy"), [(0, "SCHED_OTHER"), (10, "SCHED_IDLE")])
-def test_a_niced_run_steps_aside_for_all_others(nice, policy):
-    if os.getpriority(os.PRIO_PROCESS, 0) > 0 or os.sched_getscheduler(0) != os.SCHED_OTHER:
-        pytest.skip("the tests are niced themselves")
-    code = "import os, runpy, sys; sys.argv = ['main.py', '--help']\n"
-    code += "try: runpy.run_path('main.py', run_name='__main__')\n"
-    code += "finally: os.write(2, b'%d' % os.sched_getscheduler(0))"
-    done = start("nice", "-n", nice, sys.executable, "-c", code)
-    assert int(done.stderr) == getattr(os, policy)

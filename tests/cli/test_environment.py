@@ -4,6 +4,7 @@ import errno
 import importlib
 import os
 import pwd
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,12 @@ from engine import process
 from engine.flags import parse
 from utils import UserError, load_package, pip_install, run_main
 
-CLEAN = {k: v for k, v in os.environ.items() if k not in ("CONDA_PREFIX", "VIRTUAL_ENV")}
 
-
-def start(*command, **kwargs):
-    how = {"capture_output": True, "text": True, "timeout": 300, "check": False, **kwargs}
-    return subprocess.run([str(word) for word in command], **how)
+def start(*command, cwd=ROOT, env=None):
+    """Run a command, with these variables more."""
+    how = {"capture_output": True, "text": True, "timeout": 300, "check": False}
+    env = os.environ | (env or {})
+    return subprocess.run([str(word) for word in command], cwd=cwd, env=env, **how)
 
 
 # ---- Home ----
@@ -51,7 +52,55 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     assert (found["runs"], found["cache_dir"]) == (["/home/me"], "/home/me/c")
 
 
-# ---- Outputs and signals ----
+# ---- Before PyTorch is imported ----
+
+AS_MAIN = "import os, runpy, sys; sys.argv = ['main.py', *sys.argv[1:]]\n"
+AS_MAIN += "try: runpy.run_path('main.py', run_name='__main__')\nfinally: "
+
+
+def test_help_and_wrong_flags_come_before_pytorch():
+    command = (sys.executable, "-c", AS_MAIN + "assert 'torch' not in sys.modules")
+    done = start(*command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--tta-permutations" in done.stdout
+    refused(start(*command, "--lr", "7"), "--lr")
+
+
+def test_without_packages_one_line_says_so():
+    done = start(sys.executable, "-S", "main.py")  # -S leaves out all installed packages
+    refused(done, "numpy", "pip install")
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux only")
+@pytest.mark.parametrize(("nice", "policy"), [(0, "SCHED_OTHER"), (10, "SCHED_IDLE")])
+def test_a_niced_run_steps_aside_for_all_others(nice, policy):
+    if os.getpriority(os.PRIO_PROCESS, 0) > 0 or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        pytest.skip("the tests are niced themselves")
+    code = AS_MAIN + "os.write(2, b'%d' % os.sched_getscheduler(0))"
+    done = start("nice", "-n", nice, sys.executable, "-c", code, "--help")
+    assert int(done.stderr) == getattr(os, policy)
+
+
+# ---- Outputs, signals, images ----
+
+
+@pytest.mark.slow
+def test_a_path_that_is_no_text_an_ascii_console_and_no_home(master, tmp_path):
+    root = tmp_path / os.fsdecode(b"images \xff")
+    shutil.copytree(master, root)
+    command = (sys.executable, ROOT / "main.py", *training(root, "logs", episode=1))
+    env = {"PYTHONIOENCODING": "ascii", "PATH": os.defpath, "CUDA_VISIBLE_DEVICES": ""}
+    done = start("env", "-i", *(f"{k}={v}" for k, v in env.items()), *command, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "images \\udcff" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_bad_image_in_a_worker_process_ends_the_program(data, tmp_path):
+    for path in data.glob("train/*/*.jpg"):
+        path.write_bytes(b"junk")
+    words = training(data, tmp_path / "logs", "--plain", "--n-workers", 2)
+    refused(start(sys.executable, "main.py", *words), data / "train")
 
 
 @pytest.mark.slow
@@ -70,7 +119,7 @@ def test_closed_outputs(master, tmp_path, closed):
 def test_a_full_output():
     code = "from engine.process import Terminal; from utils import run_main; Terminal.take_over()\n"
     code += "run_main(lambda _: print('x'), [])"
-    done = start("bash", "-c", 'exec "$@" >/dev/full', "-", sys.executable, "-c", code, cwd=ROOT)
+    done = start("bash", "-c", 'exec "$@" >/dev/full', "-", sys.executable, "-c", code)
     assert (done.returncode, done.stderr) == (0, f"error: output: {os.strerror(errno.ENOSPC)}\n")
 
 
@@ -112,9 +161,9 @@ BROKEN = {
 def test_a_broken_package(tmp_path, package, fault):
     code, words = BROKEN[fault]
     (tmp_path / f"{package}.py").write_text(f"name = {package!r}\n{code}\n")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     name = {"PIL": "pillow"}.get(package, package) if fault not in ("missing", "of another") else ""
-    done = start(sys.executable, ROOT / "main.py", "--mode", "results", env=env)
+    env = {"PYTHONPATH": str(tmp_path)}
+    done = start(sys.executable, "main.py", "--mode", "results", env=env)
     refused(done, words, f"{sys.executable} -m pip install", name)
 
 
@@ -130,9 +179,8 @@ def test_torchvision_whose_operators_do_not_load(master, tmp_path, monkeypatch, 
         words += ["--query", master / "test", "--out", tmp_path / "out"]
     for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
         monkeypatch.delitem(sys.modules, name)
-    (tmp_path / "broken" / "torchvision").mkdir(parents=True)
-    text = "raise RuntimeError('operator torchvision::nms does not exist')\n"
-    (tmp_path / "broken" / "torchvision" / "__init__.py").write_text(text)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "torchvision.py").write_text(BROKEN["operators"][0])
     monkeypatch.syspath_prepend(tmp_path / "broken")
     done = run_cli(*words) if "predict" in words else train(master, save, *words)
     refused(done, "torchvision", "nms", "pip install")
@@ -141,13 +189,11 @@ def test_torchvision_whose_operators_do_not_load(master, tmp_path, monkeypatch, 
 
 
 def test_a_broken_tensorboard(master, tmp_path, monkeypatch):
-    (tmp_path / "tensorboard").mkdir()
     text = "raise TypeError('Descriptors cannot be created directly')\n"
-    (tmp_path / "tensorboard" / "__init__.py").write_text(text)
+    (tmp_path / "tensorboard.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    for name in [
-        n for n in sys.modules if n.startswith(("tensorboard", "torch.utils.tensorboard"))
-    ]:
+    loaded = ("tensorboard", "torch.utils.tensorboard")
+    for name in [name for name in sys.modules if name.startswith(loaded)]:
         monkeypatch.delitem(sys.modules, name)
     done = train(master, tmp_path / "logs", "--tensorboard")
     refused(done, "--tensorboard", "Descriptors", "--force-reinstall tensorboard")
@@ -163,28 +209,25 @@ def test_the_advice_outside_an_environment_makes_one(monkeypatch):
         load_package("nowhere_at_all")
 
 
-@pytest.mark.slow
-def test_an_environment_without_pip(tmp_path):
-    """As uv makes them."""
-    start(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
-    line = f"source {ROOT}/scripts/env.sh; use_python requirements.txt"
-    env = {**CLEAN, "VIRTUAL_ENV": str(tmp_path / "venv")}
-    done = start("bash", "-c", f"set -e; {line}", env=env)
-    assert done.returncode == 2
-    assert "uv pip install" in done.stderr.splitlines()[-1]
-    assert str(tmp_path / "venv") in done.stderr
-
-
 # ---- Threads, silence, parents ----
 
 
-@pytest.mark.parametrize("module", ["fast", "engine", "utils", "main"])
-def test_threads_of_an_imported_library_do_not_spin(module):
+@pytest.mark.parametrize(
+    ("module", "given", "expected"),
+    [
+        *((module, {}, "1000") for module in ("fast", "engine", "utils", "main")),
+        ("main", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("main", {"OMP_WAIT_POLICY": "PASSIVE"}, "None"),
+    ],
+)
+def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(
+    module, given, expected, monkeypatch
+):
     """Whatever is imported before PyTorch sets it."""
-    code = f"import os\ntry: import {module}\nfinally: print(os.environ['GOMP_SPINCOUNT'])"
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("GOMP", "OMP_WAIT"))}
-    done = start(sys.executable, "-S", "-c", code, cwd=ROOT, env=env)
-    assert done.stdout == "1000\n"
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    code = f"import os\ntry: import {module}\nfinally: print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert start(sys.executable, "-S", "-c", code, env=given).stdout.strip() == expected
 
 
 def test_the_example_imports_it_before_pytorch():

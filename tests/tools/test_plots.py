@@ -1,7 +1,5 @@
 """Traces and pictures of a small model."""
 
-import copy
-import json
 import os
 import shutil
 import subprocess
@@ -14,44 +12,24 @@ import torch
 from conftest import ROOT, succeeded
 
 from dataloader import scan_split
-from engine.backend import dataset, select_backend
-from engine.flags import parse, resolve
+from engine.backend import dataset
+from engine.flags import parse
 from engine.model import Model
+from main import load_model
 from metalearner import MetaLearner
 from tools import plots
 from tools.trace import NAME, QUANTILES, read_trace, write_trace
 from utils import UserError
 
-SMALL = "--cpu --image-size 16 --n-class 3 --n-shot 1 --n-eval 2 --epoch 2 --n-workers 0"
-
-
-def make_model(backend):
-    torch.manual_seed(0)
-    learner = backend.learner(16, 1e-3, 0.95, 3)
-    meta = backend.metalearner(4, 4, learner.size())
-    meta.metalstm.init_cI(learner.get_flat_params())
-    return Model(learner, copy.deepcopy(learner), meta)
-
 
 @pytest.fixture(scope="module")
-def traced(master, tmp_path_factory):
-    """A run folder with metrics and a trace."""
-    folder = tmp_path_factory.mktemp("traced") / "run"
-    folder.mkdir()
-    args = resolve(parse([*SMALL.split(), "--data-root", str(master)]))
-    backend = select_backend(args)
-    val_set = dataset(args, backend, scan_split(master, "val"), 4)
-    (folder / "ckpts").mkdir()
-    write_trace(folder, val_set, make_model(backend), 25, backend.device)
-    events = [{"event": "val", "episode": 1}]
-    for n in (2, 4, 6):
-        time = {"seconds": 1.0, "episodes_per_second": 2.0}
-        events.append({"event": "train", "episode": n, "mean_loss": 1.0, "mean_accuracy": 40.0})
-        events[-1]["time"] = time
-    events.append({"event": "val", "episode": 4})
-    for event in (events[0], events[-1]):
-        event |= {key: {"mean": 1.0, "ci95": 0.1} for key in ("loss", "accuracy")}
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, events)))
+def traced(trained, tmp_path_factory):
+    """A run folder with a trace."""
+    folder = shutil.copytree(f"{trained}-719", tmp_path_factory.mktemp("traced") / "run")
+    (folder / "results.json").unlink(missing_ok=True)
+    args, _, backend, model = load_model(parse(["--cpu", "--resume", str(folder)]))
+    val_set = dataset(args, backend, scan_split(args.data_root, "val"), 4)
+    write_trace(folder, val_set, model, 25, backend.device)
     return folder
 
 
@@ -84,11 +62,12 @@ def test_without_photographs_confusion_is_left_out(run):
 
 def test_validations_stand_at_their_episodes(run):
     for axes in plots.load_figures().curves(run).axes:
-        assert list(axes.containers[0][0].get_xdata()) == [1, 4]
+        assert list(axes.containers[0][0].get_xdata()) == [2, 4]
 
 
 def test_an_exported_pre_training_counts_batches(run):
     content = {"episode": 6, "mode": "pretrain", "network": {"weight": torch.ones(1)}}
+    shutil.rmtree(run / "ckpts")
     torch.save(content, run / "meta-learner.pth.tar")
     labels = [axes.get_xlabel() for axes in plots.load_figures().curves(run).axes]
     assert "batches" in labels

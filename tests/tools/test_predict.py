@@ -6,37 +6,35 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_plots import SMALL, make_model, without_matplotlib
+from test_plots import without_matplotlib
 
-from engine.backend import select_backend
-from engine.flags import parse, resolve
+from engine.flags import parse
+from main import load_predictor
 from tools import plots, predict
 from tools.predictor import Predictor
 from utils import UserError
 
 
 @pytest.fixture
-def photographs(master, tmp_path, monkeypatch):
-    """Three classes of examples, in the working directory."""
+def answers(master, trained, tmp_path, monkeypatch):
+    """Predict by three classes of examples in the working directory; the rows that are written."""
     for k in range(3):
         name = f"test class {k}"
         shutil.copytree(master / "test" / name, tmp_path / "support" / name)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+
+    def predicted(out="answer", written=None, query=master / "test" / "test class 1"):
+        argv = ["--mode", "predict", "--cpu", "--resume", f"{trained}-719", "--out", out]
+        argv += ["--support", "support", "--query", str(query)]
+        predict.predict(load_predictor(parse(argv)))
+        with Path(written or f"{out}.csv").open(encoding="utf-8") as file:
+            return list(csv.reader(file))
+
+    return predicted
 
 
-def answers(master, *flags, out="answer", written=None, query=None):
-    argv = [*SMALL.split(), "--mode", "predict", "--support", "support", "--out", out, *flags]
-    argv += ["--query", str(query or master / "test" / "test class 1")]
-    args = resolve(parse(argv))
-    backend = select_backend(args)
-    predict.predict(Predictor(args, backend, make_model(backend), args.n_shot))
-    with Path(written or f"{out}.csv").open(encoding="utf-8") as file:
-        return list(csv.reader(file))
-
-
-def test_predictions_are_written_and_not_replaced(photographs, master, monkeypatch):
-    head, *rows = answers(master)
+def test_predictions_are_written_and_not_replaced(answers, monkeypatch):
+    head, *rows = answers()
     assert head[3:] == ["test class 0", "test class 1", "test class 2"]
     assert len(rows) == 8
     for row in rows:
@@ -46,7 +44,7 @@ def test_predictions_are_written_and_not_replaced(photographs, master, monkeypat
     monkeypatch.setattr(Predictor, "adapt", lambda *_: 1 / 0)  # refused before the work begins
     for left in ("answer.csv", "answer.png"):
         with pytest.raises(UserError, match=rf"{left}.*--out"):
-            answers(master)
+            answers()
         Path(left).unlink()
 
 
@@ -60,43 +58,43 @@ def test_predictions_are_written_and_not_replaced(photographs, master, monkeypat
         ("a.CSV", "a.csv"),
     ],
 )
-def test_where_predictions_go(photographs, master, monkeypatch, out, written):
+def test_where_predictions_go(answers, monkeypatch, out, written):
     monkeypatch.setattr(predict, "picture", lambda *_: b"")
-    answers(master, out=out, written=written)
+    answers(out=out, written=written)
     assert Path(written).with_suffix(".png").exists()
 
 
-def test_names_play_no_part(photographs, master, monkeypatch):
+def test_names_play_no_part(answers, monkeypatch):
     monkeypatch.setattr(predict, "picture", lambda *_: b"")
-    before = answers(master)
+    before = answers()
     Path("support", "test class 0").rename(Path("support", "z"))
-    after = answers(master, out="renamed")
+    after = answers(out="renamed")
     assert after[0][3:] == [*before[0][4:], "z"]
     assert [row[3:] for row in after[1:]] == [[*r[4:], r[3]] for r in before[1:]]
 
 
 @pytest.mark.parametrize("fault", ["missing", "broken"])
-def test_a_broken_matplotlib_costs_no_answer(photographs, master, monkeypatch, capsys, fault):
+def test_a_broken_matplotlib_costs_no_answer(answers, monkeypatch, capsys, fault):
     if fault == "missing":
         without_matplotlib(monkeypatch)
     else:
         monkeypatch.setattr(plots.load_figures(), "style", lambda texts: 1 / 0)
-    assert len(answers(master)) == 9
+    assert len(answers()) == 9
     assert "pictures are left out" in capsys.readouterr().out
     assert not Path("answer.png").exists()
 
 
-def test_odd_names_are_answered_and_drawn(photographs, master, capsys):
+def test_odd_names_are_answered_and_drawn(answers, capsys):
     """Formulas, line breaks, letters without a font, bytes that are no text, long names."""
     odd = ["$\\frac{a$_^.jpg", "a\nb.jpg", "\u732b \U0001f408 \U000f0000.jpg", "caf\udce9.jpg"]
     odd += ["long " * 40 + ".jpg", "no image.jpg", "-.jpg"]
     Path("query").mkdir()
     for name in odd:
-        shutil.copy(master / "test" / "test class 1" / "0.jpg", Path("query", name))
+        shutil.copy(Path("support", "test class 1", "0.jpg"), Path("query", name))
     Path("query", "no image.jpg").write_text("text")
     for k, name in enumerate(("$x_1$ \u732b", "n01532829")):
         Path("support", f"test class {k}").rename(Path("support", name))
-    head, *rows = answers(master, query="query")
+    head, *rows = answers(query="query")
     assert {row[0] for row in rows} == {
         f"query/{name}".encode("utf-8", "backslashreplace").decode()
         for name in odd
@@ -112,17 +110,17 @@ def test_odd_names_are_answered_and_drawn(photographs, master, capsys):
         assert max(image.size) < 3000  # no name has made it wider
 
 
-def test_what_cannot_be_predicted_is_refused(photographs, master):
+def test_what_cannot_be_predicted_is_refused(answers):
     Path("text.jpg").write_text("text")
     with pytest.raises(UserError, match=r"text\.jpg"):
-        answers(master, query="text.jpg")
+        answers(query="text.jpg")
     shutil.copy("text.jpg", Path("support", "test class 0"))
     with pytest.raises(UserError, match=r"--support.*text\.jpg"):
-        answers(master)
+        answers()
     shutil.rmtree(Path("support", "test class 0"))
     with pytest.raises(UserError, match=r"--support.*2 classes"):
-        answers(master)
+        answers()
     Path("support", "empty").mkdir()
     with pytest.raises(UserError, match="support/empty"):
-        answers(master)
+        answers()
     assert not list(Path().glob("answer*"))

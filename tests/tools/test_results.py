@@ -1,10 +1,13 @@
 """results.json, and the tables made of it."""
 
+import functools
 import json
 import math
+import operator
+import re
 import statistics
-import threading
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -142,15 +145,8 @@ def test_the_same_test_is_replaced_and_others_stay(tmp_path):
 
 
 def test_tests_that_end_together_are_all_kept(tmp_path):
-    (tmp_path / "a").mkdir()
-    jobs = [
-        threading.Thread(target=with_test, args=(tmp_path / "a",), kwargs={"data": f"{k}"})
-        for k in range(8)
-    ]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda k: with_test(tmp_path / "a", data=f"{k}"), range(8)))
     assert len(read_results(tmp_path / "a")["tests"]) == 8
 
 
@@ -176,45 +172,46 @@ def test_a_test_with_flags_of_its_own_says_so(tmp_path):
     assert variant(test) in rows_of(tables([folder]))[1][0]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"tests": 3}', "\0"])
-def test_other_files_are_refused(tmp_path, content):
-    (tmp_path / NAME).write_text(content)
-    with pytest.raises(UserError, match=r"results\.json"):
-        read_results(tmp_path)
+OTHER_FILES = [(NAME, content) for content in ("", "[]", "{}", '{"tests": 3}', "\0")]
+OTHER_FILES += [("metrics.jsonl", content) for content in (None, "", '{"event": "val"}', "\0")]
+
+
+@pytest.mark.parametrize(("name", "content"), OTHER_FILES)
+def test_other_files_are_refused(tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=re.escape(name)):
+        (read_results if name == NAME else read_metrics)(tmp_path)
+
+
+IN_TEST, HYPER = ("tests", 0), ("training", "hyper_parameters")
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("place", "part", "value"),
     [
-        ("accuracies", []),
-        ("accuracies", ["a"]),
-        ("accuracies", [math.inf] * 4),
-        ("training_length", {"seen": "x"}),
-        ("counts", [0]),
-        ("counts", 2),
-        ("counts", ["two"]),
-        ("validation", {"accuracy": "high", "std": 1}),
-        ("contradicts_training", []),
-        ("episode", "x"),
-        ("checkpoint", 3),
-        ("tta", {}),
-        ("mini_imagenet", None),
+        (IN_TEST, "accuracies", []),
+        (IN_TEST, "accuracies", ["a"]),
+        (IN_TEST, "accuracies", [math.inf] * 4),
+        (IN_TEST, "training_length", {"seen": "x"}),
+        (IN_TEST, "counts", [0]),
+        (IN_TEST, "counts", 2),
+        (IN_TEST, "counts", ["two"]),
+        (IN_TEST, "validation", {"accuracy": "high", "std": 1}),
+        (IN_TEST, "contradicts_training", []),
+        (IN_TEST, "episode", "x"),
+        (IN_TEST, "checkpoint", 3),
+        (IN_TEST, "tta", {}),
+        (IN_TEST, "mini_imagenet", None),
+        (HYPER, "bf_init", [None, 5.0]),
+        (HYPER, "n_shot", "\ud800"),
+        (HYPER, "x", 1),
     ],
 )
-def test_damaged_results_are_refused(tmp_path, name, value):
+def test_damaged_results_are_refused(tmp_path, place, part, value):
     path = with_test(tmp_path / "a") / NAME
     content = json.loads(path.read_text())
-    content["tests"][0][name] = value
-    path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"results\.json"):
-        read_results(tmp_path / "a")
-
-
-@pytest.mark.parametrize("stored", [{"bf_init": [None, 5.0]}, {"n_shot": "\ud800"}, {"x": 1}])
-def test_damaged_hyper_parameters_are_refused(tmp_path, stored):
-    path = with_test(tmp_path / "a") / NAME
-    content = json.loads(path.read_text())
-    content["training"]["hyper_parameters"] |= stored
+    functools.reduce(operator.getitem, place, content)[part] = value
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"results\.json"):
         read_results(tmp_path / "a")
@@ -232,12 +229,14 @@ def test_damaged_hyper_parameters_are_refused(tmp_path, stored):
     ],
 )
 def test_damaged_metrics_are_refused(trained, tmp_path, number, part, value):
+    """But a line that was cut off is left out."""
     lines = Path(f"{trained}-719", "metrics.jsonl").read_text().splitlines()
     kinds = [next(e for e in map(json.loads, lines) if e["event"] == k) for k in ("train", "val")]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, kinds)))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join([*map(json.dumps, kinds), "3", '{"event": "tra']))
     assert read_metrics(tmp_path) == kinds
     kinds[number][part] = value
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, kinds)))
+    path.write_text("\n".join(map(json.dumps, kinds)))
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
         read_metrics(tmp_path)
 
