@@ -9,7 +9,6 @@ rounds to whole grey levels after each step.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -157,12 +156,10 @@ def adjust_colours(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 def _adjust_colours(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """``adjust_colours`` by the Triton kernel where that works."""
-
-    def results(implementation: Callable[..., Tensor]) -> list[Tensor]:
-        return [implementation(x, factors, order)]
-
-    in_triton = colour.handles(x) and gpu.works(colour.colour, adjust_colours, 1e-3, x, results)
-    return (colour.colour if in_triton else adjust_colours)(x, factors, order)
+    kernel, args = colour.colour, (x, factors, order)
+    if colour.handles(x) and gpu.works(kernel, adjust_colours, 1e-3, x, lambda f: [f(*args)]):
+        return kernel(*args)
+    return adjust_colours(*args)
 
 
 def transform(pixels: Tensor, table: Tensor, image_size: int, scale: str = "imagenet") -> Tensor:

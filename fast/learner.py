@@ -108,10 +108,7 @@ class FastConv4(Conv4):
             at = partial(self._in_one_call, images, y, moments)
             return native.LossAndGrad.apply(c, lambda c, frozen: at(self.slices(c), frozen))
         kernel, eager = FastConv4._differences, FastConv4._differentiated_twice
-
-        def results(implementation: Callable) -> list[Tensor]:
-            return self._hessian_product(implementation, images, y, c)
-
+        results = partial(self._hessian_product, images, y, c)
         if (
             images.dtype == torch.float32
             and self._blocks_run_in_triton(images)
@@ -134,7 +131,7 @@ class FastConv4(Conv4):
             self._twice = False
 
     def _hessian_product(
-        self, implementation: Callable, images: Tensor, y: Tensor, c: Tensor
+        self, images: Tensor, y: Tensor, c: Tensor, implementation: Callable
     ) -> list[Tensor]:
         """The gradient, and the Hessian's product with it, for ``gpu.works``."""
         statistics = self._running()
@@ -286,18 +283,15 @@ def _triton_or(
     """
     if not blocks.handles_block(x, conv.weight):
         return eager
-
-    def results(implementation: Callable) -> list[Tensor]:
-        return _results(implementation, x, conv, norm)
-
     tolerance = 1e-3 if x.dtype == torch.float32 else 2e-2
     variant = f"{x.shape[1]} channels, {str(x.dtype).removeprefix('torch.')}"
+    results = partial(_results, x, conv, norm)
     works = gpu.works(kernel, eager, tolerance, conv.weight, results, variant)
     return kernel if works else eager
 
 
 def _results(
-    implementation: Callable, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d
+    x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, implementation: Callable
 ) -> list[Tensor]:
     """A block's outputs, running statistics and, with grad enabled, gradients, for ``gpu.works``.
 

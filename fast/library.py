@@ -27,10 +27,7 @@ GCC_FLAGS = ["-fopenmp", "-fno-predictive-commoning"]  # the latter optimisation
 DIGEST = 32  # bytes of a SHA-256
 SLOWER = "without compiled kernels, at a third of the speed"
 
-KERNELS = ("augment", "convolve", "convolve_to_filters")
-KERNELS += ("block_forward", "block_backward", "block_eval")
-KERNELS += ("first_forward", "first_backward", "first_eval", "patch_moments")
-KERNELS += ("learner_gradient", "learner_gradient_frozen", "meta_forward", "meta_backward")
+KERNELS = tuple(re.findall(r"^EXPORT\((\w+)", MAIN.read_text(), re.MULTILINE))
 _TYPES = {"p": ctypes.c_void_p, "f": ctypes.c_float, "l": ctypes.c_int64}  # as in kernels.cpp
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,10 +31,7 @@ class FastMetaLearner(MetaLearner):
         kernel, eager = FastMetaLearner._in_triton, FastMetaLearner._in_pytorch
         size, variant = self.lstm.hidden_size, f"{self.lstm.hidden_size} hidden units"
         variant += ", second order" * grad.requires_grad
-
-        def results(implementation: Callable[..., MetaState]) -> list[Tensor]:
-            return self._two_updates(implementation, loss, grad, state)
-
+        results = partial(self._two_updates, loss, grad, state)
         if meta.handles(grad, size) and gpu.works(kernel, eager, 1e-3, grad, results, variant):
             return self._in_triton(loss, grad, state)
         return self._in_pytorch(loss, grad, state)
@@ -53,7 +51,7 @@ class FastMetaLearner(MetaLearner):
         return MetaState(h, c, *self.metalstm(h, grad, state.f, state.i, state.c))
 
     def _two_updates(
-        self, implementation: Callable[..., MetaState], loss: Tensor, grad: Tensor, state: MetaState
+        self, loss: Tensor, grad: Tensor, state: MetaState, implementation: Callable[..., MetaState]
     ) -> list[Tensor]:
         """The state after two updates and the gradients of what is learned and, in second order, of
         loss and gradient, for ``gpu.works``.

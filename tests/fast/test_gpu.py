@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -402,7 +403,7 @@ def test_checks_compare_everything(capsys):
     """Outputs of even and odd sizes, statistics and gradients; they leave no trace."""
     x, conv, norm = block_args(3)
     before, eager = norm.running_mean.clone(), learner._train_block
-    results = lambda function: learner._results(function, x, conv, norm)  # noqa: E731
+    results = partial(learner._results, x, conv, norm)
     for kernel in (eager, no_gradient, no_statistics, only_even_sizes):
         assert gpu._agrees(kernel, eager, 1e-3, results) == (kernel is eager)
     assert torch.equal(norm.running_mean, before)
@@ -414,7 +415,7 @@ def test_checks_compare_everything(capsys):
         state = eager(self, *args)
         return state._replace(c=state.c.detach() + 2 * (state.c - state.c.detach()))
 
-    results = lambda function: metalearner._two_updates(function, *args)  # noqa: E731
+    results = partial(metalearner._two_updates, *args)
     assert gpu._agrees(eager, eager, 1e-3, results)
     assert not gpu._agrees(wrong, eager, 1e-3, results)
 
