@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import pkgutil
 import sys
 import tempfile
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -135,16 +135,6 @@ def count(function: Callable[[], object], triton: bool = False) -> Count:
     return Count(counter.launches, counter.bytes, counter.copies)
 
 
-def _noise(folder: Path, n_class: int, n_image: int) -> None:
-    """A data set of noise."""
-    rng = np.random.default_rng(0)
-    for c in range(n_class):
-        (folder / "train" / f"{c}").mkdir(parents=True)
-        for k in range(n_image):
-            pixels = rng.integers(0, 256, (84, 84, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "train" / f"{c}" / f"{k}.png")
-
-
 def parts(n_shot: int, folder: Path) -> dict[str, Callable[[], object]]:
     """The parts of a training episode of the port's recipe, on the meta device.
 
@@ -152,7 +142,10 @@ def parts(n_shot: int, folder: Path) -> dict[str, Callable[[], object]]:
         folder: an empty one, for images.
     """
     args = resolve({**recipes()["port", n_shot], "cpu": True, "data_root": str(folder)})
-    _noise(folder, args.n_class, args.n_shot + args.n_eval)
+    for c, k in itertools.product(range(args.n_class), range(args.n_shot + args.n_eval)):
+        path = folder / "train" / f"{c}" / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (84, 84)).save(path)
     on_cpu = select_backend(args)
     model = Model(*(m if m is None else m.to(META) for m in build(args, on_cpu)))
     backend = on_cpu._replace(
@@ -179,13 +172,14 @@ def parts(n_shot: int, folder: Path) -> dict[str, Callable[[], object]]:
     def classify() -> None:
         wo_grad.eval()(episode.query)
 
+    def meta_update() -> None:
+        state = metalearner(loss, grad, metalearner.initial_state())
+        torch.autograd.grad(sum(t.sum() for t in state), learned(metalearner))
+
     return {
         AUGMENTATION: lambda: train_set.assemble(drawn, META),
         "loss and gradient of one inner update": lambda: w_grad.train().loss_and_grad(x, y),
-        "update of the meta-learner, forward and backward": lambda: torch.autograd.grad(
-            sum(t.sum() for t in metalearner(loss, grad, metalearner.initial_state())),
-            learned(metalearner),
-        ),
+        "update of the meta-learner, forward and backward": meta_update,
         "classifying the query set": classify,
         EPISODE: lambda: train_step(1, [episode]),
         SECOND_ORDER: second_order,

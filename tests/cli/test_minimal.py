@@ -4,6 +4,7 @@ This file needs pytest beside them, and no other test's helpers, so that it runs
 environment, too.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -26,20 +27,13 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def draw(root):
-    """A tiny data set: 3 classes of 4 images in each split."""
-    for split in ("train", "val", "test"):
-        for c in range(3):
-            folder = root / split / f"{split}_{c}"
-            folder.mkdir(parents=True)
-            for k in range(4):
-                Image.new("RGB", (20, 20), (80 * c, 60 * k, 128)).save(folder / f"{k}.png")
-
-
 @pytest.mark.slow
 def test_all_modes_but_pictures(tmp_path):
     data = tmp_path / "data"
-    draw(data)
+    for split, c, k in itertools.product(("train", "val", "test"), range(3), range(4)):
+        path = data / split / f"{split}_{c}" / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (80 * c, 60 * k, 128)).save(path)
     words = "--cpu --n-workers 0"
     small = f"{words} --image-size 16 --n-class 3 --n-shot 1 --n-eval 2 --epoch 1 --episode 2"
     small += f" --val-freq 2 --episode-val 2 --data-root {data}"
@@ -54,8 +48,7 @@ def test_all_modes_but_pictures(tmp_path):
         "--mode plot": 2,
         f"{small} --tensorboard --save board": 2,
     }
-    argv = [mode.split() for mode in modes]
-    command = [sys.executable, "-c", START, json.dumps(argv)]
+    command = [sys.executable, "-c", START, json.dumps([mode.split() for mode in modes])]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     how = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "timeout": 300}
     done = subprocess.run(command, **how)
