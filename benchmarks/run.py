@@ -68,13 +68,18 @@ class Model:
             self.backend = self.backend._replace(capture=lambda function, *_: function)
         self.networks = build(args, self.backend)
         how = (args, self.backend, self.networks)
-        self.test = Evaluator(*how).pool.run_one
+        self.evaluate = Evaluator(*how).evaluate
         optimizer = adam(args, self.backend, learned(self.networks.metalearner))
         self._train_step = make_train_step(*how, optimizer, SINGLE_PROCESS)
 
     def train(self, episode: Episode) -> tuple[torch.Tensor, ...]:
         """Update the meta-learner by one episode."""
         return self._train_step(1, [episode])
+
+    def test(self, episode: Episode) -> tuple[torch.Tensor, ...]:
+        """Evaluate one episode."""
+        (result,) = self.evaluate([episode])
+        return result
 
     def dataset(self, split: str, length: int) -> EpisodeDataset:
         """Episodes of images on disk."""
@@ -125,7 +130,7 @@ def end_to_end(args: argparse.Namespace, device: torch.device) -> str:
         stream = episodes(data, 0, args.n_workers, device, True, begin_worker)
         if split == "train":
             return lambda: [model.train(episode) for episode in islice(stream, TURN)]
-        return lambda: list(model.backend.map(model.test, islice(stream, TURN)))
+        return lambda: list(model.evaluate(islice(stream, TURN)))
 
     names = [*BACKENDS[device.type], *(["fast bf16"] if device.type == "cuda" else [])]
     rows: list[list] = [[name] for name in names]

@@ -147,11 +147,13 @@ def _is_test(test: dict) -> bool:
 
 
 def variant(test: dict) -> str:
-    """How a test differs from the plain one: its flags, batch norm and test-time augmentation."""
+    """How a test differs from the plain one: flags, batch norm, the draw of episodes, TTA."""
     apart = {k: v for k, v in test["contradicts_training"].items() if k not in ("n_shot", "seed")}
     flags = ", ".join(f"{spelled(k)[2:]} {text(v)}" for k, v in apart.items())
     tta = test["tta"]
     over = [f"{tta['permutations']} permutations"] * (tta["permutations"] > 1)
     over += ["flips"] * tta["flip"]
     words = [f"tested with {flags}"] * bool(flags) + ["transductive"] * test["transductive"]
+    if "seed" in test["contradicts_training"]:
+        words.append(f"test episodes of seed {test['episodes_drawn_by_seed']}")
     return ", ".join(words + [f"TTA: {' and '.join(over)}"] * bool(over))

@@ -176,8 +176,11 @@ def _fill(work: Path, manifest: Manifest, dest: Path, source: str) -> None:
     bar = tqdm(None, "writing", total, initial=done, unit=" images", disable=None)
     with bar, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         while batch := list(itertools.islice(images, _BATCH)):
-            list(pool.map(lambda x: _write(work / left[x[0]], x[1], manifest.link), batch))
+            todo = [(work / left.pop(key), image) for key, image in batch]
+            list(pool.map(lambda item: _write(*item, manifest.link), todo))
             bar.update(len(batch))
+    if left:
+        raise UserError(f"{source}: has changed meanwhile: {some([*map(str, left)])} are gone")
 
 
 def _write(target: Path, image: Path | bytes | np.ndarray, link: str) -> None:

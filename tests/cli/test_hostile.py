@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import main
+from dataloader import stats_of
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST
 from fast import images
@@ -322,8 +323,10 @@ def test_any_bytes_as_a_cache(tmp_path_factory, content, name):
     folder = root / "train" / "a"
     folder.mkdir(parents=True)
     Image.fromarray(np.arange(1200, dtype=np.uint8).reshape(20, 20, 3)).save(folder / "0.png")
-    good = images.decoded("train", [folder / "0.png"], root, 16, None).image(0).copy()
+    files = [folder / "0.png"]
+    arguments = ("train", files, root, 16, None, stats_of(files))
+    good = images.decoded(*arguments).image(0).copy()
     place = next(Path(root, images.FOLDER).glob("train-*"))
     (place / name).unlink()
     (place / name).write_bytes(content)
-    assert (images.decoded("train", [folder / "0.png"], root, 16, None).image(0) == good).all()
+    assert (images.decoded(*arguments).image(0) == good).all()

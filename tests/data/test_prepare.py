@@ -15,6 +15,8 @@ import prepare_formats as formats
 import pytest
 from prepare_formats import CLASSES, NAMES, PREPARE, SPLITS, dataset, make, pixels, tree
 
+pytest_plugins = ["prepare_fixtures"]
+
 
 def folders(at):
     return {split: sorted(os.listdir(at / split)) for split in SPLITS}

@@ -12,6 +12,8 @@ from prepare_formats import CLASSES, SPLITS, make, splits
 
 from utils import UserError
 
+pytest_plugins = ["prepare_fixtures"]
+
 VAL = CLASSES["val"][0]
 
 

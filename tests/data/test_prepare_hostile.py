@@ -16,6 +16,8 @@ import prepare_formats as formats
 import pytest
 from prepare_formats import CLASSES, PREPARE, dataset, make, prepare, tree, zipped
 
+pytest_plugins = ["prepare_fixtures"]
+
 TRAIN, VAL, TEST = (CLASSES[split][0] for split in formats.SPLITS)
 
 

@@ -172,6 +172,15 @@ def test_a_test_with_flags_of_its_own_says_so(tmp_path):
     assert variant(test) in rows_of(tables([folder]))[1][0]
 
 
+def test_another_draw_of_test_episodes_has_a_mean_of_its_own(tmp_path):
+    runs = [with_test(tmp_path / f"{s}", [s, s, s, s + 4.0], seed=s) for s in (30, 40, 50)]
+    for run, values in zip(runs, ([1.0] * 4, [2.0] * 4, [6.0] * 4), strict=True):
+        with_test(run, values, seed=int(run.name), flags=("--seed", "7"))
+    rows = [row for row in rows_of(tables(runs)) if row[1] == "3 seeds"]
+    assert [row[-1].split()[0] for row in rows] == ["41.00", "3.00"]
+    assert rows[1][0] == f"{rows[0][0]}, test episodes of seed 7"
+
+
 OTHER_FILES = [(NAME, content) for content in ("", "[]", "{}", '{"tests": 3}', "\0")]
 OTHER_FILES += [("metrics.jsonl", content) for content in (None, "", '{"event": "val"}', "\0")]
 

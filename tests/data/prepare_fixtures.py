@@ -1,3 +1,5 @@
+"""Fixtures of the tests of prepare.py."""
+
 import prepare_formats as formats
 import pytest
 
