@@ -26,8 +26,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from data.imagefiles import entries, is_folder, is_image, load_image, nfc, note_unknown
 from episode import Episode
-from imagefiles import entries, is_folder, is_image, load_image, nfc, note_unknown
 from utils import SPLITS, UserError, load_package
 
 CROP_RATIO = (3 / 4, 4 / 3)

@@ -252,7 +252,7 @@ SINGLE_PROCESS = Ranks()
 def _code() -> str:
     """16 hex digits over this repository's code."""
     digest = hashlib.sha256()
-    for part in ("*.py", "engine/*.py", "baselines/*.py", "fast/**/*.*"):
+    for part in ("*.py", "data/*.py", "engine/*.py", "baselines/*.py", "fast/**/*.*"):
         for path in sorted(ROOT.glob(part)):
             if "__pycache__" not in path.parts:
                 digest.update(path.read_bytes())

@@ -32,10 +32,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from data.imagefiles import load_image
 from dataloader import EpisodeDataset, Split, relative_names
 from episode import Episode
 from fast.augment import Windows, table, transform
-from imagefiles import load_image
 from utils import UserError, file_lock
 
 FOLDER = ".decoded"

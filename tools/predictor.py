@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.imagefiles import to_rgb
 from dataloader import draw_order, eval_image, to_input
 from engine.backend import Backend, reproducible
 from engine.evaluation import schedule
 from engine.model import Model
 from engine.tta import adapt_view, class_permutations, probabilities, sides
 from episode import Episode
-from imagefiles import to_rgb
 from learner import FlatModule
 from utils import UserError
 

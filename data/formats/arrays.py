@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from imagefiles import nfc
+from data.imagefiles import nfc
 from utils import UserError, pip_install
 
 from . import safe_pickle

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from imagefiles import is_image
+from data.imagefiles import is_image
 from utils import SPLITS, UserError, atomic_write, file_lock
 
 from . import DATA

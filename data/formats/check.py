@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from imagefiles import is_image, load_image, unknown_formats
+from data.imagefiles import is_image, load_image, unknown_formats
 from utils import SPLITS, UserError
 
 from . import DATA

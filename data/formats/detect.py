@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from imagefiles import is_image, read_text, suffix, unknown_formats
+from data.imagefiles import is_image, read_text, suffix, unknown_formats
 from utils import SPLITS, UserError
 
 from .arrays import Reader, read_pickle, read_shard, read_table, split_in_name, stream

@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from imagefiles import nfc, walk
+from data.imagefiles import nfc, walk
 from utils import UserError, is_junk
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from imagefiles import nfc, read_text
+from data.imagefiles import nfc, read_text
 from utils import SPLITS, UserError
 
 from . import DATA

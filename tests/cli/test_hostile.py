@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import main
+from data.imagefiles import load_image
 from dataloader import stats_of
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST
 from fast import images
-from imagefiles import load_image
 from utils import UserError
 
 FEW = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))

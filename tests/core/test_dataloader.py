@@ -8,6 +8,7 @@ from conftest import CPU, assert_same, dataset, photograph, same
 from PIL import Image
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
+from data.imagefiles import images_below, load_image
 from dataloader import (
     MEAN,
     STD,
@@ -21,7 +22,6 @@ from dataloader import (
     episodes,
     scan_split,
 )
-from imagefiles import images_below, load_image
 from utils import UserError
 
 

@@ -129,8 +129,8 @@ def image(scale, kind):
 def test_check_training_and_prediction_have_one_verdict(
     name, content, sound, tmp_path, check, monkeypatch
 ):
+    from data.imagefiles import load_image
     from dataloader import scan_split
-    from imagefiles import load_image
     from tools.predict import gather
 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from data.imagefiles import load_image
 from dataloader import MEAN, STD, draw_augmentation, eval_image, train_image
 from fast import augment, native
 from fast.augment import Windows
 from fast.library import library
-from imagefiles import load_image
 
 PHOTOGRAPH = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
 

@@ -11,10 +11,10 @@ import torch
 from conftest import CPU, DATASETS, dataset, photograph, same
 from PIL import Image
 
+from data.imagefiles import load_image
 from dataloader import PIXELS, episodes, scan_split, stats_of
 from fast import images
 from fast.images import FOLDER, DecodedSplit, decoded, reduced_size
-from imagefiles import load_image
 from utils import UserError
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 import hubconf
 import main
-from imagefiles import load_image, to_rgb
+from data.imagefiles import load_image, to_rgb
 from tools import predict
 from utils import UserError
 

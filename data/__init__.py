@@ -1,0 +1,1 @@
+"""Data sets: what an image file is (`imagefiles`), and the commands that make data sets."""
