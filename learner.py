@@ -58,11 +58,12 @@ class FlatModule(nn.Module):
         Raises:
             ValueError: its length is not P.
         """
-        n, size = flat.numel(), self.size()
+        shapes = [shape for _, _, shape in self.slots()]
+        sizes = [shape.numel() for shape in shapes]
+        n, size = flat.numel(), sum(sizes)
         if n != size:
             raise ValueError(f"the flat vector has {n} numbers, but this learner has {size}")
-        shapes = [shape for _, _, shape in self.slots()]
-        parts = flat.reshape(-1).split([shape.numel() for shape in shapes])
+        parts = flat.reshape(-1).split(sizes)
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def size(self) -> int:

@@ -11,7 +11,7 @@ import os
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -75,8 +75,13 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a folder, or a link to one."""
+    return _answer(entry.is_dir)
+
+
+def _answer(question: Callable[[], bool]) -> bool:
+    """What an entry says of itself, mostly without asking the disk."""
     with contextlib.suppress(OSError):  # a link that leads to itself
-        return entry.is_dir()
+        return question()
     return False
 
 
@@ -97,7 +102,7 @@ def walk(
     for entry in entries(folder):
         name = prefix + entry.name
         if not is_folder(entry):
-            yield name, entry, "file" if os.path.isfile(entry.path) else "other"
+            yield name, entry, "file" if _answer(entry.is_file) else "other"
         elif (real := os.path.realpath(entry.path)) in above:
             yield name, entry, "other"
         elif real not in without:
@@ -117,7 +122,8 @@ def images_below(folder: Path, without: Iterable[Path] = ()) -> list[Path]:
     files = [folder / name for name, _, kind in walk(folder) if kind == "file"]
     note_unknown(folder, (path.name for path in files if not is_image(path.name)))
     known = {os.path.realpath(path) for path in without}
-    return [f for f in files if is_image(f.name) and os.path.realpath(f) not in known]
+    images = [path for path in files if is_image(path.name)]
+    return [path for path in images if not known or os.path.realpath(path) not in known]
 
 
 def unknown_formats(names: Iterable[str]) -> str:
