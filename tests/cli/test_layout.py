@@ -146,9 +146,9 @@ def test_git_ignores_what_the_readme_makes():
 def test_without_fast_all_works_and_is_what_plain_gives(master, tmp_path):
     """Training, resuming and testing: the same numbers, bit for bit."""
     place = tmp_path / "without fast"
-    place.mkdir()
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, place)
+    (place / "data").mkdir(parents=True)
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("data/*.py")):
+        shutil.copy(path, place / path.relative_to(ROOT))
     for folder in ("engine", "tools", "baselines", "data/splits"):
         shutil.copytree(ROOT / folder, place / folder, ignore=shutil.ignore_patterns("__pycache__"))
     code = "import json, sys, main; assert not any(map(main.main, json.loads(sys.argv[1])))"
