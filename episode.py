@@ -79,6 +79,8 @@ def adapt(
 ) -> tuple[Tensor, list[Tensor]]:
     """Run all updates of an episode.
 
+    Without a graph and with ``metalearner.final_stats``, ``collect_final_stats`` follows.
+
     Returns:
         The last cell state [P, 1] and the support losses, [] each.
     """
@@ -86,7 +88,15 @@ def adapt(
     for loss, state in updates(episode, learner_w_grad, metalearner, batch_size):
         losses.append(loss)
         c = state.c
+    if metalearner.final_stats and not torch.is_grad_enabled():
+        collect_final_stats(episode, learner_w_grad, c)
     return c, losses
+
+
+def collect_final_stats(episode: Episode, learner_w_grad: FlatModule, c: Tensor) -> None:
+    """Add the support set's statistics under the last parameters c [P, 1] to the running ones."""
+    learner_w_grad.copy_flat_params(c)
+    learner_w_grad(episode.support)
 
 
 def query_loss(

@@ -56,10 +56,13 @@ class UpdateRule(nn.Module):
         grad_divisor: divides a minibatch's gradient before ``forward``; 0 stands for its number of
             images.
         second_order: whether training differentiates the learner's loss and gradient, too.
+        final_stats: whether batch norm's statistics are collected once more after the last update
+            of a test. The paper's are those of the updates, each of earlier parameters.
     """
 
     grad_divisor: int = 0
     second_order: bool = False
+    final_stats: bool = False
 
     def initial_state(self) -> Any:
         """The state before the first update: a tuple with a field ``c``, the parameter cI."""

@@ -66,4 +66,5 @@ def build(args: argparse.Namespace, backend: Backend) -> Model:
     how = (tuple(args.bi_init), args.grad_divisor, args.second_order)
     rule = GradientDescent(size, n_rates, *how)
     rule.to(backend.device).init_cI(learner.get_flat_params())
+    rule.final_stats = args.final_stats
     return Model(learner, copy.deepcopy(learner), rule)

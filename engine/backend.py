@@ -164,6 +164,7 @@ def make_metalearner(
     how = (args.lstm_init, args.grad_divisor, args.second_order)
     metalearner = backend.metalearner(*sizes, *ranges, *how).to(backend.device)
     metalearner.init_cI(learner.get_flat_params())
+    metalearner.final_stats = args.final_stats
     return metalearner
 
 

@@ -199,6 +199,8 @@ words = "initial scale of batch norm: uniform, U(0, 1), as both earlier codes; o
 add("--bn-scale", "uniform", words, hyper=True, choices=("uniform", "one"))
 words = "weight of the new batch in batch norm's running statistics"
 add("--bn-momentum", 0.95, words, "X", True, type=float_range(0, 1))
+words = "tests: after the last update, add the support set's statistics to the running ones again"
+add("--final-stats", False, words, hyper=True)
 add("--bn-eps", 1e-3, "epsilon of batch norm", "X", True, type=positive(1))
 words = "filters of each convolution; the CPU kernels are for 32"
 add("--filters", 32, words, "N", True, type=int_range(1, 1024))
@@ -303,8 +305,9 @@ def resolve(
                 raise UserError(f"{spelled(name)} {value}: not with --learner, but with conv4 only")
     if args.bn_shift and args.method != "linear-head":
         raise UserError(f"--bn-shift {args.bn_shift:g}: is for --method linear-head only")
-    if args.transductive and args.method == "linear-head":
-        raise UserError("--transductive true: a linear head has no batch norm; leave it out")
+    for name in ("transductive", "final_stats"):
+        if getattr(args, name) and args.method == "linear-head":
+            raise UserError(f"{spelled(name)} true: a linear head has no batch norm; leave it out")
     if args.ema and args.mode == "pretrain":
         raise UserError(f"--ema {args.ema:g}: is for --mode train only; leave it out")
     if args.classifier != "cosine" and args.mode != "pretrain":
@@ -317,7 +320,8 @@ def resolve(
 
 
 def _check_without_inner_loop(args: argparse.Namespace) -> None:
-    for name in ("transductive", "tta_permutations", "tta_flip", "meta_batch", "second_order"):
+    inner_loop = ("final_stats", "meta_batch", "second_order")
+    for name in ("transductive", "tta_permutations", "tta_flip", *inner_loop):
         value = getattr(args, name)
         if value != DEFAULTS[name]:
             raise UserError(f"{spelled(name)} {typed(value)}: is not for --method {args.method}")
@@ -364,6 +368,11 @@ def data_name(args: argparse.Namespace) -> str:
 def run_folder(args: argparse.Namespace) -> Path:
     """``SAVE-SEED``, below the working directory unless SAVE is absolute."""
     return Path(f"{args.save}-{args.seed}")
+
+
+def completed(stored: dict[str, object]) -> dict[str, object]:
+    """A checkpoint's hyper-parameters, with the defaults of flags newer than it; {} stays {}."""
+    return {k: DEFAULTS[k] for k in HYPER_PARAMETERS} | stored if stored else {}
 
 
 def stored_flags(args: argparse.Namespace) -> dict[str, dict[str, object]]:

@@ -54,9 +54,7 @@ class RunFolder:
             found = self._load(args) if ranks.rank == 0 else None
             resume, self.checkpoint, self.origin = ranks.exchange(found)[0]
             checkpoint, default = self.checkpoint or {}, flags.DEFAULTS
-            stored = checkpoint.get("hyper_parameters", {})
-            if stored:  # a flag that is newer than the checkpoint had its default
-                stored = {k: default[k] for k in flags.HYPER_PARAMETERS} | stored
+            stored = flags.completed(checkpoint.get("hyper_parameters", {}))
             own = (self.path / "ckpts").resolve()
             self.continues = resume is not None and Path(resume).resolve().parent == own
             free = {"val_freq"} if stored.get("lr_decay") else {"val_freq", "episode"}

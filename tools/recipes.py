@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Iterable
 
-from engine.flags import DEFAULTS, HYPER_PARAMETERS, ROOT, parse, spelled
+from engine.flags import DEFAULTS, HYPER_PARAMETERS, ROOT, completed, parse, spelled
 from utils import UserError
 
 _SCRIPT = re.compile(r"(?:train|baseline)_(\d+)s_5c(?:_(\w+))?\.sh")
@@ -50,7 +50,7 @@ def recipe_name(
     """
     if not hyper_parameters or not scripts():
         return "unknown"
-    own, late = {k: DEFAULTS[k] for k in HYPER_PARAMETERS} | hyper_parameters, set(late)
+    own, late = completed(hyper_parameters), set(late)
     apart = set(HYPER_PARAMETERS) - {"seed", "n_class", "n_shot", "input_size"}
     found = recipes()
     differ = {

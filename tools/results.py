@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine import checkpoint as checkpoints
 from engine.checkpoint import LAST
-from engine.flags import check_stored, data_name, spelled
+from engine.flags import check_stored, completed, data_name, spelled
 from engine.logger import read_metrics
 from tools.recipes import text
 from utils import UserError, atomic_write, file_lock
@@ -32,12 +32,12 @@ _KEY = _TYPES.keys() - _FOUND
 
 def contradictions(args: argparse.Namespace, stored: dict[str, object]) -> dict[str, object]:
     """The hyper-parameters of a test that differ from the training's, by name."""
-    return {k: getattr(args, k) for k, v in stored.items() if getattr(args, k) != v}
+    return {k: getattr(args, k) for k, v in completed(stored).items() if getattr(args, k) != v}
 
 
 def contradiction_notes(args: argparse.Namespace, checkpoint: dict) -> list[str]:
     """A note on each of ``contradictions``."""
-    stored = checkpoint.get("hyper_parameters", {})
+    stored = completed(checkpoint.get("hyper_parameters", {}))
     return [
         f"note: tested with {spelled(k)} {value}, but trained with {stored[k]}"
         for k, value in contradictions(args, stored).items()

@@ -159,3 +159,20 @@ def test_any_network_can_be_the_learner(backend):
     assert not any(t.requires_grad for t in first)
     norm = scratch[1].body[1]
     assert norm.num_batches_tracked == 4  # two passes over the support set, two minibatches each
+
+
+def test_final_stats_are_those_of_the_last_parameters_too(backend):
+    """Tests only: with a momentum of 0.95, 5 % of the running statistics are older."""
+    episode, w_grad, wo_grad, meta = make(backend)
+    norm, plain = w_grad.norm1, evaluate_episode(episode, w_grad, wo_grad, meta, 100)
+    old = norm.running_mean.clone()
+    meta.final_stats = True
+    tested = evaluate_episode(episode, w_grad, wo_grad, meta, 100)
+    with torch.no_grad():
+        images = episode.support
+        filtered = torch.nn.functional.conv2d(images, wo_grad.conv1.weight, padding=1)
+    expected = 0.05 * old + 0.95 * (filtered.mean((0, 2, 3)) + wo_grad.conv1.bias)
+    assert torch.allclose(wo_grad.norm1.running_mean, expected, rtol=1e-4, atol=1e-6)
+    assert tested != plain
+    adapt(episode, w_grad, meta, 100)
+    assert torch.equal(norm.running_mean, old)  # training needs none
