@@ -13,6 +13,7 @@ later.
 
 import contextlib
 import functools
+import os
 import pathlib
 import sys
 import threading
@@ -60,7 +61,10 @@ def load_pretrained(name_or_path, *flags):
         from engine.backend import reproducible
         from engine.flags import parse
         from main import load_predictor
+        from utils import UserError
 
+        if not any(map(os.path.exists, (path, f"{path}-719"))):
+            raise UserError(f"{path}: no such run, nor one of {', '.join(_PUBLISHED)}")
         # the program's random numbers and settings stay as they are
         with torch.random.fork_rng(), reproducible():
             return load_predictor(parse(["--mode=predict", f"--resume={path}", *flags]))

@@ -58,8 +58,18 @@ def make_reproducible(seed: int) -> None:
 
 @contextlib.contextmanager
 def reproducible() -> Iterator[None]:
-    """``make_reproducible`` without a seed, after which a user's own settings come back."""
+    """``make_reproducible`` without a seed, and PyTorch's default modes, dtype and device; then a
+    user's own settings come back.
+    """
     with contextlib.ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         for module, name, value in REPRODUCIBLE:
             stack.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, value)

@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 
+import engine  # noqa: F401, I001 - before PyTorch: its threads do not spin while they wait
+import numpy as np
+import torch
 from glyphs import class_splits, draw
+from torch import Tensor, nn
 
 from episode import Episode, evaluate_episode, train_episode
 from learner import Conv4

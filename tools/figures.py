@@ -87,14 +87,17 @@ def _characters(path: str) -> set[int]:
 @contextmanager
 def style(texts: Iterable[str]) -> Iterator[None]:
     """Draw in this file's style, with fonts for these texts."""
-    with warnings.catch_warnings(), plt.rc_context({**STYLE, "font.family": fonts_for(texts)}):
+    with warnings.catch_warnings(), plt.rc_context():
+        matplotlib.rcdefaults()  # a user's own style may need LaTeX
+        plt.rcParams.update({**STYLE, "font.family": fonts_for(texts)})
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # fonts_for has said so
         yield
 
 
 def layer_name(layer: str) -> str:
-    """The name of a layer of ``Conv4`` in words; others stay."""
-    return re.sub(r"^conv(?=\d+$)", "convolution ", "classifier" if layer == "cls" else str(layer))
+    """The name of a layer of ``Conv4`` in words; others as in the user's network."""
+    name = "classifier" if layer == "cls" else layer.removeprefix("network.")
+    return re.sub(r"^conv(?=\d+$)", "convolution ", name)
 
 
 # ---- Numbers ----
@@ -167,7 +170,8 @@ def curves(folder: Path) -> Figure:
             pairs = np.array([[e[key][k] for e in val] for k in ("mean", "ci95")], dtype=float)
             look = {"color": ORANGE, "fmt": "s--", "markersize": 3, "linewidth": 1, "capsize": 2}
             axis.errorbar(validated, *pairs, **look, label="validation, ± 95 %")
-        axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+        ticks = MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+        axis.xaxis.set_major_locator(ticks)
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set(xlabel="batches" if known.get("mode") == "pretrain" else "episodes", ylabel=label)
     name = shorten(folder.resolve().name, 50)

@@ -116,8 +116,15 @@ def _targets(out: str) -> tuple[Path, Path]:
         out = os.path.join(out, "predictions")
     stem = re.sub(r"\.(csv|png)$", "", out, flags=re.IGNORECASE)
     targets = Path(f"{stem}.csv"), Path(f"{stem}.png")
-    for path in filter(os.path.lexists, targets):
-        raise UserError(f"{path}: exists already; give another --out, or remove it")
+    for path in targets:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("xb").close()
+            path.unlink()
+        except FileExistsError as e:
+            raise UserError(f"{path}: exists already; give another --out, or remove it") from e
+        except OSError as e:
+            raise UserError(f"--out {path}: cannot be written ({e.strerror}); give another") from e
     return targets
 
 
@@ -150,17 +157,17 @@ def predict(predictor: Predictor) -> None:
     if not read:
         query = " ".join(args.query)
         raise UserError(f"--query {query}: none of the {len(files)} files is a readable image")
-    with atomic_write(csv_path) as file:
-        file.write(table(classes, read, shares))
     names = [printable(str(file)).replace("\n", "\\n") for file in read]
     width, n = max(map(len, names)), len(predictor.adapted)
     print(f"{'image':<{width}}  class, probability (mean over {n} adaptations)")
     shown = {c: c if display_name(c) == c else f"{c} ({display_name(c)})" for c in classes}
     for name, row in zip(names, shares, strict=True):
         print(f"{name:<{width}}  {shown[classes[row.argmax()]]}, {row.max():.2f}")
+    with atomic_write(csv_path, new=True) as file:
+        file.write(table(classes, read, shares))
     print(f"written to {csv_path}")
     with optional():
         drawn = picture(classes, support, read, shares)
-        with atomic_write(png_path) as file:
+        with atomic_write(png_path, new=True) as file:
             file.write(drawn)
         print(f"written to {png_path}")

@@ -45,8 +45,8 @@ class Predictor:
         self.classes: list[Hashable] = []
         self.adapted: list[tuple[Tensor, FlatModule]] = []
 
-    @torch.no_grad()
     @reproducible()
+    @torch.no_grad()
     def adapt(self, images: Iterable[Image.Image | Tensor], labels: Iterable[Hashable]) -> None:
         """Learn new classes; forgets those of an earlier call.
 
@@ -86,8 +86,8 @@ class Predictor:
             adapt_view(episode, x, permutation, model.learner_w_grad, learner, model, size)
             self.adapted.append((permutation, learner))
 
-    @torch.no_grad()
     @reproducible()
+    @torch.no_grad()
     def predict(self, images: Iterable[Image.Image | Tensor]) -> Tensor:
         """Probabilities [N, n] of the classes, float64 on the CPU.
 
@@ -103,8 +103,8 @@ class Predictor:
             rows.append(torch.stack(each).double().mean(0).cpu())
         return torch.cat(rows)
 
-    @torch.no_grad()
     @reproducible()
+    @torch.no_grad()
     def features(self, images: Iterable[Image.Image | Tensor]) -> Tensor:
         """What the classifier reads, [N, F] float32 on the CPU.
 
@@ -112,8 +112,8 @@ class Predictor:
         ``predict`` averages over.
 
         Raises:
-            UserError: they depend on the examples, and ``adapt`` has not been called; or the
-                network has no method ``features``.
+            UserError: they depend on the examples, and ``adapt`` has not been called; the network
+                has no method ``features``; or there are no images.
         """
         network = self.model.backbone
         if network is None and not self.adapted:
@@ -121,9 +121,14 @@ class Predictor:
         read = network or getattr(self.adapted[0][1], "features", None)
         if read is None:
             raise UserError("features: the learner has no method of this name")
-        return torch.cat([read(batch).flatten(1).cpu() for batch in self._batches(images)])
+        found = [read(batch).flatten(1).cpu() for batch in self._batches(images)]
+        if not found:
+            raise UserError("features: no images; give at least one")
+        return torch.cat(found)
 
     def _batches(self, images: Iterable[Image.Image | Tensor]) -> Iterator[Tensor]:
+        if isinstance(images, Image.Image):
+            raise UserError("a single image: give a list of images")
         images = iter(images)
         while chunk := list(islice(images, CHUNK)):
             yield torch.stack([self._input(image) for image in chunk]).to(self.backend.device)
@@ -132,7 +137,10 @@ class Predictor:
         """Transform as for validation: [3, image_size, image_size] float32."""
         if not isinstance(image, (Image.Image, Tensor)):
             raise UserError(f"{type(image).__name__}: give a PIL image, or a tensor [3, H, W]")
-        image = to_rgb(_from_tensor(image) if isinstance(image, Tensor) else image)
+        try:
+            image = to_rgb(_from_tensor(image) if isinstance(image, Tensor) else image)
+        except ValueError as e:
+            raise UserError(f"an image of mode {image.mode}: {e}") from e  # type: ignore[union-attr]
         image = eval_image(image, self.args.image_size, self.args.augment)
         return to_input([image], self.args.pixels)[0]
 

@@ -1,5 +1,6 @@
 """``hubconf.py`` in other programs, and the notebook."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -110,6 +111,31 @@ def test_modules_of_the_same_names_do_not_meet(data, tmp_path, monkeypatch):
     assert torch.equal(torch.load(tmp_path / "answer.pt"), expected)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.inference_mode,
+        lambda: torch.device("meta"),
+        lambda: default_dtype(torch.float64),
+    ],
+    ids=["autocast", "inference mode", "default device", "default dtype"],
+)
+def test_a_programs_settings_change_no_bit(data, setting):
+    images = [load_image(p) for p in sorted(data.glob("*/*"))]
+    expected = adapted(LSTM, data, *FEW).predict(images)
+    with setting():
+        found = adapted(LSTM, data, *FEW).predict(images)
+    assert torch.equal(found, expected)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def test_threads_do_not_mix_up_modules(monkeypatch):
     """Whatever they import meanwhile, at the end the program has its own again."""
     mine = types.ModuleType("utils")
@@ -150,6 +176,9 @@ def test_what_cannot_be_is_refused(data):
         model.adapt([image, image], ["a"])
     with pytest.raises(UserError, match="2 classes"):
         model.adapt([image, image], ["a", "b"])
+    for wrong in (image, [Image.fromarray(np.full((9, 9), -1, dtype=np.float32))], []):
+        with pytest.raises(UserError, match="image"):
+            adapted(LSTM, data, *FEW).features(wrong)
     shapes = (torch.ones(90, 90), torch.ones(4, 9, 9), torch.ones(3, 0, 0))
     for wrong in (*shapes, torch.ones(3, 9, 9) * 2, np.ones((9, 9, 3)), "a.jpg"):
         with pytest.raises(UserError, match="tensor"):

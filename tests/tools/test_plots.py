@@ -76,7 +76,9 @@ def test_an_exported_pre_training_counts_batches(run):
 def test_words_and_numbers_of_the_pictures(run):
     figures = plots.load_figures()
     trace = read_trace(run)
+    figures.plt.rcParams["text.usetex"] = True  # as a user's own style may ask
     with figures.style([]):
+        assert not figures.plt.rcParams["text.usetex"]
         gates = figures.gates("run", {**trace, "forget": 0.997 + trace["forget"] * 1e-5})
     gates.canvas.draw()
     titles = [axes.get_title() for axes in gates.axes[:5]]
@@ -85,6 +87,7 @@ def test_words_and_numbers_of_the_pictures(run):
     mean, std = figures.smooth(np.array([8.0, 4.0, 2.0, 2.0, 5.0]), 3)
     assert list(mean) == pytest.approx([8, 14 / 3, 8 / 3, 3, 3.5])  # no leap at the end
     assert std[0] == 0
+    figures.plt.rcParams["text.usetex"] = False
 
 
 def test_a_damaged_trace_is_named(run):

@@ -48,6 +48,26 @@ def test_predictions_are_written_and_not_replaced(answers, monkeypatch):
         Path(left).unlink()
 
 
+def test_answers_are_printed_even_if_they_cannot_be_written(answers, monkeypatch, capsys):
+    monkeypatch.setattr(Predictor, "predict", predict_beside_another(Predictor.predict))
+    with pytest.raises(UserError, match=r"answer\.csv"):
+        answers()
+    assert "test class 1, " in capsys.readouterr().out
+    assert Path("answer.csv").read_text(encoding="utf-8") == "another's"
+    monkeypatch.setattr(Predictor, "adapt", lambda *_: 1 / 0)  # refused before the work begins
+    for out in ("x" * 300, "answer.csv/x"):
+        with pytest.raises(UserError, match="--out"):
+            answers(out=out)
+
+
+def predict_beside_another(method):
+    def predicted(*args):
+        Path("answer.csv").write_text("another's")
+        return method(*args)
+
+    return predicted
+
+
 @pytest.mark.parametrize(
     ("out", "written"),
     [
