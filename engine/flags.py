@@ -112,7 +112,8 @@ _parser = Parser(
     usage="python main.py [--mode MODE] [flags]",
     formatter_class=argparse.RawDescriptionHelpFormatter,
     description="The LSTM meta-learner of Ravi & Larochelle (ICLR 2017).\n"
-    "The defaults are the 5-way 5-shot recipe of the PyTorch port of 2019.",
+    "The defaults are the 5-way 5-shot recipe of the PyTorch port of 2019.\n"
+    "For test and predict, the checkpoint's values replace them.",
     epilog=_listed("modes", MODES) + _listed("methods", METHODS) + "examples:\n"
     "  python main.py --mode train --data-root data/miniImagenet\n  python main.py --mode test",
     argument_default=argparse.SUPPRESS,  # leaves out flags that are not given

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Test the checkpoint of train_5s_5c.sh that is best in validation.
-# Flags given to this script override these; without --seed it tests seed 719's run, with --resume
-# PATH another checkpoint. The checkpoint sets hyper-parameters and the test episodes' seed.
+# It tests seed 719's run; with --seed N, seed N's; with --resume PATH, that checkpoint, and with both
+# on other test episodes. Hyper-parameters come from the checkpoint. Your flags override these.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements.txt
