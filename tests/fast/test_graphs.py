@@ -165,7 +165,8 @@ def one_line(capsys):
 def test_captured_episodes_match_eager_bits(device, batch_size, conv_dtype, second_order, capsys):
     """Training and testing by turns, from the warm-up into the replays."""
     eager, graphed = two_models(device, batch_size=batch_size, conv_dtype=conv_dtype)
-    eager.meta.second_order = graphed.meta.second_order = second_order
+    for meta in (eager.meta, graphed.meta):
+        meta.second_order = meta.final_stats = second_order
     train, test = graphed.captured("train"), graphed.captured("test")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
