@@ -171,6 +171,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: its pixels have no known range.
     """
+    of_16_bits = image.mode.startswith("I;") or image.format in ("PNG", "PPM")
     with contextlib.suppress(Exception):  # its EXIF block is damaged, not its pixels
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
@@ -178,12 +179,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if image.mode == "F":
             if not (values.min() >= 0 and values.max() <= 1):
                 raise ValueError("floats outside 0 to 1")
-            values = values * 255
-        elif values.min() < 0 or values.max() > 65535:
-            raise ValueError("integers outside 0 to 65535")
-        else:  # 16 bits, which older versions of Pillow call "I"
-            values = values >> 8
-        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+            levels = values * 255
+        elif of_16_bits:  # which Pillow may call "I"
+            levels = np.where(values == image.info.get("transparency"), 255, values >> 8)
+        else:
+            raise ValueError("integers of unknown range; convert them to 8 or unsigned 16 bits")
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

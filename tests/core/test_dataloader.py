@@ -136,15 +136,25 @@ def test_transparent_pixels_are_white(tmp_path, mode):
     assert images[0][0, 0].tolist() == [255, 255, 255]
 
 
+def test_transparent_grey_of_16_bits_is_white(tmp_path):
+    values = np.full((4, 4), 40000, dtype=np.uint16)
+    values[:2] = 7
+    Image.fromarray(values).save(tmp_path / "x.png", transparency=7)
+    pixels = np.asarray(load_image(tmp_path / "x.png"))
+    assert (pixels[0, 0, 0], pixels[3, 3, 0]) == (255, 40000 >> 8)
+
+
 def test_depths_are_scaled_or_refused(tmp_path):
     ramp = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
-    for name, values in (("float.tif", ramp), ("int.tif", (ramp * 65535).astype(np.int32))):
+    deep = (ramp * 65535).astype(np.uint16)
+    for name, values in (("float.tif", ramp), ("short.tif", deep), ("a.png", deep), ("a.pgm", deep)):
         Image.fromarray(values).save(tmp_path / name)
         pixels = np.asarray(load_image(tmp_path / name))
         assert (pixels[0, 0, 0], pixels[3, 3, 0]) == (0, 255)
-    Image.fromarray(ramp * 9).save(tmp_path / "wide.tif")
-    with pytest.raises(UserError, match=r"wide\.tif"):
-        load_image(tmp_path / "wide.tif")
+    for name, values in (("wide.tif", ramp * 9), ("int.tif", (ramp * 255).astype(np.int32))):
+        Image.fromarray(values).save(tmp_path / name)
+        with pytest.raises(UserError, match=name):
+            load_image(tmp_path / name)
 
 
 def test_orientation_of_cameras_is_followed_unless_it_is_damaged(tmp_path):
