@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.imagefiles import is_image, load_image, unknown_formats
+from data.imagefiles import class_places, in_several_splits, is_image, load_image, unknown_formats
 from utils import SPLITS, UserError
 
 from . import DATA
@@ -48,6 +48,7 @@ class Report:
     # {split: 16 hex digits} that tell which images are together in a class, whatever their names
     fingerprints: dict[str, str]
     unreadable: dict[str, str]  # {path: why}
+    shared: list[str]  # classes in more than one split
     duplicates: list[tuple[str, str]]  # paths of equal images in two splits
     inside: int  # number of images that are in one split twice
     strays: list[str]  # paths of files where none belongs, and of links that lead nowhere
@@ -83,7 +84,9 @@ def examine(folder: Path) -> Report:
     for split, _, cls in (name.partition("/") for name in sorted(source.dirs, key=natural)):
         if split in SPLITS and cls and "/" not in cls:
             digests[split][cls] = []
-    report = Report({}, {split: set() for split in SPLITS}, {}, {}, [], 0, strays, unknown)
+    shared = in_several_splits(class_places(folder).values())
+    sizes: dict[str, set[tuple[int, int]]] = {split: set() for split in SPLITS}
+    report = Report({}, sizes, {}, {}, shared, [], 0, strays, unknown)
     first: dict[bytes, str] = {}  # {digest of the pixels: the first file}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about odd metadata
@@ -181,11 +184,10 @@ def _verdict(report: Report, record: dict[str, Any]) -> tuple[str, list[str]]:
 
 def _faults(report: Report, record: dict[str, Any]) -> list[str]:
     """What is wrong with a data set, whatever it is."""
-    where = Counter(cls for classes in report.classes.values() for cls in classes)
     changed = [s for s, f in record.get("fingerprints", {}).items() if f != report.fingerprints[s]]
     faults = {
         "splits without classes": [s for s, classes in report.classes.items() if not classes],
-        "classes in more than one split": [cls for cls, n in where.items() if n > 1],
+        "classes in more than one split": report.shared,
         "classes without images": [path for path, n in report.counts.items() if n == 0],
         "files or links that are not images of a class, remove them": report.strays,
         "splits whose images have changed since they were written": changed,
