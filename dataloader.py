@@ -318,6 +318,10 @@ def eval_image(image: Image.Image, image_size: int, augment: str) -> Image.Image
     TF = _torchvision()
     if augment != "port":
         return TF.resize(image, [image_size, image_size], TF.InterpolationMode.BILINEAR)
+    longer, most = max(image.size), 32 * min(image.size)
+    if longer > most:  # or a strip of one pixel's width would be scaled up beyond any memory
+        middle = most + (longer - most) % 2
+        image = TF.center_crop(image, [min(image.height, middle), min(image.width, middle)])
     image = TF.resize(image, [image_size * 8 // 7], TF.InterpolationMode.BILINEAR)
     return TF.center_crop(image, [image_size, image_size])
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import CPU, assert_same, dataset, photograph, same
 from PIL import Image
-from torchvision.transforms import ColorJitter, RandomResizedCrop
+from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
+from torchvision.transforms.functional import center_crop, resize
 
 from data.imagefiles import images_below, load_image
 from dataloader import (
@@ -20,6 +21,7 @@ from dataloader import (
     draw_images,
     draw_order,
     episodes,
+    eval_image,
     scan_split,
 )
 from utils import UserError
@@ -170,6 +172,18 @@ def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15000)  # Pillow refuses twice as many
     with pytest.raises(UserError, match=r"x\.png: not a readable image"):
         load_image(tmp_path / "x.png")
+
+
+def test_a_long_strip_costs_little_memory():
+    """And gives what scaling it whole gives."""
+    rng = np.random.default_rng(0)
+    strip = Image.fromarray(rng.integers(0, 255, (2, 333, 3), dtype=np.uint8))
+    whole = resize(strip, [96], InterpolationMode.BILINEAR)
+    found, expected = (
+        np.asarray(x, float) for x in (eval_image(strip, 84, "port"), center_crop(whole, [84, 84]))
+    )
+    assert np.abs(found - expected).mean() < 2
+    assert eval_image(Image.new("RGB", (1, 9_000_000)), 84, "port").size == (84, 84)
 
 
 # ---- Augmentation ----
