@@ -25,6 +25,7 @@ from .sources import Source, natural, some
 from .splits import MINI, TINY, Known
 
 RECORD = "prepared.json"  # in the data set: what it was made from, and its fingerprints
+_EPISODE = 20  # images of a class in an episode by default: --n-shot 5 and --n-eval 15
 _LOSSY = (b"\xff\xd8", b"RIFF")  # the first bytes of JPEG and WebP
 
 
@@ -144,6 +145,10 @@ def print_report(folder: Path, report: Report) -> int:
     notes += [f"the same image twice in one split: {report.inside} images"] * bool(report.inside)
     if report.unknown:
         notes.append(f"left out {unknown_formats(report.unknown)} ({some(report.unknown)})")
+    short = [f"{path} ({n})" for path, n in report.counts.items() if n < _EPISODE]
+    if 0 < len(short) < len(report.counts):
+        what = "classes have too few images for --n-shot 5 and --n-eval 15"
+        notes.append(f"{len(short)} {what}: {some(short, 10)}")
     for note in notes:
         print(f"note: {note}")
     correct = f"correct what is listed above, then: --check {folder}"
@@ -211,19 +216,28 @@ def _first_ten(lines: list[str]) -> list[str]:
 
 
 def _next_command(folder: Path, report: Report) -> str:
-    """The command that trains on a sound data set."""
+    """The command that trains on a sound data set; first it leaves out a few small classes, if
+    enough others remain.
+    """
     flags = ["--data-root", str(folder)]
-    classes, images = min(map(len, report.classes.values())), min(report.counts.values())
+    counts, commands = report.counts, []
+    enough = {path: n for path, n in counts.items() if n >= _EPISODE}
+    left = Counter(path.partition("/")[0] for path in enough)
+    if len(enough) >= 0.8 * len(counts) and min(left[split] for split in SPLITS) >= 5:
+        for at in (folder / path for path in sorted(counts.keys() - enough.keys())):
+            commands.append(["mv", str(at), str(at.with_name(f".{at.name}"))])
+        counts = enough
+    classes, images = min(map(len, report.classes.values())), min(counts.values())
     if classes < 2 or images < 2:
         return "add images: training needs 2 classes in each split, and 2 images of each class"
     if classes < 5:
         flags += ["--n-class", str(classes)]
-    if images < 20:
+    if images < _EPISODE:
         shots = min(5, images // 2)
         flags += ["--n-shot", str(shots), "--n-eval", str(min(15, images - shots))]
     path = DATA.parent / "scripts" / "train_5s_5c.sh"
     shown = path.relative_to(Path.cwd()) if Path.cwd() in path.parents else path
-    return shlex.join(["bash", str(shown), *flags])
+    return " && ".join(map(shlex.join, [*commands, ["bash", str(shown), *flags]]))
 
 
 def _range(counts: Iterable[int], between: str = " to ") -> str:

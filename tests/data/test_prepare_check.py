@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
 
 import prepare_formats as formats
 import pytest
@@ -199,6 +200,20 @@ def test_other_data_sets_and_the_next_command(classes, images, flags, tmp_path, 
         assert (lines(out, "next: ") == [command]) == (flags is not None)
     (at / "train" / "empty").mkdir()
     assert f"--check {at}" in lines(check(at)[1], "next: ")[0]
+
+
+@pytest.mark.parametrize(("classes", "flags"), [(6, ""), (5, " --n-shot 5 --n-eval 10")])
+def test_a_class_with_few_images_is_named_and_left_out(classes, flags, tmp_path, check):
+    at = own(tmp_path / "own", classes, 20)
+    for path in sorted((at / "val" / "1-0").iterdir())[15:]:
+        path.unlink()
+    out = check(at)[1]
+    assert any("val/1-0 (15)" in line for line in lines(out, "note: "))
+    command = lines(out, "next: ")[0].removeprefix("next: ")
+    assert command.endswith(f"--data-root {at}{flags}")
+    if not flags:
+        subprocess.run(command.partition(" && ")[0], shell=True, check=True)
+        assert "note: " not in check(at)[1]
 
 
 def test_fingerprint_of_a_png_is_of_its_pixels(tmp_path, check):
