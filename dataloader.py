@@ -26,7 +26,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from data.imagefiles import entries, is_folder, is_image, load_image, nfc, note_unknown
+from data.imagefiles import (
+    class_places,
+    entries,
+    folded,
+    in_several_splits,
+    is_image,
+    kind_of,
+    load_image,
+    nfc,
+    note_unknown,
+)
 from episode import Episode
 from utils import SPLITS, UserError, load_package
 
@@ -77,25 +87,29 @@ def scan_classes(folder: Path, what: str) -> tuple[list[str], list[list[Path]]]:
     unknown format, which are left out.
 
     Raises:
-        UserError: the folder is missing or empty, a file or folder is where none belongs, or two
-            names are equal in Unicode NFC.
+        UserError: the folder is missing or empty, a file, folder, dangling link or pipe is where
+            none belongs, or two names are equal in Unicode NFC or lead to one folder.
     """
     if not folder.is_dir():
         raise UserError(f"{what} {folder}: no such folder")
     classes: list[str] = []
     files: list[list[Path]] = []
     unknown: list[str] = []
-    names: set[str] = set()  # in NFC
+    seen: set[str] = set()  # names in NFC, and real paths
     for entry in entries(folder):
-        if not is_folder(entry):
+        if kind_of(entry) != "folder":
             raise UserError(f"{entry.path}: a file among the class folders of {what}; remove it")
-        if nfc(entry.name) in names:
-            raise UserError(f"{entry.path}: a second class of this name; merge them, or rename one")
+        keys = {nfc(entry.name), os.path.realpath(entry.path)}
+        if keys & seen:
+            what = "a second class of this name, or a link to another class"
+            raise UserError(f"{entry.path}: {what}; merge them, rename or remove one")
         images = entries(Path(entry.path))
         for image in images:
-            if is_folder(image):
-                raise UserError(f"{image.path}: a folder; expected {folder}/<class>/<image>")
-        names.add(nfc(entry.name))
+            if (kind := kind_of(image)) != "file":
+                what = "a link that leads nowhere, a pipe or a device" if kind == "other" else kind
+                advice = f"remove it; expected {folder}/<class>/<image>"
+                raise UserError(f"{image.path}: {what}, and no image; {advice}")
+        seen |= keys
         classes.append(entry.name)
         files.append([Path(image.path) for image in images if is_image(image.name)])
         unknown += [image.name for image in images if not is_image(image.name)]
@@ -126,7 +140,7 @@ def stats_of(files: list[Path]) -> list[tuple[int, int]]:
 def check_splits(
     root: Path, trained_on: Iterable[str] = (), unseen: Collection[str] = ("test",)
 ) -> None:
-    """Check that no two splits of a data set share a class, by its folder's name in Unicode NFC.
+    """Check that no two splits of a data set share a class, see ``class_places``.
 
     Args:
         trained_on: the classes of a checkpoint's training, which the splits ``unseen`` must not
@@ -135,19 +149,16 @@ def check_splits(
     Raises:
         UserError: a class is in two splits; it is named.
     """
-    seen: dict[str, str] = {}
-    for split in SPLITS:
-        for entry in entries(root / split) if (root / split).is_dir() else ():
-            other = seen.setdefault(nfc(entry.name), split)
-            if other != split:
-                raise UserError(
-                    f"{root}: {other}/ and {split}/ both hold a class named {entry.name}, but each "
-                    "class belongs to one split; remove one, or rename it if they differ"
-                )
+    places = class_places(root)
+    if shared := in_several_splits(places.values()):
+        advice = "each class belongs to one split; remove one, or rename it if they differ"
+        raise UserError(f"{root}: {shared[0]} are one class by name or folder, but {advice}")
     for name in trained_on:
-        if (place := seen.get(nfc(name), "")) in unseen:
-            advice = f"{place}/ should hold classes that training has not seen"
-            raise UserError(f"{root}/{place}: the checkpoint was trained on class {name}; {advice}")
+        for place in places.get(folded(name), ()):
+            if (split := place.partition("/")[0]) in unseen:
+                advice = f"{split}/ should hold classes that training has not seen"
+                what = f"the checkpoint was trained on class {name}"
+                raise UserError(f"{root}/{place}: {what}; {advice}")
 
 
 # ---- Random draws ----
@@ -307,6 +318,10 @@ def eval_image(image: Image.Image, image_size: int, augment: str) -> Image.Image
     TF = _torchvision()
     if augment != "port":
         return TF.resize(image, [image_size, image_size], TF.InterpolationMode.BILINEAR)
+    longer, most = max(image.size), 32 * min(image.size)
+    if longer > most:  # or a strip of one pixel's width would be scaled up beyond any memory
+        middle = most + (longer - most) % 2
+        image = TF.center_crop(image, [min(image.height, middle), min(image.width, middle)])
     image = TF.resize(image, [image_size * 8 // 7], TF.InterpolationMode.BILINEAR)
     return TF.center_crop(image, [image_size, image_size])
 

@@ -22,7 +22,7 @@ if __name__ == "__main__":
     if code := run_main(check, sys.argv[1:]):  # before the slow imports
         sys.exit(code)
     announce("importing PyTorch")
-if code := run_main(check_packages, ["numpy", "PIL", "tqdm", "torch", "torchvision"]):
+if code := run_main(check_packages, ["numpy", "PIL.Image", "tqdm.std", "torch", "torchvision"]):
     sys.exit(code)
 
 from baselines.methods import BUILDERS, initialise, training_split

@@ -29,7 +29,7 @@ from dataloader import EpisodeDataset, check_splits, episodes, scan_split
 from engine.backend import Backend, dataset
 from engine.checkpoint import BEST, LAST, resolve_checkpoint, trained_shots
 from engine.evaluation import Evaluator, schedule
-from engine.flags import DEFAULTS, parse
+from engine.flags import DEFAULTS, parse, path
 from engine.model import Model
 from episode import updates
 from main import load_model
@@ -182,7 +182,8 @@ def draw(runs: list[tuple[str, list[tuple[str, list[float]]]]], path: Path) -> N
 def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__.partition("\n")[0], epilog="other flags: as main.py's")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder or checkpoint")
-    parser.add_argument("--out", default="gates", metavar="PATH", help="writes OUT.md and OUT.png")
+    words = "writes OUT.md and OUT.png"
+    parser.add_argument("--out", default="gates", type=path, metavar="PATH", help=words)
     args, others = parser.parse_known_args(argv)
     done, flags, out = [], parse(others), Path(args.out)
     if not out.name or not out.parent.is_dir():

@@ -31,7 +31,7 @@ from dataloader import EpisodeDataset, episodes, scan_split
 from engine.backend import adam, dataset, select_backend
 from engine.distributed import SINGLE_PROCESS
 from engine.evaluation import Evaluator
-from engine.flags import data_name, resolve
+from engine.flags import data_name, path, resolve
 from engine.parallel import make_train_step
 from engine.process import begin_worker
 from engine.provenance import commit, cpu_name
@@ -277,7 +277,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     words = "data set to time with (default: data/glyphs)"
-    add("--data-root", type=Path, default=ROOT / "data" / "glyphs", help=words)
+    add("--data-root", type=path, default=ROOT / "data" / "glyphs", help=words)
     words = "rounds, of which the median is reported (default: 7)"
     add("--rounds", type=int_range(1), default=7, metavar="N", help=words)
     words = "worker processes of each data pipeline (default: 2)"
@@ -286,10 +286,10 @@ def main(argv: list[str]) -> int:
     words = "what to measure (default: everything)"
     add("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help=words)
     words = "writes OUT (default: benchmarks/results/cpu.md or cuda.md)"
-    add("--out", type=Path, help=words)
+    add("--out", type=path, help=words)
     args = parser.parse_args(argv)
     device = torch.device("cpu" if args.cpu or not torch.cuda.is_available() else "cuda")
-    out = args.out or ROOT / "benchmarks" / "results" / f"{device.type}.md"
+    out = Path(args.out or ROOT / "benchmarks" / "results" / f"{device.type}.md")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
     name = f"{cpu_name()}, {torch.get_num_threads()} threads, {library().state}"

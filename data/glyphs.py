@@ -21,19 +21,25 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's own may not exist here
 
-import matplotlib
-import numpy as np
-import PIL
-from matplotlib.ft2font import FT2Font
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for utils
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for formats
 
+from engine.flags import path
+from engine.process import begin_process
+from utils import SPLITS, Parser, UserError, check_packages, int_range, run_main
+
+if __name__ == "__main__":
+    begin_process()
+if code := run_main(check_packages, ["numpy", "PIL.Image", "tqdm.std", "matplotlib.ft2font"]):
+    sys.exit(code)
+
+import matplotlib
+import numpy as np
+import PIL
 from formats import DATA
 from formats.build import Manifest, build, is_built
-
-from utils import SPLITS, Parser, UserError, int_range, run_main
+from matplotlib.ft2font import FT2Font
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 RECIPE = 1  # raise it when the same settings come to give other images
 
@@ -197,7 +203,7 @@ def main(argv: list[str]) -> None:
         description="Draw 100 classes of characters (64 train, 16 val, 20 test) as JPEG images.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--dest", help="folder to make", type=Path, default=DATA / "glyphs")
+    parser.add_argument("--dest", help="folder to make", type=path, default=DATA / "glyphs")
     for flag, text, low, high, default in (
         ("--image-size", "width and height of an image, 16 to 512 pixels", 16, 512, 32),
         ("--per-class", "images of each class, 1 to 10000", 1, 10_000, 60),

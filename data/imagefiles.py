@@ -11,14 +11,14 @@ import os
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from utils import UserError, is_junk
+from utils import SPLITS, UserError, is_junk
 
 # Pillow only recognises these, or needs other programs to decode them
 _STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -73,16 +73,13 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
         raise UserError(f"{folder}: cannot be read ({e.strerror})") from e
 
 
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder, or a link to one."""
-    return _answer(entry.is_dir)
-
-
-def _answer(question: Callable[[], bool]) -> bool:
-    """What an entry says of itself, mostly without asking the disk."""
+def kind_of(entry: os.DirEntry[str]) -> str:
+    """ "folder", "file" or "other", which is a link that leads nowhere, a pipe or a device; mostly
+    without asking the disk.
+    """
     with contextlib.suppress(OSError):  # a link that leads to itself
-        return question()
-    return False
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
+    return "other"
 
 
 def walk(
@@ -100,14 +97,40 @@ def walk(
     """
     above = (*above, os.path.realpath(folder))
     for entry in entries(folder):
-        name = prefix + entry.name
-        if not is_folder(entry):
-            yield name, entry, "file" if _answer(entry.is_file) else "other"
+        name, kind = prefix + entry.name, kind_of(entry)
+        if kind != "folder":
+            yield name, entry, kind
         elif (real := os.path.realpath(entry.path)) in above:
             yield name, entry, "other"
         elif real not in without:
             yield name, entry, "folder"
             yield from walk(Path(entry.path), without, f"{name}/", above)
+
+
+def folded(name: str) -> str:
+    """A class's name as classes are compared: without regard to letter case and Unicode form."""
+    return unicodedata.normalize("NFKC", name).casefold()
+
+
+def class_places(root: Path) -> dict[str, list[str]]:
+    """{key: its <split>/<class>} of a data set, by ``folded`` names and by real paths: a class that
+    has places in several splits belongs to none.
+
+    Raises:
+        UserError: a split cannot be read.
+    """
+    places: dict[str, list[str]] = {}
+    for split in SPLITS:
+        for entry in entries(root / split) if (root / split).is_dir() else ():
+            for key in (folded(entry.name), os.path.realpath(entry.path)):
+                places.setdefault(key, []).append(f"{split}/{entry.name}")
+    return places
+
+
+def in_several_splits(places: Iterable[list[str]]) -> list[str]:
+    """'train/cat and test/Cat' of each class that is in more than one split."""
+    several = (of for of in places if len({place.partition("/")[0] for place in of}) > 1)
+    return sorted({" and ".join(of) for of in several})
 
 
 def images_below(folder: Path, without: Iterable[Path] = ()) -> list[Path]:
@@ -119,10 +142,14 @@ def images_below(folder: Path, without: Iterable[Path] = ()) -> list[Path]:
     Raises:
         UserError: the folder or one in it cannot be read.
     """
-    files = [folder / name for name, _, kind in walk(folder) if kind == "file"]
-    note_unknown(folder, (path.name for path in files if not is_image(path.name)))
+    found = [(name, kind) for name, _, kind in walk(folder) if kind != "folder"]
+    files = [name for name, kind in found if kind == "file"]
+    note_unknown(folder, (name for name in files if not is_image(name)))
+    if other := [name for name, kind in found if kind == "other"]:
+        what = f"{len(other)} links that lead nowhere, pipes or devices, such as {other[0]}"
+        _print_once(f"note: {folder}: left out {what}")
     known = {os.path.realpath(path) for path in without}
-    images = [path for path in files if is_image(path.name)]
+    images = [folder / name for name in files if is_image(name)]
     return [path for path in images if not known or os.path.realpath(path) not in known]
 
 
@@ -171,6 +198,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: its pixels have no known range.
     """
+    of_16_bits = image.mode.startswith("I;") or image.format in ("PNG", "PPM")
     with contextlib.suppress(Exception):  # its EXIF block is damaged, not its pixels
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
@@ -178,12 +206,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if image.mode == "F":
             if not (values.min() >= 0 and values.max() <= 1):
                 raise ValueError("floats outside 0 to 1")
-            values = values * 255
-        elif values.min() < 0 or values.max() > 65535:
-            raise ValueError("integers outside 0 to 65535")
-        else:  # 16 bits, which older versions of Pillow call "I"
-            values = values >> 8
-        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+            levels = values * 255
+        elif of_16_bits:  # which Pillow may call "I"
+            levels = np.where(values == image.info.get("transparency"), 255, values >> 8)
+        else:
+            raise ValueError("integers of unknown range; convert them to 8 or unsigned 16 bits")
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

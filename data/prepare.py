@@ -18,9 +18,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for utils
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for formats
 
+from engine.flags import path as home_path
+from engine.process import begin_process
 from utils import SPLITS, Parser, UserError, check_packages, int_range, run_main
 
-if code := run_main(check_packages, ["numpy", "PIL", "tqdm"]):
+if __name__ == "__main__":
+    begin_process()
+if code := run_main(check_packages, ["numpy", "PIL.Image", "tqdm.std"]):
     sys.exit(code)
 
 from formats import DATA, omniglot
@@ -54,26 +58,28 @@ def _parser() -> Parser:
     )
 
     def add(name: str, text: str, metavar: str | None, **kwargs: Any) -> None:
+        if metavar in ("DIR", "FILE"):
+            kwargs["type"] = lambda text: Path(home_path(text))
         parser.add_argument(name, help=text, metavar=metavar, **kwargs)
 
     text = "folder or archive, whose format is found automatically; or the word omniglot"
     add("source", text, "SOURCE", nargs="?")
     text = "print what DIR holds, its faults, and the next command; writes nothing"
-    add("--check", text, "DIR", type=Path)
+    add("--check", text, "DIR")
     text = f"folder to make (default: {DATA}/miniImagenet, tiny64 or omniglot; none with --split)"
-    add("--dest", text, "DIR", type=Path)
+    add("--dest", text, "DIR")
     links = ("copy", "hard", "symlink")
     text = "copy, hard link or symlink the files of a SOURCE folder (default: copy)"
     add("--link", text, None, choices=links, default="copy")
     text = "folder of train.csv, val.csv and test.csv (default: in SOURCE, or beside it)"
-    add("--csv", text, "DIR", type=Path)
-    add("--split", _SPLIT, "FILE|A/B/C")
+    add("--csv", text, "DIR")
+    add("--split", _SPLIT, "FILE|A/B/C", type=home_path)
     seed = int_range(0, 2**63 - 1)
     add("--seed", "draws the classes for --split A/B/C (default: 719)", "N", type=seed, default=719)
     text = "names of labels 0, 1, ..., one a line, for Parquet shards that lack them"
-    add("--class-names", text, "FILE", type=Path)
+    add("--class-names", text, "FILE")
     text = f"omniglot: where torchvision puts omniglot-py/ (default: {DATA})"
-    add("--download", text, "DIR", type=Path, default=DATA)
+    add("--download", text, "DIR", default=DATA)
     return parser
 
 
@@ -130,7 +136,6 @@ def _prepare(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit code."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes of any kind
     args = _parser().parse_args(argv)
     if bool(args.source) == bool(args.check):
         raise UserError("give either SOURCE or --check DIR (see --help)")

@@ -40,7 +40,7 @@ from utils import UserError, file_lock
 
 FOLDER = ".decoded"
 PADDING, LARGEST = 4, 1 << 28  # see _groups
-FORMAT = 3  # raise it whenever the same files would give other bytes
+FORMAT = 4  # raise it whenever the same files would give other bytes
 
 
 def reduced_size(width: int, height: int, image_size: int) -> tuple[int, int]:

@@ -126,9 +126,9 @@ def build(dest: Path, settings: dict[str, Any], make: Callable[[Path], Manifest]
             for hidden in work.glob(".*"):  # the lock, and what a killed run has half-written
                 hidden.unlink()
             os.rename(work, dest)
-    except BrokenPipeError:
-        raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError) or error.filename == "output":  # of Terminal
+            raise
         advice = "choose another --dest, or change who may read and write there"
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             advice = f"free some space and run the same command again; it resumes from {work}"

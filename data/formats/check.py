@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.imagefiles import is_image, load_image, unknown_formats
+from data.imagefiles import class_places, in_several_splits, is_image, load_image, unknown_formats
 from utils import SPLITS, UserError
 
 from . import DATA
@@ -25,6 +25,7 @@ from .sources import Source, natural, some
 from .splits import MINI, TINY, Known
 
 RECORD = "prepared.json"  # in the data set: what it was made from, and its fingerprints
+_EPISODE = 20  # images of a class in an episode by default: --n-shot 5 and --n-eval 15
 _LOSSY = (b"\xff\xd8", b"RIFF")  # the first bytes of JPEG and WebP
 
 
@@ -48,6 +49,7 @@ class Report:
     # {split: 16 hex digits} that tell which images are together in a class, whatever their names
     fingerprints: dict[str, str]
     unreadable: dict[str, str]  # {path: why}
+    shared: list[str]  # classes in more than one split
     duplicates: list[tuple[str, str]]  # paths of equal images in two splits
     inside: int  # number of images that are in one split twice
     strays: list[str]  # paths of files where none belongs, and of links that lead nowhere
@@ -83,7 +85,9 @@ def examine(folder: Path) -> Report:
     for split, _, cls in (name.partition("/") for name in sorted(source.dirs, key=natural)):
         if split in SPLITS and cls and "/" not in cls:
             digests[split][cls] = []
-    report = Report({}, {split: set() for split in SPLITS}, {}, {}, [], 0, strays, unknown)
+    shared = in_several_splits(class_places(folder).values())
+    sizes: dict[str, set[tuple[int, int]]] = {split: set() for split in SPLITS}
+    report = Report({}, sizes, {}, {}, shared, [], 0, strays, unknown)
     first: dict[bytes, str] = {}  # {digest of the pixels: the first file}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about odd metadata
@@ -141,6 +145,10 @@ def print_report(folder: Path, report: Report) -> int:
     notes += [f"the same image twice in one split: {report.inside} images"] * bool(report.inside)
     if report.unknown:
         notes.append(f"left out {unknown_formats(report.unknown)} ({some(report.unknown)})")
+    short = [f"{path} ({n})" for path, n in report.counts.items() if n < _EPISODE]
+    if 0 < len(short) < len(report.counts):
+        what = "classes have too few images for --n-shot 5 and --n-eval 15"
+        notes.append(f"{len(short)} {what}: {some(short, 10)}")
     for note in notes:
         print(f"note: {note}")
     correct = f"correct what is listed above, then: --check {folder}"
@@ -181,11 +189,10 @@ def _verdict(report: Report, record: dict[str, Any]) -> tuple[str, list[str]]:
 
 def _faults(report: Report, record: dict[str, Any]) -> list[str]:
     """What is wrong with a data set, whatever it is."""
-    where = Counter(cls for classes in report.classes.values() for cls in classes)
     changed = [s for s, f in record.get("fingerprints", {}).items() if f != report.fingerprints[s]]
     faults = {
         "splits without classes": [s for s, classes in report.classes.items() if not classes],
-        "classes in more than one split": [cls for cls, n in where.items() if n > 1],
+        "classes in more than one split": report.shared,
         "classes without images": [path for path, n in report.counts.items() if n == 0],
         "files or links that are not images of a class, remove them": report.strays,
         "splits whose images have changed since they were written": changed,
@@ -209,19 +216,28 @@ def _first_ten(lines: list[str]) -> list[str]:
 
 
 def _next_command(folder: Path, report: Report) -> str:
-    """The command that trains on a sound data set."""
+    """The command that trains on a sound data set; first it leaves out a few small classes, if
+    enough others remain.
+    """
     flags = ["--data-root", str(folder)]
-    classes, images = min(map(len, report.classes.values())), min(report.counts.values())
+    counts, commands = report.counts, []
+    enough = {path: n for path, n in counts.items() if n >= _EPISODE}
+    left = Counter(path.partition("/")[0] for path in enough)
+    if len(enough) >= 0.8 * len(counts) and min(left[split] for split in SPLITS) >= 5:
+        for at in (folder / path for path in sorted(counts.keys() - enough.keys())):
+            commands.append(["mv", str(at), str(at.with_name(f".{at.name}"))])
+        counts = enough
+    classes, images = min(map(len, report.classes.values())), min(counts.values())
     if classes < 2 or images < 2:
         return "add images: training needs 2 classes in each split, and 2 images of each class"
     if classes < 5:
         flags += ["--n-class", str(classes)]
-    if images < 20:
+    if images < _EPISODE:
         shots = min(5, images // 2)
         flags += ["--n-shot", str(shots), "--n-eval", str(min(15, images - shots))]
     path = DATA.parent / "scripts" / "train_5s_5c.sh"
     shown = path.relative_to(Path.cwd()) if Path.cwd() in path.parents else path
-    return shlex.join(["bash", str(shown), *flags])
+    return " && ".join(map(shlex.join, [*commands, ["bash", str(shown), *flags]]))
 
 
 def _range(counts: Iterable[int], between: str = " to ") -> str:

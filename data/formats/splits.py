@@ -20,19 +20,28 @@ from .sources import SPLIT_NAMES, Source, some
 Classes = dict[str, list[Any]]  # {class: [key of each image]}
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object by the splits that its keys mean. Raises ValueError if one is there twice."""
+    lists: dict[str, Any] = {}
+    for key, value in pairs:
+        if (split := SPLIT_NAMES.get(key, key)) in lists:
+            raise ValueError(f"{split} is there twice, as {key}")
+        lists[split] = value
+    return lists
+
+
 def read_split_file(file: Path) -> dict[str, str]:
     """{class: split} of the JSON file of --split. Raises UserError if it is not one."""
     try:
-        lists = json.loads(read_text(file))
+        lists = json.loads(read_text(file), object_pairs_hook=_object)
     except OSError as error:
         advice = "give a JSON file or numbers of classes as in 64/16/20"
         raise UserError(f"--split {file}: {error.strerror}: {advice}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"--split {file}: is not JSON ({error})") from None
-    lists = {SPLIT_NAMES.get(k): v for k, v in lists.items()} if isinstance(lists, dict) else {}
+        raise UserError(f"--split {file}: is no JSON of splits ({error})") from None
     split_of: dict[str, str] = {}
     for split in SPLITS:
-        names = lists.get(split)
+        names = lists.get(split) if isinstance(lists, dict) else None
         if not isinstance(names, list) or {type(name) for name in names} != {str}:
             form = '{"train": [class, ...], "val": [...], "test": [...]}'
             raise UserError(f"--split {file}: must be {form}; it lacks {split}")

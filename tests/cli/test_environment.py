@@ -167,6 +167,18 @@ def test_a_broken_package(tmp_path, package, fault):
     refused(done, words, f"{sys.executable} -m pip install", name)
 
 
+@pytest.mark.parametrize("text", ["raise ImportError('undefined symbol: x')", ""])
+@pytest.mark.parametrize(
+    ("script", "package"),
+    [("glyphs", "numpy"), ("glyphs", "matplotlib"), ("prepare", "tqdm"), ("prepare", "pillow")],
+)
+def test_a_broken_package_of_a_data_script(tmp_path, script, package, text):
+    """Also one that is empty."""
+    (tmp_path / f"{package.replace('pillow', 'PIL')}.py").write_text(text)
+    done = start(sys.executable, f"data/{script}.py", "--help", env={"PYTHONPATH": str(tmp_path)})
+    refused(done, package, "pip install")
+
+
 @pytest.mark.parametrize("words", [["--plain"], ["--mode", "predict"]])
 def test_torchvision_whose_operators_do_not_load(master, tmp_path, monkeypatch, words):
     save = tmp_path / "logs"

@@ -109,6 +109,8 @@ DATA = {  # what is done to the data -> the culprit
     "folder": (lambda d: (d / CLASS / "sub").mkdir(), f"{CLASS}/sub"),
     "loop": (lambda d: (d / CLASS / "loop.jpg").symlink_to("loop.jpg"), "loop.jpg"),
     "dangling": (lambda d: (d / CLASS / "gone.jpg").symlink_to("nowhere.jpg"), "gone.jpg"),
+    "pipe": (lambda d: os.mkfifo(d / CLASS / "pipe.jpg"), f"{CLASS}/pipe.jpg"),
+    "link to a class": (lambda d: (d / "test/x").symlink_to(d / "train/class 2"), "test/x"),
     "in two splits": (lambda d: (d / "val/val class 1").rename(d / "val/class 2"), "class 2"),
 }
 

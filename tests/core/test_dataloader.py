@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import CPU, assert_same, dataset, photograph, same
 from PIL import Image
-from torchvision.transforms import ColorJitter, RandomResizedCrop
+from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
+from torchvision.transforms.functional import center_crop, resize
 
 from data.imagefiles import images_below, load_image
 from dataloader import (
@@ -20,6 +21,7 @@ from dataloader import (
     draw_images,
     draw_order,
     episodes,
+    eval_image,
     scan_split,
 )
 from utils import UserError
@@ -136,15 +138,25 @@ def test_transparent_pixels_are_white(tmp_path, mode):
     assert images[0][0, 0].tolist() == [255, 255, 255]
 
 
+def test_transparent_grey_of_16_bits_is_white(tmp_path):
+    values = np.full((4, 4), 40000, dtype=np.uint16)
+    values[:2] = 7
+    Image.fromarray(values).save(tmp_path / "x.png", transparency=7)
+    pixels = np.asarray(load_image(tmp_path / "x.png"))
+    assert (pixels[0, 0, 0], pixels[3, 3, 0]) == (255, 40000 >> 8)
+
+
 def test_depths_are_scaled_or_refused(tmp_path):
     ramp = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
-    for name, values in (("float.tif", ramp), ("int.tif", (ramp * 65535).astype(np.int32))):
-        Image.fromarray(values).save(tmp_path / name)
+    deep = (ramp * 65535).astype(np.uint16)
+    for name in ("float.tif", "int.tif", "int.png", "int.pgm"):
+        Image.fromarray(ramp if name == "float.tif" else deep).save(tmp_path / name)
         pixels = np.asarray(load_image(tmp_path / name))
         assert (pixels[0, 0, 0], pixels[3, 3, 0]) == (0, 255)
-    Image.fromarray(ramp * 9).save(tmp_path / "wide.tif")
-    with pytest.raises(UserError, match=r"wide\.tif"):
-        load_image(tmp_path / "wide.tif")
+    for name, values in (("wide.tif", ramp * 9), ("32.tif", (ramp * 255).astype(np.int32))):
+        Image.fromarray(values).save(tmp_path / name)
+        with pytest.raises(UserError, match=name):
+            load_image(tmp_path / name)
 
 
 def test_orientation_of_cameras_is_followed_unless_it_is_damaged(tmp_path):
@@ -160,6 +172,18 @@ def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15000)  # Pillow refuses twice as many
     with pytest.raises(UserError, match=r"x\.png: not a readable image"):
         load_image(tmp_path / "x.png")
+
+
+def test_a_long_strip_costs_little_memory():
+    """And gives what scaling it whole gives."""
+    rng = np.random.default_rng(0)
+    strip = Image.fromarray(rng.integers(0, 255, (2, 333, 3), dtype=np.uint8))
+    whole = resize(strip, [96], InterpolationMode.BILINEAR)
+    found, expected = (
+        np.asarray(x, float) for x in (eval_image(strip, 84, "port"), center_crop(whole, [84, 84]))
+    )
+    assert np.abs(found - expected).mean() < 2
+    assert eval_image(Image.new("RGB", (1, 9_000_000)), 84, "port").size == (84, 84)
 
 
 # ---- Augmentation ----
@@ -245,15 +269,19 @@ def test_a_class_with_too_few_images_is_left_out_by_the_command_in_the_error(dat
 
 
 @pytest.mark.parametrize("pair", [("train", "val"), ("train", "test"), ("val", "test")])
-@pytest.mark.parametrize("name", ["twice", "déjà vu"])
-def test_a_class_in_two_splits_is_refused(tmp_path, pair, name):
-    """Also where one system has written its name as NFC and another as NFD."""
+@pytest.mark.parametrize("names", [("twice", "twice"), ("Déjà vu", "déjà VU"), ("a", "link")])
+def test_a_class_in_two_splits_is_refused(tmp_path, pair, names):
+    """Also where its name is written in another way, or one folder is a link to the other."""
     for split in ("train", "val", "test"):
         (tmp_path / split / f"of {split}").mkdir(parents=True)
     check_splits(tmp_path)
-    for split, form in zip(pair, ("NFC", "NFD"), strict=True):
-        (tmp_path / split / unicodedata.normalize(form, name)).mkdir()
-    with pytest.raises(UserError, match=name[-2:]):
+    first, second = (
+        tmp_path / split / unicodedata.normalize(form, name)
+        for split, form, name in zip(pair, ("NFC", "NFD"), names, strict=True)
+    )
+    first.mkdir()
+    second.symlink_to(first) if names[1] == "link" else second.mkdir()
+    with pytest.raises(UserError, match=f"{pair[0]}/{first.name} and {pair[1]}/{second.name}"):
         check_splits(tmp_path)
 
 
@@ -264,11 +292,18 @@ def test_one_name_written_in_two_ways_is_refused(data):
         scan_split(data, "train")
 
 
+def test_one_folder_under_two_names_is_refused(data):
+    (data / "train" / "link").symlink_to(data / "train" / "class 0")
+    with pytest.raises(UserError, match="train/link"):
+        scan_split(data, "train")
+
+
 def test_a_class_that_the_checkpoint_was_trained_on_is_no_test_class(tmp_path):
     (tmp_path / "test" / "cat").mkdir(parents=True)
     check_splits(tmp_path, ["dog", "ca"])
-    with pytest.raises(UserError, match="cat"):
-        check_splits(tmp_path, ["dog", "cat"])
+    for name in ("cat", "CAT"):
+        with pytest.raises(UserError, match="test/cat"):
+            check_splits(tmp_path, ["dog", name])
 
 
 def test_unknown_formats_and_litter_are_left_out_with_one_note(data, capsys):
@@ -283,7 +318,7 @@ def test_unknown_formats_and_litter_are_left_out_with_one_note(data, capsys):
     assert all(part in line for part in (str(data / "train"), "3 files", ".heic", "no suffix"))
 
 
-def test_linked_folders_are_followed_but_not_in_circles(data, tmp_path):
+def test_linked_folders_are_followed_but_not_in_circles(data, tmp_path, capsys):
     (tmp_path / "linked").symlink_to(data)
     cls = data / "train" / "class 0"
     cls.rename(data / "elsewhere")
@@ -294,4 +329,5 @@ def test_linked_folders_are_followed_but_not_in_circles(data, tmp_path):
     found = images_below(tmp_path / "linked")
     assert sum(path.parent.name == "class 0" for path in found) == 8
     assert len({path.resolve() for path in found}) == 3 * 6 * 8
+    assert "2 links" in capsys.readouterr().out
     assert len(images_below(data / "train", without=(data / "elsewhere").iterdir())) == 5 * 8

@@ -150,6 +150,13 @@ def test_second_run_does_nothing_and_another_is_refused(flags, code, made, capsy
     assert modified(made) == before
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").write_text("mine")
+    assert run_main(glyphs.main, ["--dest=~/x"]) == 2
+    assert str(tmp_path / "x") in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("record", ["", "[]", "{}", '{"settings": {"seed": 719}}', "\xff"])
 def test_a_damaged_record_is_refused(tmp_path, capsys, record):
     (tmp_path / "prepared.json").write_text(record, encoding="latin-1")

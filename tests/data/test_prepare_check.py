@@ -3,7 +3,9 @@
 import contextlib
 import itertools
 import json
+import os
 import shutil
+import subprocess
 
 import prepare_formats as formats
 import pytest
@@ -92,12 +94,15 @@ def test_what_is_missing_or_too_much_is_named(three, tmp_path, check):
     ("spoil", "culprit"),
     [
         (lambda at: shutil.copytree(a_file(at, "val").parent, at / "train" / VAL), VAL),
+        (lambda at: (at / "test/x").symlink_to(a_file(at, "val").parent), "test/x"),
+        (lambda at: (at / "test" / VAL.upper()).mkdir(), VAL.upper()),
+        (lambda at: os.mkfifo(at / "val" / VAL / "pipe.jpg"), "pipe.jpg"),
         (lambda at: a_file(at, "test").write_bytes(b"\xff\xd8\xff none"), "00000002.jpg"),
         (lambda at: (at / "train" / "n00000001").mkdir(), "train/n00000001"),
         (lambda at: formats.write(at, {"val/x.txt": b"", "val/a/b/c.jpg": b""}), "val/a/b/c.jpg"),
         (lambda at: a_file(at, "val").write_bytes(formats.photograph(77)), "changed"),
     ],
-    ids=["class twice", "no image", "empty class", "strays", "changed"],
+    ids=["twice", "linked", "case", "pipe", "no image", "empty", "strays", "changed"],
 )
 def test_faults_are_reported(spoil, culprit, tmp_path, run, check):
     dest = tmp_path / "out"
@@ -195,6 +200,20 @@ def test_other_data_sets_and_the_next_command(classes, images, flags, tmp_path, 
         assert (lines(out, "next: ") == [command]) == (flags is not None)
     (at / "train" / "empty").mkdir()
     assert f"--check {at}" in lines(check(at)[1], "next: ")[0]
+
+
+@pytest.mark.parametrize(("classes", "flags"), [(6, ""), (5, " --n-shot 5 --n-eval 10")])
+def test_a_class_with_few_images_is_named_and_left_out(classes, flags, tmp_path, check):
+    at = own(tmp_path / "own", classes, 20)
+    for path in sorted((at / "val" / "1-0").iterdir())[15:]:
+        path.unlink()
+    out = check(at)[1]
+    assert any("val/1-0 (15)" in line for line in lines(out, "note: "))
+    command = lines(out, "next: ")[0].removeprefix("next: ")
+    assert command.endswith(f"--data-root {at}{flags}")
+    if not flags:
+        subprocess.run(command.partition(" && ")[0], shell=True, check=True)
+        assert "note: " not in check(at)[1]
 
 
 def test_fingerprint_of_a_png_is_of_its_pixels(tmp_path, check):

@@ -290,6 +290,8 @@ def test_images_that_cannot_be_decoded_are_all_named(form, tmp_path, refused, mo
         ("{", "JSON"),
         ("[" * 100_000, "JSON"),
         ("[]", "train"),
+        ('{"train": ["a"], "val": ["b"], "test": ["c"], "val": ["c"]}', "as val"),
+        ('{"train": ["a"], "val": ["b"], "validation": ["c"], "test": []}', "as validation"),
         ({"train": ["a"], "val": ["b"]}, "test"),
         ({"train": ["a"], "val": ["b"], "test": ["x"]}, "(x)"),
         ({"train": ["a"], "val": ["b"], "test": ["b"]}, "class b"),
@@ -319,6 +321,7 @@ def test_wrong_split(split, culprit, tmp_path, refused):
         (["x", "--csv", "/nowhere"], "x"),
         (["--check", "/nowhere"], "/nowhere"),
         (["--check", __file__], __file__),
+        (["--check=~/nowhere"], os.path.expanduser("~/nowhere")),
     ],
 )
 def test_wrong_flags(argv, culprit, capsys):
@@ -389,6 +392,21 @@ def test_disk_that_fills_up(form, limit, tmp_path):
     assert not (tmp_path / ".out.part" / ".unpacked").exists()
     assert prepare(*argv[2:]) == 0
     assert formats.pixels(tree(tmp_path / "out")) == formats.pixels(dataset())
+
+
+@pytest.mark.parametrize("output", [">&-", "2>&-", ">/dev/full"])
+def test_closed_and_full_outputs(output, tmp_path):
+    source, out = make("mini_folder", tmp_path), tmp_path / "out"
+    for argv in ((source, "--dest", out), ("--check", source)):
+        command = ["bash", "-c", f'"$@" {output}', "-", sys.executable, PREPARE, *argv]
+        done = subprocess.run(command, capture_output=True, text=True)
+        full = output == ">/dev/full"
+        if "--check" in argv and not full:
+            assert (done.returncode, done.stderr) == (1, "")  # it is not mini-ImageNet's 600
+        else:
+            assert (done.returncode, done.stderr.count("\n")) == (2 * full, full)
+        assert done.stderr.startswith("error: output: " * full)
+    assert out.exists() != full
 
 
 def test_loops_litter_and_odd_files(tmp_path, run):

@@ -1,6 +1,7 @@
 """``--mode predict`` with a small model."""
 
 import csv
+import os
 import shutil
 from pathlib import Path
 
@@ -136,6 +137,10 @@ def test_what_cannot_be_predicted_is_refused(answers):
         answers(query="text.jpg")
     shutil.copy("text.jpg", Path("support", "test class 0"))
     with pytest.raises(UserError, match=r"--support.*text\.jpg"):
+        answers()
+    Path("support", "test class 0", "text.jpg").unlink()
+    os.mkfifo(Path("support", "test class 0", "pipe.jpg"))
+    with pytest.raises(UserError, match=r"support.*pipe\.jpg"):
         answers()
     shutil.rmtree(Path("support", "test class 0"))
     with pytest.raises(UserError, match=r"--support.*2 classes"):
