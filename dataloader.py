@@ -29,7 +29,6 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from data.imagefiles import (
     class_places,
     entries,
-    folded,
     in_several_splits,
     is_image,
     kind_of,
@@ -154,7 +153,7 @@ def check_splits(
         advice = "each class belongs to one split; remove one, or rename it if they differ"
         raise UserError(f"{root}: {shared[0]} are one class by name or folder, but {advice}")
     for name in trained_on:
-        for place in places.get(folded(name), ()):
+        for place in places.get(nfc(name), ()):
             if (split := place.partition("/")[0]) in unseen:
                 advice = f"{split}/ should hold classes that training has not seen"
                 what = f"the checkpoint was trained on class {name}"

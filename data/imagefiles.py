@@ -107,13 +107,8 @@ def walk(
             yield from walk(Path(entry.path), without, f"{name}/", above)
 
 
-def folded(name: str) -> str:
-    """A class's name as classes are compared: without regard to letter case and Unicode form."""
-    return unicodedata.normalize("NFKC", name).casefold()
-
-
 def class_places(root: Path) -> dict[str, list[str]]:
-    """{key: its <split>/<class>} of a data set, by ``folded`` names and by real paths: a class that
+    """{key: its <split>/<class>} of a data set, by names in NFC and by real paths: a class that
     has places in several splits belongs to none.
 
     Raises:
@@ -122,7 +117,7 @@ def class_places(root: Path) -> dict[str, list[str]]:
     places: dict[str, list[str]] = {}
     for split in SPLITS:
         for entry in entries(root / split) if (root / split).is_dir() else ():
-            for key in (folded(entry.name), os.path.realpath(entry.path)):
+            for key in (nfc(entry.name), os.path.realpath(entry.path)):
                 places.setdefault(key, []).append(f"{split}/{entry.name}")
     return places
 
