@@ -89,6 +89,12 @@ def split_learner(learner: str) -> tuple[str, str, str]:
     return file, name, digest
 
 
+def essence(value: object) -> object:
+    """A flag's value, but of --learner FILE:NAME@DIGEST without FILE, which may move."""
+    learner = isinstance(value, str) and "@" in value
+    return "@".join(split_learner(value)[1:]) if learner else value
+
+
 def with_digest(learner: str) -> str:
     """``--learner`` with a digest of the file's content, as a checkpoint keeps it; conv4 has none.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine import checkpoint as checkpoints
 from engine.checkpoint import LAST
-from engine.flags import check_stored, completed, data_name, spelled
+from engine.flags import check_stored, completed, data_name, essence, spelled
 from engine.logger import read_metrics
 from tools.recipes import text
 from utils import UserError, atomic_write, file_lock
@@ -32,7 +32,8 @@ _KEY = _TYPES.keys() - _FOUND
 
 def contradictions(args: argparse.Namespace, stored: dict[str, object]) -> dict[str, object]:
     """The hyper-parameters of a test that differ from the training's, by name."""
-    return {k: getattr(args, k) for k, v in completed(stored).items() if getattr(args, k) != v}
+    own, stored = vars(args), completed(stored)
+    return {k: own[k] for k, v in stored.items() if essence(own[k]) != essence(v)}
 
 
 def contradiction_notes(args: argparse.Namespace, checkpoint: dict) -> list[str]:

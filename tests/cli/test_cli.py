@@ -1,6 +1,7 @@
 """The command line on real JPEGs."""
 
 import errno
+import json
 import os
 import shutil
 import sys
@@ -97,6 +98,17 @@ def test_what_is_published_is_what_was_tested(own, tmp_path):
     export = ("--mode", "export", "--save", own, "--to", tmp_path / "exported")
     refused(run_cli(*export), str(best), "results.json")
     assert not (tmp_path / "exported").exists()
+
+
+def test_the_name_of_an_export_fits_a_file_system(own, tmp_path):
+    succeeded(run_test(None, own, "--episode-test", 2))
+    path = Path(f"{own}-719", "results.json")
+    content = json.loads(path.read_text())
+    content["tests"][0]["data"] = "../\N{SNOWMAN}é" + "é" * 120
+    path.write_text(json.dumps(content))
+    succeeded(run_cli("--mode", "export", "--save", own, "--to", tmp_path / "exported"))
+    (folder,) = (tmp_path / "exported").iterdir()
+    assert folder.name.endswith("-719")
 
 
 def test_an_export_is_whole_or_not_there(own, tmp_path, monkeypatch):
