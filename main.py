@@ -15,7 +15,7 @@ from pathlib import Path
 
 from engine.flags import check, parse, resolve
 from engine.process import Stopped, announce, begin_process, exit_process, explain_failures
-from utils import UserError, check_packages, run_main
+from utils import UserError, check_packages, counted, run_main
 
 if __name__ == "__main__":
     begin_process()
@@ -58,6 +58,8 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
         args = folder.args
         if folder.finished:
             print(f"{args.resume}: has seen all {args.episode} episodes; nothing to do")
+            updates = f" --data-root {args.data_root}" * bool(args.val_freq)
+            print(f"to draw it: python main.py --mode plot --resume {folder.path}{updates}")
             return
         backend = select_backend(args, ranks.local)
         print(f"{backend.description}\ntraining on {args.data_root}, into {folder.path}")
@@ -103,13 +105,15 @@ def load_model(
 def test(cli_args: dict[str, object], ranks: Ranks) -> None:
     """Report a checkpoint's accuracy on episodes of the test classes, and keep it in the run."""
     args, checkpoint, backend, model = load_model(cli_args, ranks)
-    print(f"{backend.description}\ntesting {args.resume} after {checkpoint['episode']} episodes")
+    seen = counted(checkpoint["episode"], "episode")
+    print(f"{backend.description}\ntesting {args.resume} after {seen}")
+    folder = results.folder_of(Path(args.resume)) if ranks.rank == 0 else None
     check_splits(args.data_root, checkpoint.get("classes", ()))
     for note in results.contradiction_notes(args, checkpoint):
         print(note)
     tests = run_test(args, backend, model, trained_shots(checkpoint, args), ranks)
-    if ranks.rank == 0:
-        tables.report(Path(args.resume), args, checkpoint, tests, backend.device, ranks.size)
+    if folder is not None:
+        tables.report(folder, args, checkpoint, tests, backend.device, ranks.size)
 
 
 def load_predictor(cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS) -> Predictor:

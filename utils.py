@@ -1,4 +1,4 @@
-"""Errors, command lines, files written whole, locks, statistics.
+"""Errors, command lines, files written whole, locks, counts and statistics.
 
 Imports no PyTorch, and must be imported before it: OpenMP and cuBLAS read the settings made here
 when they start.
@@ -241,6 +241,11 @@ def release_locks() -> None:
 
 
 # ---- Statistics ----
+
+
+def counted(n: int, noun: str) -> str:
+    """``1 episode``, ``2 episodes``."""
+    return f"{n} {noun}" + "s" * (n != 1)
 
 
 def summary(values: Iterable[float]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from engine.own_learner import own_learner
 from episode import step_if_finite
 from learner import Conv4, FlatModule
 from metalearner import MetaLearner
-from utils import UserError, load_package
+from utils import UserError, counted, load_package
 
 REPRODUCIBLE: list[tuple[Any, str, object]] = [
     (torch.backends.cudnn, "deterministic", True),
@@ -122,7 +122,7 @@ def _device(args: argparse.Namespace, rank: int, size: int) -> tuple[torch.devic
                 problem = f"GPU {device.index} cannot be used ({str(e).splitlines()[0]})"
                 raise UserError(f"{problem}; give --cpu, or --gpu with another number") from e
             why = f" (PyTorch {torch.__version__} has no code for GPU {device.index})"
-    return torch.device("cpu"), f"CPU{why}, {torch.get_num_threads()} threads"
+    return torch.device("cpu"), f"CPU{why}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def _fast(args: argparse.Namespace, device: torch.device, name: str) -> Backend:

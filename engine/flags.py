@@ -40,6 +40,14 @@ METHODS = {
 }
 INNER_LOOP = ("lstm", "sgd", "meta-sgd", "linear-head")  # an update rule trains learners
 PRETRAINED = ("linear-head", "nearest", "finetune")  # start from a run of --mode pretrain
+# modes that heed a flag, if not all do; scripts/seeds.sh gives a training's to its test, too
+HEEDED = {
+    **dict.fromkeys(("support", "query", "out"), ("predict",)),
+    **dict.fromkeys(("init_from", "shots"), ("train", "test")),
+    **dict.fromkeys(("runs", "means"), ("results",)),
+    "to": ("export",),
+    "resume": tuple(MODES.keys() - {"results", "export"}),
+}
 
 
 def boolean(text: str) -> bool:
@@ -63,6 +71,9 @@ def typed(value: object) -> str:
 
 def path(text: str) -> str:
     """A path with the home folder for "~", which no shell replaces after "="."""
+    if not text:
+        advice = "is an unset variable of the shell meant? else leave the flag out"
+        raise argparse.ArgumentTypeError(f"is empty, but must be a path; {advice}")
     if text != "~" and not text.startswith("~/"):
         return text
     try:
@@ -76,6 +87,12 @@ def split_learner(learner: str) -> tuple[str, str, str]:
     file, _, name = learner.rpartition(":")
     name, _, digest = name.partition("@")
     return file, name, digest
+
+
+def essence(value: object) -> object:
+    """A flag's value, but of --learner FILE:NAME@DIGEST without FILE, which may move."""
+    learner = isinstance(value, str) and "@" in value
+    return "@".join(split_learner(value)[1:]) if learner else value
 
 
 def with_digest(learner: str) -> str:
@@ -131,7 +148,7 @@ def _group(title: str) -> Callable:
         DEFAULTS[key] = default
         if hyper:
             HYPER_PARAMETERS.append(key)
-        if metavar in ("PATH", "DIR"):
+        if metavar in ("PATH", "DIR", "NAME"):
             kwargs["type"] = path
         if "action" not in kwargs and isinstance(default, bool):
             kwargs["type"], metavar = boolean, "BOOL"
@@ -294,6 +311,11 @@ def resolve(
     stored = {k: v for k, v in (checkpoint_args or {}).items() if k in known}
     args = argparse.Namespace(**{**DEFAULTS, **stored, **cli_args})
     args.data_root = Path(args.data_root) if args.data_root else ROOT / "data" / args.data
+    for name in cli_args.keys() & HEEDED.keys():
+        if args.mode not in HEEDED[name]:
+            flag = f"{spelled(name)} {typed(getattr(args, name))}"
+            advice = "name the run by --save and --seed" if name == "resume" else "leave it out"
+            raise UserError(f"{flag}: is not for --mode {args.mode}; {advice}")
     for name in ("bi_init", "bf_init"):
         low, high = getattr(args, name)
         if low > high:

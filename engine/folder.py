@@ -15,6 +15,7 @@ from engine import checkpoint as checkpoints
 from engine import flags
 from engine.checkpoint import BEST, LAST
 from engine.distributed import SINGLE_PROCESS, Ranks
+from engine.flags import essence
 from utils import UserError, file_lock
 
 # hyper-parameters that shape the first episode, and cannot change after it
@@ -61,7 +62,7 @@ class RunFolder:
             if self.continues and "run_flags" in checkpoint:
                 stored = stored | {k: default[k] for k in flags.RUN_FLAGS} | checkpoint["run_flags"]
             given = {k: v for k, v in cli_args.items() if k in stored.keys() - free}
-            self.changed = {k: v for k, v in given.items() if _essence(stored[k]) != _essence(v)}
+            self.changed = {k: v for k, v in given.items() if essence(stored[k]) != essence(v)}
             self._refuse_changes(str(resume), stored)
             self.args = flags.resolve({**cli_args, "resume": resume}, stored)
             _check_meta_batch(self.args, checkpoint.get("episode", 0), ranks.size)
@@ -111,12 +112,6 @@ class RunFolder:
 
     def __exit__(self, *_) -> None:
         self._stack.close()
-
-
-def _essence(value: object) -> object:
-    """A flag's value, but of --learner FILE:NAME@DIGEST without FILE, which may move."""
-    learner = isinstance(value, str) and "@" in value
-    return flags.split_learner(value)[1:] if learner else value
 
 
 def _check_meta_batch(args: argparse.Namespace, seen: int, n_ranks: int) -> None:

@@ -12,9 +12,10 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from utils import UserError, load_package, summary
+from utils import UserError, counted, load_package, summary
 
 CONSOLE, METRICS = "console.log", "metrics.jsonl"
+TOO_MUCH = (RecursionError, OverflowError)  # which damaged JSON may raise: "[[[[...", 10**400
 
 
 def result_line(name: str, losses: list[float], accuracies: list[float]) -> str:
@@ -22,7 +23,7 @@ def result_line(name: str, losses: list[float], accuracies: list[float]) -> str:
     loss, accuracy = summary(losses), summary(accuracies)
     mean = f"accuracy {accuracy['mean']:.2f} ± {accuracy['ci95']:.2f} %"
     rest = f"(std {accuracy['std']:.2f}), loss {loss['mean']:.4f}"
-    return f"{name}, {accuracy['n']} episodes: {mean} {rest}"
+    return f"{name}, {counted(len(losses), 'episode')}: {mean} {rest}"
 
 
 class Logger:
@@ -124,12 +125,12 @@ def read_metrics(folder: Path) -> list[dict]:
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); name a run folder") from e
     for line in lines:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, *TOO_MUCH):
             events.append(json.loads(line))
     events = [e for e in events if isinstance(e, dict) and "event" in e]
     try:
         sound = all(map(_is_sound, events))
-    except (KeyError, TypeError, AttributeError):  # a part is missing
+    except (KeyError, TypeError, AttributeError, *TOO_MUCH):  # a part is missing
         sound = False
     if not sound:
         raise UserError(f"{path}: holds what no training logs; name another run")
@@ -142,11 +143,13 @@ def _is_sound(event: dict) -> bool:
     """Whether an event has what it is read for; missing parts may raise."""
     if event["event"] == "train":
         numbers = [event["mean_loss"], event["mean_accuracy"], event["time"]["seconds"]]
-        sound = event["time"]["episodes_per_second"] > 0
+        numbers.append(event["time"]["episodes_per_second"])
+        sound = numbers[-1] > 0
     elif event["event"] == "val":
         numbers = [event[name][k] for name in ("loss", "accuracy") for k in ("mean", "ci95")]
         numbers, sound = numbers + event.get("accuracies", []), True
     else:
         return True
-    sound = sound and all(isinstance(x, (int, float)) for x in numbers)
+    for x in (*numbers, event["episode"]):
+        math.isnan(x)  # raises for what is no number, and for one that is too large
     return sound and isinstance(event["episode"], int)

@@ -46,14 +46,20 @@ def own_learner(args: argparse.Namespace) -> FlatModule:
     """Make the network that ``--learner`` names, on the CPU.
 
     NAME is called with those of ``n_classes``, ``image_size``, ``bn_eps``, ``bn_momentum``,
-    ``bn_scale`` and ``n_filters`` that it accepts by name, as ``learner.Conv4`` does.
+    ``bn_scale`` and ``n_filters`` that it accepts by name, as ``learner.Conv4`` does; with all, if
+    it takes ``**kwargs``.
 
     Raises:
         UserError: the file is not the one of the training, or its network cannot be a learner.
     """
     path, name, digest = split_learner(args.learner)
     flag = f"--learner {path}:{name}"
-    if with_digest(f"{path}:{name}") != args.learner:
+    try:
+        found = with_digest(f"{path}:{name}")
+    except UserError as e:
+        advice = f"the checkpoint has this path; if the file moved, give --learner NEW.py:{name}"
+        raise UserError(f"{e}; {advice}") from e
+    if found != args.learner:
         advice = f"bring it back, or give {flag} to take it as it is"
         raise UserError(f"{path}: has changed since the training with it ({digest}); {advice}")
     known = {"n_classes": args.n_class, "image_size": args.image_size, "bn_eps": args.bn_eps}
@@ -61,7 +67,8 @@ def own_learner(args: argparse.Namespace) -> FlatModule:
     try:
         make = getattr(_module(Path(path)), name)
         accepted = inspect.signature(make).parameters
-        network = make(**{k: v for k, v in known.items() if k in accepted})
+        every = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+        network = make(**{k: v for k, v in known.items() if every or k in accepted})
         fault = _fault(network, args)
     except (Exception, SystemExit) as e:  # the user's code may raise anything
         lines = str(e).strip().splitlines()
@@ -106,14 +113,15 @@ def _fault(network: object, args: argparse.Namespace) -> str | None:
     learner = network if isinstance(network, FlatModule) else OwnLearner(network)
     cI = learner.get_flat_params().requires_grad_()  # a ValueError if layers share a parameter
     x, twin = torch.randn(args.n_class, 3, args.image_size, args.image_size), copy.deepcopy(learner)
-    logits = twin.train()(x)
-    if not isinstance(logits, Tensor) or logits.shape != (args.n_class, args.n_class):
-        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        return f"makes {found} of {args.n_class} images, but should make logits [images, n_classes]"
-    if not logits.is_floating_point():
-        return f"makes logits of {logits.dtype}"
+    first = twin.train()(x)
+    for logits in (first, twin.eval()(x)):
+        if not isinstance(logits, Tensor) or logits.shape != (args.n_class, args.n_class):
+            found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            return f"makes {found} of {args.n_class} images, but should make [images, n_classes]"
+        if logits.dtype != torch.float32:
+            return f"makes logits of {logits.dtype}, but should make torch.float32"
     near = {"rtol": 1e-3, "atol": 1e-5}
-    if not torch.allclose(logits, twin(x), **near):
+    if not torch.allclose(first, twin.train()(x), **near):
         return "is random in training (dropout?), so that no run could be resumed to the same bits"
     kept = dict(learner.named_buffers())
     for name, buffer in twin.named_buffers():

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -141,6 +142,13 @@ def explain_failures() -> Iterator[None]:
         if out_of_memory(e):
             flags = "--image-size, --filters, --hidden-size, --epoch, --n-eval, --n-class"
             raise UserError(f"out of memory ({why}); lower one of {flags}, --n-workers") from e
+        place = Path(traceback.extract_tb(e.__traceback__)[-1].filename).parent.name
+        if isinstance(e, OSError) and place == "multiprocessing":  # such as a semaphore's
+            from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Loader
+
+            Loader._shutdown = True  # or the half-made one prints a traceback at its end
+            cause = "/dev/shm may be full or read-only, or processes or open files too many"
+            raise UserError(f"worker processes fail ({why}); {cause}; give --n-workers 0") from e
         if "DataLoader worker (pid" in why:
             cause = "memory or /dev/shm may be too small for --n-workers"
             advice = "continue with --resume auto, and --n-workers 0 if it happens again"

@@ -12,6 +12,7 @@ import sys
 import torch
 
 from engine.flags import ROOT
+from utils import counted
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow")
 
@@ -20,7 +21,7 @@ def provenance(device: torch.device, n_processes: int = 1) -> dict[str, object]:
     """Command (with file names instead of absolute paths), commit, versions, and machine."""
     words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv]
     on_gpu = device.type == "cuda"
-    cpu = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    cpu = f"{cpu_name()}, {counted(torch.get_num_threads(), 'thread')}"
     about = {
         "command": "python " + shlex.join(words),
         "commit": commit(),

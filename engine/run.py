@@ -30,7 +30,7 @@ from engine.logger import Logger, result_line
 from engine.process import Signals, Stopped, begin_worker
 from engine.provenance import provenance
 from episode import Episode
-from utils import UserError, summary
+from utils import UserError, counted, summary
 
 MAX_SKIPPED = 20  # updates in a row whose loss or gradient is not finite
 
@@ -134,7 +134,7 @@ class Run:
         size = sum(p.numel() for p in learned)
         return (
             f"{args.n_class}-way {args.n_shot}-shot, {args.image_size} px, {size} learner "
-            f"parameters; {data_name(args)}: {classes} classes; {args.episode} episodes"
+            f"parameters; {data_name(args)}: {classes} classes; {counted(args.episode, 'episode')}"
         )
 
     def __enter__(self) -> Run:
@@ -301,7 +301,8 @@ class Run:
             best = self.state.best
             note = f", best by validation: episode {best['episode']}" if best else ""
             self.bar.close()
-            self.logger.info(f"done: {self.folder.path.name}/ckpts/{LAST}{note}")
+            self.logger.info(f"done{note}")
+            print(f"written to {self.folder.ckpt(LAST)}")  # the log is published, this path is not
 
 
 def _duration(seconds: float) -> str:

@@ -42,9 +42,11 @@ def export(folder: Path, to: Path) -> Path:
     """
     content = results.read_results(folder)
     stored, seed = content["training"]["hyper_parameters"], content["training"]["seed"]
-    slug = re.sub(r"[^\w.]+", "-", recipe_name(stored).replace(", but ", "-"))
+    recipe = recipe_name(stored).replace(", but ", "-")
     shape = f"{stored.get('n_shot')}s{stored.get('n_class')}c"
-    target = to / f"{content['tests'][0]['data']}-{shape}-{slug}-{seed}"
+    slug = re.sub(r"[^\w.]+", "-", f"{content['tests'][0]['data']}-{shape}-{recipe}")
+    # a file's name has at most 255 bytes
+    target = to / f"{slug.encode()[:200].decode(errors='ignore')}-{seed}"
     if target.exists():
         raise UserError(f"{target}: exists already; give another --to, or remove it")
     best = checkpoints.find_checkpoint(folder, BEST, LAST)

@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import json
 import math
+import os
 from pathlib import Path
 
 from engine import checkpoint as checkpoints
 from engine.checkpoint import LAST
-from engine.flags import check_stored, completed, data_name, spelled
-from engine.logger import read_metrics
+from engine.flags import check_stored, completed, data_name, essence, spelled
+from engine.logger import TOO_MUCH, read_metrics
 from tools.recipes import text
 from utils import UserError, atomic_write, file_lock
 
@@ -32,7 +33,8 @@ _KEY = _TYPES.keys() - _FOUND
 
 def contradictions(args: argparse.Namespace, stored: dict[str, object]) -> dict[str, object]:
     """The hyper-parameters of a test that differ from the training's, by name."""
-    return {k: getattr(args, k) for k, v in completed(stored).items() if getattr(args, k) != v}
+    own, stored = vars(args), completed(stored)
+    return {k: own[k] for k, v in stored.items() if essence(own[k]) != essence(v)}
 
 
 def contradiction_notes(args: argparse.Namespace, checkpoint: dict) -> list[str]:
@@ -42,6 +44,23 @@ def contradiction_notes(args: argparse.Namespace, checkpoint: dict) -> list[str]
         f"note: tested with {spelled(k)} {value}, but trained with {stored[k]}"
         for k, value in contradictions(args, stored).items()
     ]
+
+
+def folder_of(path: Path) -> Path | None:
+    """The run folder of a checkpoint, which keeps its tests; without one None, and a note says so.
+
+    Raises:
+        UserError: it cannot keep any.
+    """
+    if path.resolve().parent.name != "ckpts":
+        print(f"note: {path} is not in the ckpts/ of a run folder; the test is not recorded")
+        return None
+    folder = path.resolve().parent.parent
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: cannot be written; copy the run, and test the copy")
+    if (folder / NAME).exists():
+        read_results(folder)
+    return folder
 
 
 def write_results(
@@ -124,10 +143,10 @@ def read_results(folder: Path) -> dict:
             (o[k], kind) for o in origins for k, kind in (("checkpoint", str), ("episode", int))
         ]
         sound = sound and all(isinstance(*pair) for pair in pairs)
-    except FileNotFoundError as e:
-        advice = "test the run first (python main.py --mode test)"
-        raise UserError(f"{folder}: no {NAME} there; {advice}") from e
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (FileNotFoundError, NotADirectoryError) as e:
+        advice = "name another, or test it first (python main.py --mode test)"
+        raise UserError(f"{folder}: is not a run folder with a {NAME}; {advice}") from e
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, *TOO_MUCH):
         sound = False
     if not sound:
         raise UserError(f"{path}: not a test's results; move it away and test the run again")

@@ -18,7 +18,7 @@ from tools import plots
 from tools.recipes import recipe_name, starts_from
 from tools.results import read_results, variant, write_results
 from tools.words import markdown_table
-from utils import UserError, summary
+from utils import UserError, counted, summary
 
 _TESTED = "after {} of 50,000 episodes"
 # accuracy in percent, 5-way on mini-ImageNet, by shots: who, what was tested, validation, and test
@@ -53,20 +53,14 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def report(
-    path: Path,
+    folder: Path,
     args: argparse.Namespace,
     checkpoint: dict,
     tests: list[dict],
     device: torch.device,
     n_processes: int,
 ) -> None:
-    """Keep tests of a run's checkpoint in the run's folder, and print and draw them.
-
-    A checkpoint at another place than a run's ``ckpts/`` has no folder for them.
-    """
-    if path.resolve().parent.name != "ckpts":
-        return
-    folder = path.resolve().parent.parent
+    """Keep tests of a run's checkpoint in the run's folder, and print and draw them."""
     about = provenance(device, n_processes)
     written = write_results(folder, args, checkpoint, tests, about)
     print(f"written to {written}\n\n{tables([folder])}")
@@ -176,7 +170,7 @@ def _table(key: tuple, these: Iterable[Row], means_alone: bool) -> str:
     for name, tested, val, test in published:
         cells = [test if count == PUBLISHED_COUNT else "" for count in counts]
         lines.append([name, "", tested, val, *cells, ""])
-    header = ["recipe", "seed", "tested", "validation", *(f"{n} episodes" for n in counts)]
+    header = ["recipe", "seed", "tested", "validation", *(counted(n, "episode") for n in counts)]
     width = len(header) + has_means
     header.append("mean over seeds")
     about = "accuracy in %, mean ± 95 % interval over test episodes"

@@ -1,6 +1,7 @@
 """The command line on real JPEGs."""
 
 import errno
+import json
 import os
 import shutil
 import sys
@@ -13,6 +14,7 @@ import torch
 from conftest import SMALL, metrics, refused, run_cli, run_test, succeeded, tensors, train
 from PIL import Image
 
+import main
 from engine.checkpoint import BEST, LAST
 from engine.evaluation import Evaluator
 from engine.run import Run
@@ -99,6 +101,31 @@ def test_what_is_published_is_what_was_tested(own, tmp_path):
     assert not (tmp_path / "exported").exists()
 
 
+def test_a_test_that_cannot_be_kept_is_refused_before_it_begins(own, tmp_path, monkeypatch):
+    begun, folder = [], Path(f"{own}-719")
+    monkeypatch.setattr(main, "run_test", lambda *_: begun.append(1))
+    (folder / "results.json").write_text("{")
+    refused(run_test(None, own), folder / "results.json")
+    (folder / "results.json").unlink()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as on a read-only file system
+    refused(run_test(None, own), folder)
+    assert not begun
+    shutil.move(folder / "ckpts" / BEST, tmp_path)
+    succeeded(run_test(None, own, "--resume", tmp_path / BEST))  # not kept, with a note
+    assert begun
+
+
+def test_the_name_of_an_export_fits_a_file_system(own, tmp_path):
+    succeeded(run_test(None, own, "--episode-test", 2))
+    path = Path(f"{own}-719", "results.json")
+    content = json.loads(path.read_text())
+    content["tests"][0]["data"] = "../\N{SNOWMAN}é" + "é" * 120
+    path.write_text(json.dumps(content))
+    succeeded(run_cli("--mode", "export", "--save", own, "--to", tmp_path / "exported"))
+    (folder,) = (tmp_path / "exported").iterdir()
+    assert folder.name.endswith("-719")
+
+
 def test_an_export_is_whole_or_not_there(own, tmp_path, monkeypatch):
     succeeded(run_test(None, own, "--episode-test", 2))
     export = ("--mode", "export", "--save", own, "--to", tmp_path / "exported")
@@ -127,7 +154,8 @@ def test_what_is_worth_publishing(master, own, tmp_path):
     for path in folder.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes()
         assert str(master.parent).encode() not in path.read_bytes()
-    succeeded(run_test(master, "nowhere", "--resume", folder, "--episode-test", 2))
+    done = run_test(master, "nowhere", "--resume", folder, "--episode-test", 2)
+    assert f"note: {folder}" in succeeded(done)
     refused(run_cli(*export), str(folder), "--to")
     draw = ("--mode", "plot", "--resume", folder, "--cpu", "--n-workers", 0)
     succeeded(run_cli(*draw))

@@ -58,6 +58,13 @@ BAD = {  # the flag that the error names -> its values; "" stands for none at al
     "--epsiode": ["3"],
     "--episod": ["3"],  # no abbreviations
     "stray": [""],
+    "--support": ["a", "a --mode test"],
+    "--query": ["a --mode plot"],
+    "--shots": ["1 --mode export", "1 --mode predict"],
+    "--to": ["a --mode test"],
+    "--runs": ["a --mode test"],
+    "--init-from": ["a --mode pretrain", "a --mode predict"],
+    "--resume": ["a --mode export", "a --mode results"],
 }
 CHOICES = ["mode", "augment", "precision", "pixels", "shuffle", "bn-scale", "lstm-init", "method"]
 BAD |= {f"--{name}": ["fly"] for name in CHOICES}
@@ -66,6 +73,13 @@ BAD |= {f"--{name}": ["fly"] for name in CHOICES}
 @pytest.mark.parametrize("argv", [f"{name} {value}" for name in BAD for value in BAD[name]])
 def test_bad_flags_are_named(argv):
     refused(run_cli(*argv.split()), argv.split()[0])
+
+
+def test_an_empty_path_is_not_a_flag_left_out():
+    paths = "init-from resume data-root data query out to cache-dir save runs support"
+    for flag in paths.split():
+        refused(run_cli(f"--{flag}", ""), f"--{flag}")
+        refused(run_cli(f"--{flag}="), f"--{flag}")
 
 
 def test_help_gives_each_flag_its_default():

@@ -1,5 +1,6 @@
 """``--learner FILE:NAME``: a user's own network has all that a training has."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -73,13 +74,21 @@ def test_a_test_needs_the_file_as_it_was(master, net):
     refused(train(master, "logs", "--resume", "auto", episode=2), "--learner net.py:Net")
     succeeded(run_cli(*test, "--episode-test", 1, "--learner", "net.py:Net"))
     net.unlink()
-    refused(run_cli(*test), "net.py", "No such file")
+    refused(run_cli(*test), "net.py", "No such file", "checkpoint", ".py:Net")
     net.write_text(NET)
     succeeded(run_cli(*test, "--episode-test", 1))
     Path("nets").mkdir()
     shutil.move(net, "nets/net.py")  # it may move, if it stays what it is
     moved = ("--resume", "auto", "--learner", "nets/net.py:Net")
     succeeded(train_conv4(master, "logs", *moved, episode=2, val_freq=1))
+    done = run_cli(*test, "--episode-test", 1, *moved[2:])
+    assert "note: tested with" not in succeeded(done)
+    result = json.loads(Path("logs-719/results.json").read_text())["tests"][-1]
+    assert not result["contradicts_training"]
+    succeeded(run_cli("--mode", "export", "--save", "logs", "--to", "new"))
+    (name,) = os.listdir("new")
+    assert "Net-" in name
+    assert "net.py" not in name
     shutil.move("nets/net.py", net)
     os.chdir(master)
     refused(run_cli(*test[:4], "--save", net.parent / "logs"), "net.py", "No such file")
@@ -90,6 +99,8 @@ def test_only_the_arguments_that_it_has(net):
     learner = made("net.py:Other")
     assert isinstance(learner, FlatModule)
     assert learner.size() == 3 * 256 * 5 + 5
+    net.write_text(NET + "def Open(**kw):\n    return Net(kw['n_classes'], kw['image_size'])\n")
+    made("net.py:Open")
 
 
 def test_a_flat_module_stays_what_it_is(net):
@@ -109,6 +120,8 @@ MODULES = {  # the network -> what the line says
     "nn.Sequential(nn.Flatten(), nn.Linear(768, 3)).double()": "float64",
     "nn.Sequential(nn.Flatten(), nn.Linear(768, 3)).half()": "float16",
     "nn.Sequential(nn.Flatten(), nn.Linear(768, 3)).requires_grad_(False)": "frozen",
+    "Halved(True)": "bfloat16",
+    "Halved(False)": "bfloat16",
     "nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(768, 3))": "dropout",
     "nn.Linear(9, 3)": "RuntimeError",
     "Copies()": "copies",
@@ -160,6 +173,13 @@ class Average(Linear):
         if self.training:
             self.mean.lerp_(x.flatten(1).mean(0), 0.1)
         return self.inner(x.flatten(1) if self.training else x.flatten(1) - self.mean)
+class Halved(Linear):
+    def __init__(self, in_training):
+        super().__init__()
+        self.halved = in_training
+    def forward(self, x):
+        logits = self.inner(x.flatten(1))
+        return logits.bfloat16() if self.training == self.halved else logits
 class Pair(Linear):
     def forward(self, x):
         return self.inner(x.flatten(1)), x

@@ -57,10 +57,12 @@ def test_shared_memory_that_is_full_is_an_error(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_small_dev_shm(master, tmp_path):
+@pytest.mark.parametrize("options", ["size=2m", "ro", "size=4k,nr_inodes=2"])
+def test_a_small_dev_shm(master, tmp_path, options):
     """A real one, where this process may mount it."""
     words = training(master, tmp_path / "logs", "--image-size", 256, "--n-workers", 2)
-    command = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=2m x /dev/shm && exec "$@"']
+    mount = f'mount -t tmpfs -o {options} x /dev/shm && exec "$@"'
+    command = ["unshare", "-m", "sh", "-c", mount]
     if completed([*command, "-", "true"]).returncode:
         pytest.skip("may not mount")
     command += ["-", sys.executable, str(ROOT / "main.py"), *words]

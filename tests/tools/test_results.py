@@ -161,8 +161,10 @@ def test_untested_folders_are_skipped_or_refused(tmp_path, capsys):
     runs = [str(with_test(tmp_path / "a")), str(tmp_path / "nowhere")]
     results_mode(Namespace(runs=runs, means=False))
     assert "nowhere" in capsys.readouterr().out.splitlines()[-1]
-    with pytest.raises(UserError, match="nowhere"):
-        tables([tmp_path / "nowhere"])
+    (tmp_path / "cat.jpg").write_text("")
+    for name in ("nowhere", "cat.jpg"):
+        with pytest.raises(UserError, match=f"{name}: is not a run folder"):
+            tables([tmp_path / name])
 
 
 def test_a_test_with_flags_of_its_own_says_so(tmp_path):
@@ -183,9 +185,10 @@ def test_another_draw_of_test_episodes_has_a_mean_of_its_own(tmp_path):
 
 OTHER_FILES = [(NAME, content) for content in ("", "[]", "{}", '{"tests": 3}', "\0")]
 OTHER_FILES += [("metrics.jsonl", content) for content in (None, "", '{"event": "val"}', "\0")]
+DEEP = [pytest.param(name, "[" * 200_000, id=name) for name in (NAME, "metrics.jsonl")]
 
 
-@pytest.mark.parametrize(("name", "content"), OTHER_FILES)
+@pytest.mark.parametrize(("name", "content"), OTHER_FILES + DEEP)
 def test_other_files_are_refused(tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_text(content)
@@ -202,6 +205,7 @@ IN_TEST, HYPER = ("tests", 0), ("training", "hyper_parameters")
         (IN_TEST, "accuracies", []),
         (IN_TEST, "accuracies", ["a"]),
         (IN_TEST, "accuracies", [math.inf] * 4),
+        (IN_TEST, "accuracies", [10**400] * 4),
         (IN_TEST, "training_length", {"seen": "x"}),
         (IN_TEST, "counts", [0]),
         (IN_TEST, "counts", 2),
@@ -231,6 +235,7 @@ def test_damaged_results_are_refused(tmp_path, place, part, value):
     [
         (0, "episode", None),
         (0, "mean_loss", "x"),
+        (0, "mean_loss", 10**400),
         (0, "time", {}),
         (0, "time", {"seconds": 1.0, "episodes_per_second": 0}),
         (1, "accuracy", 5.0),
