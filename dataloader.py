@@ -77,7 +77,8 @@ def scan_split(root: Path, split: str) -> Split:
         raise UserError(f"--data-root {root}: no such folder; {advice}")
     folder = root / split
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; --data-root should hold train/, val/ and test/")
+        advice = "--data-root should hold train/, val/ (or give --val-freq 0) and test/"
+        raise UserError(f"{folder}: no such folder; {advice}")
     return Split(split, *scan_classes(folder, split), root)
 
 

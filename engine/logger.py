@@ -142,7 +142,9 @@ def read_metrics(folder: Path) -> list[dict]:
 def _is_sound(event: dict) -> bool:
     """Whether an event has what it is read for; missing parts may raise."""
     if event["event"] == "train":
-        numbers = [event["mean_loss"], event["mean_accuracy"], event["time"]["seconds"]]
+        numbers = [event["mean_accuracy"], event["time"]["seconds"]]
+        if event["mean_loss"] is not None:  # no loss was finite
+            numbers.append(event["mean_loss"])
         numbers.append(event["time"]["episodes_per_second"])
         sound = numbers[-1] > 0
     elif event["event"] == "val":

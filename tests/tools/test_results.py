@@ -243,12 +243,12 @@ def test_damaged_results_are_refused(tmp_path, place, part, value):
     ],
 )
 def test_damaged_metrics_are_refused(trained, tmp_path, number, part, value):
-    """But a line that was cut off is left out."""
+    """But a line that was cut off is left out, and a mean of no finite losses is null."""
     lines = Path(f"{trained}-719", "metrics.jsonl").read_text().splitlines()
     kinds = [next(e for e in map(json.loads, lines) if e["event"] == k) for k in ("train", "val")]
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("\n".join([*map(json.dumps, kinds), "3", '{"event": "tra']))
-    assert read_metrics(tmp_path) == kinds
+    path, sound = tmp_path / "metrics.jsonl", [*kinds, {**kinds[0], "mean_loss": None}]
+    path.write_text("\n".join([*map(json.dumps, sound), "3", '{"event": "tra']))
+    assert read_metrics(tmp_path) == sound
     kinds[number][part] = value
     path.write_text("\n".join(map(json.dumps, kinds)))
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
