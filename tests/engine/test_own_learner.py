@@ -51,7 +51,7 @@ def test_it_is_trained_resumed_tested_and_drawn(master, net):
     assert_same(tensors("logs"), tensors("parts"))
     assert metrics("logs") == metrics("parts")
     assert tensors("logs")["metalearner"]["metalstm.cI"].numel() == 4 * 27 + 12 + 4 * 49 * 3 + 3
-    assert "net.py:Net" in succeeded(run_test(None, "logs", "--episode-test", 2))
+    assert "Net@" in succeeded(run_test(None, "logs", "--episode-test", 2))
     three = Path("three")
     for k in range(3):
         shutil.copytree(master / "test" / f"test class {k}", three / str(k))
