@@ -8,6 +8,7 @@ trains the meta-learner (``update_metalearner``, line 13). ``train_episode`` doe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any, NamedTuple
@@ -52,7 +53,8 @@ def updates(
     Args:
         episode: ``order`` has one row per pass.
         learner_w_grad: holds the values of each cell state in turn and yields loss and gradient;
-            its running statistics end as those of the support images.
+            its running statistics end as those of the support images, in tests with
+            ``metalearner.final_stats`` also under the last parameters.
         metalearner: makes each cell state from the last one.
         batch_size: images in a minibatch; the last minibatch of a pass may be smaller.
 
@@ -64,13 +66,17 @@ def updates(
     learner_w_grad.train()
     learner_w_grad.reset_batch_stats()
     state = metalearner.initial_state()
-    for x, y in minibatches(episode, batch_size):
+    n_updates = len(episode.order) * math.ceil(len(episode.support) / batch_size)
+    for t, (x, y) in enumerate(minibatches(episode, batch_size), 1):
         if metalearner.second_order and torch.is_grad_enabled():
             loss, grad = learner_w_grad.loss_and_grad_at(x, y, state.c)
         else:
             learner_w_grad.copy_flat_params(state.c)
             loss, grad = learner_w_grad.loss_and_grad(x, y)
         state = metalearner(loss, grad / (metalearner.grad_divisor or len(x)), state)
+        if t == n_updates and metalearner.final_stats and not torch.is_grad_enabled():
+            learner_w_grad.copy_flat_params(state.c)
+            learner_w_grad(episode.support)
         yield loss, state
 
 
@@ -79,8 +85,6 @@ def adapt(
 ) -> tuple[Tensor, list[Tensor]]:
     """Run all updates of an episode.
 
-    Without a graph and with ``metalearner.final_stats``, ``collect_final_stats`` follows.
-
     Returns:
         The last cell state [P, 1] and the support losses, [] each.
     """
@@ -88,15 +92,7 @@ def adapt(
     for loss, state in updates(episode, learner_w_grad, metalearner, batch_size):
         losses.append(loss)
         c = state.c
-    if metalearner.final_stats and not torch.is_grad_enabled():
-        collect_final_stats(episode, learner_w_grad, c)
     return c, losses
-
-
-def collect_final_stats(episode: Episode, learner_w_grad: FlatModule, c: Tensor) -> None:
-    """Add the support set's statistics under the last parameters c [P, 1] to the running ones."""
-    learner_w_grad.copy_flat_params(c)
-    learner_w_grad(episode.support)
 
 
 def query_loss(

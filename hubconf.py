@@ -13,7 +13,6 @@ later.
 
 import contextlib
 import functools
-import os
 import pathlib
 import sys
 import threading
@@ -59,15 +58,20 @@ def load_pretrained(name_or_path, *flags):
         import torch
 
         from engine.backend import reproducible
-        from engine.flags import parse
+        from engine.checkpoint import resolve_checkpoint
+        from engine.flags import parse, resolve
         from main import load_predictor
         from utils import UserError
 
-        if not any(map(os.path.exists, (path, f"{path}-719"))):
-            raise UserError(f"{path}: no such run, nor one of {', '.join(_PUBLISHED)}")
+        cli_args = parse(["--mode=predict", f"--resume={path}", *flags])
+        seed = resolve(cli_args).seed
+        try:
+            resolve_checkpoint(str(path), seed, flag="load_pretrained")
+        except UserError as e:
+            raise UserError(f"{e}; results/ holds {', '.join(_PUBLISHED)}") from e
         # the program's random numbers and settings stay as they are
         with torch.random.fork_rng(), reproducible():
-            return load_predictor(parse(["--mode=predict", f"--resume={path}", *flags]))
+            return load_predictor(cli_args)
 
 
 for _name in _PUBLISHED:  # torch.hub.load(clone, "miniImagenet-5s5c-pretrained-53", source="local")

@@ -311,8 +311,8 @@ def resolve(
     stored = {k: v for k, v in (checkpoint_args or {}).items() if k in known}
     args = argparse.Namespace(**{**DEFAULTS, **stored, **cli_args})
     args.data_root = Path(args.data_root) if args.data_root else ROOT / "data" / args.data
-    for name in cli_args.keys() & HEEDED.keys():
-        if args.mode not in HEEDED[name]:
+    for name, modes in HEEDED.items():
+        if name in cli_args and args.mode not in modes:
             flag = f"{spelled(name)} {typed(getattr(args, name))}"
             advice = "name the run by --save and --seed" if name == "resume" else "leave it out"
             raise UserError(f"{flag}: is not for --mode {args.mode}; {advice}")

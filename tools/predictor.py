@@ -137,10 +137,12 @@ class Predictor:
         """Transform as for validation: [3, image_size, image_size] float32."""
         if not isinstance(image, (Image.Image, Tensor)):
             raise UserError(f"{type(image).__name__}: give a PIL image, or a tensor [3, H, W]")
+        if isinstance(image, Tensor):
+            image = _from_tensor(image)
         try:
-            image = to_rgb(_from_tensor(image) if isinstance(image, Tensor) else image)
+            image = to_rgb(image)
         except ValueError as e:
-            raise UserError(f"an image of mode {image.mode}: {e}") from e  # type: ignore[union-attr]
+            raise UserError(f"an image of mode {image.mode}: {e}") from e
         image = eval_image(image, self.args.image_size, self.args.augment)
         return to_input([image], self.args.pixels)[0]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dataloader import EpisodeDataset, episodes
 from engine.model import Model, Trainable
-from episode import accuracy, collect_final_stats, minibatches, query_loss, updates
+from episode import accuracy, query_loss, updates
 from learner import FlatModule
 from metalearner import MetaLearner
 from utils import UserError, atomic_write
@@ -100,11 +100,8 @@ def record(
     for images in episodes(dataset, 0, 0, device, False):
         episode = model.embed(images)
         rows: dict[str, list] = {k: [] for k in found}
-        n_updates = sum(1 for _ in minibatches(episode, batch_size))
-        for t, (_, state) in enumerate(updates(episode, w_grad, model.metalearner, batch_size), 1):
+        for _, state in updates(episode, w_grad, model.metalearner, batch_size):
             for parameters in (state.c,) if rows["query"] else (cI, state.c):
-                if model.metalearner.final_stats and t == n_updates and parameters is state.c:
-                    collect_final_stats(episode, w_grad, state.c)
                 logits = query_loss(episode, w_grad, wo_grad, parameters)[1]
                 rows["query"].append(accuracy(logits, episode.query_y))
                 rows["support"].append(accuracy(wo_grad(episode.support), episode.support_y))
