@@ -17,6 +17,7 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,16 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from data.imagefiles import (
-    class_places,
-    entries,
-    in_several_splits,
-    is_image,
-    kind_of,
-    load_image,
-    nfc,
-    note_unknown,
-)
+from data import imagefiles
 from episode import Episode
 from utils import SPLITS, UserError, load_package
 
@@ -96,26 +88,26 @@ def scan_classes(folder: Path, what: str) -> tuple[list[str], list[list[Path]]]:
     files: list[list[Path]] = []
     unknown: list[str] = []
     seen: set[str] = set()  # names in NFC, and real paths
-    for entry in entries(folder):
-        if kind_of(entry) != "folder":
+    for entry in imagefiles.entries(folder):
+        if imagefiles.kind_of(entry) != "folder":
             raise UserError(f"{entry.path}: a file among the class folders of {what}; remove it")
-        keys = {nfc(entry.name), os.path.realpath(entry.path)}
+        keys = {imagefiles.nfc(entry.name), os.path.realpath(entry.path)}
         if keys & seen:
             what = "a second class of this name, or a link to another class"
             raise UserError(f"{entry.path}: {what}; merge them, rename or remove one")
-        images = entries(Path(entry.path))
+        images = imagefiles.entries(Path(entry.path))
         for image in images:
-            if (kind := kind_of(image)) != "file":
+            if (kind := imagefiles.kind_of(image)) != "file":
                 what = "a link that leads nowhere, a pipe or a device" if kind == "other" else kind
                 advice = f"remove it; expected {folder}/<class>/<image>"
                 raise UserError(f"{image.path}: {what}, and no image; {advice}")
         seen |= keys
         classes.append(entry.name)
-        files.append([Path(image.path) for image in images if is_image(image.name)])
-        unknown += [image.name for image in images if not is_image(image.name)]
+        files.append([Path(image.path) for image in images if imagefiles.is_image(image.name)])
+        unknown += [image.name for image in images if not imagefiles.is_image(image.name)]
     if not classes:
         raise UserError(f"{folder}: holds no class folders; expected {folder}/<class>/<image>")
-    note_unknown(folder, unknown)
+    imagefiles.note_unknown(folder, unknown)
     return classes, files
 
 
@@ -149,12 +141,12 @@ def check_splits(
     Raises:
         UserError: a class is in two splits; it is named.
     """
-    places = class_places(root)
-    if shared := in_several_splits(places.values()):
+    places = imagefiles.class_places(root)
+    if shared := imagefiles.in_several_splits(places.values()):
         advice = "each class belongs to one split; remove one, or rename it if they differ"
         raise UserError(f"{root}: {shared[0]} are one class by name or folder, but {advice}")
     for name in trained_on:
-        for place in places.get(nfc(name), ()):
+        for place in places.get(imagefiles.nfc(name), ()):
             if (split := place.partition("/")[0]) in unseen:
                 advice = f"{split}/ should hold classes that training has not seen"
                 what = f"the checkpoint was trained on class {name}"
@@ -339,6 +331,7 @@ def to_input(images: list[Image.Image], pixels: str) -> Tensor:
 # ---- Episodes ----
 
 
+@dataclass(eq=False, repr=False)
 class EpisodeDataset(Dataset):
     """Episodes 0, 1, ... of a split, read from its image files.
 
@@ -360,28 +353,23 @@ class EpisodeDataset(Dataset):
         UserError: the split cannot serve such episodes.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        seed: int,
-        n_class: int,
-        n_shot: int,
-        n_eval: int,
-        n_pass: int,
-        image_size: int,
-        augment: str,
-        length: int,
-        pixels: str = "imagenet",
-        shuffle: str = "pass",
-        in_order: bool = False,
-    ):
-        check_split(split, n_class, n_shot, n_eval)
-        self.split, self.seed, self.length = split, seed, length
-        self.n_class, self.n_shot, self.n_eval, self.n_pass = n_class, n_shot, n_eval, n_pass
-        self.image_size, self.augment, self.pixels = image_size, augment, pixels
-        self.shuffle, self.in_order = shuffle, in_order
-        self.files = [path for of_class in split.files for path in of_class]
-        self._first = np.cumsum([0] + [len(of_class) for of_class in split.files])
+    split: Split
+    seed: int
+    n_class: int
+    n_shot: int
+    n_eval: int
+    n_pass: int
+    image_size: int
+    augment: str
+    length: int
+    pixels: str = "imagenet"
+    shuffle: str = "pass"
+    in_order: bool = False
+
+    def __post_init__(self) -> None:
+        check_split(self.split, self.n_class, self.n_shot, self.n_eval)
+        self.files = [path for of_class in self.split.files for path in of_class]
+        self._first = np.cumsum([0] + [len(of_class) for of_class in self.split.files])
 
     @functools.cached_property
     def stats(self) -> list[tuple[int, int]]:
@@ -446,7 +434,7 @@ class EpisodeDataset(Dataset):
         return Episode(x[:n_support], y_support, x[n_support:], y_query, order)
 
     def __getitem__(self, index: int) -> Episode:
-        images = [load_image(self.files[number]) for number in self.numbers(index)]
+        images = [imagefiles.load_image(self.files[number]) for number in self.numbers(index)]
         sizes = np.array([(image.height, image.width) for image in images])
         drawn, size = self.augmentation(index, sizes), self.image_size
         if drawn is None:
@@ -489,36 +477,28 @@ def episodes(
         worker_init_fn=worker_init,
         generator=torch.Generator(),  # the global one belongs to the training
     )
-    for item in _with_pauses(loader):
-        if isinstance(item, UserError):
-            raise item
-        if item is None:
-            waiting()
-        else:
-            yield dataset.deliver(item, device)
-
-
-def _with_pauses(loader: DataLoader) -> Iterator:
-    """Yield a loader's items, and None after each second in which there is none."""
     stream, waited = iter(loader), 0
     try:
-        while True:
+        while waited < LONGEST_WAIT:
             try:
-                yield next(stream)
-                waited = 0
+                item = next(stream)
             except StopIteration:
                 return
             except RuntimeError as e:
                 if "DataLoader timed out" not in str(e):
                     raise
                 waited += 1
-                yield None
-            if waited == LONGEST_WAIT:
-                n = f"--n-workers {loader.num_workers}"
-                late = f"no episode came from the worker processes in {LONGEST_WAIT} seconds"
-                raise UserError(f"{n}: {late}; give --n-workers 0, which shows what holds them up")
+                waiting()
+                continue
+            if isinstance(item, UserError):
+                raise item
+            yield dataset.deliver(item, device)
+            waited = 0
+        late = f"no episode came from the worker processes in {LONGEST_WAIT} seconds"
+        advice = "give --n-workers 0, which shows what holds them up"
+        raise UserError(f"--n-workers {n_workers}: {late}; {advice}")
     finally:
-        if loader.num_workers:  # they would outlive an exception, which refers to the stream
+        if n_workers:  # they would outlive an exception, which refers to the stream
             stream._shutdown_workers()  # type: ignore[attr-defined]
 
 

@@ -163,6 +163,19 @@ def is_junk(name: str) -> bool:
 
 
 @contextlib.contextmanager
+def explained(
+    place: object,
+    what: str = "cannot be written",
+    advice: str = "free some space or choose another folder",
+) -> Iterator[None]:
+    """Raise ``UserError`` for an error of the system, with advice."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{place}: {what} ({e.strerror}); {advice}") from e
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path, new: bool = False) -> Iterator[IO[bytes]]:
     """Open a temporary file beside ``path`` for binary writing; it takes the name only when it is
     complete and on disk.
@@ -175,18 +188,15 @@ def atomic_write(path: Path, new: bool = False) -> Iterator[IO[bytes]]:
     """
     temporary = path.parent / f".{path.name[:200]}.{secrets.token_hex(4)}.tmp"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if new:
-            path.open("xb").close()
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(
-            f"{path}: cannot be written ({e.strerror}); free some space or choose another folder"
-        ) from e
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if new:
+                path.open("xb").close()
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -238,6 +248,36 @@ def release_locks() -> None:
     """
     for file in _locks:
         file.close()
+
+
+# ---- Contents ----
+
+
+def fits(value: Any, form: Any) -> bool:
+    """Whether what a file holds has a form; missing entries of a dict count as None.
+
+    A form is a type, where float is any number that a float can hold; None; a condition; a list
+    with the form of all items; a dict with the forms of some entries, or {str: form} with that of
+    all; or a tuple of forms, one of which fits.
+    """
+    if isinstance(form, tuple):
+        return any(fits(value, each) for each in form)
+    if isinstance(form, list):
+        return isinstance(value, list) and all(fits(each, form[0]) for each in value)
+    if isinstance(form, dict) and isinstance(value, dict):
+        if form.keys() == {str}:
+            return fits(list(value), [str]) and fits(list(value.values()), [form[str]])
+        return all(fits(value.get(name), each) for name, each in form.items())
+    if form is None or isinstance(form, dict):
+        return value is form
+    if form is float:
+        return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1023)
+    return isinstance(value, form) if isinstance(form, type) else form(value)
+
+
+def finite(value: Any) -> bool:
+    """Whether it is a number, and finite."""
+    return fits(value, float) and math.isfinite(value)
 
 
 # ---- Statistics ----

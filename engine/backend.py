@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -29,10 +29,6 @@ REPRODUCIBLE: list[tuple[Any, str, object]] = [
 ]
 
 
-def _eager(function: Callable, *_: object) -> Callable:
-    return function
-
-
 class Backend(NamedTuple):
     """Device, classes and functions that a program runs with; signatures are the root's."""
 
@@ -44,7 +40,7 @@ class Backend(NamedTuple):
     adam: Callable[..., torch.optim.Adam] = torch.optim.Adam
     step: Callable[[torch.optim.Optimizer, Tensor], None] = step_if_finite
     # (function of an episode, its modules, its optimizer) -> the same, as a CUDA graph
-    capture: Callable[..., Callable] = _eager
+    capture: Callable[..., Callable] = lambda function, *_: function
     n_parallel: int = 1  # episodes that run side by side
     map: Callable[[Callable, Iterable], Iterator] = map
 
@@ -76,7 +72,7 @@ def reproducible() -> Iterator[None]:
         yield
 
 
-def select_backend(args: argparse.Namespace, local: tuple[int, int] = (0, 1)) -> Backend:
+def select_backend(args: Namespace, local: tuple[int, int] = (0, 1)) -> Backend:
     """Choose the device, and ``fast/`` unless ``--plain`` is given or the folder is missing.
 
     Args:
@@ -98,7 +94,7 @@ def select_backend(args: argparse.Namespace, local: tuple[int, int] = (0, 1)) ->
     return Backend(device, f"device: {name}; plain PyTorch ({why})")
 
 
-def _device(args: argparse.Namespace, rank: int, size: int) -> tuple[torch.device, str]:
+def _device(args: Namespace, rank: int, size: int) -> tuple[torch.device, str]:
     n_gpu = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if args.gpu is not None and size > 1:
         raise UserError(f"--gpu {args.gpu}: each of {size} processes takes the GPU of its number")
@@ -125,7 +121,7 @@ def _device(args: argparse.Namespace, rank: int, size: int) -> tuple[torch.devic
     return torch.device("cpu"), f"CPU{why}, {counted(torch.get_num_threads(), 'thread')}"
 
 
-def _fast(args: argparse.Namespace, device: torch.device, name: str) -> Backend:
+def _fast(args: Namespace, device: torch.device, name: str) -> Backend:
     from fast.graphs import CUDAGraphFunction, step_without_sync
     from fast.images import FastEpisodeDataset
     from fast.learner import FastConv4
@@ -152,7 +148,7 @@ def _fast(args: argparse.Namespace, device: torch.device, name: str) -> Backend:
     return backend._replace(description=description, n_parallel=n, map=side_by_side)
 
 
-def make_learner(args: argparse.Namespace, backend: Backend) -> FlatModule:
+def make_learner(args: Namespace, backend: Backend) -> FlatModule:
     """Make the learner that the flags ask for, from their seed, on the device.
 
     Raises:
@@ -165,9 +161,7 @@ def make_learner(args: argparse.Namespace, backend: Backend) -> FlatModule:
     return backend.learner(*shape, args.filters).to(backend.device)
 
 
-def make_metalearner(
-    args: argparse.Namespace, backend: Backend, learner: FlatModule
-) -> MetaLearner:
+def make_metalearner(args: Namespace, backend: Backend, learner: FlatModule) -> MetaLearner:
     """Make the meta-learner, whose cI starts as the learner's parameters, on the device."""
     ranges = (tuple(args.bi_init), tuple(args.bf_init))
     sizes = (args.input_size, args.hidden_size, learner.size())
@@ -178,7 +172,7 @@ def make_metalearner(
     return metalearner
 
 
-def adam(args: argparse.Namespace, backend: Backend, parameters: list[Tensor]) -> torch.optim.Adam:
+def adam(args: Namespace, backend: Backend, parameters: list[Tensor]) -> torch.optim.Adam:
     """Make Adam with rate ``--lr``: a tensor if ``--lr-decay`` changes it, for a CUDA graph."""
     if not args.lr_decay:
         return backend.adam(parameters, lr=args.lr)
@@ -188,7 +182,7 @@ def adam(args: argparse.Namespace, backend: Backend, parameters: list[Tensor]) -
 
 
 def dataset(
-    args: argparse.Namespace, backend: Backend, split: Split, length: int, in_order: bool = False
+    args: Namespace, backend: Backend, split: Split, length: int, in_order: bool = False
 ) -> EpisodeDataset:
     """Make a split's episodes as the flags ask for them; ``in_order`` as in ``EpisodeDataset``.
 

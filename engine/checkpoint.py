@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-import math
 import zipfile
+from argparse import Namespace
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +14,8 @@ from torch import Tensor, nn
 from engine.distributed import SINGLE_PROCESS, Ranks
 from engine.ema import TRAINED
 from engine.flags import check_stored, resolve, run_folder
-from utils import UserError, atomic_write
-
-if TYPE_CHECKING:
-    from engine.model import Model
+from engine.model import Model
+from utils import UserError, atomic_write, finite, fits
 
 BEST, LAST = "meta-learner-best.pth.tar", "meta-learner-last.pth.tar"
 
@@ -47,29 +44,33 @@ class TrainingState:
 
     @classmethod
     def from_checkpoint(cls, content: dict) -> TrainingState:
-        """Read what ``to_checkpoint`` wrote; exported checkpoints have no ``run``.
+        """Read what ``to_checkpoint`` wrote; exported checkpoints have no ``run``."""
+        return cls(episode=content["episode"], best=content.get("best"), **content.get("run", {}))
 
-        Raises:
-            ValueError, TypeError, KeyError: it is something else.
-        """
-        best, run = content.get("best"), content.get("run", {})
-        state = cls(episode=content["episode"], best=best, **run)
-        if run and run.keys() != state.to_checkpoint()["run"].keys():
-            raise KeyError("a part of the run's state")
-        counts = [state.validated, state.skipped_in_a_row, state.asked_for]
-        lists = [state.losses, state.accuracies, state.skipped]
-        sound = (
-            all(isinstance(n, int) and n >= 0 for n in (*counts, *state.logs_end_at.values()))
-            and all(isinstance(each, list) for each in lists)
-            and all(isinstance(x, float) for each in lists for x in each)
-            and len(state.losses) == len(state.accuracies)
-            and all(isinstance(v, str) for v in state.data.values())
-            and (best is None or isinstance(best["episode"], int))
-            and (best is None or math.isfinite(best["accuracy"]))
-        )
-        if not sound:
-            raise ValueError("not what training writes")
-        return state
+
+def _count(value: object) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+_RUN = {
+    **dict.fromkeys(("validated", "skipped_in_a_row", "asked_for"), _count),
+    **{name: [float] for name in ("losses", "accuracies", "skipped")},
+    **{"data": {str: str}, "logs_end_at": {str: _count}},
+}
+
+
+def _is_run(run: Any) -> bool:
+    known = fits(run, _RUN) and run.keys() == _RUN.keys()
+    return known and len(run["losses"]) == len(run["accuracies"])
+
+
+_FORM = {  # of a checkpoint, beside its weights
+    **dict.fromkeys(("hyper_parameters", "run_flags", "about"), ({str: object}, None)),
+    "classes": ([str], None),
+    "data_root": (str, None),
+    "best": ({"episode": int, "accuracy": finite}, None),
+    "run": (_is_run, None),
+}
 
 
 def save(content: dict, *paths: Path) -> None:
@@ -106,7 +107,7 @@ def short_name(path: Path) -> str:
     return "/".join([part for part in path.resolve().parts if part != "ckpts"][-2:])
 
 
-def trained_shots(content: dict, args: argparse.Namespace) -> int:
+def trained_shots(content: dict, args: Namespace) -> int:
     """The images per class that a checkpoint was trained on; ``--n-shot`` if it does not say."""
     return content.get("hyper_parameters", {}).get("n_shot") or args.n_shot
 
@@ -135,11 +136,7 @@ def load(path: Path, flag: str = "--resume") -> dict:
     except Exception as e:  # damaged or foreign bytes raise nearly anything
         why = f"not a checkpoint ({type(e).__name__})"
         raise UserError(f"{path}: {why}; give {flag} a file written by training") from e
-    try:
-        fault = _fault(content)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # a part is missing
-        fault = "its run state is not what training writes"
-    if fault:
+    if fault := _fault(content):
         raise UserError(f"{path}: {fault}; take another checkpoint")
     check_stored(path, content)
     return content
@@ -157,21 +154,18 @@ def _fault(content: object) -> str | None:
     weights = "network" if mode == "pretrain" else "metalearner"
     for key in (weights, *({"backbone", TRAINED} & content.keys())):
         tensors = content.get(key)
-        if not isinstance(tensors, dict) or not tensors:
+        if not fits(tensors, {str: Tensor}) or not tensors:
             return f"not a checkpoint of this project: it lacks {key!r}, a table of tensors"
         for name, value in tensors.items():
-            if not isinstance(value, Tensor) or value.layout != torch.strided:
+            if value.layout != torch.strided:
                 return f"{name} should be a dense tensor"
             if not value.is_floating_point() and not name.endswith("num_batches_tracked"):
                 return f"{name} is {value.dtype}, but should be of floats"
             if not torch.isfinite(value).all():
                 return f"{name} holds numbers that are not finite"
-    parts = {"hyper_parameters": dict, "run_flags": dict, "about": dict, "classes": list}
-    for key, kind in {**parts, "data_root": str}.items():
-        part = content.get(key, kind())
-        if not isinstance(part, kind) or not all(isinstance(name, str) for name in part):
+    for key, form in _FORM.items():
+        if not fits(content.get(key), form):
             return f"its {key} is not what training writes"
-    TrainingState.from_checkpoint(content)
     return None
 
 
@@ -219,7 +213,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, content: dict, path: Path) 
 
 def load_for_test(
     cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS
-) -> tuple[argparse.Namespace, dict]:
+) -> tuple[Namespace, dict]:
     """Load ``--resume``, else the run folder's best checkpoint, else its last.
 
     Returns:

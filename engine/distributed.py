@@ -35,7 +35,7 @@ class PeerLost(Exception):
     """Another rank has ended, or cannot be reached."""
 
 
-class Ranks:
+class Ranks(contextlib.AbstractContextManager):
     """This process's place among those that ``torchrun`` started; rank 0 of 1 without it.
 
     A context manager: an exception that leaves it ends all ranks, and one of them says why.
@@ -101,13 +101,10 @@ class Ranks:
         mine, others = uuid.uuid4().hex, range(1, self.size)
         deadline = time.monotonic() + TIMEOUT.total_seconds()
         store.set(f"signed in {self.rank}", mine)
-        announced: list[str] = []
         while True:
             if self.rank == 0:
                 names = [mine, *(store.get(f"signed in {rank}").decode() for rank in others)]
-                if names != announced:
-                    announced = names
-                    store.set("announced", " ".join(names))
+                store.set("announced", " ".join(names))
                 if store.check([f"{mine} found by {rank}" for rank in others]):
                     return mine
             else:
@@ -118,9 +115,6 @@ class Ranks:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"they do not come within {TIMEOUT.total_seconds():g} seconds")
             time.sleep(0.05)
-
-    def __enter__(self) -> Ranks:
-        return self
 
     def __exit__(self, _kind: type | None, error: BaseException | None, _trace: object) -> None:
         if self.size == 1:
@@ -251,9 +245,7 @@ SINGLE_PROCESS = Ranks()
 
 def _code() -> str:
     """16 hex digits over this repository's code."""
-    digest = hashlib.sha256()
-    for part in ("*.py", "data/*.py", "engine/*.py", "baselines/*.py", "fast/**/*.*"):
-        for path in sorted(ROOT.glob(part)):
-            if "__pycache__" not in path.parts:
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    parts = ("*.py", "data/*.py", "engine/*.py", "baselines/*.py", "fast/**/*.*")
+    paths = [path for part in parts for path in sorted(ROOT.glob(part))]
+    content = b"".join(path.read_bytes() for path in paths if "__pycache__" not in path.parts)
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -7,8 +7,8 @@ of training fixed in advance.
 
 from __future__ import annotations
 
-import argparse
 import copy
+from argparse import Namespace
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from utils import UserError
 TRAINED = "trained"
 
 
-def averaged_copy(args: argparse.Namespace, model: Trainable) -> Trainable:
+def averaged_copy(args: Namespace, model: Trainable) -> Trainable:
     """The model that is validated and saved: with ``--ema`` one with a meta-learner of its own."""
     if not args.ema:
         return model
@@ -32,7 +32,7 @@ def saved_modules(model: Trainable, averaged: Trainable) -> dict[str, nn.Module]
     return averaged.saved | ({} if averaged is model else {TRAINED: model.metalearner})
 
 
-def chosen_weights(args: argparse.Namespace, checkpoint: dict) -> dict:
+def chosen_weights(args: Namespace, checkpoint: dict) -> dict:
     """A checkpoint whose weights are those that ``--ema`` asks for: the average or, with ``--ema
     0``, those that it follows. Where a run begins to average, the average starts from its weights.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 
@@ -25,7 +25,7 @@ from episode import Episode
 from learner import FlatModule
 
 
-def schedule(args: argparse.Namespace, trained_on: int, n_support: int) -> tuple[int, int]:
+def schedule(args: Namespace, trained_on: int, n_support: int) -> tuple[int, int]:
     """How to adapt to ``n_support`` images in all: in as many updates as in training, with steps of
     the same size. A note says if the model was trained on another number of images.
 
@@ -50,11 +50,7 @@ class Evaluator:
     """
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        backend: Backend,
-        model: Trainable,
-        ranks: Ranks = SINGLE_PROCESS,
+        self, args: Namespace, backend: Backend, model: Trainable, ranks: Ranks = SINGLE_PROCESS
     ):
         permutations = class_permutations(args.n_class, args.tta_permutations or 1, args.seed)
         permutations = permutations.to(backend.device)  # here: a CUDA graph cannot copy it
@@ -101,7 +97,7 @@ def is_mini_imagenet(classes: list[str]) -> bool:
 
 
 def run_test(
-    args: argparse.Namespace,
+    args: Namespace,
     backend: Backend,
     model: Trainable,
     trained_on: int,
@@ -121,7 +117,7 @@ def run_test(
     for n_shot in args.shots or [args.n_shot]:
         size, divisor = schedule(args, trained_on, args.n_class * n_shot)
         model.metalearner.grad_divisor = divisor  # type: ignore[assignment]
-        these = argparse.Namespace(**{**vars(args), "n_shot": n_shot, "batch_size": size})
+        these = Namespace(**{**vars(args), "n_shot": n_shot, "batch_size": size})
         test_set = dataset(these, backend, scan_split(args.data_root, "test"), counts[-1])
         ranks.begin({"device": backend.description, "test images": test_set.fingerprint})
         losses, accuracies = Evaluator(these, backend, model, ranks)(test_set)

@@ -320,41 +320,27 @@ def resolve(
         low, high = getattr(args, name)
         if low > high:
             raise UserError(f"{spelled(name)} {low:g} {high:g}: LOW must not exceed HIGH")
-    if args.learner != "conv4":
-        possible: dict[str, tuple] = {"mode": ("train", "test", "predict")}
-        possible |= {"method": ("lstm",), "precision": ("fp32",)}
-        for name, values in possible.items():
-            if (value := getattr(args, name)) not in values:
-                raise UserError(f"{spelled(name)} {value}: not with --learner, but with conv4 only")
-    if args.bn_shift and args.method != "linear-head":
-        raise UserError(f"--bn-shift {args.bn_shift:g}: is for --method linear-head only")
-    for name in ("transductive", "final_stats"):
-        if getattr(args, name) and args.method == "linear-head":
-            raise UserError(f"{spelled(name)} true: a linear head has no batch norm; leave it out")
-    if args.ema and args.mode == "pretrain":
-        raise UserError(f"--ema {args.ema:g}: is for --mode train only; leave it out")
-    if args.classifier != "cosine" and args.mode != "pretrain":
-        raise UserError(f"--classifier {args.classifier}: is for --mode pretrain only")
-    if args.method not in INNER_LOOP:
-        _check_without_inner_loop(args)
-    if args.transductive and args.mode == "predict":
-        raise UserError("--transductive true: a prediction must not depend on the other images")
+    mode, method, loop = args.mode, args.method, args.method in INNER_LOOP
+    head, conv4 = method == "linear-head", args.learner == "conv4"
+    of_loop = "tta_permutations tta_flip transductive final_stats meta_batch second_order"
+    rules = [  # flags, whether they may have other values than the default, and why not
+        ("mode", conv4 or mode in ("test", "predict"), "not with --learner, but with conv4 only"),
+        ("method precision", conv4, "not with --learner, but with conv4 only"),
+        ("bn_shift", head, "is for --method linear-head only"),
+        ("transductive final_stats", not head, "a linear head has no batch norm; leave it out"),
+        ("ema", mode != "pretrain", "is for --mode train only; leave it out"),
+        ("classifier", mode == "pretrain", "is for --mode pretrain only"),
+        (of_loop, loop, f"is not for --method {method}"),
+        ("mode", loop or mode != "predict", f"is not for --method {method}"),
+        ("init_from", loop or method in PRETRAINED, f"--method {method} starts from scratch"),
+        ("shots", method != "finetune", "its rate is for one number of shots; leave it out"),
+        ("transductive", mode != "predict", "a prediction must not depend on the other images"),
+    ]
+    for names, allowed, why in rules:
+        for name in names.split():
+            if not allowed and (value := getattr(args, name)) != DEFAULTS[name]:
+                raise UserError(f"{spelled(name)} {typed(value)}: {why}")
     return args
-
-
-def _check_without_inner_loop(args: argparse.Namespace) -> None:
-    inner_loop = ("final_stats", "meta_batch", "second_order")
-    for name in ("transductive", "tta_permutations", "tta_flip", *inner_loop):
-        value = getattr(args, name)
-        if value != DEFAULTS[name]:
-            raise UserError(f"{spelled(name)} {typed(value)}: is not for --method {args.method}")
-    if args.mode == "predict":
-        raise UserError(f"--mode predict: is not for --method {args.method}")
-    if args.init_from and args.method not in PRETRAINED:
-        raise UserError(f"--init-from {args.init_from}: --method {args.method} starts from scratch")
-    if args.shots and args.method == "finetune":
-        advice = "its rate is chosen for one number of shots; leave it out"
-        raise UserError(f"--shots {typed(args.shots)}: {advice}")
 
 
 def check(argv: list[str]) -> None:

@@ -12,10 +12,19 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from utils import UserError, counted, load_package, summary
+from utils import UserError, counted, explained, fits, load_package, summary
 
 CONSOLE, METRICS = "console.log", "metrics.jsonl"
-TOO_MUCH = (RecursionError, OverflowError)  # which damaged JSON may raise: "[[[[...", 10**400
+_MEAN = {"mean": float, "ci95": float}
+_FORMS = {  # of events, by kind: what is read of them
+    "train": {
+        "episode": int,
+        "mean_loss": (float, None),  # no loss was finite
+        "mean_accuracy": float,
+        "time": {"seconds": float, "episodes_per_second": lambda n: fits(n, float) and n > 0},
+    },
+    "val": {"episode": int, "loss": _MEAN, "accuracy": _MEAN, "accuracies": ([float], None)},
+}
 
 
 def result_line(name: str, losses: list[float], accuracies: list[float]) -> str:
@@ -48,17 +57,13 @@ class Logger:
     ):
         self._board = _tensorboard(folder, episode) if tensorboard else None
         how = {"encoding": "utf-8", "errors": "backslashreplace"}  # file names are any bytes
-        try:
+        with explained(folder, advice="choose another --save"):
             self._files = {name: (folder / name).open("a", **how) for name in self.NAMES}
             for name, size in self._sizes().items():
                 if size < end_at.get(name, 0):
                     found = f"{size} bytes, but the snapshot saw {end_at[name]}"
                     raise UserError(f"{folder / name}: {found}; choose another --save")
                 self._files[name].truncate(end_at.get(name, size))
-        except OSError as e:
-            raise UserError(
-                f"{folder}: cannot be written ({e.strerror}); choose another --save"
-            ) from e
 
     def position(self) -> dict[str, int]:
         """The lengths of the two files in bytes, once they are safely on disk."""
@@ -98,11 +103,9 @@ class Logger:
 
 
 def _append(file: IO[str], text: str) -> None:
-    try:
+    with explained(file.name, advice="free some space"):
         file.write(text)
         file.flush()
-    except OSError as e:
-        raise UserError(f"{file.name}: cannot be written ({e.strerror}); free some space") from e
 
 
 def _tensorboard(folder: Path, episode: int) -> Any:
@@ -120,38 +123,14 @@ def read_metrics(folder: Path) -> list[dict]:
         UserError: the file cannot be read, or no training is logged there.
     """
     path, events = folder / METRICS, []
-    try:
+    with explained(path, "cannot be read", "name a run folder"):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); name a run folder") from e
     for line in lines:
-        with contextlib.suppress(ValueError, *TOO_MUCH):
+        with contextlib.suppress(ValueError, RecursionError):  # the latter of "[[[[..."
             events.append(json.loads(line))
     events = [e for e in events if isinstance(e, dict) and "event" in e]
-    try:
-        sound = all(map(_is_sound, events))
-    except (KeyError, TypeError, AttributeError, *TOO_MUCH):  # a part is missing
-        sound = False
-    if not sound:
+    if not all(fits(e, _FORMS.get(str(e["event"]), object)) for e in events):
         raise UserError(f"{path}: holds what no training logs; name another run")
     if not any(e["event"] == "train" for e in events):
         raise UserError(f"{path}: no episode of training is logged there yet")
     return events
-
-
-def _is_sound(event: dict) -> bool:
-    """Whether an event has what it is read for; missing parts may raise."""
-    if event["event"] == "train":
-        numbers = [event["mean_accuracy"], event["time"]["seconds"]]
-        if event["mean_loss"] is not None:  # no loss was finite
-            numbers.append(event["mean_loss"])
-        numbers.append(event["time"]["episodes_per_second"])
-        sound = numbers[-1] > 0
-    elif event["event"] == "val":
-        numbers = [event[name][k] for name in ("loss", "accuracy") for k in ("mean", "ci95")]
-        numbers, sound = numbers + event.get("accuracies", []), True
-    else:
-        return True
-    for x in (*numbers, event["episode"]):
-        math.isnan(x)  # raises for what is no number, and for one that is too large
-    return sound and isinstance(event["episode"], int)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
 import inspect
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class OwnLearner(FlatModule):
         return self.network.features
 
 
-def own_learner(args: argparse.Namespace) -> FlatModule:
+def own_learner(args: Namespace) -> FlatModule:
     """Make the network that ``--learner`` names, on the CPU.
 
     NAME is called with those of ``n_classes``, ``image_size``, ``bn_eps``, ``bn_momentum``,
@@ -85,18 +85,16 @@ def own_learner(args: argparse.Namespace) -> FlatModule:
 
 def _module(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"learner_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # as for any import: dataclasses look there
+    sys.modules[module.__name__] = module  # as for any import: dataclasses look there
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)  # last: the user's utils.py does not hide ours
-    spec.loader.exec_module(module)
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
     return module
 
 
-def _fault(network: object, args: argparse.Namespace) -> str | None:
+def _fault(network: object, args: Namespace) -> str | None:
     """Why a network cannot be a learner, if it cannot; tried on images without content."""
     if not isinstance(network, nn.Module):
         return f"gives a {type(network).__name__}, but should give a torch.nn.Module"

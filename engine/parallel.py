@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import queue
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
@@ -46,7 +46,7 @@ def side_by_side(
 
 
 def make_train_step(
-    args: argparse.Namespace,
+    args: Namespace,
     backend: Backend,
     model: Trainable,
     optimizer: torch.optim.Optimizer,
@@ -97,9 +97,7 @@ def make_train_step(
     return train_step
 
 
-def set_learning_rate(
-    args: argparse.Namespace, optimizer: torch.optim.Optimizer, seen: int
-) -> None:
+def set_learning_rate(args: Namespace, optimizer: torch.optim.Optimizer, seen: int) -> None:
     """Set the rate after ``seen`` episodes: ``--lr``, which falls linearly to 0 at the end."""
     if args.lr_decay:
         rate = args.lr * min(1.0, (args.episode - seen) / (args.lr_decay * args.episode))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -43,12 +44,10 @@ def commit() -> str:
 
 def cpu_name() -> str:
     """The CPU's model."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", "rb") as file:
+        name = next(line for line in file if line.startswith(b"model name"))
+        return name.decode(errors="replace").split(":")[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:

@@ -2,11 +2,9 @@
 # Fine-tuning; run baseline_pretrain.sh first, with the same seed. A "training episode" draws from the
 # validation classes and tries all learning rates and decays. 1-shot: --n-shot 1 --save OTHER.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
-set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
-use_python requirements.txt
 
-exec "$PYTHON" "$ROOT/main.py" --mode train \
+run_main --mode train \
   --n-shot 5 \
   --episode 100 \
   --epoch 15 \

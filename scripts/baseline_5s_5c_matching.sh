@@ -2,11 +2,9 @@
 # Matching network. The authors use 64 filters: --filters 64.
 # Test one checkpoint on any number of shots (--shots 1 5).
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
-set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
-use_python requirements.txt
 
-exec "$PYTHON" "$ROOT/main.py" --mode train \
+run_main --mode train \
   --n-shot 5 \
   --lr 1e-4 \
   --episode 75000 \

@@ -2,11 +2,9 @@
 # Nearest neighbour on frozen features; run baseline_pretrain.sh first, with the same seed. Nothing is
 # trained: one episode writes the checkpoint. Test it on any number of shots (--shots 1 5).
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
-set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
-use_python requirements.txt
 
-exec "$PYTHON" "$ROOT/main.py" --mode train \
+run_main --mode train \
   --n-shot 5 \
   --episode 1 \
   --augment none \

@@ -1,6 +1,8 @@
 # shellcheck shell=bash
-# The other scripts source this file. `use_python FILE` sets $PYTHON to the Python of the active venv
-# or conda environment, else of .venv, which it makes. If a package is missing or old, it installs FILE.
+# The other scripts source this file: it sets $ROOT, the repository, and the shell's strict mode.
+# `use_python FILE` sets $PYTHON to the Python of the active venv or conda environment, else of .venv,
+# which it makes. If a package is missing or old, it installs FILE. `run_main FLAGS` ends in main.py.
+set -euo pipefail
 ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
 fail() { echo "error: $*" >&2; exit 2; }
@@ -28,4 +30,9 @@ use_python() {
     echo "installing $1 into $prefix (PyTorch is large; this happens once)"
     "$PYTHON" -m pip install -r "$1" || fail "pip could not install $1 into $prefix"
   )
+}
+
+run_main() {
+  use_python requirements.txt
+  exec "$PYTHON" "$ROOT/main.py" "$@"
 }

@@ -2,11 +2,9 @@
 # Test the checkpoint of train_1s_5c.sh that is best in validation.
 # It tests seed 719's run; with --seed N, seed N's; with --resume PATH, that checkpoint, and with both
 # on other test episodes. Hyper-parameters come from the checkpoint. Your flags override these.
-set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
-use_python requirements.txt
 
-exec "$PYTHON" "$ROOT/main.py" --mode test \
+run_main --mode test \
   --save logs-1shot \
   --episode-test 100 250 600 \
   "$@"

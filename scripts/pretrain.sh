@@ -2,11 +2,9 @@
 # Pre-training for train_5s_5c_pretrained.sh and train_1s_5c_pretrained.sh: the learner classifies
 # all training classes. Each "episode" is a batch with n-shot + n-eval images of each class.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
-set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
-use_python requirements.txt
 
-exec "$PYTHON" "$ROOT/main.py" --mode pretrain \
+run_main --mode pretrain \
   --n-shot 1 \
   --n-eval 1 \
   --lr 2e-3 \

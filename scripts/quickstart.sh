@@ -2,7 +2,6 @@
 # A first try without downloading data: install missing packages, make a data set of rendered
 # characters in mini-ImageNet's layout, train on it, and test on 20 unseen classes. A second call keeps
 # the data and the finished training, and tests again.
-set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements.txt
 

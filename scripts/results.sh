@@ -3,7 +3,6 @@
 # tables between the lines <!-- results --> and <!-- /results --> of FILE.
 #   bash scripts/results.sh logs-*
 #   bash scripts/results.sh --write docs/results.md            # all runs of results/
-set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements.txt
 

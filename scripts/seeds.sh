@@ -5,7 +5,6 @@
 # finished seeds. Further flags go to main.py, for training and testing.
 #   bash scripts/seeds.sh 719 53 1 [--recipe train_5s_5c_authors] [--per-gpu N] [--data-root DIR ...]
 # Before --recipe train_5s_5c_pretrained, run --recipe pretrain, which tests nothing.
-set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
 recipes=train_5s_5c per_gpu=1 minutes='' save='' seeds=() flags=() gpus=()

@@ -3,7 +3,6 @@
 # pytest and choose the tests instead; their paths may be relative to your working directory.
 #   bash scripts/test.sh [--all]
 #   bash scripts/test.sh tests/core -k golden
-set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements-dev.txt
 

@@ -4,11 +4,9 @@
 # divided again; --ema, whose averaged weights are tested; 5 updates, mirrored images and 40,000 episodes;
 # and --final-stats, without which 5 updates lose several points in tests.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
-set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
-use_python requirements.txt
 
-exec "$PYTHON" "$ROOT/main.py" --mode train \
+run_main --mode train \
   --n-shot 1 \
   --n-eval 15 \
   --n-class 5 \

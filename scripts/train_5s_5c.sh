@@ -1,11 +1,9 @@
 #!/usr/bin/env bash
 # 5-way 5-shot, the recipe of the PyTorch port of 2019.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
-set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
-use_python requirements.txt
 
-exec "$PYTHON" "$ROOT/main.py" --mode train \
+run_main --mode train \
   --n-shot 5 \
   --n-eval 15 \
   --n-class 5 \

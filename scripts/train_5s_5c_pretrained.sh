@@ -3,11 +3,9 @@
 # same working directory and with the same seed. A step is at most the whole gradient
 # (--grad-divisor), and about two thirds of it at the start (--bi-init).
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
-set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
-use_python requirements.txt
 
-exec "$PYTHON" "$ROOT/main.py" --mode train \
+run_main --mode train \
   --n-shot 5 \
   --n-eval 15 \
   --n-class 5 \

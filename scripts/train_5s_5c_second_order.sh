@@ -3,11 +3,9 @@
 # differ from train_5s_5c_authors.sh: --epoch 5, as in the paper's text; --hidden-size 1; --grad-divisor 1,
 # so the mean gradient is not divided again; random flips; and --ema, whose averaged weights are tested.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
-set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
-use_python requirements.txt
 
-exec "$PYTHON" "$ROOT/main.py" --mode train \
+run_main --mode train \
   --n-shot 5 \
   --n-eval 15 \
   --n-class 5 \

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # 5-way 1-shot on Omniglot, in images of 28 px. The first run downloads it (torchvision, about 15 MB).
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
-set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 use_python requirements.txt
 
@@ -10,7 +9,7 @@ use_python requirements.txt
 "$PYTHON" "$ROOT/data/prepare.py" omniglot
 
 # No augmentation: crops, flips and colours turn one character into another.
-exec "$PYTHON" "$ROOT/main.py" --mode train \
+run_main --mode train \
   --n-shot 1 \
   --n-eval 15 \
   --n-class 5 \

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,13 @@ from engine.flags import run_folder
 from engine.logger import Logger
 from tools import results, trace
 from tools.recipes import recipe_name
-from utils import UserError, atomic_write
+from utils import UserError, atomic_write, explained
 
 PUBLISHED = ("episode", "mode", "metalearner", "backbone", "hyper_parameters", "best")
 PUBLISHED += ("about", "classes")
 
 
-def export_mode(args: argparse.Namespace) -> None:
+def export_mode(args: Namespace) -> None:
     """Export this run and print where."""
     print(f"written to {export(run_folder(args), Path(args.to))}")
 
@@ -56,15 +56,13 @@ def export(folder: Path, to: Path) -> Path:
     if checkpoint["episode"] not in [test["episode"] for test in content["tests"]]:
         advice = f"of which {folder / results.NAME} has no test; test the run again"
         raise UserError(f"{best}: is of episode {checkpoint['episode']}, {advice}")
-    try:
+    with explained(target, advice="give another --to"):
         to.mkdir(parents=True, exist_ok=True)
         # takes its name when it is complete
         with tempfile.TemporaryDirectory(dir=to, prefix=".") as temporary:
             whole = Path(temporary, "run")
             _copy(folder, checkpoint, whole)
             whole.rename(target)
-    except OSError as e:
-        raise UserError(f"{target}: cannot be written ({e.strerror}); give another --to") from e
     return target
 
 

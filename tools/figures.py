@@ -34,7 +34,7 @@ from tools.results import NAME as RESULTS
 from tools.results import read_results, variant
 from tools.trace import QUANTILES
 from tools.words import display_name, shorten
-from utils import UserError, summary
+from utils import UserError, explained, summary
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 STYLE = {
@@ -139,12 +139,10 @@ def save(figure: Figure, path: Path) -> None:
         UserError: it cannot be written.
     """
     try:
-        path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, dpi=150)
-        figure.savefig(path.with_suffix(".svg"), dpi=150, metadata={"Date": None})
-    except OSError as e:
-        why = f"cannot be written ({e.strerror}); free some space"
-        raise UserError(f"{path.parent}: {why}") from e
+        with explained(path.parent, advice="free some space"):
+            path.parent.mkdir(exist_ok=True)
+            figure.savefig(path, dpi=150)
+            figure.savefig(path.with_suffix(".svg"), dpi=150, metadata={"Date": None})
     finally:
         plt.close(figure)
 
@@ -161,7 +159,7 @@ def curves(folder: Path) -> Figure:
         if n := known.get("n_class"):
             chance = math.log(n) if key == "loss" else 100 / n
             axis.axhline(chance, **GUESSING, label=f"guessing among {n} classes")
-        values = np.array([e[f"mean_{key}"] for e in train], dtype=float)
+        values = np.array([e.get(f"mean_{key}") for e in train], dtype=float)
         mean, std = smooth(values, max(3, len(values) // 20))
         axis.fill_between(episode, mean - std, mean + std, color=BLUE, alpha=0.2, linewidth=0)
         words = "training, smoothed, ± std of the log's means"

@@ -34,12 +34,9 @@ def gather(paths: list[str], support: list[Path]) -> list[Path]:
     found: list[Path] = []
     for name in paths:
         path = Path(name)
-        if path.is_dir():
-            found += images_below(path, support)
-        elif path.is_file():
-            found.append(path)
-        else:
+        if not (path.is_dir() or path.is_file()):
             raise UserError(f"--query {name}: no such file or folder")
+        found += images_below(path, support) if path.is_dir() else [path]
     if not found:
         raise UserError(f"--query {' '.join(paths)}: no images there")
     return found

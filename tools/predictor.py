@@ -6,9 +6,9 @@ determine the order of the classes, so predictions do not depend on the labels o
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
+from argparse import Namespace
 from collections.abc import Hashable, Iterable, Iterator
 from itertools import islice, product
 
@@ -40,7 +40,7 @@ class Predictor:
         adapted: the permutations that ``predict`` averages over, each with its adapted learner.
     """
 
-    def __init__(self, args: argparse.Namespace, backend: Backend, model: Model, trained_on: int):
+    def __init__(self, args: Namespace, backend: Backend, model: Model, trained_on: int):
         self.args, self.backend, self.model, self.trained_on = args, backend, model, trained_on
         self.classes: list[Hashable] = []
         self.adapted: list[tuple[Tensor, FlatModule]] = []
@@ -169,8 +169,5 @@ def by_content(images: list[list[Tensor]]) -> list[tuple[int, Tensor]]:
         sorted((hashlib.sha256(x.numpy().tobytes()).digest(), i) for i, x in enumerate(of_class))
         for of_class in images
     ]
-    return [
-        (k, images[k][i])
-        for k in sorted(range(len(images)), key=keyed.__getitem__)
-        for _, i in keyed[k]
-    ]
+    order = sorted(range(len(images)), key=keyed.__getitem__)
+    return [(k, images[k][i]) for k in order for _, i in keyed[k]]

@@ -23,7 +23,7 @@ def scripts() -> dict[tuple[str, int], dict[str, object]]:
     found = {}
     for path in sorted((ROOT / "scripts").glob("*.sh")):
         if match := _SCRIPT.fullmatch(path.name):
-            command = path.read_text(encoding="utf-8").partition('main.py"')[2]
+            command = path.read_text(encoding="utf-8").partition("run_main ")[2]
             try:
                 words = shlex.split(command.replace("\\\n", " "), comments=True)
                 flags = parse([word for word in words if not word.startswith("$")])

@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import math
 import os
+from argparse import Namespace
 from pathlib import Path
 
 from engine import checkpoint as checkpoints
 from engine.checkpoint import LAST
 from engine.flags import check_stored, completed, data_name, essence, spelled
-from engine.logger import TOO_MUCH, read_metrics
+from engine.logger import read_metrics
 from tools.recipes import text
-from utils import UserError, atomic_write, file_lock
+from utils import UserError, atomic_write, file_lock, finite, fits
 
 NAME = "results.json"
-_TYPES = {  # of a test's entries
+_FORM = {  # of a test
     **dict.fromkeys(("checkpoint", "data", "fingerprint"), str),
     **dict.fromkeys(("episode", "n_class", "n_shot", "n_eval", "epoch", "batch_size"), int),
     **dict.fromkeys(("mini_imagenet", "transductive"), bool),
-    **dict.fromkeys(("contradicts_training", "tta", "about", "training_length"), dict),
-    **dict.fromkeys(("counts", "accuracies", "losses"), list),
+    **dict.fromkeys(("contradicts_training", "about"), dict),
+    "tta": {"permutations": int, "flip": bool},
+    "training_length": {"seen": (int, None), "asked_for": (int, None)},
     "episodes_drawn_by_seed": int,
-    "validation": (dict, type(None)),
+    "validation": ({"accuracy": finite, "std": (finite, None)}, None),
+    "counts": [int],
+    "accuracies": [finite],
+    "losses": list,
+}
+_ORIGIN = ({"checkpoint": str, "episode": int}, None)
+_TRAINING = {
+    "hyper_parameters": dict,
+    "seed": (int, None),
+    "started_from": _ORIGIN,
+    "resumed_from": _ORIGIN,
 }
 # two tests that agree in all others are of the same thing: the later one replaces the other
 _FOUND = {"accuracies", "losses", "about", "training_length", "validation", "mini_imagenet"}
-_KEY = _TYPES.keys() - _FOUND
+_KEY = _FORM.keys() - _FOUND
 
 
-def contradictions(args: argparse.Namespace, stored: dict[str, object]) -> dict[str, object]:
+def contradictions(args: Namespace, stored: dict[str, object]) -> dict[str, object]:
     """The hyper-parameters of a test that differ from the training's, by name."""
     own, stored = vars(args), completed(stored)
     return {k: own[k] for k, v in stored.items() if essence(own[k]) != essence(v)}
 
 
-def contradiction_notes(args: argparse.Namespace, checkpoint: dict) -> list[str]:
+def contradiction_notes(args: Namespace, checkpoint: dict) -> list[str]:
     """A note on each of ``contradictions``."""
     stored = completed(checkpoint.get("hyper_parameters", {}))
     return [
@@ -64,19 +74,10 @@ def folder_of(path: Path) -> Path | None:
 
 
 def write_results(
-    folder: Path, args: argparse.Namespace, checkpoint: dict, tests: list[dict], about: dict
+    folder: Path, args: Namespace, checkpoint: dict, tests: list[dict], about: dict
 ) -> Path:
-    """Add tests to a run's ``results.json``; an earlier test of the same thing is replaced.
-
-    Args:
-        folder: the run's.
-        args: of the test.
-        checkpoint: what was tested.
-        tests: from ``run_test``.
-        about: of the test, from ``provenance``.
-
-    Returns:
-        The file's path.
+    """Add tests from ``run_test``, with ``about`` from ``provenance``, to a run's ``results.json``,
+    and return its path; an earlier test of the same thing is replaced.
     """
     stored, best = checkpoint.get("hyper_parameters", {}), checkpoint.get("best") or {}
     training = {
@@ -131,38 +132,22 @@ def read_results(folder: Path) -> dict:
     Raises:
         UserError: there is none, or it is something else.
     """
-    path = folder / NAME
+    path, content = folder / NAME, None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        training = content["training"]
-        check_stored(path, {"hyper_parameters": training["hyper_parameters"]})
-        sound = bool(content["tests"]) and all(map(_is_test, content["tests"]))
-        sound = sound and isinstance(training["seed"], (int, type(None)))
-        origins = filter(None, map(training.get, ("started_from", "resumed_from")))
-        pairs = [
-            (o[k], kind) for o in origins for k, kind in (("checkpoint", str), ("episode", int))
-        ]
-        sound = sound and all(isinstance(*pair) for pair in pairs)
     except (FileNotFoundError, NotADirectoryError) as e:
         advice = "name another, or test it first (python main.py --mode test)"
         raise UserError(f"{folder}: is not a run folder with a {NAME}; {advice}") from e
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, *TOO_MUCH):
-        sound = False
-    if not sound:
+    except (OSError, ValueError, RecursionError):  # the last of "[[[[..."
+        pass
+    sound = fits(content, {"training": _TRAINING, "tests": [_FORM]}) and bool(content["tests"])
+    if not sound or not all(
+        test["counts"] and 0 < min(test["counts"]) <= max(test["counts"]) <= len(test["accuracies"])
+        for test in content["tests"]
+    ):
         raise UserError(f"{path}: not a test's results; move it away and test the run again")
+    check_stored(path, content["training"])
     return content
-
-
-def _is_test(test: dict) -> bool:
-    """Whether a test has all entries; missing ones may raise."""
-    lengths = map(test["training_length"].get, ("seen", "asked_for"))
-    whole = [*test["counts"], test["tta"]["permutations"], *(n for n in lengths if n is not None)]
-    val = test["validation"]
-    numbers = [*test["accuracies"], *([val["accuracy"], val.get("std", 0.0)] if val else [])]
-    sound = all(isinstance(test[key], kind) for key, kind in _TYPES.items())
-    sound = sound and all(isinstance(n, int) for n in whole) and all(map(math.isfinite, numbers))
-    sound = sound and isinstance(test["tta"]["flip"], bool)
-    return sound and 0 < min(test["counts"]) <= max(test["counts"]) <= len(test["accuracies"])
 
 
 def variant(test: dict) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
+from argparse import Namespace
 from collections.abc import Iterable
 from itertools import groupby
 from operator import attrgetter
@@ -54,7 +54,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def report(
     folder: Path,
-    args: argparse.Namespace,
+    args: Namespace,
     checkpoint: dict,
     tests: list[dict],
     device: torch.device,
@@ -68,7 +68,7 @@ def report(
         plots.draw(folder, "histogram")
 
 
-def results_mode(args: argparse.Namespace) -> None:
+def results_mode(args: Namespace) -> None:
     """Print the tables of ``--runs``, or of this run."""
     print(tables([Path(folder) for folder in args.runs or [run_folder(args)]], args.means))
 
@@ -125,7 +125,8 @@ class Row:
         tested = f"{self.kind}, {self.test['episode']:,}"
         tested += (f" of {self.seen:,}" if self.seen else "") + " episodes"
         tested += f", {self.asked:,} asked for" if self.asked != self.seen else ""
-        validated = f"{val['accuracy']:.2f} (std {val['std']:.1f})" if val and "std" in val else ""
+        known = val and val.get("std") is not None
+        validated = f"{val['accuracy']:.2f} (std {val['std']:.1f})" if known else ""
         found = [summary(values[:n]) if n <= len(values) else None for n in counts]
         cells = [
             f"{s['mean']:.2f} ± {s['ci95']:.2f} (std {s['std']:.1f})" if s else "" for s in found

@@ -44,10 +44,8 @@ def shorten(text: str, width: int) -> str:
 
 def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """Format a table, one line per row; a cell is written as ``str`` does."""
-    lines = [_line(header), "|" + "-|" * len(header)]
-    return "\n".join(lines + [_line(row) for row in rows])
-
-
-def _line(cells: Sequence[object]) -> str:
-    texts = [" ".join(str(cell).split()).replace("|", "\\|") for cell in cells]
-    return "| " + " | ".join(texts) + " |"
+    cells = [
+        [" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in (header, *rows)
+    ]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "-|" * len(header), *lines[1:]])

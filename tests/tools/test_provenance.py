@@ -110,8 +110,8 @@ def test_a_script_with_an_unknown_flag_is_named(tmp_path, monkeypatch):
     script = tmp_path / "scripts" / "train_5s_5c_mine.sh"
     monkeypatch.setattr(recipes_module, "ROOT", tmp_path)
     monkeypatch.setattr(recipes_module, "scripts", recipes_module.scripts.__wrapped__)
-    script.write_text('exec python "$ROOT/main.py" --lrr 3 \\\n  "$@"\n')
+    script.write_text('run_main --mode train --lrr 3 \\\n  "$@"\n')
     with pytest.raises(UserError, match=r"train_5s_5c_mine\.sh"):
         recipes()
-    script.write_text('exec python "$ROOT/main.py" --lr 0.5 \\\n  # why\n  "$@"\n')
+    script.write_text('run_main --mode train --lr 0.5 \\\n  # why\n  "$@"\n')
     assert recipes()["mine", 5]["lr"] == 0.5
