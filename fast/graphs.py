@@ -71,7 +71,7 @@ class CUDAGraphFunction:
         self._load(episode)
         self.calls += 1
         if self.calls == WARM_UP:
-            with _report_syncs(), _ReportCopies():
+            with _reports():
                 return self._eager()
         if self.calls == WARM_UP + 1:
             self._capture()
@@ -171,10 +171,13 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _report_syncs() -> Iterator[None]:
-    """Write a line if the host waits for the GPU in this context."""
+def _reports() -> Iterator[None]:
+    """Write a line if the host waits for the GPU in this context, and one if tensors are copied
+    between devices: a graph cannot contain such a copy, or would read the host's memory long after
+    the tensor is gone.
+    """
     mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, _Copies() as copies:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
@@ -183,16 +186,15 @@ def _report_syncs() -> Iterator[None]:
             torch.cuda.set_sync_debug_mode(mode)
     syncs = [w for w in caught if "called a synchronizing CUDA operation" in str(w.message)]
     if syncs:
-        first = f"{syncs[0].filename}:{syncs[0].lineno}"
-        tqdm.write(
-            f"an episode waits for the GPU {len(syncs)} times, which costs speed; first at {first}"
-        )
+        what = f"waits for the GPU {len(syncs)} times, which costs speed"
+        tqdm.write(f"an episode {what}; first at {syncs[0].filename}:{syncs[0].lineno}")
+    if places := copies.places:
+        what = f"copies {len(places)} tensors between host and device"
+        tqdm.write(f"an episode {what}; first at {places[0]}")
 
 
-class _ReportCopies(TorchDispatchMode):
-    """Writes a line if tensors are copied between devices in this context: a graph cannot contain
-    such a copy, or would read the host's memory long after the tensor is gone.
-    """
+class _Copies(TorchDispatchMode):
+    """Collects the places of copies from one device to another."""
 
     def __init__(self):
         super().__init__()
@@ -204,12 +206,6 @@ class _ReportCopies(TorchDispatchMode):
         if source is not None and args[source].device.type != out.device.type:
             self.places.append(_caller())
         return out
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        if self.places:
-            n, first = len(self.places), self.places[0]
-            tqdm.write(f"an episode copies {n} tensors between host and device; first at {first}")
 
 
 def _caller() -> str:

@@ -20,11 +20,10 @@ import os
 import secrets
 import shutil
 import zlib
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +35,7 @@ from data.imagefiles import load_image
 from dataloader import EpisodeDataset, Split, relative_names
 from episode import Episode
 from fast.augment import Windows, table, transform
+from fast.threads import in_order
 from utils import UserError, file_lock
 
 FOLDER = ".decoded"
@@ -68,36 +68,23 @@ class DecodedSplit:
         sizes: [N, 2] int64, height and width of each image in pixels.
     """
 
-    def __init__(self, folder: Path):
-        """Open a finished cache.
-
-        Raises:
-            ValueError, OSError, KeyError, zlib.error, zipfile.BadZipFile: it is damaged.
-        """
+    def __init__(self, folder: Path, check: bool = True):
+        self.folder = folder
         with np.load(folder / "index.npz", allow_pickle=False) as index:
             self.sizes, checksum = index["sizes"], int(index["checksum"])
-        ends = np.cumsum(self.sizes.prod(axis=1) * 3)
-        self._starts = np.concatenate(([0], ends[:-1]))
-        self._file = folder / "pixels.bin"
-        self._map()
-        if self._pixels.size != ends[-1] or zlib.crc32(self._pixels) != checksum:
+        self._ends = np.cumsum(self.sizes.prod(axis=1) * 3)
+        self._pixels = np.memmap(folder / "pixels.bin", dtype=np.uint8, mode="r")
+        if check and (self._pixels.size != self._ends[-1] or zlib.crc32(self._pixels) != checksum):
             raise ValueError("its bytes have changed")
 
-    def _map(self) -> None:
-        self._pixels = np.memmap(self._file, dtype=np.uint8, mode="r")
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "_pixels"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__ |= state
-        self._map()
+    def __reduce__(self):
+        return DecodedSplit, (self.folder, False)
 
     def image(self, k: int) -> np.ndarray:
         """Image ``k``, [3, height, width] uint8, read-only."""
         height, width = self.sizes[k]
-        start = self._starts[k]
-        return self._pixels[start : start + 3 * height * width].reshape(3, height, width)
+        end = self._ends[k]
+        return self._pixels[end - 3 * height * width : end].reshape(3, height, width)
 
 
 def _key(files: list[Path], stats: list[tuple[int, int]], root: Path, image_size: int) -> str:
@@ -135,14 +122,12 @@ def decoded(
         parent = cache_dir / f"{path.name[:40]}-{digest}"
     prefix = f"{name}-{2 * image_size}-"
     folder = parent / (prefix + _key(files, stats, root, image_size))
-    split = _open(folder)
-    if split is not None:
+    if split := _open(folder):
         return split
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with file_lock(parent / "lock", wait=True):
-            split = _open(folder)  # built by the process that held the lock until now
-            if split is not None:
+            if split := _open(folder):  # built by the process that held the lock until now
                 return split
             for stale in (*parent.glob(f"{prefix}*"), *parent.glob(".*.tmp")):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -178,26 +163,24 @@ def _open(folder: Path) -> DecodedSplit | None:
 
 
 def _build(folder: Path, name: str, files: list[Path], image_size: int) -> None:
-    sizes, checksum = [], 0
-    workers = os.cpu_count() or 1
-    bar = tqdm(total=len(files), desc=f"decoding {name}", unit="image", leave=False, disable=None)
+    sizes, checksum, workers = [], 0, os.cpu_count() or 1
+    decode = partial(_decode, image_size=image_size)
     with (folder / "pixels.bin").open("wb") as out, ThreadPoolExecutor(workers) as pool:
-        todo = (pool.submit(_decode, path, image_size) for path in files)
-        running = deque(islice(todo, 8 * workers))  # no more of them are in memory
-        while running:
-            pixels = running.popleft().result()
+        images = in_order(pool, decode, files, 8 * workers)  # no more of them are in memory
+        look = {"desc": f"decoding {name}", "unit": "image", "leave": False, "disable": None}
+        for pixels in tqdm(images, total=len(files), **look):
             sizes.append(pixels.shape[1:])
             checksum = zlib.crc32(pixels, checksum)
             out.write(pixels)
-            running.extend(islice(todo, 1))
-            bar.update()
-        out.flush()
-        os.fsync(out.fileno())
-    bar.close()
+        _to_disk(out)
     with (folder / "index.npz").open("wb") as out:
         np.savez(out, sizes=np.array(sizes, dtype=np.int64), checksum=np.uint32(checksum))
-        out.flush()
-        os.fsync(out.fileno())
+        _to_disk(out)
+
+
+def _to_disk(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 class Drawn(NamedTuple):
@@ -217,13 +200,11 @@ def _groups(sizes: np.ndarray) -> list[tuple[list[int], tuple[int, int]]]:
     """Group images of ``sizes`` [B, 2] so that padding them takes at most ``PADDING`` times their
     own pixels, and a group of several at most ``LARGEST`` bytes.
     """
-    groups: list[list[int]] = []
-    rows = list(range(len(sizes)))
-    if _fit(sizes):
-        groups = [rows]
-    else:
+    groups = [list(range(len(sizes)))]
+    if not _fit(sizes):
+        groups = [[]]
         for k in np.argsort(sizes[:, 0] / sizes[:, 1], kind="stable").tolist():
-            if not groups or not _fit(sizes[[*groups[-1], k]]):
+            if groups[-1] and not _fit(sizes[[*groups[-1], k]]):
                 groups.append([])
             groups[-1].append(k)
     return [(rows, tuple(sizes[rows].max(axis=0).tolist())) for rows in groups]
@@ -315,8 +296,6 @@ class FastEpisodeDataset(EpisodeDataset):
         """
         if not isinstance(item, Drawn):
             return item
-        if device.type != "cuda":
-            return self.assemble(item, device)
         if self.stream is None:
             self.stream = torch.cuda.Stream()
         current = torch.cuda.current_stream()

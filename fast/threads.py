@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import torch
 
@@ -17,17 +17,22 @@ def parallel_map(function: Callable, items: Iterable, n_threads: int) -> Iterato
     Results come in the order of ``items``, which is read ahead by at most ``n_threads`` items.
     """
     with ThreadPoolExecutor(n_threads, initializer=_use_one_core) as pool:
-        futures: deque = deque()
-        try:
-            for item in items:
-                futures.append(pool.submit(function, item))
-                if len(futures) > n_threads:
-                    yield futures.popleft().result()
-            while futures:
+        yield from in_order(pool, function, items, n_threads)
+
+
+def in_order(pool: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
+    """``pool.map(function, items)`` that reads at most ``ahead`` items ahead."""
+    futures: deque = deque()
+    try:
+        for item in items:
+            futures.append(pool.submit(function, item))
+            if len(futures) > ahead:
                 yield futures.popleft().result()
-        finally:
-            for future in futures:
-                future.cancel()
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        for future in futures:
+            future.cancel()
 
 
 def _use_one_core() -> None:
