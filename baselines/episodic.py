@@ -31,18 +31,27 @@ class EpisodicModel(NamedTuple):
 
     def gradient(self, args: argparse.Namespace, episode: Episode) -> tuple[Tensor, ...]:
         """See ``engine.model.Trainable``; in train mode."""
-        logits = self.metalearner.train()(episode)
-        loss = F.cross_entropy(logits, episode.query_y)
-        parameters = learned(self.metalearner)
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        gradient = torch.cat([g.reshape(-1) for g in grads])
-        return gradient, loss.detach(), accuracy(logits.detach(), episode.query_y)
+        return classification(self.metalearner, self.metalearner.train()(episode), episode.query_y)
 
     @torch.no_grad()
     def evaluate(self, args: argparse.Namespace, episode: Episode) -> tuple[Tensor, Tensor]:
         """See ``engine.model.Trainable``; in eval mode."""
         logits = self.metalearner.eval()(episode)
         return F.cross_entropy(logits, episode.query_y), accuracy(logits, episode.query_y)
+
+
+def classification(module: nn.Module, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate the cross entropy of a trained module's logits [B, K] for labels y [B].
+
+    Returns:
+        The gradient [G] of the module's trained parameters, one after the other; the loss []; the
+        accuracy [] in percent. They are detached.
+    """
+    loss = F.cross_entropy(logits, y)
+    how = {"allow_unused": True, "materialize_grads": True}
+    grads = torch.autograd.grad(loss, learned(module), **how)
+    gradient = torch.cat([g.reshape(-1) for g in grads])
+    return gradient, loss.detach(), accuracy(logits.detach(), y)
 
 
 def make_embedding(args: argparse.Namespace, backend: Backend) -> FlatModule:

@@ -15,8 +15,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from baselines.episodic import classification
 from dataloader import check_splits, scan_split
 from engine.backend import adam, dataset, make_learner, select_backend
 from engine.distributed import Ranks
@@ -24,7 +25,7 @@ from engine.flags import resolve, spelled
 from engine.folder import RunFolder
 from engine.parallel import set_learning_rate
 from engine.run import Run
-from episode import Episode, accuracy, step_if_finite
+from episode import Episode, step_if_finite, update_metalearner
 from learner import Conv4
 from utils import UserError
 
@@ -61,15 +62,9 @@ def pretrain_batch(
     else:
         features, classes = F.normalize(network.features(x)), F.normalize(network.cls.weight)
         logits = COSINE_SCALE * F.linear(features, classes)
-    loss = F.cross_entropy(logits, y)
-    parameters = list(network.parameters())
-    how = {"allow_unused": True, "materialize_grads": True}
-    for p, grad in zip(parameters, torch.autograd.grad(loss, parameters, **how), strict=True):
-        p.grad = grad
-    norm = nn.utils.clip_grad_norm_(parameters, grad_clip)
-    finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
-    step(optimizer, finite)
-    return loss.detach(), accuracy(logits.detach(), y), ~finite
+    gradient, loss, percent = classification(network, logits, y)
+    how = network, optimizer, grad_clip, step
+    return loss, percent, update_metalearner(gradient.unsqueeze(0), loss.unsqueeze(0), *how)
 
 
 def pretrain(cli_args: dict[str, object], ranks: Ranks) -> None:
