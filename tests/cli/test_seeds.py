@@ -5,34 +5,32 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, tensors
-from test_scripts import bash, environment, executable, one_line, repository  # noqa: F401
+from conftest import ROOT, completed, refused, wait_for_lines
+from test_scripts import bash, environment, executable, repository  # noqa: F401
+from torch.distributed import run as torchrun
 
 from engine.checkpoint import LAST
 from engine.flags import parse, resolve
 
-QUIET = "--n-workers 1 --val-freq 0 --episode-test 2 --save-minutes 60"
-QUIET = [*SMALL, *QUIET.split()]
 # a main.py that leaves the files of a training or a test, and says how it was called
 STUB = """import os, signal, sys, time
 argv = sys.argv[1:]
 given = dict(zip(argv, argv[1:])) | dict(word.split("=") for word in argv if "=" in word)
 folder = os.path.expanduser(given.get("--save", "")) + "-" + given.get("--seed", "")
-where = [os.environ.get(name, "") for name in ("CUDA_VISIBLE_DEVICES", "RANK")]
+device = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 print(os.environ.get("OMP_NUM_THREADS"), file=open(LOG + ".threads", "a"))
-print("\\t".join([*where, *argv]), file=open(LOG, "a"))
+print("\\t".join([device, *argv]), file=open(LOG, "a"))
 if argv[1] == "train":
     os.makedirs(folder + "/ckpts", exist_ok=True)
     open(folder + "/ckpts/meta-learner-last.pth.tar", "a")
     if given.get("--episode") == "100000":  # as long as nothing stops it
         stop = lambda *_: sys.exit(print("snapshot", file=sys.stderr) or 143)
         signal.signal(signal.SIGTERM, stop)
-        open(folder + "/metrics.jsonl", "w").write("{}")
+        open(folder + "/metrics.jsonl", "w").write("{}\\n")
         time.sleep(300)
 elif argv[1] == "test":
     time.sleep(0.05)
@@ -58,7 +56,8 @@ def clone(repository, tmp_path):  # noqa: F811
 def with_gpus(clone, gpus):
     """The environment variable of a Python whose PyTorch sees so many GPUs."""
     place = clone[0].parent / "active"
-    environment(place, f'case "$*" in *device_count*) echo {gpus}; exit ;; esac')
+    cases = f"*device_count*) echo {gpus}; exit ;; *torch.zeros*) exit 1 ;;"
+    environment(place, f'case "$*" in {cases} esac')
     return {"VIRTUAL_ENV": str(place)}
 
 
@@ -68,7 +67,7 @@ def seeds(clone, *argv, gpus=0, **env):
 
 
 def modes(calls):
-    return [(call[3], resolve(parse(call[2:])).seed) for call in calls if call[3] != "results"]
+    return [(call[2], resolve(parse(call[1:])).seed) for call in calls if call[2] != "results"]
 
 
 def test_seeds_one_after_the_other(clone):
@@ -79,9 +78,9 @@ def test_seeds_one_after_the_other(clone):
     *calls, table = clone[1]()
     assert modes(calls) == [("train", 719), ("test", 719), ("train", 53), ("test", 53)]
     for call in calls:
-        args = resolve(parse(call[2:]))
+        args = resolve(parse(call[1:]))
         assert (args.save, args.data_root) == ("a b", Path("my images"))
-    assert table[2:] == ["--mode", "results", "--runs", "a b-719", "a b-53"]
+    assert table[1:] == ["--mode", "results", "--runs", "a b-719", "a b-53"]
     time.sleep(0.05)
     (clone[0].parent / "a b-53" / "ckpts" / LAST).touch()
     run = seeds(clone, "719", "53", *flags)
@@ -89,42 +88,34 @@ def test_seeds_one_after_the_other(clone):
     assert modes(clone[1]()[5:]) == [("train", 719), ("train", 53), ("test", 53)]
 
 
-@pytest.mark.parametrize("given", [["--minutes=08"], ["--minutes", "8"]])
-def test_minutes_are_decimal(clone, given):
+@pytest.mark.parametrize(
+    ("words", "called", "folders"),
+    [
+        ("53 --recipe=train_1s_5c_authors", "train test results", "logs-1shot-authors-53"),
+        # named twice it runs once
+        ("7 07 --recipe train_1s_5c,train_1s_5c", "train test results", "logs-1shot-7"),
+        ("7 --save=~/x", "train test results", "HOME/x-7"),  # no shell replaces ~ after =
+        # pre-training is not tested, and has no table
+        ("7 53 --recipe pretrain", "pretrain pretrain", "logs-pretrain-7 logs-pretrain-53"),
+    ],
+)
+def test_recipes_and_their_folders(clone, tmp_path, monkeypatch, words, called, folders):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = seeds(clone, *words.split(), "--cpu")
+    assert run.returncode == 0, run.stderr
+    calls = [resolve(parse(call[1:])) for call in clone[1]()]
+    assert [args.mode for args in calls] == called.split()
+    assert all(args.cpu for args in calls if args.mode != "results")
+    found = [folder for args in calls for folder in args.runs or [f"{args.save}-{args.seed}"]]
+    assert list(dict.fromkeys(found)) == folders.replace("HOME", str(tmp_path)).split()
+
+
+def test_minutes_are_decimal(clone):
     """A zero in front makes no octal number."""
     place = clone[0].parent
     executable(place / "bin" / "sleep", f"echo $1 >>{place}/slept; exec /bin/sleep 60")
-    assert seeds(clone, "719", *given, path=place / "bin").returncode == 0
+    assert seeds(clone, "719", "--minutes=08", path=place / "bin").returncode == 0
     assert (place / "slept").read_text() == "480\n"
-
-
-def test_the_home_folder_after_an_equals_sign(clone, tmp_path):
-    """Which no shell replaces."""
-    assert seeds(clone, "719", "--save=~/logs", HOME=str(tmp_path)).returncode == 0
-    assert clone[1]()[-1][-1] == str(tmp_path / "logs-719")
-
-
-def test_what_is_named_twice_runs_once(clone):
-    assert seeds(clone, "719", "0719", "719", "--recipe", "train_1s_5c,train_1s_5c").returncode == 0
-    *calls, table = clone[1]()
-    assert modes(calls) == [("train", 719), ("test", 719)]
-    assert len(table) == 2 + 4  # one run
-
-
-@pytest.mark.parametrize("given", ["--recipe {}", "--recipe={}"])
-def test_another_recipe_with_its_own_folders(clone, given):
-    """Pre-training is not tested, and has no table."""
-    words = given.format("train_1s_5c_authors").split()
-    assert seeds(clone, "53", *words, "--n-eval", "9").returncode == 0
-    train, test, table = (call[2:] for call in clone[1]())
-    args, save = resolve(parse(train)), "logs-1shot-authors"
-    assert (args.n_shot, args.augment, args.save, args.n_eval) == (1, "none", save, 9)
-    assert resolve(parse(test)).save == save
-    assert table == ["--mode", "results", "--runs", f"{save}-53"]
-    run = seeds(clone, "719", "53", *given.format("pretrain").split())
-    assert (run.returncode, run.stderr) == (0, "")
-    assert modes(clone[1]()[3:]) == [("pretrain", 719), ("pretrain", 53)]
-    assert len(clone[1]()) == 5
 
 
 @pytest.mark.parametrize(
@@ -159,7 +150,7 @@ def test_two_recipes_side_by_side_share_the_processor(clone):
     assert run.returncode == 0, run.stderr
     assert all(line.startswith("seed ") for line in run.stderr.splitlines())
     *calls, table = clone[1]()
-    assert table[2:] == ["--mode", "results", "--runs", *folders]
+    assert table[1:] == ["--mode", "results", "--runs", *folders]
     threads = (clone[0].parent / "called.threads").read_text().split()
     assert threads[0] == str(-(-len(os.sched_getaffinity(0)) // 4))
     expected = [(mode, seed) for mode in ("test", "train") for seed in (53, 719)]
@@ -171,7 +162,7 @@ def test_an_mps_server_is_started_and_stopped(clone, serves):
     log, control = clone[0].parent / "mps", clone[0].parent / "bin" / "nvidia-cuda-mps-control"
     words = f'echo "${{1-$(cat)}}" >>"{log}"; [ "$*" != -d ] || {str(serves).lower()}'
     executable(control, words)
-    # the stand-in's PyTorch has no GPU, so a server that starts is stopped, too
+    # the stand-in's PyTorch finds no GPU, so a server that starts is stopped, too
     flags = {"gpus": 1, "path": control.parent}
     assert seeds(clone, "719", "53", "--per-gpu", "2", **flags).returncode == 0
     assert log.read_text().split()[:2] == ["-d", "quit"]
@@ -211,7 +202,7 @@ def test_a_seed_that_fails_leaves_the_others_alone(clone, gpus):
     ],
 )
 def test_what_seeds_refuses(clone, words, culprit):
-    one_line(seeds(clone, *words.split()), culprit)
+    refused(seeds(clone, *words.split()), culprit)
 
 
 def children(pid):
@@ -220,176 +211,107 @@ def children(pid):
     return below + [n for child in below for n in children(child)]
 
 
-def wait_for(condition, process):
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.fixture(autouse=True)
 def _all_gpus(monkeypatch):
     """The other tests see none, by this variable."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-real = pytest.mark.skipif(
-    not Path(sys.prefix, "bin", "python").exists(),
-    reason="no environment that the scripts could use",
-)
-
-
-def begin(script, *flags, cwd, **env):
-    ours = {"VIRTUAL_ENV": sys.prefix, "PIP_NO_INDEX": "1", "OMP_NUM_THREADS": "1"}
-    env = {**os.environ, **ours, **env}
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = ["bash", str(script), *flags]
-    return subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **how)
-
-
-def ended(process, code=0):
-    """What a process has printed, once it has ended."""
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == code, err
-    return out, err
-
-
-def interrupted(process, folders, number):
-    """Send a signal when all are at work: what was said, once nothing of it runs any more."""
-    metrics = [folder / "metrics.jsonl" for folder in folders]
-    wait_for(lambda: all(path.exists() and path.stat().st_size for path in metrics), process)
+def interrupted(number, folders, *command, cwd, env):
+    """Send a signal when all are at work: the exit code and stderr, once nothing of it runs."""
+    how = {"start_new_session": True, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(["bash", *command], cwd=cwd, env=os.environ | env, **how)
+    for folder in folders:
+        wait_for_lines(folder / "metrics.jsonl", 1, process)
     below = {n: Path(f"/proc/{n}/cmdline").read_text() for n in children(process.pid)}
     ours = [n for n in below if "main.py" in below[n]]
     assert len(ours) >= len(folders)
     process.send_signal(number)
-    _, err = ended(process, 128 + number)
+    _, err = process.communicate(timeout=600)
     assert not [n for n in ours if Path(f"/proc/{n}").exists()]
-    return err
+    return process.returncode, err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("gpus", [0, 2])
+@pytest.mark.parametrize(
+    ("number", "gpus"), [(signal.SIGTERM, 0), (signal.SIGINT, 2), (signal.SIGHUP, 2)]
+)
 def test_a_signal_reaches_all_trainings(clone, gpus, number):
     place, begun = clone[0].parent, [719, 53] if gpus else [719]
-    script, flags = clone[0] / "scripts" / "seeds.sh", ["719", "53", "--episode", "100000"]
-    process = begin(script, *flags, cwd=place, **with_gpus(clone, gpus))
-    err = interrupted(process, [place / f"logs-{seed}" for seed in begun], number)
+    command = [clone[0] / "scripts" / "seeds.sh", "719", "53", "--episode", "100000"]
+    folders, env = [place / f"logs-{seed}" for seed in begun], with_gpus(clone, gpus)
+    code, err = interrupted(number, folders, *command, cwd=place, env=env)
+    assert code == 128 + number
     assert err.count("snapshot") == len(begun)
     assert sorted(modes(clone[1]())) == sorted(("train", seed) for seed in begun)
-
-
-@real
-@pytest.mark.slow
-def test_a_stopped_training_goes_on_where_it_was(master, tmp_path):
-    flags = ["719", "--data-root", str(master), *QUIET, "--episode"]
-    script = ROOT / "scripts" / "seeds.sh"
-    process, folder = begin(script, *flags, "100000", cwd=tmp_path), tmp_path / "logs-719"
-    assert "stopped by SIGTERM after episode" in interrupted(process, [folder], signal.SIGINT)
-    done = tensors(tmp_path / "logs")["episode"]
-    out, _ = ended(begin(script, *flags, str(done + 1), cwd=tmp_path))
-    assert f"resuming after episode {done} of {done + 1}" in out
-    assert f"last, {done + 1:,} of {done + 1:,} episodes" in out
 
 
 # ---- Slurm ----
 
 
 @pytest.fixture
-def slurm(tmp_path):
-    """A folder with srun, scancel and scontrol, which log their calls and do what ours needs."""
-    place = tmp_path / "slurm"
+def slurm(clone, tmp_path):
+    """A job's script and variables, and the calls of srun, scancel and scontrol, which are
+    stand-ins.
+    """
+    place, environ = tmp_path / "slurm", tmp_path / "active"
     log = f'echo "$(basename "$0") $*" >>"{place}/calls"\n'
-    # takes its flags away, runs the rest on each node, and as the real one kills it when a SIGTERM
-    # comes
-    srun = f"""nodes=${{SLURM_JOB_NUM_NODES:-1}}
-while case $1 in --nodes=*) nodes=${{1#*=}} ;; --*) ;; *) false ;; esac; do shift; done
+    # takes its flags away, runs the rest, and as the real one kills it when a SIGTERM comes
+    srun = f"""while case $1 in --*) ;; *) false ;; esac; do shift; done
 "$@" & echo $! >"{place}/step"
 trap 'kill -KILL $(cat "{place}/step")' TERM
 wait $!"""
     executable(place / "srun", log + srun)
     executable(place / "scancel", log + f'kill -TERM $(cat "{place}/step")')
-    names = 'case "$*" in "show hostnames"*) echo node7; sleep 0.2; echo node8 ;; esac'
-    executable(place / "scontrol", log + names)
-    (place / "calls").touch()
-    return place
-
-
-def job(root, slurm, **env):
-    """Variables of a job; without ``VIRTUAL_ENV`` the environment is the clone's."""
-    shutil.copy(ROOT / "scripts" / "slurm_5s_5c.sh", slurm / "slurm_script")  # as Slurm does
-    own = {"SLURM_SUBMIT_DIR": str(root), "SLURM_JOB_ID": "31", "SLURM_ARRAY_TASK_ID": "53"}
-    return own | {"VIRTUAL_ENV": str(root.parent / "active")} | env
-
-
-def calls_of(slurm):
-    return (slurm / "calls").read_text().splitlines()
+    executable(place / "scontrol", log + 'if [ "$2" = hostnames ]; then echo node7; echo node8; fi')
+    environment(environ, 'case "$*" in *distributed*) exit 0 ;; esac')
+    script = shutil.copy(ROOT / "scripts" / "slurm_5s_5c.sh", place / "slurm_script")  # as it does
+    env = {"SLURM_SUBMIT_DIR": str(clone[0]), "SLURM_JOB_ID": "31", "SLURM_ARRAY_TASK_ID": "53"}
+    env |= {"VIRTUAL_ENV": str(environ), "PATH": f"{place}{os.pathsep}{os.environ['PATH']}"}
+    return script, env, lambda: (place / "calls").read_text().splitlines()
 
 
 def test_a_job_trains_and_tests_its_seed(clone, slurm):
-    root, calls = clone
-    environment(root.parent / "active")
-    env = job(root, slurm, SLURM_GPUS_ON_NODE="1")
-    run = bash(slurm / "slurm_script", "--data-root", "my images", path=slurm, **env)
+    (root, calls), (script, env, called) = clone, slurm
+    run = bash(script, "--data-root", "my images", **env, SLURM_GPUS_ON_NODE="1")
     assert run.returncode == 0, run.stderr
     assert modes(calls()) == [("train", 53), ("test", 53)]
-    assert all(resolve(parse(call[2:])).data_root == Path("my images") for call in calls())
+    assert all(resolve(parse(call[1:])).data_root == Path("my images") for call in calls())
     assert (root / "logs-53" / "results.json").exists()
-    assert [line.split()[0] for line in calls_of(slurm)] == ["srun", "srun"]
+    assert [line.split()[0] for line in called()] == ["srun", "srun"]
     # a training that fails is neither tested nor queued again
-    run = bash(slurm / "slurm_script", path=slurm, **env | {"SLURM_ARRAY_TASK_ID": "13"})
-    assert run.returncode == 7
+    assert bash(script, **env | {"SLURM_ARRAY_TASK_ID": "13"}).returncode == 7
     assert modes(calls())[2:] == [("train", 13)]
-    assert not any("requeue" in line for line in calls_of(slurm))
+    assert not any("requeue" in line for line in called())
 
 
-@pytest.mark.parametrize(("nodes", "gpus"), [(1, 4), (2, 4), (2, 1)])
-def test_several_gpus_share_the_episodes_of_an_update(clone, slurm, nodes, gpus):
-    root, _ = clone
-    environment(root.parent / "active", 'case "$*" in *distributed*) exit 0 ;; esac')
-    env = job(root, slurm, SLURM_JOB_NODELIST="node[7-8]")
-    env |= {"SLURM_JOB_NUM_NODES": str(nodes), "SLURM_GPUS_ON_NODE": str(gpus)}
-    run = bash(slurm / "slurm_script", "--n-eval", "9", path=slurm, **env)
+@pytest.mark.parametrize(("nodes", "gpus"), [("1", "4"), ("2", "1")])
+def test_several_gpus_share_the_episodes_of_an_update(slurm, nodes, gpus):
+    """torchrun itself reads what it is given."""
+    script, env, called = slurm
+    env |= {"SLURM_JOB_NUM_NODES": nodes, "SLURM_GPUS_ON_NODE": gpus}
+    run = bash(script, "--n-eval", "9", **env, SLURM_JOB_NODELIST="node[7-8]")
     assert run.returncode == 0, run.stderr
-    train = next(line for line in calls_of(slurm) if line.startswith("srun"))
-    assert f"--nnodes {nodes} --nproc-per-node {gpus} --no-python" in train
-    assert "--rdzv-endpoint node7:20031" in train
-    assert train.endswith(f"train_5s_5c.sh --seed 53 --meta-batch {nodes * gpus} --n-eval 9")
-    assert "--ntasks-per-node=1" in train
-    assert "--nodes=1 --ntasks=1" in calls_of(slurm)[-1]  # one process tests
+    train, test = (line for line in called() if line.startswith("srun"))
+    srun, _, words = train.partition(" -m torch.distributed.run ")
+    assert "--ntasks-per-node=1" in srun
+    args = torchrun.parse_args(words.split())
+    assert (args.nnodes, args.nproc_per_node, args.no_python) == (nodes, gpus, True)
+    assert (args.rdzv_backend, args.rdzv_endpoint) == ("c10d", "node7:20031")
+    assert args.training_script == "scripts/train_5s_5c.sh"
+    expected = f"--seed 53 --meta-batch {int(nodes) * int(gpus)} --n-eval 9"
+    assert args.training_script_args == expected.split()
+    assert "--nodes=1 --ntasks=1" in test  # one process tests
 
 
-@pytest.mark.slow
-def test_torchrun_starts_the_recipe_as_so_many_ranks(clone, slurm):
-    root, calls = clone
-    environment(root.parent / "active")
-    executable(slurm / "scontrol", "echo localhost")
-    env = job(root, slurm, SLURM_JOB_NODELIST="localhost")
-    run = bash(slurm / "slurm_script", path=slurm, SLURM_GPUS_ON_NODE="2", **env)
-    assert run.returncode == 0, run.stderr
-    found = sorted((call[3], call[1]) for call in calls())
-    assert found == [("test", ""), ("train", "0"), ("train", "1")]
-
-
-@real
-@pytest.mark.slow
-def test_a_job_whose_time_is_nearly_over_is_queued_again(master, tmp_path, slurm):
-    flags = ["--data-root", str(master), *QUIET, "--save", str(tmp_path / "logs"), "--episode"]
-    path = os.pathsep.join((str(slurm), os.environ["PATH"]))
-    env = job(ROOT, slurm, SLURM_ARRAY_TASK_ID="719", PATH=path, VIRTUAL_ENV=sys.prefix)
-    metrics, script = tmp_path / "logs-719" / "metrics.jsonl", slurm / "slurm_script"
-    for number, code in ((signal.SIGUSR1, 0), (signal.SIGTERM, 143)):
-        begun = metrics.stat().st_size if metrics.exists() else 0
-        process = begin(script, *flags, "100000", cwd=tmp_path, **env)
-        wait_for(lambda begun=begun: metrics.exists() and metrics.stat().st_size > begun, process)
-        process.send_signal(number)
-        assert "stopped by SIGTERM after episode" in ended(process, code)[1]
-        done = tensors(tmp_path / "logs")["episode"]
-    # after preemption Slurm itself does it
-    assert calls_of(slurm).count("scontrol requeue 31") == 1
-    out, _ = ended(begin(script, *flags, str(done + 1), cwd=tmp_path, **env))
-    assert f"resuming after episode {done} of {done + 1}" in out
-    assert (tmp_path / "logs-719" / "results.json").exists()
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 0), (signal.SIGTERM, 143)])
+def test_a_job_whose_time_is_nearly_over_is_queued_again(clone, slurm, number, code):
+    """After preemption Slurm itself does it."""
+    (root, calls), (script, env, called) = clone, slurm
+    command = (script, "--episode", "100000")
+    found, err = interrupted(number, [root / "logs-53"], *command, cwd=root, env=env)
+    assert (found, err.count("snapshot")) == (code, 1)
+    assert modes(calls()) == [("train", 53)]
+    assert called().count("scontrol requeue 31") == (number == signal.SIGUSR1)
 
 
 def test_what_a_job_refuses(tmp_path):
@@ -397,7 +319,7 @@ def test_what_a_job_refuses(tmp_path):
     run = bash(script)
     assert run.returncode != 0
     assert "sbatch" in run.stderr
-    one_line(bash(script, SLURM_SUBMIT_DIR=str(tmp_path)), "submit")
+    refused(bash(script, SLURM_SUBMIT_DIR=str(tmp_path)), "submit")
 
 
 def test_slurm_reads_its_flags():
@@ -412,6 +334,5 @@ def test_slurm_reads_its_flags():
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing():
-    command = ["shellcheck", "-x", *sorted(map(str, (ROOT / "scripts").glob("*.sh")))]
-    run = subprocess.run(command, cwd=ROOT / "scripts", capture_output=True, text=True)
+    run = completed(["shellcheck", "-x", *(ROOT / "scripts").glob("*.sh")], cwd=ROOT / "scripts")
     assert run.returncode == 0, run.stdout

@@ -10,11 +10,12 @@ import subprocess
 import prepare_formats as formats
 import pytest
 from PIL import Image
-from prepare_formats import CLASSES, SPLITS, make, splits
+from prepare_formats import CLASSES, SPLITS, make, run, splits
 
+from data.imagefiles import load_image
+from dataloader import scan_split
+from tools.predict import gather
 from utils import UserError
-
-pytest_plugins = ["prepare_fixtures"]
 
 VAL = CLASSES["val"][0]
 
@@ -55,11 +56,11 @@ def a_file(at, split, cls=0):
     return sorted((at / split / CLASSES[split][cls]).iterdir())[0]
 
 
-def own(at, classes=2, images=3):
+def own(at, name="own", classes=2, images=3):
     """A data set of other classes."""
     keys = itertools.product(range(3), range(classes), range(images))
     return formats.write(
-        at, {f"{SPLITS[s]}/{s}-{c}/{i}.png": formats.png(s, c, i) for s, c, i in keys}
+        at, {f"{name}/{SPLITS[s]}/{s}-{c}/{i}.png": formats.png(s, c, i) for s, c, i in keys}
     )
 
 
@@ -114,43 +115,26 @@ def test_faults_are_reported(spoil, culprit, tmp_path, run, check):
     assert any(culprit in line for line in lines(out, "- ") if line not in before)
 
 
-def image(scale, kind):
-    """An image of ``scale`` times the pixels above which Pillow warns."""
-    side = round((scale * 20_000) ** 0.5)
-    return formats.encoded(Image.new("RGB", (side, side)), kind)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "sound"),
-    [
-        ("a.gif", image(0.1, "GIF"), True),
-        ("a.jfif", image(0.1, "JPEG"), True),
-        ("108 megapixels.jpg", image(1.2, "JPEG"), True),
-        ("bomb.png", image(2.2, "PNG"), False),
-        ("a.jpg", b"\xff\xd8\xff none", False),
-    ],
-)
-def test_check_training_and_prediction_have_one_verdict(
-    name, content, sound, tmp_path, check, monkeypatch
-):
-    from data.imagefiles import load_image
-    from dataloader import scan_split
-    from tools.predict import gather
-
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
+def test_check_training_and_prediction_have_one_verdict(tmp_path, check, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)  # above this Pillow warns
     monkeypatch.setattr("warnings.warn", lambda *_, **__: None)  # pytest shows what is ignored
-    at = own(tmp_path / "own")
-    formats.write(at / "train" / "0-0", {name: content, "b.HEIC": b"x", "@eaDir/c.jpg": b"x"})
+    small, large, bomb = (Image.new("RGB", (side, side)) for side in (45, 155, 210))
+    sound = {"a.gif": formats.encoded(small, "GIF"), "a.jfif": formats.encoded(small, "JPEG")}
+    sound["108 megapixels.jpg"] = formats.encoded(large, "JPEG")
+    bad = {"bomb.png": formats.encoded(bomb, "PNG"), "a.jpg": b"\xff\xd8\xff none"}
+    at = own(tmp_path)
+    folder = at / "train" / "0-0"
+    formats.write(folder, {**sound, **bad, "b.HEIC": b"x", "@eaDir/c.jpg": b"x"})
     code, out = check(at)
-    assert code == (not sound)
-    assert (name in out) == (not sound)
+    assert code == 1
     assert "1 files of unknown format: .heic" in out
     files = scan_split(at, "train").files[0]
-    assert files == gather([str(at / "train" / "0-0")], [])
-    assert gather([str(at / "train" / "0-0")], files[1:]) == files[:1]
-    (path,) = (path for path in files if path.name == name)
-    with contextlib.nullcontext() if sound else pytest.raises(UserError, match=name):
-        load_image(path)  # as training and prediction do
+    assert files == gather([str(folder)], [])
+    assert gather([str(folder)], files[1:]) == files[:1]
+    for path in files:
+        assert (path.name in out) == (path.name in bad)
+        with pytest.raises(UserError) if path.name in bad else contextlib.nullcontext():
+            load_image(path)  # as training and prediction do
 
 
 def test_an_image_that_is_there_twice_is_a_note(tmp_path, check):
@@ -164,23 +148,13 @@ def test_an_image_that_is_there_twice_is_a_note(tmp_path, check):
     assert all(str(name) in notes[0] for name in pair)
 
 
-def test_first_600_of_ilsvrc_are_not_called_mini_imagenet(tmp_path, run, check, monkeypatch):
-    monkeypatch.setattr("formats.splits.MINI.per_class", 5)
-    assert run(formats.ilsvrc_without_csv(tmp_path))[0] == 0
-    code, out = check(tmp_path / "out")
-    assert code == 0
-    assert "not the published images" in verdict(out)
-
-
-@pytest.mark.parametrize("by_file", [False, True])
-def test_ones_own_split_of_mini_imagenets_classes_is_no_fault(by_file, tmp_path, run, check):
-    source, split = make("class_folders", tmp_path), "60/20/20"
-    if by_file:
-        lists = {name: CLASSES[name][:n] for name, n in zip(SPLITS, (6, 2, 2), strict=True)}
-        split = tmp_path / "split.json"
-        split.write_text(json.dumps(lists))
-    assert run(source, "--split", split)[0] == 0
-    assert check(tmp_path / "out")[0] == 0
+def test_ones_own_split_of_mini_imagenets_classes_is_no_fault(tmp_path, run, check):
+    lists = {name: CLASSES[name][:n] for name, n in zip(SPLITS, (6, 2, 2), strict=True)}
+    (tmp_path / "split.json").write_text(json.dumps(lists))
+    source = make("class_folders", tmp_path)
+    for dest, split in ((tmp_path / "a", "60/20/20"), (tmp_path / "b", tmp_path / "split.json")):
+        assert run(source, "--split", split, "--dest", dest)[0] == 0
+        assert check(dest)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -188,7 +162,7 @@ def test_ones_own_split_of_mini_imagenets_classes_is_no_fault(by_file, tmp_path,
     [(5, 20, ""), (2, 4, " --n-class 2 --n-shot 2 --n-eval 2"), (2, 1, None), (1, 20, None)],
 )
 def test_other_data_sets_and_the_next_command(classes, images, flags, tmp_path, check, monkeypatch):
-    at = own(tmp_path / "my set", classes, images)
+    at = own(tmp_path, "my set", classes, images)
     for folder, script in ((formats.ROOT, ""), (tmp_path, f"{formats.ROOT}/")):
         monkeypatch.chdir(folder)
         code, out = check(at)
@@ -203,7 +177,7 @@ def test_other_data_sets_and_the_next_command(classes, images, flags, tmp_path, 
 
 @pytest.mark.parametrize(("classes", "flags"), [(6, ""), (5, " --n-shot 5 --n-eval 10")])
 def test_a_class_with_few_images_is_named_and_left_out(classes, flags, tmp_path, check):
-    at = own(tmp_path / "own", classes, 20)
+    at = own(tmp_path, "own", classes, 20)
     for path in sorted((at / "val" / "1-0").iterdir())[15:]:
         path.unlink()
     out = check(at)[1]
@@ -216,7 +190,7 @@ def test_a_class_with_few_images_is_named_and_left_out(classes, flags, tmp_path,
 
 
 def test_fingerprint_of_a_png_is_of_its_pixels(tmp_path, check):
-    at = own(tmp_path / "own")
+    at = own(tmp_path)
     first = check(at)[1]
     for path in at.rglob("*.png"):  # another encoder
         before = path.read_bytes()

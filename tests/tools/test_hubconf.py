@@ -1,9 +1,6 @@
 """``hubconf.py`` in other programs, and the notebook."""
 
-import contextlib
 import json
-import os
-import subprocess
 import sys
 import time
 import types
@@ -12,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, photograph, run_cli, succeeded
+from conftest import ROOT, completed, photograph, run_cli, succeeded
 from PIL import Image
 
 import hubconf
 import main
-from data.imagefiles import load_image, to_rgb
+from data.imagefiles import to_rgb
 from tools import predict
 from utils import UserError
 
@@ -66,29 +63,30 @@ def data(tmp_path_factory):
 FEW = ("--tta-permutations", "1", "--epoch", "1")
 
 
-def adapted(name, data, *flags, open=load_image):
+def pictures(data):
+    return [Image.open(path) for path in sorted(data.glob("*/*"))]
+
+
+def adapted(name, data, *flags):
     model = hubconf.load_pretrained(name, "--cpu", *flags)
-    model.adapt([open(p) for p in sorted(data.glob("*/*"))], [c for c in "abcde" for _ in "01"])
+    model.adapt(pictures(data), [c for c in "abcde" for _ in "01"])
     return model
-
-
-def by_command(name, data, tmp_path, monkeypatch, *flags):
-    """The probabilities that ``--mode predict`` writes, before they are rounded."""
-    found, table = [], predict.table
-    monkeypatch.setattr(predict, "table", lambda *a: (found.append(a[2]), table(*a))[1])
-    argv = ["--mode", "predict", "--resume", ROOT / "results" / name, "--cpu", *flags]
-    out = ["--support", data, "--query", *sorted(data.glob("*/*")), "--out", tmp_path / "answer"]
-    succeeded(run_cli(*argv, *out))
-    return torch.from_numpy(found[0])
 
 
 @pytest.mark.parametrize("name", [HEAD, LSTM])
 def test_it_answers_as_the_command_to_the_bit(name, data, tmp_path, monkeypatch):
     flags = ("--tta-flip", "true", "--tta-permutations", "2", "--epoch", "2")
-    expected = by_command(name, data, tmp_path, monkeypatch, *flags)
-    model = adapted(name, data, *flags, open=Image.open)
+    found, table = [], predict.table  # the probabilities before they are rounded
+    monkeypatch.setattr(predict, "table", lambda *a: (found.append(a[2]), table(*a))[1])
+    argv = ["--mode", "predict", "--resume", ROOT / "results" / name, "--cpu", *flags]
+    out = ["--support", data, "--query", *sorted(data.glob("*/*")), "--out", tmp_path / "answer"]
+    succeeded(run_cli(*argv, *out))
+    expected, model, images = (
+        torch.from_numpy(found[0]),
+        adapted(name, data, *flags),
+        pictures(data),
+    )
     assert model.classes == list("abcde")
-    images = [Image.open(path) for path in sorted(data.glob("*/*"))]
     tensors = [torch.from_numpy(np.array(to_rgb(i))).permute(2, 0, 1) for i in images]
     for given in (images, iter(images), tensors, [t / 255 for t in tensors]):
         assert torch.equal(model.predict(given), expected)
@@ -96,44 +94,32 @@ def test_it_answers_as_the_command_to_the_bit(name, data, tmp_path, monkeypatch)
     assert model.predict([]).shape == (0, 5)
 
 
-def test_modules_of_the_same_names_do_not_meet(data, tmp_path, monkeypatch):
+def test_modules_of_the_same_names_do_not_meet(data, tmp_path):
     """Neither those that are imported already nor those that come first on the path."""
-    expected = by_command(HEAD, data, tmp_path, monkeypatch)
+    expected = adapted(HEAD, data).predict(pictures(data))
     for name in ("main", "utils", "learner", "episode", "fast", "tools/__init__", "tools/mine"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.py").write_text("class Mine: pass\n")
     (tmp_path / "program.py").write_text(FOREIGN)
     command = [sys.executable, "program.py", ROOT, HEAD, data, tmp_path / "answer.pt"]
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    env.pop("PYTHONPATH", None)
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    succeeded(completed(command, cwd=tmp_path))
     assert torch.equal(torch.load(tmp_path / "answer.pt"), expected)
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-        torch.inference_mode,
-        lambda: torch.device("meta"),
-        lambda: default_dtype(torch.float64),
-    ],
-    ids=["autocast", "inference mode", "default device", "default dtype"],
-)
-def test_a_programs_settings_change_no_bit(data, setting):
-    images = [load_image(p) for p in sorted(data.glob("*/*"))]
+def test_a_programs_settings_change_no_bit(data, capsys):
+    images = pictures(data)
     expected = adapted(LSTM, data, *FEW).predict(images)
-    with setting():
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    for setting in (autocast, torch.inference_mode(), torch.device("meta")):
+        with setting:
+            assert torch.equal(adapted(LSTM, data, *FEW).predict(images), expected)
+    torch.set_default_dtype(torch.float64)
+    try:
         found = adapted(LSTM, data, *FEW).predict(images)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert torch.equal(found, expected)
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    torch.set_default_dtype(dtype)
-    yield
-    torch.set_default_dtype(torch.float32)
+    assert "10 examples, trained on 5" in capsys.readouterr().out
 
 
 def test_threads_do_not_mix_up_modules(monkeypatch):
@@ -148,7 +134,7 @@ def test_threads_do_not_mix_up_modules(monkeypatch):
 
 def test_labels_in_tensors(data):
     """Equal numbers are one class; tensors are equal to themselves only."""
-    model, images = adapted(HEAD, data, *FEW), [load_image(p) for p in sorted(data.glob("*/*"))]
+    model, images = adapted(HEAD, data, *FEW), pictures(data)
     expected = model.predict(images)
     model.adapt(images, torch.arange(5).repeat_interleave(2))
     assert model.classes == list(range(5))
@@ -183,11 +169,6 @@ def test_what_cannot_be_is_refused(data):
     for wrong in (*shapes, torch.ones(3, 9, 9) * 2, np.ones((9, 9, 3)), "a.jpg"):
         with pytest.raises(UserError, match="tensor"):
             model.adapt([wrong], ["a"])
-
-
-def test_another_number_of_examples_is_noted(data, capsys):
-    adapted(LSTM, data, *FEW)
-    assert "10 examples, trained on 5" in capsys.readouterr().out
 
 
 def test_the_notebook(monkeypatch):

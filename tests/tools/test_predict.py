@@ -3,11 +3,12 @@
 import csv
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import before_call
 from PIL import Image
-from test_plots import without_matplotlib
 
 from engine.flags import parse
 from main import load_predictor
@@ -50,7 +51,8 @@ def test_predictions_are_written_and_not_replaced(answers, monkeypatch):
 
 
 def test_answers_are_printed_even_if_they_cannot_be_written(answers, monkeypatch, capsys):
-    monkeypatch.setattr(Predictor, "predict", predict_beside_another(Predictor.predict))
+    write = partial(Path("answer.csv").write_text, "another's")
+    before_call(monkeypatch.setattr, Predictor, "predict", lambda _: write() and None)
     with pytest.raises(UserError, match=r"answer\.csv"):
         answers()
     assert "test class 1, " in capsys.readouterr().out
@@ -61,22 +63,11 @@ def test_answers_are_printed_even_if_they_cannot_be_written(answers, monkeypatch
             answers(out=out)
 
 
-def predict_beside_another(method):
-    def predicted(*args):
-        Path("answer.csv").write_text("another's")
-        return method(*args)
-
-    return predicted
-
-
 @pytest.mark.parametrize(
     ("out", "written"),
     [
-        ("new/", "new/predictions.csv"),
-        ("support", "support/predictions.csv"),
-        (".", "predictions.csv"),
-        ("a.b", "a.b.csv"),
-        ("a.CSV", "a.csv"),
+        *(("new/", "new/predictions.csv"), ("support", "support/predictions.csv")),
+        *((".", "predictions.csv"), ("a.b", "a.b.csv"), ("a.CSV", "a.csv")),
     ],
 )
 def test_where_predictions_go(answers, monkeypatch, out, written):
@@ -94,12 +85,8 @@ def test_names_play_no_part(answers, monkeypatch):
     assert [row[3:] for row in after[1:]] == [[*r[4:], r[3]] for r in before[1:]]
 
 
-@pytest.mark.parametrize("fault", ["missing", "broken"])
-def test_a_broken_matplotlib_costs_no_answer(answers, monkeypatch, capsys, fault):
-    if fault == "missing":
-        without_matplotlib(monkeypatch)
-    else:
-        monkeypatch.setattr(plots.load_figures(), "style", lambda texts: 1 / 0)
+def test_a_broken_matplotlib_costs_no_answer(answers, monkeypatch, capsys):
+    monkeypatch.setattr(plots.load_figures(), "style", lambda texts: 1 / 0)
     assert len(answers()) == 9
     assert "pictures are left out" in capsys.readouterr().out
     assert not Path("answer.png").exists()
@@ -132,20 +119,20 @@ def test_odd_names_are_answered_and_drawn(answers, capsys):
 
 
 def test_what_cannot_be_predicted_is_refused(answers):
+    def refused(*culprits, **query):
+        with pytest.raises(UserError, match=".*".join(culprits)):
+            answers(**query)
+
     Path("text.jpg").write_text("text")
-    with pytest.raises(UserError, match=r"text\.jpg"):
-        answers(query="text.jpg")
-    shutil.copy("text.jpg", Path("support", "test class 0"))
-    with pytest.raises(UserError, match=r"--support.*text\.jpg"):
-        answers()
-    Path("support", "test class 0", "text.jpg").unlink()
-    os.mkfifo(Path("support", "test class 0", "pipe.jpg"))
-    with pytest.raises(UserError, match=r"support.*pipe\.jpg"):
-        answers()
-    shutil.rmtree(Path("support", "test class 0"))
-    with pytest.raises(UserError, match=r"--support.*2 classes"):
-        answers()
+    refused(r"text\.jpg", query="text.jpg")
+    known = Path("support", "test class 0")
+    shutil.copy("text.jpg", known)
+    refused("--support", r"text\.jpg")
+    (known / "text.jpg").unlink()
+    os.mkfifo(known / "pipe.jpg")
+    refused("support", r"pipe\.jpg")
+    shutil.rmtree(known)
+    refused("--support", "2 classes")
     Path("support", "empty").mkdir()
-    with pytest.raises(UserError, match="support/empty"):
-        answers()
+    refused("support/empty")
     assert not list(Path().glob("answer*"))

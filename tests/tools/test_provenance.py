@@ -4,9 +4,10 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
-import torch
+from conftest import CPU
 
 from engine import provenance as provenance_module
 from engine.flags import DEFAULTS, HYPER_PARAMETERS, METHODS, ROOT, spelled
@@ -17,16 +18,6 @@ from tools.words import display_name, markdown_table
 from utils import UserError
 
 PORT = {k: DEFAULTS[k] for k in HYPER_PARAMETERS}
-CPU = torch.device("cpu")
-
-
-def fails(error):
-    """A function that raises an error whatever it is given."""
-
-    def function(*args, **kwargs):
-        raise error
-
-    return function
 
 
 def test_provenance_names_code_and_machine(monkeypatch):
@@ -40,12 +31,13 @@ def test_provenance_names_code_and_machine(monkeypatch):
 
 
 def test_what_is_missing_is_unknown(monkeypatch):
-    for version in (fails(importlib.metadata.PackageNotFoundError("nothing")), lambda name: None):
-        monkeypatch.setattr(importlib.metadata, "version", version)
+    for how in ({"side_effect": importlib.metadata.PackageNotFoundError}, {"return_value": None}):
+        monkeypatch.setattr(importlib.metadata, "version", Mock(**how))
         assert provenance(CPU)["versions"]["torchvision"] == "unknown"
-    monkeypatch.setattr(subprocess, "run", fails(FileNotFoundError("git")))
+    gone = Mock(side_effect=FileNotFoundError)
+    monkeypatch.setattr(subprocess, "run", gone)
     assert commit() == "unknown"
-    monkeypatch.setattr(provenance_module, "open", fails(FileNotFoundError()), raising=False)
+    monkeypatch.setattr(provenance_module, "open", gone, raising=False)
     assert isinstance(cpu_name(), str)
 
 

@@ -23,27 +23,26 @@ from utils import UserError
 
 PORT = {k: DEFAULTS[k] for k in HYPER_PARAMETERS}
 VALUES = [50.0, 60.0, 40.0, 50.0]
+ONCE, TWICE = ({"permutations": n, "flip": n > 1} for n in (1, 2))
 
 
 def with_test(
-    folder, accuracies=VALUES, hyper=PORT, seed=719, shots=5, mini=False, data="x", name=BEST,
-    episode=3000, n_class=5, counts=(2, 4), flags=(), seen=4000, asked_for=None, about=None,
-    tta=(1, False),
+    folder, accuracies=VALUES, hyper=PORT, seed=719, data="x", name=BEST, flags=(), seen=4000,
+    asked_for=None, about=None, **other,
 ):  # fmt: skip
-    """A run folder with the results of one test more."""
+    """A run folder with the results of one test more; ``other`` are entries of the test."""
     folder.mkdir(exist_ok=True)
     stored = {**hyper, "seed": seed}
     argv = ["--mode", "test", "--resume", f"{folder}/ckpts/{name}", "--data-root", f"images/{data}"]
-    checkpoint = {"episode": episode, "hyper_parameters": stored, "about": about or {}}
+    checkpoint = {"episode": 3000, "hyper_parameters": stored, "about": about or {}}
     checkpoint["best"] = {"episode": 3000, "accuracy": 41.25, "std": 8.04}
     checkpoint["run"] = {"asked_for": asked_for or seen}
     line = {"event": "train", "episode": seen, "mean_loss": 1.0, "mean_accuracy": 40.0}
     line["time"] = {"seconds": 1.0, "episodes_per_second": 2.0}
     (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    test = {"n_class": n_class, "n_shot": shots, "n_eval": 15, "epoch": 8, "batch_size": 25}
-    test |= {"tta": {"permutations": tta[0], "flip": tta[1]}, "transductive": False}
-    test |= {"fingerprint": f"of {data}", "mini_imagenet": mini, "counts": list(counts)}
-    test |= {"accuracies": accuracies, "losses": accuracies}
+    test = {"n_class": 5, "n_shot": 5, "n_eval": 15, "epoch": 8, "batch_size": 25, "tta": ONCE}
+    test |= {"transductive": False, "fingerprint": f"of {data}", "mini_imagenet": False}
+    test |= {"counts": [2, 4], "accuracies": accuracies, "losses": accuracies, **other}
     args = resolve(parse([*argv, *flags]), stored)
     write_results(folder, args, checkpoint, [test], {"command": "x"})
     return folder
@@ -94,7 +93,7 @@ def test_two_seeds_have_no_mean(tmp_path):
         {"flags": ("--pixels", "unit")},
         {"seen": 9000},
         {"asked_for": 9000},
-        {"tta": (5, True)},
+        {"tta": TWICE},
         {"about": {"started_from": {"checkpoint": "x/y", "episode": 20}}},
         {"about": {"resumed_from": {"checkpoint": "x/y", "episode": 2}, "changed": {"lr": 1}}},
     ],
@@ -118,8 +117,9 @@ def test_seeds_with_a_pre_training_each_are_averaged(tmp_path):
 
 def test_published_numbers_stand_beside_mini_imagenet_only(tmp_path):
     assert "60.60" not in tables([with_test(tmp_path / "a", data="miniImagenet")])
-    assert "43.44" not in tables([with_test(tmp_path / "b", mini=True, n_class=20, shots=1)])
-    rows = rows_of(tables([with_test(tmp_path / "c", mini=True)]))
+    run = with_test(tmp_path / "b", mini_imagenet=True, n_class=20, n_shot=1)
+    assert "43.44" not in tables([run])
+    rows = rows_of(tables([with_test(tmp_path / "c", mini_imagenet=True)]))
     assert rows[0][-1] == "600 episodes"
     assert rows[1][-1] == ""
     assert "60.60" in rows[2][-1]
@@ -127,7 +127,8 @@ def test_published_numbers_stand_beside_mini_imagenet_only(tmp_path):
 
 def test_a_table_for_each_data_set_way_and_shot(tmp_path):
     folder = tmp_path / "a"
-    for other in ({}, {"shots": 1}, {"data": "y"}, {"n_class": 20}, {"mini": True, "data": "m"}):
+    mini = {"mini_imagenet": True, "data": "m"}
+    for other in ({}, {"n_shot": 1}, {"data": "y"}, {"n_class": 20}, mini):
         with_test(folder, **other)
     heads = [line.split(", acc")[0] for line in tables([folder]).splitlines() if ", acc" in line]
     assert heads[0] == "mini-ImageNet, 5-way 5-shot"
@@ -136,7 +137,7 @@ def test_a_table_for_each_data_set_way_and_shot(tmp_path):
 
 def test_the_same_test_is_replaced_and_others_stay(tmp_path):
     folder = with_test(tmp_path / "a")
-    for other in ({"tta": (3, False)}, {"name": LAST}, {"data": "y"}, {"counts": (4,)}):
+    for other in ({"tta": TWICE}, {"name": LAST}, {"data": "y"}, {"counts": [4]}):
         with_test(folder, **other)
     with_test(folder, [1.0] * 4)
     tests = read_results(folder)["tests"]
@@ -185,10 +186,10 @@ def test_another_draw_of_test_episodes_has_a_mean_of_its_own(tmp_path):
 
 OTHER_FILES = [(NAME, content) for content in ("", "[]", "{}", '{"tests": 3}', "\0")]
 OTHER_FILES += [("metrics.jsonl", content) for content in (None, "", '{"event": "val"}', "\0")]
-DEEP = [pytest.param(name, "[" * 200_000, id=name) for name in (NAME, "metrics.jsonl")]
+OTHER_FILES += [(name, "[" * 200_000) for name in (NAME, "metrics.jsonl")]
 
 
-@pytest.mark.parametrize(("name", "content"), OTHER_FILES + DEEP)
+@pytest.mark.parametrize(("name", "content"), OTHER_FILES, ids=range(len(OTHER_FILES)))
 def test_other_files_are_refused(tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_text(content)
@@ -196,68 +197,54 @@ def test_other_files_are_refused(tmp_path, name, content):
         (read_results if name == NAME else read_metrics)(tmp_path)
 
 
-IN_TEST, HYPER = ("tests", 0), ("training", "hyper_parameters")
+DAMAGE = {  # where results.json is damaged -> what is there then
+    "tests 0 accuracies": [[], ["a"], [math.inf] * 4, [10**400] * 4],
+    "tests 0 training_length": [{"seen": "x"}],
+    "tests 0 counts": [[0], 2, ["two"]],
+    "tests 0 validation": [{"accuracy": "high", "std": 1}],
+    "tests 0 contradicts_training": [[]],
+    "tests 0 episode": ["x"],
+    "tests 0 checkpoint": [3],
+    "tests 0 tta": [{}],
+    "tests 0 mini_imagenet": [None],
+    "training hyper_parameters bf_init": [[None, 5.0]],
+    "training hyper_parameters n_shot": ["\ud800"],
+    "training hyper_parameters x": [1],
+}
 
 
-@pytest.mark.parametrize(
-    ("place", "part", "value"),
-    [
-        (IN_TEST, "accuracies", []),
-        (IN_TEST, "accuracies", ["a"]),
-        (IN_TEST, "accuracies", [math.inf] * 4),
-        (IN_TEST, "accuracies", [10**400] * 4),
-        (IN_TEST, "training_length", {"seen": "x"}),
-        (IN_TEST, "counts", [0]),
-        (IN_TEST, "counts", 2),
-        (IN_TEST, "counts", ["two"]),
-        (IN_TEST, "validation", {"accuracy": "high", "std": 1}),
-        (IN_TEST, "contradicts_training", []),
-        (IN_TEST, "episode", "x"),
-        (IN_TEST, "checkpoint", 3),
-        (IN_TEST, "tta", {}),
-        (IN_TEST, "mini_imagenet", None),
-        (HYPER, "bf_init", [None, 5.0]),
-        (HYPER, "n_shot", "\ud800"),
-        (HYPER, "x", 1),
-    ],
-)
-def test_damaged_results_are_refused(tmp_path, place, part, value):
+@pytest.mark.parametrize("place", DAMAGE)
+def test_damaged_results_are_refused(tmp_path, place):
     path = with_test(tmp_path / "a") / NAME
     content = json.loads(path.read_text())
-    functools.reduce(operator.getitem, place, content)[part] = value
-    path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"results\.json"):
-        read_results(tmp_path / "a")
+    *above, part = [int(word) if word == "0" else word for word in place.split()]
+    for value in DAMAGE[place]:
+        functools.reduce(operator.getitem, above, content)[part] = value
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"results\.json"):
+            read_results(tmp_path / "a")
 
 
-@pytest.mark.parametrize(
-    ("number", "part", "value"),
-    [
-        (0, "episode", None),
-        (0, "mean_loss", "x"),
-        (0, "mean_loss", 10**400),
-        (0, "time", {}),
-        (0, "time", {"seconds": 1.0, "episodes_per_second": 0}),
-        (1, "accuracy", 5.0),
-        (1, "accuracies", ["x"]),
-    ],
-)
-def test_damaged_metrics_are_refused(trained, tmp_path, number, part, value):
+def test_damaged_metrics_are_refused(trained, tmp_path):
     """But a line that was cut off is left out, and a mean of no finite losses is null."""
     lines = Path(f"{trained}-719", "metrics.jsonl").read_text().splitlines()
-    kinds = [next(e for e in map(json.loads, lines) if e["event"] == k) for k in ("train", "val")]
-    path, sound = tmp_path / "metrics.jsonl", [*kinds, {**kinds[0], "mean_loss": None}]
+    train, val = (
+        next(e for e in map(json.loads, lines) if e["event"] == k) for k in ("train", "val")
+    )
+    path, sound = tmp_path / "metrics.jsonl", [train, val, {**train, "mean_loss": None}]
     path.write_text("\n".join([*map(json.dumps, sound), "3", '{"event": "tra']))
     assert read_metrics(tmp_path) == sound
-    kinds[number][part] = value
-    path.write_text("\n".join(map(json.dumps, kinds)))
-    with pytest.raises(UserError, match=r"metrics\.jsonl"):
-        read_metrics(tmp_path)
+    slow = {"seconds": 1.0, "episodes_per_second": 0}
+    changes = [{"episode": None}, {"mean_loss": "x"}, {"mean_loss": 10**400}, {"time": {}}]
+    damaged = [train | change for change in [*changes, {"time": slow}]]
+    damaged += [val | {"accuracy": 5.0}, val | {"accuracies": ["x"]}]
+    for event in damaged:
+        path.write_text("\n".join(map(json.dumps, [train, event])))
+        with pytest.raises(UserError, match=r"metrics\.jsonl"):
+            read_metrics(tmp_path)
 
 
-def test_export_needs_a_test_and_a_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="nowhere"):
-        export(tmp_path / "nowhere", tmp_path)
+def test_export_needs_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match="ckpts"):
         export(with_test(tmp_path / "a"), tmp_path)
 
