@@ -32,8 +32,8 @@ from metalearner import MetaLearner
 from utils import run_main
 
 # nohup and a shell's & ignore these signals, and what the tests start would, too
-usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
-for number, handler in usual.items():
+usual = ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL))
+for number, handler in usual:
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 
@@ -245,9 +245,8 @@ def run_cli(*argv):
     return Done(code, out.getvalue(), err.getvalue())
 
 
-_small = "--cpu --image-size 16 --n-class 3 --n-shot 1 --n-eval 2 --epoch 2 --hidden-size 4 "
-_small += "--log-freq 1 --n-workers 0 --plots false"
-SMALL = _small.split()
+SMALL = "--cpu --image-size 16 --n-class 3 --n-shot 1 --n-eval 2 --epoch 2 --hidden-size 4"
+SMALL = (SMALL + " --log-freq 1 --n-workers 0 --plots false").split()
 
 
 def training(data, save, *flags, episode=4, val_freq=2):
@@ -322,6 +321,12 @@ def assert_same(a, b, but=("about", "data_root", "logs_end_at")):
             assert_same(a[k], b[k], but)
     else:
         assert a == b
+
+
+def assert_same_runs(a, b):
+    """Two runs end with the same bits, and have logged the same numbers."""
+    assert_same(tensors(a), tensors(b))
+    assert metrics(a) == metrics(b)
 
 
 def drawn(root, image_size, length, dtype=torch.float32, device=CPU):

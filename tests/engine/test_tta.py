@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import new_episode
 from torch import nn
 
 from baselines.linear_head import LinearHead
@@ -16,10 +17,11 @@ from engine.evaluation import Evaluator, is_mini_imagenet, run_test, schedule
 from engine.flags import ROOT, parse, resolve
 from engine.model import Model
 from engine.tta import class_permutations, evaluate_tta
-from episode import Episode, evaluate_episode
+from episode import evaluate_episode
 
 SMALL = "--cpu --image-size 16 --n-class 3 --n-shot 2 --n-eval 2 --epoch 2 --hidden-size 4 "
 SMALL += "--n-workers 0 --bi-init -2 -1"
+METHODS = pytest.mark.parametrize("method", ["lstm", "linear-head"])
 
 
 class Pool(nn.Module):
@@ -51,12 +53,8 @@ def setup(request):
     """An episode and a model, as arguments of ``evaluate_tta``."""
     if request.param == "fast":
         pytest.importorskip("fast")
-    args = make_args(*(["--plain"] if request.param == "plain" else []))
-    model = make_model(request.param, args)
-    y = torch.arange(3).repeat_interleave(2)
-    order = torch.stack([torch.randperm(6) for _ in range(2)])
-    images = [torch.randn(6, 3, 16, 16) for _ in range(2)]
-    return Episode(images[0], y, images[1], y, order), *model.learners, model, 100
+    model = make_model(request.param, make_args(*["--plain"] * (request.param == "plain")))
+    return new_episode(), *model.learners, model, 100
 
 
 def flipped(x):
@@ -99,32 +97,27 @@ def test_with_all_permutations_the_classes_order_is_nothing(setup):
     episode, places = setup[0], torch.tensor([2, 0, 1])
     other = episode._replace(support_y=places[episode.support_y], query_y=places[episode.query_y])
 
-    def tta(*args):
-        return evaluate_tta(*args, class_permutations(3, 6, 0), False)
-
-    for evaluate, alike in ((tta, True), (plain, False)):
-        losses = [float(evaluate(shown, *setup[1:])[0]) for shown in (episode, other)]
+    for n, alike in ((6, True), (1, False)):
+        views = class_permutations(3, n, 0), False
+        losses = [float(evaluate_tta(e, *setup[1:], *views)[0]) for e in (episode, other)]
         assert (losses[0] == pytest.approx(losses[1], rel=1e-4)) == alike
 
 
 @pytest.mark.parametrize("setup", ["plain", "fast"], indirect=True)
 def test_transductive_uses_the_query_sets_statistics(setup):
     episode, _, wo_grad, *_ = setup
-    few = episode._replace(query=episode.query[:4], query_y=episode.query_y[:4])
-    one = class_permutations(3, 1, 0)
-
-    def tta(*args, transductive=False):
-        return evaluate_tta(*args, one, False, transductive)
-
-    for evaluate in (plain, tta):
-        for transductive in (True, False):
-            loss, _ = evaluate(*setup, transductive=transductive)
-            wo_grad.train(transductive)
-            with torch.no_grad():
-                logits = [wo_grad(e.query)[:4] for e in (episode, few)]
-                expected = F.cross_entropy(wo_grad(episode.query), episode.query_y)
-            assert float(loss) == pytest.approx(float(expected), rel=1e-5)
-            assert torch.allclose(*logits, atol=1e-6) != transductive
+    one = class_permutations(3, 1, 0), False
+    losses = []
+    for transductive in (True, False):
+        loss, _ = plain(*setup, transductive=transductive)
+        augmented, _ = evaluate_tta(*setup, *one, transductive)
+        wo_grad.train(transductive)
+        with torch.no_grad():
+            expected = F.cross_entropy(wo_grad(episode.query), episode.query_y)
+        assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+        assert float(augmented) == pytest.approx(float(expected), rel=1e-5)
+        losses.append(float(loss))
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
 def test_class_permutations_are_balanced_and_distinct():
@@ -148,7 +141,7 @@ def run_small(master, *flags, method="lstm", trained_on=2):
     return run_test(args, backend, make_model(method, args), trained_on)
 
 
-@pytest.mark.parametrize("method", ["lstm", "linear-head"])
+@METHODS
 def test_evaluator_equals_one_episode_at_a_time(master, method):
     args = make_args("--data-root", str(master))
     backend, model = select_backend(args), make_model(method, args)
@@ -161,22 +154,19 @@ def test_evaluator_equals_one_episode_at_a_time(master, method):
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("method", ["lstm", "linear-head"])
+@METHODS
 def test_a_test_says_of_what_it_is(master, method, capsys):
     """All counts are of the same episodes."""
     tta = ("--tta-permutations", "3", "--tta-flip", "true")
+    flags = ("--episode-test", "6", "3", "--shots", "2", "1", *tta)
     (one,) = run_small(master, "--episode-test", "3", method=method)
-    same, other = run_small(
-        master, "--episode-test", "6", "3", "--shots", "2", "1", *tta, method=method
-    )
+    same, other = run_small(master, *flags, method=method)
     out = capsys.readouterr().out
     assert "3 episodes" in out
     assert "6 episodes" in out
     assert (one["counts"], same["counts"]) == ([3], [3, 6])
-    assert (one["tta"], same["tta"]) == (
-        {"permutations": 1, "flip": False},
-        {"permutations": 3, "flip": True},
-    )
+    assert one["tta"] == {"permutations": 1, "flip": False}
+    assert same["tta"] == {"permutations": 3, "flip": True}
     assert one["losses"] != same["losses"][:3]
     assert (one["fingerprint"], one["mini_imagenet"]) == (same["fingerprint"], False)
     schedules = [(t["n_shot"], t["epoch"], t["batch_size"]) for t in (one, same, other)]
@@ -185,14 +175,13 @@ def test_a_test_says_of_what_it_is(master, method, capsys):
     assert again["losses"] == same["losses"][:3]
 
 
-def test_other_shots_keep_the_updates_and_the_size_of_a_step(master, capsys):
-    one, two = run_small(master, "--episode-test", "2", "--shots", "1", "2")
-    assert capsys.readouterr().out.count("note: ") == 1
-    assert [(t["epoch"], t["batch_size"]) for t in (one, two)] == [(2, 3), (2, 25)]
-    (as_trained,) = run_small(master, "--episode-test", "2", "--n-shot", "1", "--grad-divisor", "6")
-    (by_three,) = run_small(master, "--episode-test", "2", "--n-shot", "1", "--grad-divisor", "3")
-    assert one["losses"] == as_trained["losses"] != by_three["losses"]
-    assert two["losses"] == run_small(master, "--episode-test", "2")[0]["losses"]
+def test_other_shots_keep_the_size_of_a_step(master, capsys):
+    losses = [
+        run_small(master, "--episode-test", "2", "--n-shot", "1", *flags)[0]["losses"]
+        for flags in ((), ("--grad-divisor", "6"), ("--grad-divisor", "3"))
+    ]
+    assert losses[0] == losses[1] != losses[2]
+    assert capsys.readouterr().out.count("note: ") == 3
 
 
 def test_the_schedule_for_other_numbers_of_examples():
