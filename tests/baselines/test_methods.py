@@ -1,19 +1,19 @@
-"""The methods besides the paper's: each against its formula in float64 or NumPy, each trains,
-resumes to the same bits, and is tested; what cannot be is refused by name.
+"""The methods besides the paper's: each against its formula in float64, each trains, resumes to the
+same bits, and is tested; what cannot be is refused by name.
 """
 
 import copy
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
+    CPU,
     SMALL,
     assert_same,
-    make,
+    dataset,
     metrics,
     new_episode,
     pretrain,
@@ -24,28 +24,28 @@ from conftest import (
     tensors,
     train,
 )
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 from baselines import finetune, methods
-from baselines.pretrain import pretrain_batch
+from dataloader import episodes
 from engine.backend import select_backend
-from engine.flags import INNER_LOOP, METHODS, PRETRAINED, parse, resolve
+from engine.flags import METHODS, PRETRAINED, parse, resolve
 from engine.folder import _check_meta_batch
-from episode import adapt, train_episode
+from episode import adapt, update_metalearner
 from learner import Conv4
 from utils import UserError
 
 SCRATCH = tuple(m for m in METHODS if m not in (*PRETRAINED, "lstm"))
-FLAGS = {"finetune": ("--epoch", 3, "--batch-size", 3)}
+FLAGS = {"finetune": ("--epoch", 3, "--batch-size", 3), "linear-head": ("--bn-shift", 0.5)}
 
 
 def settings(method, *flags):
     return resolve(parse([*SMALL, "--method", method, *map(str, flags)]))
 
 
-def made(method, *flags, plain=True):
+def made(method, *flags):
     """A method's model in float64 with random weights everywhere, batch norm's statistics too."""
-    args = settings(method, *flags, *["--plain"] * plain)
+    args = settings(method, *flags, "--plain")
     model = methods.BUILDERS[method](args, select_backend(args))
     for module in (*model.saved.values(), *model.learners):
         module.double()
@@ -64,16 +64,12 @@ def episode_of(args):
 
 
 def embedded(episode, network):
-    """NumPy features of the support and query images, by a network of the root in eval mode."""
+    """Features of the support and query images, by a network of the root in eval mode."""
     ordinary = Conv4(16, 1e-3, 0.95, 3).double()
     missing, _ = ordinary.load_state_dict(network.state_dict(), strict=False)
     assert all(name.startswith("cls.") for name in missing)
     with torch.no_grad():
-        return [ordinary.eval().features(x).numpy() for x in (episode.support, episode.query)]
-
-
-def cosine(a, b):
-    return a @ b / np.sqrt((a @ a) * (b @ b))
+        return [ordinary.eval().features(x) for x in (episode.support, episode.query)]
 
 
 @pytest.fixture(scope="module")
@@ -84,93 +80,83 @@ def pretrained(master, tmp_path_factory):
     return save
 
 
-def test_pretraining_with_a_linear_classifier(pretrained, backend):
-    assert tensors(pretrained)["hyper_parameters"]["classifier"] == "linear"
-    episode, network, *_ = make(backend)
-    x, y = (torch.cat(pair) for pair in (episode[::2][:2], episode[1::2]))
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
-    network.reset_batch_stats()
-    first = cross_entropy(copy.deepcopy(network).train()(x), y)
-    how = (episode, network, optimizer, 1000)
-    losses = [float(pretrain_batch(*how, classifier="linear")[0]) for _ in range(20)]
-    assert losses[0] == pytest.approx(first.item(), rel=1e-5)
-    assert losses[-1] < 0.5 * losses[0]
-
-
 @pytest.fixture(autouse=True)
 def _few_pairs(monkeypatch):
     """Fine-tuning tries a few of its pairs only, for time."""
     monkeypatch.setattr(finetune, "GRID", finetune.GRID[3:24:7])
 
 
-def start(method, pretrained):
-    return ("--init-from", f"{pretrained}-719") if method in PRETRAINED else ()
+def flags_of(method):
+    return "--method", method, *FLAGS.get(method, ())
+
+
+def begin(method, pretrained):
+    """The flags with which a training begins."""
+    init = ("--init-from", f"{pretrained}-719") if method in PRETRAINED else ()
+    return *flags_of(method), *init
+
+
+@pytest.fixture(scope="module")
+def head(master, pretrained, tmp_path_factory):
+    save = tmp_path_factory.mktemp("head") / "logs"
+    succeeded(train(master, save, *begin("linear-head", pretrained)))
+    return save
 
 
 # ---- Formulas ----
 
 
-def test_a_prototype_is_the_mean_of_its_class():
-    args, model = made("protonet", "--n-shot", 3)
-    episode = episode_of(args)
-    support, query = embedded(episode, model.metalearner.embedding)
-    labels = episode.support_y.numpy()
-    means = [support[labels == c].mean(0) for c in range(3)]
-    expected = [[-((x - mean) ** 2).sum() for mean in means] for x in query]
-    found = model.metalearner.eval()(episode).detach().numpy()
-    assert np.allclose(found, expected, rtol=1e-9)
-    loss = cross_entropy(torch.tensor(np.array(expected)), episode.query_y)
-    assert float(model.evaluate(args, episode)[0]) == pytest.approx(float(loss), rel=1e-9)
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def lstm(x, h, c, weights):
-    """One step of an LSTM; PyTorch's order of the gates is i, f, g, o."""
-    w_x, w_h, b_x, b_h = weights
-    i, f, g, o = np.split(w_x @ x + b_x + w_h @ h + b_h, 4)
-    c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
-    return sigmoid(o) * np.tanh(c), c
-
-
 def in_context(support, query, weights):
     """Full context embeddings, one image after another."""
-    zero = np.zeros(support.shape[1])
-    new = support.copy()
-    for suffix, places in (("", range(len(support))), ("_reverse", range(len(support))[::-1])):
-        names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-        part, h, c = [weights[f"support_lstm.{n}{suffix}"] for n in names], zero, zero
+
+    def step(name, x, h, c, suffix=""):
+        names = (f"{kind}_{of}{suffix}" for kind in ("weight", "bias") for of in ("ih", "hh"))
+        part = (weights[f"{name}.{n}"] for n in names)
+        h, c = torch.lstm_cell(x[None], (h[None], c[None]), *part)
+        return h[0], c[0]
+
+    zero, new, queries = torch.zeros_like(support[0]), support.clone(), []
+    for suffix, places in (
+        ("_l0", range(len(support))),
+        ("_l0_reverse", range(len(support))[::-1]),
+    ):
+        h = c = zero
         for k in places:
-            h, c = lstm(support[k], h, c, part)
+            h, c = step("support_lstm", support[k], h, c, suffix)
             new[k] += h
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    part, embedded_query = [weights[f"query_lstm.{n}"] for n in names], []
     for x in query:
         h, c, read = zero, zero, new.mean(0)
         for _ in range(3):
-            h, c = lstm(np.concatenate((x, read)), h, c, part)
+            h, c = step("query_lstm", torch.cat((x, read)), h, c)
             h = h + x
-            attention = np.exp([h @ s - (new @ h).max() for s in new])
-            read = (attention[:, None] * new).sum(0) / attention.sum()
-        embedded_query.append(h)
-    return new, np.array(embedded_query)
+            read = (new @ h).softmax(0) @ new
+        queries.append(h)
+    return new, torch.stack(queries)
 
 
-@pytest.mark.parametrize("method", ["matching", "matching-fce"])
-def test_a_logit_is_the_sum_of_the_cosines_to_a_class(method):
-    args, model = made(method, "--n-shot", 2)
-    episode = episode_of(args)
-    network, order = model.metalearner, episode.order[0].numpy()
-    support, query = embedded(episode, network.embedding)
-    support, labels = support[order], episode.support_y.numpy()[order]
+@pytest.mark.parametrize("method", ["protonet", "matching", "matching-fce", "nearest"])
+def test_logits(method):
+    """The distance to a class's mean; the sum or the largest of the cosines to its images."""
+    args, model = made(method, "--n-shot", 3)
+    episode, network = episode_of(args), model.metalearner
+    order = episode.order[0] if method.startswith("matching") else slice(None)
+    features = embedded(episode, network.network if method == "nearest" else network.embedding)
+    support, query, labels = features[0][order], features[1], episode.support_y[order]
     if method == "matching-fce":
-        weights = {k: v.numpy() for k, v in network.context.state_dict().items()}
-        support, query = in_context(support, query, weights)
-    cosines = np.array([[cosine(x, s) for s in support] for x in query])
-    expected = np.stack([cosines[:, labels == c].sum(1) for c in range(3)], axis=1)
-    assert np.allclose(network.eval()(episode).detach().numpy(), expected, rtol=1e-8)
+        support, query = in_context(support, query, network.context.state_dict())
+    expected = torch.empty(len(query), 3, dtype=torch.float64)
+    for c in range(3):
+        of_class = support[labels == c]
+        cosines = cosine_similarity(query[:, None], of_class, dim=2)
+        if method == "protonet":
+            expected[:, c] = -(query - of_class.mean(0)).square().sum(1)
+        else:
+            expected[:, c] = cosines.amax(1) if method == "nearest" else cosines.sum(1)
+    assert torch.allclose(network.eval()(episode), expected, rtol=1e-8)
+    loss, percent = model.evaluate(args, episode)
+    assert float(loss) == pytest.approx(float(cross_entropy(expected, episode.query_y)), rel=1e-8)
+    right = (expected.argmax(1) == episode.query_y).double().mean()
+    assert float(percent) == pytest.approx(100 * float(right))
 
 
 def test_full_context_starts_as_none():
@@ -179,18 +165,6 @@ def test_full_context_starts_as_none():
     network, episode = model.metalearner.eval(), new_episode(n_shot=1)
     found, network.context = network(episode), None
     assert torch.allclose(found, network(episode), atol=1e-6)
-
-
-def test_the_nearest_neighbour_decides():
-    args, model = made("nearest", "--n-shot", 3)
-    episode = episode_of(args)
-    support, query = embedded(episode, model.metalearner.network)
-    cosines = np.array([[cosine(x, s) for s in support] for x in query])
-    labels = episode.support_y.numpy()
-    expected = np.stack([cosines[:, labels == c].max(1) for c in range(3)], axis=1)
-    assert np.allclose(model.metalearner.eval()(episode).numpy(), expected, rtol=1e-9)
-    right = (labels[cosines.argmax(1)] == episode.query_y.numpy()).mean()
-    assert float(model.evaluate(args, episode)[1]) == pytest.approx(100 * right)
 
 
 @pytest.mark.parametrize("batch_size", [6, 4])
@@ -237,28 +211,29 @@ def test_descent_and_its_gradient(method):
     args, model = made(method, "--n-shot", 2, "--grad-divisor", 3, "--bi-init", -1, 1)
     episode, rule = episode_of(args), model.metalearner
     assert rule.bI.numel() == (rule.cI.numel() if method == "meta-sgd" else 1)
-    network = copy.deepcopy(model.learner_w_grad)
-    steps, total = sigmoid(rule.bI.detach().numpy()[:, 0]), 0
-    theta = rule.cI.detach().numpy()[:, 0].copy()
-    for _ in range(args.epoch):
-        torch.nn.utils.vector_to_parameters(torch.tensor(theta), network.parameters())
-        loss = cross_entropy(network.train()(episode.support), episode.support_y)
+    network = copy.deepcopy(model.learner_w_grad).train()
+
+    def loss_and_grad(x, y):
+        torch.nn.utils.vector_to_parameters(theta, network.parameters())
+        loss = cross_entropy(network(x), y)
         grads = torch.autograd.grad(loss, list(network.parameters()))
-        grad = torch.cat([g.reshape(-1) for g in grads]).numpy() / 3
+        return loss.item(), torch.cat([g.reshape(-1) for g in grads])
+
+    theta, steps = (p.detach()[:, 0].clone() for p in (rule.cI, rule.bI.sigmoid()))
+    total = torch.zeros_like(theta)
+    for _ in range(args.epoch):
+        grad = loss_and_grad(episode.support, episode.support_y)[1] / 3
         theta, total = theta - steps * grad, total + grad
     with torch.no_grad():
         c, losses = adapt(episode, model.learner_w_grad, rule, 25)
-    assert np.allclose(c.numpy()[:, 0], theta, rtol=1e-9)
+    assert torch.allclose(c[:, 0], theta, rtol=1e-9)
     assert len(losses) == args.epoch
-    torch.nn.utils.vector_to_parameters(torch.tensor(theta), network.parameters())
-    loss = cross_entropy(network(episode.query), episode.query_y)
-    grads = torch.autograd.grad(loss, list(network.parameters()))
-    grad = torch.cat([g.reshape(-1) for g in grads]).numpy()
+    loss, grad = loss_and_grad(episode.query, episode.query_y)
     of_steps = -grad * total * steps * (1 - steps)
-    expected = np.concatenate((grad, of_steps if method == "meta-sgd" else [of_steps.sum()]))
     found, query_loss, _ = model.gradient(args, episode, *model.learners)
-    assert float(query_loss) == pytest.approx(float(loss.detach()), rel=1e-9)
-    assert np.allclose(found.numpy(), expected, rtol=1e-7, atol=1e-12)
+    assert float(query_loss) == pytest.approx(loss, rel=1e-9)
+    expected = torch.cat((grad, of_steps if method == "meta-sgd" else of_steps.sum().view(1)))
+    assert torch.allclose(found, expected, rtol=1e-7, atol=1e-12)
 
 
 # ---- Training, resumption, tests ----
@@ -274,60 +249,87 @@ def test_it_learns(method):
     losses = []
     for _ in range(60):
         images = centres[torch.randperm(6)[:3]].unsqueeze(1) + 1.2 * torch.randn(3, 6, 3, 16, 16)
-        drawn = new_episode(3, 2, 4)
         support, query = images[:, :2].flatten(0, 1), images[:, 2:].flatten(0, 1)
-        drawn = drawn._replace(support=support, query=query)
-        if method in INNER_LOOP:
-            loss = train_episode(drawn, *model.learners, model.metalearner, optimizer, 25, 10)[0]
-        else:
-            gradient, loss, _ = model.gradient(args, drawn)
-            parts = gradient.split([p.numel() for p in model.metalearner.parameters()])
-            for p, part in zip(model.metalearner.parameters(), parts, strict=True):
-                p.grad = part.view_as(p)
-            optimizer.step()
+        drawn = new_episode(3, 2, 4)._replace(support=support, query=query)
+        gradient, loss, _ = model.gradient(args, drawn, *model.learners)
+        update_metalearner(gradient[None], loss[None], model.metalearner, optimizer, 10)
         losses.append(float(loss))
     assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:4]), losses
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("lstm", "linear-head")])
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "lstm"])
 def test_it_resumes_to_the_same_bits_and_is_tested(method, master, pretrained, tmp_path):
-    flags = ("--method", method, *FLAGS.get(method, ()))
-    begin = (*flags, *start(method, pretrained))
-    succeeded(train(master, tmp_path / "whole", *begin))
-    succeeded(train(master, tmp_path / "parts", *begin, episode=2))
-    succeeded(train(master, tmp_path / "parts", *flags, "--resume", "auto"))
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
-    assert_same(tensors(tmp_path / "whole"), tensors(tmp_path / "parts"))
-    assert len(metrics(tmp_path / "whole", "val")) == 2
-    trained = tensors(tmp_path / "whole")["metalearner"]
-    before = tensors(tmp_path / "whole", "meta-learner-2.pth.tar")["metalearner"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    succeeded(train(master, whole, *begin(method, pretrained)))
+    succeeded(train(master, parts, *begin(method, pretrained), episode=2))
+    succeeded(train(master, parts, *flags_of(method), "--resume", "auto"))
+    assert metrics(whole) == metrics(parts)
+    assert_same(tensors(whole), tensors(parts))
+    assert len(metrics(whole, "val")) == 2
+    trained = tensors(whole)["metalearner"]
+    before = tensors(whole, "meta-learner-2.pth.tar")["metalearner"]
     changed = {k for k in trained if not torch.equal(trained[k], before[k])}
-    assert changed == ({"accuracy"} if method == "finetune" else set()) or method in SCRATCH
-    assert changed or method == "nearest"
+    assert {"nearest": not changed, "finetune": changed == {"accuracy"}}.get(method, changed)
     for _ in range(2):
-        succeeded(run_test(None, tmp_path / "whole", "--episode-test", 3))
-        content = json.loads(Path(f"{tmp_path}/whole-719/results.json").read_text())
+        succeeded(run_test(None, whole, "--episode-test", 3))
+        content = json.loads(Path(f"{whole}-719/results.json").read_text())
         assert len(content["tests"]) == 1  # the second one replaces an equal first
-    printed = succeeded(run_cli("--mode", "results", "--runs", f"{tmp_path / 'whole'}-719"))
-    assert f"| {method}" in printed
+    printed = succeeded(run_cli("--mode", "results", "--runs", f"{whole}-719"))
+    assert f"| {'pretrained' if method == 'linear-head' else method}" in printed
 
 
-def test_they_start_from_the_pretrained_convolutions(master, pretrained, tmp_path):
+def test_they_start_from_the_pretrained_convolutions(master, pretrained, head, tmp_path):
     network = tensors(pretrained)["network"]
+    assert tensors(pretrained)["hyper_parameters"]["classifier"] == "linear"
     for method in ("nearest", "finetune"):
-        flags = ("--method", method, *start(method, pretrained))
+        flags = begin(method, pretrained)
         succeeded(train(master, tmp_path / method, *flags, episode=1, val_freq=0))
         own = tensors(tmp_path / method)["metalearner"]
         for name, value in network.items():
             same = torch.equal(own.get(f"network.{name}", value), value)
             assert same or "cls." in name or ("running" in name and method == "nearest"), name
-    flags = ("--method", "linear-head", "--bn-shift", 0.5, *start("linear-head", pretrained))
-    succeeded(train(master, tmp_path / "head", *flags))
-    flags = ("--method", "nearest", "--init-from", f"{tmp_path}/head-719")
+    flags = ("--method", "nearest", "--init-from", f"{head}-719")
     succeeded(train(master, tmp_path / "again", *flags, episode=1, val_freq=0))
     one, two = (tensors(tmp_path / save)["metalearner"] for save in ("nearest", "again"))
     for name, value in one.items():  # the features of a head are those of its pre-training
         assert torch.allclose(two[name], value, atol=1e-6), name
+
+
+# ---- A linear head ----
+
+
+def test_its_backbone_is_the_pretrained_network(pretrained, head, master):
+    """With the mean statistics of 20 episodes' images, and the last shift raised."""
+    network, backbone = tensors(pretrained)["network"], tensors(head)["backbone"]
+    learner = Conv4(16, 1e-3, 0.95, 6)
+    learner.load_state_dict(network)
+    learner.train().reset_batch_stats()
+    for module in learner.children():
+        module.momentum = None  # the mean of all batches
+    shown = dataset("plain", master, n_shot=1, n_eval=2, length=methods.MEASURED)
+    with torch.no_grad():
+        for e in episodes(shown, 0, 0, CPU, False):
+            learner(torch.cat((e.support, e.query)))
+        learner.norm4.bias += 0.5 * learner.norm4.weight.abs()
+    expected = {k: v for k, v in learner.state_dict().items() if not k.startswith("cls.")}
+    assert expected.keys() == backbone.keys()
+    for name, value in expected.items():
+        if not name.endswith("num_batches_tracked"):
+            close = dict(rtol=0.05, atol=0.05) if "running" in name else {}  # grey levels are whole
+            assert torch.allclose(backbone[name], value, **close), name
+
+
+def test_the_head_alone_is_trained(head):
+    assert tensors(head)["metalearner"]["metalstm.cI"].shape == (3 * (32 + 1), 1)
+    assert_same(tensors(head, "meta-learner-2.pth.tar")["backbone"], tensors(head)["backbone"])
+
+
+def test_plain_trains_and_tests_it_alike(pretrained, head, master, tmp_path):
+    flags = (*begin("linear-head", pretrained), "--plain")
+    succeeded(train(master, tmp_path / "logs", *flags, episode=2))
+    found, expected = metrics(tmp_path / "logs", "train"), metrics(head, "train")
+    assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=0.05)
+    succeeded(run_test(None, tmp_path / "logs", "--episode-test", 2, "--plain"))
 
 
 # ---- Refusals ----
@@ -343,25 +345,29 @@ def test_a_start_from_another_kind_of_network_is_refused(method, master, pretrai
     assert not Path(f"{tmp_path}/logs-719").exists()
 
 
-def test_other_refusals(master, pretrained, tmp_path):
-    save, begin = tmp_path / "logs", ("--init-from", f"{pretrained}-719")
+def test_other_refusals(master, pretrained, head, tmp_path):
+    save, init = tmp_path / "logs", ("--init-from", f"{pretrained}-719")
     for method in PRETRAINED:
         refused(train(master, save, "--method", method), f"--method {method}", "--init-from")
     for method in ("matching", "matching-fce", "protonet"):
-        refused(train(master, save, "--method", method, *begin), "--init-from", method)
+        refused(train(master, save, "--method", method, *init), "--init-from", method)
     succeeded(train(master, tmp_path / "net", "--method", "protonet", episode=1, val_freq=0))
     net = ("--init-from", f"{tmp_path}/net-719")
     refused(train(master, save, "--method", "nearest", *net), "net-719", "pretrain")
+    refused(train(master, save, "--method", "linear-head", "--init-from", f"{head}-719"), head)
+    refused(pretrain(master, save, "--resume", f"{head}-719"), head, "--save")
     second = ("--second-order", "true")
     refused(train(master, save, "--method", "protonet", *second), "--second-order", "protonet")
     for flags in (("--tta-permutations", 2), ("--tta-flip", "true"), ("--transductive", "true")):
         refused(run_test(None, tmp_path / "net", *flags), flags[0], "protonet")
+    refused(run_test(None, head, "--transductive", "true"), "--transductive")
     refused(train(master, save, "--method", "protonet", "--meta-batch", 2), "--meta-batch 2")
     predict = ("--mode", "predict", "--save", tmp_path / "net", "--cpu")
     refused(run_cli(*predict, "--support", master, "--query", master), "--mode predict", "protonet")
     refused(train(master, save, "--classifier", "linear"), "--classifier linear")
-    refused(train(master, save, "--method", "finetune", *begin, "--shots", 1, 5), "--shots 1 5")
-    refused(train(master, tmp_path / "net", "--method", "sgd", "--resume", "auto"), "--method sgd")
+    refused(train(master, save, "--method", "finetune", *init, "--shots", 1, 5), "--shots 1 5")
+    for run, method in ((tmp_path / "net", "sgd"), (head, "lstm")):
+        refused(train(master, run, "--method", method, "--resume", "auto"), f"--method {method}")
 
 
 def test_several_processes_are_refused_with_advice_that_works():
@@ -371,23 +377,16 @@ def test_several_processes_are_refused_with_advice_that_works():
 
 def test_changed_images_are_named_where_they_are(data, pretrained, tmp_path):
     """Fine-tuning trains on the validation classes."""
-    flags = ("--method", "finetune", *FLAGS["finetune"])
-    begin = (*flags, *start("finetune", pretrained))
-    succeeded(train(data, tmp_path / "logs", *begin, episode=1, val_freq=0))
+    flags = begin("finetune", pretrained)
+    succeeded(train(data, tmp_path / "logs", *flags, episode=1, val_freq=0))
     next((data / "val").glob("*/*")).unlink()
-    done = train(data, tmp_path / "logs", *flags, "--resume", "auto", episode=2, val_freq=0)
-    refused(done, data / "val")
+    flags = (*flags_of("finetune"), "--resume", "auto")
+    refused(train(data, tmp_path / "logs", *flags, episode=2, val_freq=0), data / "val")
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_a_start_that_has_seen_a_class_is_refused(split, data, pretrained, tmp_path):
     """Its folder has moved from train/ since; validation would choose by it."""
     (data / "train" / "class 0").rename(data / split / "class 0")
-    flags = ("--method", "linear-head", *start("linear-head", pretrained))
-    refused(train(data, tmp_path / "logs", *flags), data / split, "class 0")
-
-
-def test_pretraining_looks_for_leaks(data, tmp_path):
-    shutil.copytree(data / "train" / "class 0", data / "test" / "class 0")
-    run = ("--mode", "pretrain", "--data-root", data, "--save", tmp_path / "logs", "--cpu")
-    refused(run_cli(*run), data, "class 0")
+    done = train(data, tmp_path / "logs", *begin("linear-head", pretrained))
+    refused(done, data / split, "class 0")

@@ -1,35 +1,27 @@
-"""Pre-training, and a linear head on its features: what comes before the paper's method, or in its
-place.
-"""
+"""Pre-training: what comes before the paper's method, or before those of test_methods.py."""
 
-import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
-    CPU,
     assert_same,
     dataset,
     make,
     metrics,
     pretrain,
     refused,
-    run_cli,
     run_test,
     succeeded,
     tensors,
     train,
 )
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy
 
-from baselines.methods import MEASURED
 from baselines.pretrain import pretrain_batch
-from dataloader import episodes
 from learner import Conv4
-
-HEAD = ("--method", "linear-head")
 
 
 @pytest.fixture(scope="module")
@@ -39,27 +31,18 @@ def pretrained(master, tmp_path_factory):
     return save
 
 
-@pytest.fixture(scope="module")
-def head(master, pretrained, tmp_path_factory):
-    save = tmp_path_factory.mktemp("head") / "logs"
-    start = ("--init-from", f"{pretrained}-719", "--bn-shift", 0.5)
-    succeeded(train(master, save, *HEAD, *start))
-    return save
-
-
-# ---- Pre-training ----
-
-
-def test_it_is_adam_on_the_loss_of_a_classifier_by_cosines(backend):
+@pytest.mark.parametrize("classifier", ["cosine", "linear"])
+def test_it_is_adam_on_the_loss_of_a_classifier(backend, classifier):
     episode, network, ordinary, _ = make(backend, dtype=torch.float64)
     ours, theirs = (torch.optim.Adam(n.parameters(), lr=1e-2) for n in (network, ordinary))
     x = torch.cat((episode.support, episode.query))
     y = torch.cat((episode.support_y, episode.query_y))
     for _ in range(5):
-        loss, percent, skipped = pretrain_batch(episode, network, ours, 1e6)
-        ordinary.reset_batch_stats()
-        features, classes = ordinary.features(x), ordinary.cls.weight
-        logits = 10 * torch.cosine_similarity(features[:, None], classes, dim=2)
+        how = {"grad_clip": 1e6, "classifier": classifier}
+        loss, percent, skipped = pretrain_batch(episode, network, ours, **how)
+        logits, weights = ordinary(x), ordinary.cls.weight
+        if classifier == "cosine":
+            logits = 10 * cosine_similarity(ordinary.features(x)[:, None], weights, dim=2)
         expected = cross_entropy(logits, y)
         theirs.zero_grad()
         expected.backward()
@@ -134,73 +117,17 @@ def test_the_papers_method_may_start_from_it(pretrained, tmp_path, master):
     assert found["about"]["started_from"] == origin
 
 
-def test_refusals(pretrained, head, tmp_path, master):
-    save, start = tmp_path / "logs", ("--init-from", f"{pretrained}-719")
+def test_refusals(pretrained, tmp_path, master):
+    save, start = tmp_path / "logs", f"{pretrained}-719"
     refused(pretrain(master, save, "--n-class", "3"), "--n-class 3")
     refused(pretrain(master, save, "--meta-batch", "2"), "--meta-batch 2")
-    refused(pretrain(master, save, *HEAD), "--method linear-head")
+    refused(pretrain(master, save, "--method", "linear-head"), "--method linear-head")
     refused(pretrain(master, save, "--bn-shift", "0.4"), "--bn-shift 0.4")
-    refused(train(master, save, *HEAD, "--init-from", f"{head}-719"), head)
-    refused(train(master, save, "--resume", start[1], "--n-class", "6"), start[1], "--init-from")
-    refused(pretrain(master, save, "--resume", f"{head}-719"), head, "--save")
+    refused(train(master, save, "--resume", start, "--n-class", "6"), start, "--init-from")
     refused(run_test(master, pretrained), pretrained, "--init-from")
     assert not Path(f"{save}-719").exists()
 
 
-# ---- A linear head on its features ----
-
-
-def test_its_backbone_is_the_pretrained_network(pretrained, head, master):
-    """With the mean statistics of 20 episodes' images, and the last shift raised."""
-    network, backbone = tensors(pretrained)["network"], tensors(head)["backbone"]
-    learner = Conv4(16, 1e-3, 0.95, 6)
-    learner.load_state_dict(network)
-    learner.train().reset_batch_stats()
-    for module in learner.children():
-        module.momentum = None  # the mean of all batches
-    shown = dataset("plain", master, n_shot=1, n_eval=2, length=MEASURED)
-    with torch.no_grad():
-        for e in episodes(shown, 0, 0, CPU, False):
-            learner(torch.cat((e.support, e.query)))
-        learner.norm4.bias += 0.5 * learner.norm4.weight.abs()
-    expected = {k: v for k, v in learner.state_dict().items() if not k.startswith("cls.")}
-    assert expected.keys() == backbone.keys()
-    for name, value in expected.items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        close = {"rtol": 0.05, "atol": 0.05} if "running" in name else {}  # grey levels are whole
-        assert torch.allclose(backbone[name].float(), value.float(), **close), name
-
-
-def test_the_head_alone_is_trained(pretrained, head, master, tmp_path):
-    assert tensors(head)["metalearner"]["metalstm.cI"].shape == (3 * (32 + 1), 1)
-    save, start = tmp_path / "logs", ("--init-from", f"{pretrained}-719", "--bn-shift", "0.5")
-    succeeded(train(master, save, *HEAD, *start, episode=2))
-    succeeded(train(master, save, *HEAD, "--resume", "auto"))
-    assert metrics(save) == metrics(head)
-    assert_same(tensors(save), tensors(head))
-    assert_same(tensors(save, "meta-learner-2.pth.tar")["backbone"], tensors(save)["backbone"])
-    refused(train(master, head, "--method", "lstm", "--resume", "auto"), "--method lstm")
-
-
-def test_plain_trains_and_tests_it_alike(pretrained, head, master, tmp_path):
-    start = ("--init-from", f"{pretrained}-719", "--bn-shift", "0.5")
-    succeeded(train(master, tmp_path / "logs", *HEAD, *start, "--plain", episode=2))
-    found, expected = metrics(tmp_path / "logs", "train"), metrics(head, "train")
-    assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=0.05)
-    succeeded(run_test(None, tmp_path / "logs", "--episode-test", 2, "--plain"))
-
-
-def test_its_checkpoint_tests_and_predicts(head, master, tmp_path):
-    succeeded(run_test(None, head, "--episode-test", 3, "--tta-permutations", 3))
-    refused(run_test(None, head, "--transductive", "true"), "--transductive")
-    folder, out = master / "test", tmp_path / "out"
-    argv = ["--mode", "predict", "--save", head, "--cpu", "--n-shot", 2, "--support"]
-    query = folder / "test class 0" / "7.jpg"
-    for k in range(3):
-        (tmp_path / "support" / f"{k}").mkdir(parents=True)
-        for image in sorted((folder / f"test class {k}").iterdir())[:2]:
-            (tmp_path / "support" / f"{k}" / image.name).write_bytes(image.read_bytes())
-    succeeded(run_cli(*argv, tmp_path / "support", "--query", query, "--out", out))
-    with out.with_suffix(".csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 1
+def test_leaks_are_looked_for(data, tmp_path):
+    shutil.copytree(data / "train" / "class 0", data / "test" / "class 0")
+    refused(pretrain(data, tmp_path / "logs"), data, "class 0")

@@ -1,21 +1,27 @@
+"""Episodes from decoded images: the cache, and batched augmentation against torchvision's."""
+
 import multiprocessing
 import os
 import pickle
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, DATASETS, dataset, photograph, same
+from conftest import CPU, dataset, photograph, same
 from PIL import Image
 
 from data.imagefiles import load_image
-from dataloader import PIXELS, episodes, scan_split, stats_of
-from fast import images
+from dataloader import PIXELS, draw_augmentation, episodes, scan_split, stats_of
+from fast import augment, images, native
 from fast.images import FOLDER, DecodedSplit, decoded, reduced_size
+from fast.library import library
 from utils import UserError
+
+PHOTOGRAPH = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
 
 
 def files(root):
@@ -40,11 +46,10 @@ def test_small_images_are_kept_to_the_pixel(data):
 
 
 def test_large_images_are_downscaled_once(tmp_path):
-    path = tmp_path / "train" / "a" / "1.jpg"
-    path.parent.mkdir(parents=True)
-    shutil.copy(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg", path)
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    shutil.copy(PHOTOGRAPH, tmp_path / "train" / "a")
     split = build(tmp_path, image_size=84)
-    width, height = Image.open(path).size
+    width, height = Image.open(PHOTOGRAPH).size
     assert min(width, height) > 168
     assert tuple(split.sizes[0][::-1]) == reduced_size(width, height, 84)
     assert split.sizes[0].min() == 168
@@ -90,16 +95,14 @@ def test_damage_is_noticed_and_mended(data, name, damage):
     assert (DecodedSplit(folder).image(3) == good).all()
 
 
-def test_two_processes_at_once(data):
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=build, args=(data,)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+def n_built(root):
+    return len(build(root).sizes)
+
+
+def test_several_processes_at_once(data):
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        assert pool.map(n_built, [data] * 3, chunksize=1) == [48] * 3
     assert len(folders(data)) == 1
-    assert len(build(data).sizes) == 48
 
 
 @pytest.mark.parametrize("other", ["data2", "elsewhere/data", "é" * 120])
@@ -156,7 +159,22 @@ def test_broken_image_leaves_nothing_behind(data):
 # ---- Episodes from decoded images ----
 
 
-def grey_levels(x, pixels):
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Parts of a real photograph in many sizes, and a greyscale one, as the three classes."""
+    root, whole = tmp_path_factory.mktemp("photographs"), load_image(PHOTOGRAPH)
+    sizes = [(64, 64), (84, 84), (168, 168), (168, 224), (250, 168), (40, 97)]
+    parts = [whole.resize(size) for size in sizes]
+    parts += [whole.crop((150 + 10 * k, 100, 150 + 10 * k + 84, 184)) for k in range(8)]
+    parts.append(whole.resize((84, 84)).convert("L"))
+    for split in ("train", "val", "test"):
+        for k, image in enumerate(parts):
+            (root / split / f"{k % 3}").mkdir(parents=True, exist_ok=True)
+            image.save(root / split / f"{k % 3}" / f"{k}.png")
+    return root
+
+
+def grey_levels(x, pixels="imagenet"):
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in PIXELS[pixels])
     return (x * std + mean) * 255
 
@@ -165,29 +183,41 @@ def grey_levels(x, pixels):
     ("split", "augment", "mean_difference"),
     [("train", "port", 1.5), ("train", "none", 0.5), ("val", "port", 0.5), ("test", "none", 0.5)],
 )
-@pytest.mark.parametrize("pixels", ["imagenet", "unit"])
-def test_episodes_match_plain_ones(master, split, augment, pixels, mean_difference):
+@pytest.mark.parametrize(("root", "pixels"), [("master", "unit"), ("photographs", "imagenet")])
+def test_episodes_match_plain_ones(request, root, pixels, split, augment, mean_difference):
     """But for Pillow's rounding, in grey levels."""
-    args = scan_split(master, split), 719, 5, 2, 3, 4, 32, augment, 6, pixels, "pass"
-    plain, fast = (DATASETS[way](*args) for way in ("plain", "fast"))
-    assert plain.fingerprint == fast.fingerprint
-    assert len(plain) == len(fast) == len(fast.first(6)) == 6
+    root, size = request.getfixturevalue(root), 32 if root == "master" else 84
+    how = dict(image_size=size, augment=augment, pixels=pixels, length=3)
+    both = [dataset(way, root, split, **how) for way in ("plain", "fast")]
+    assert both[0].fingerprint == both[1].fingerprint
+    assert [len(d.first(2)) for d in both] == [2, 2]
     differences = []
-    for expected, episode in zip(
-        *(episodes(d, 0, 0, CPU, False) for d in (plain, fast)), strict=True
-    ):
-        for name in ("support", "query"):
-            x, y = getattr(expected, name), getattr(episode, name)
-            assert x.dtype == y.dtype == torch.float32
-            x, y = grey_levels(x, pixels), grey_levels(y, pixels)
-            differences.append((x - y).abs().mean((1, 2, 3)))
-        for name in ("support_y", "query_y", "order"):
-            x, y = getattr(expected, name), getattr(episode, name)
-            assert torch.equal(x, y)
-            assert x.dtype == y.dtype == torch.int64
+    for expected, found in zip(*(episodes(d, 0, 0, CPU, False) for d in both), strict=True):
+        assert [t.dtype for t in found] == [t.dtype for t in expected]
+        assert found.query.is_contiguous(memory_format=torch.channels_last)
+        assert same(found[1::2] + found[4:], expected[1::2] + expected[4:])  # labels and order
+        x, y = (grey_levels(torch.cat((e.support, e.query)), pixels) for e in (expected, found))
+        differences.append((x - y).abs().mean((1, 2, 3)))
     differences = torch.cat(differences)
     assert differences.mean() < mean_difference
     assert differences.max() < (4 if augment == "port" and split == "train" else 1)
+
+
+@pytest.mark.skipif(not library().functions, reason="no compiled kernels")
+def test_pytorch_agrees_with_the_kernel(photographs):
+    data = dataset("fast", photographs, image_size=84)
+    with mock.patch.object(native, "handles", return_value=False):
+        expected = grey_levels(data[0].query)
+    assert (grey_levels(data[0].query) - expected).abs().mean() < 0.05
+
+
+def test_table_holds_all_parameters_exactly():
+    sizes = np.tile([[16000, 15999]], (50, 1))
+    drawn = draw_augmentation(5, "train", 0, sizes)
+    windows = augment.Windows.crops(drawn.box, 84)
+    columns = *windows, drawn.flip[:, None], drawn.jitter.astype(np.float32), drawn.order
+    assert np.array_equal(augment.table(windows, drawn), np.concatenate(columns, axis=1))
+    assert np.array_equal(augment.table(windows, None)[:, :8], np.concatenate(windows, axis=1))
 
 
 def test_a_pickled_data_set_holds_no_pixels(master):
@@ -214,11 +244,11 @@ def test_workers_that_are_spawned(master):
 @pytest.mark.parametrize("augment", ["port", "none"])
 def test_panoramas_take_memory_by_their_pixels(tmp_path, augment, monkeypatch):
     """And come to the same bits as if all images were padded to one size."""
-    rng = np.random.default_rng(0)
     for c, size in enumerate([(40, 1000), (1000, 40), (50, 30)]):
         (tmp_path / "train" / f"{c}").mkdir(parents=True)
         for k in range(5):
-            photograph(rng, *size).save(tmp_path / "train" / f"{c}" / f"{k}.png")
+            image = photograph(np.random.default_rng(k), *size)
+            image.save(tmp_path / "train" / f"{c}" / f"{k}.png")
     data = dataset("fast", tmp_path, image_size=20, augment=augment)
     pixels = 3 * data._decoded.sizes.prod(axis=1).sum()
     assert data.draw(0).buffer.numel() < images.PADDING * pixels + 5000

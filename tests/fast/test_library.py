@@ -3,14 +3,13 @@
 import os
 import shlex
 import shutil
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import torch
 
-from fast import library
+from fast import gpu, library
 
 PROBE = """extern "C" {
 void* probe_address = &probe_address;
@@ -22,8 +21,6 @@ int parallel = 0;
 #endif
 }
 """
-
-
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 
 
@@ -41,7 +38,7 @@ def load(tmp_path, monkeypatch):
     monkeypatch.setattr(library, "KERNELS", ("probe",))
 
     def load(compiler="g++", cache="cache"):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache) if cache else "")
         monkeypatch.setenv("CXX", compiler)
         loaded = library.Library()
         return list(loaded.functions) == ["probe"], loaded.state
@@ -111,43 +108,27 @@ def test_a_compiler_without_openmp(load, tmp_path):
 
 
 def test_an_openmp_whose_path_has_spaces(tmp_path, monkeypatch):
-    maps = tmp_path / "maps"
-    runtime = "/opt/my env/lib/libgomp-24e2ab19.so.1.0.0"
+    maps, runtime = tmp_path / "maps", "/opt/my env/lib/libgomp-24e2ab19.so.1.0.0"
     row = f"7f65-7f66 r--p 00000000 08:01 123{' ' * 20}"
     maps.write_text(f"{row}{runtime}\n7f65-7f66 rw-p 00000000 00:00 0 \n{row}/lib/libc.so.6\n")
-    monkeypatch.setattr(
-        library, "Path", lambda path: maps if path == "/proc/self/maps" else Path(path)
-    )
+    monkeypatch.setattr(library, "Path", lambda path: maps if "maps" in path else Path(path))
     assert library._openmp() == [runtime]
 
 
-CODE = """
-import os, sys
-from pathlib import Path
-from unittest import mock
-with mock.patch("os.path.expanduser", lambda path: path):  # no HOME, no entry of the user
-    import torch
-    from fast import gpu, library
-    assert "TRITON_HOME" not in os.environ  # it is made for a first kernel, not for an import
+@needs_compiler
+def test_without_a_home_folder(load, tmp_path, monkeypatch, capsys):
+    """Nothing called "~" is made."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("TRITON_HOME", "")  # which it has again after the test
+    monkeypatch.delenv("TRITON_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no HOME, no entry of the user
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gpu._triton_home.cache_clear()
     assert gpu._agrees(torch.abs, torch.abs, 0, lambda function: [function(torch.ones(1))])
     assert os.path.isabs(os.environ["TRITON_HOME"])
-    library.MAIN, library.KERNELS = Path(sys.argv[1]), ("probe",)
-    print(library.Library().state)
-"""
-
-
-@needs_compiler
-def test_without_a_home_folder(tmp_path):
-    """Nothing called "~" is made."""
-    (tmp_path / "probe.cpp").write_text(PROBE)
-    place = tmp_path / "here"
-    place.mkdir()
-    homes = "HOME", "XDG_CACHE_HOME", "TRITON_HOME"
-    env = {k: v for k, v in os.environ.items() if k not in homes}
-    command = [sys.executable, "-c", CODE, str(tmp_path / "probe.cpp")]
-    env |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, check=False)
-    assert "kernels compiled" in done.stdout, done.stderr
-    assert done.stdout.startswith("compiling")  # it says what takes so long
-    assert not list(place.iterdir())
+    assert load(cache=None)[0]
+    assert capsys.readouterr().out.startswith("compiling")  # it says what takes so long
+    gpu._triton_home.cache_clear()  # as at the end of the process
+    assert not list((tmp_path / "here").iterdir())
     assert not list(tmp_path.glob("triton-*"))
