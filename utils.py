@@ -254,11 +254,12 @@ def release_locks() -> None:
 
 
 def fits(value: Any, form: Any) -> bool:
-    """Whether what a file holds has a form; missing entries of a dict count as None.
+    """Whether what a file holds has a form.
 
     A form is a type, where float is any number that a float can hold; None; a condition; a list
     with the form of all items; a dict with the forms of some entries, or {str: form} with that of
-    all; or a tuple of forms, one of which fits.
+    all; or a tuple of forms, one of which fits. An entry may be missing if its name in the form
+    ends in "?".
     """
     if isinstance(form, tuple):
         return any(fits(value, each) for each in form)
@@ -267,7 +268,10 @@ def fits(value: Any, form: Any) -> bool:
     if isinstance(form, dict) and isinstance(value, dict):
         if form.keys() == {str}:
             return fits(list(value), [str]) and fits(list(value.values()), [form[str]])
-        return all(fits(value.get(name), each) for name, each in form.items())
+        return all(
+            fits(value[key], each) if (key := name.rstrip("?")) in value else name.endswith("?")
+            for name, each in form.items()
+        )
     if form is None or isinstance(form, dict):
         return value is form
     if form is float:

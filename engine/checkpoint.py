@@ -54,22 +54,22 @@ def _count(value: object) -> bool:
 
 _RUN = {
     **dict.fromkeys(("validated", "skipped_in_a_row", "asked_for"), _count),
-    **{name: [float] for name in ("losses", "accuracies", "skipped")},
+    **{key: [lambda x: isinstance(x, float)] for key in ("losses", "accuracies", "skipped")},
     **{"data": {str: str}, "logs_end_at": {str: _count}},
 }
 
 
 def _is_run(run: Any) -> bool:
     known = fits(run, _RUN) and run.keys() == _RUN.keys()
-    return known and len(run["losses"]) == len(run["accuracies"])
+    return run == {} or (known and len(run["losses"]) == len(run["accuracies"]))
 
 
 _FORM = {  # of a checkpoint, beside its weights
-    **dict.fromkeys(("hyper_parameters", "run_flags", "about"), ({str: object}, None)),
-    "classes": ([str], None),
-    "data_root": (str, None),
+    **{key: {str: object} for key in ("hyper_parameters", "run_flags", "about")},
+    "classes": [str],
+    "data_root": str,
     "best": ({"episode": int, "accuracy": finite}, None),
-    "run": (_is_run, None),
+    "run": _is_run,
 }
 
 
@@ -164,7 +164,7 @@ def _fault(content: object) -> str | None:
             if not torch.isfinite(value).all():
                 return f"{name} holds numbers that are not finite"
     for key, form in _FORM.items():
-        if not fits(content.get(key), form):
+        if key in content and not fits(content[key], form):
             return f"its {key} is not what training writes"
     return None
 

@@ -16,14 +16,20 @@ from utils import UserError, counted, explained, fits, load_package, summary
 
 CONSOLE, METRICS = "console.log", "metrics.jsonl"
 _MEAN = {"mean": float, "ci95": float}
+
+
+def _is_episode(n: object) -> bool:
+    return isinstance(n, int) and fits(n, float)
+
+
 _FORMS = {  # of events, by kind: what is read of them
     "train": {
-        "episode": int,
+        "episode": _is_episode,
         "mean_loss": (float, None),  # no loss was finite
         "mean_accuracy": float,
         "time": {"seconds": float, "episodes_per_second": lambda n: fits(n, float) and n > 0},
     },
-    "val": {"episode": int, "loss": _MEAN, "accuracy": _MEAN, "accuracies": ([float], None)},
+    "val": {"episode": _is_episode, "loss": _MEAN, "accuracy": _MEAN, "accuracies?": [float]},
 }
 
 

@@ -159,7 +159,7 @@ def curves(folder: Path) -> Figure:
         if n := known.get("n_class"):
             chance = math.log(n) if key == "loss" else 100 / n
             axis.axhline(chance, **GUESSING, label=f"guessing among {n} classes")
-        values = np.array([e.get(f"mean_{key}") for e in train], dtype=float)
+        values = np.array([e[f"mean_{key}"] for e in train], dtype=float)
         mean, std = smooth(values, max(3, len(values) // 20))
         axis.fill_between(episode, mean - std, mean + std, color=BLUE, alpha=0.2, linewidth=0)
         words = "training, smoothed, ± std of the log's means"

@@ -125,8 +125,7 @@ class Row:
         tested = f"{self.kind}, {self.test['episode']:,}"
         tested += (f" of {self.seen:,}" if self.seen else "") + " episodes"
         tested += f", {self.asked:,} asked for" if self.asked != self.seen else ""
-        known = val and val.get("std") is not None
-        validated = f"{val['accuracy']:.2f} (std {val['std']:.1f})" if known else ""
+        validated = f"{val['accuracy']:.2f} (std {val['std']:.1f})" if val and "std" in val else ""
         found = [summary(values[:n]) if n <= len(values) else None for n in counts]
         cells = [
             f"{s['mean']:.2f} ± {s['ci95']:.2f} (std {s['std']:.1f})" if s else "" for s in found

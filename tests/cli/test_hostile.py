@@ -222,6 +222,7 @@ CHECKPOINTS = {  # a file's content, or what is changed -> a culprit beside the 
     "state, negative": ({"run": {"validated": -1}}, ""),
     "state, uneven": ({"run": {"losses": [1.0]}}, ""),
     "state, no list": ({"run": {"skipped": {}}}, ""),
+    "state, whole numbers": ({"run": {"losses": [1], "accuracies": [1.0]}}, ""),
     "state, text": ({"run": {"losses": ["1"], "accuracies": [1.0]}}, ""),
     "state, data": ({"run": {"data": {"train": 3}}}, ""),
     "state, logs": ({"run": {"logs_end_at": {"console.log": "12"}}}, ""),
@@ -247,6 +248,16 @@ def test_checkpoints(master, trained, tmp_path, name):
     before = listing(tmp_path)
     refused(train(master, tmp_path / "logs", "--resume", path, episode=6), path, culprit)
     assert listing(tmp_path) == before
+
+
+PARTS = ("hyper_parameters", "run_flags", "about", "classes", "data_root", "run")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_checkpoint_is_none(trained, tmp_path, part):
+    torch.save({**tensors(trained), part: None}, tmp_path / "bad.pth.tar")
+    with pytest.raises(UserError, match=f"its {part} "):
+        checkpoints.load(tmp_path / "bad.pth.tar")
 
 
 def test_files_that_are_no_checkpoint(master, trained, tmp_path):

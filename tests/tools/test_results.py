@@ -225,6 +225,19 @@ def test_damaged_results_are_refused(tmp_path, place):
             read_results(tmp_path / "a")
 
 
+def test_results_that_lack_a_part_are_refused(tmp_path):
+    path = with_test(tmp_path / "a") / NAME
+    whole = json.loads(path.read_text())
+    for above in (["tests", 0], ["tests", 0, "tta"], ["training"]):
+        parts = functools.reduce(operator.getitem, above, whole)
+        for part in {"hyper_parameters", "seed"} if above == ["training"] else parts:
+            content = json.loads(json.dumps(whole))
+            del functools.reduce(operator.getitem, above, content)[part]
+            path.write_text(json.dumps(content))
+            with pytest.raises(UserError, match=r"results\.json"):
+                read_results(tmp_path / "a")
+
+
 def test_damaged_metrics_are_refused(trained, tmp_path):
     """But a line that was cut off is left out, and a mean of no finite losses is null."""
     lines = Path(f"{trained}-719", "metrics.jsonl").read_text().splitlines()
@@ -237,7 +250,8 @@ def test_damaged_metrics_are_refused(trained, tmp_path):
     slow = {"seconds": 1.0, "episodes_per_second": 0}
     changes = [{"episode": None}, {"mean_loss": "x"}, {"mean_loss": 10**400}, {"time": {}}]
     damaged = [train | change for change in [*changes, {"time": slow}]]
-    damaged += [val | {"accuracy": 5.0}, val | {"accuracies": ["x"]}]
+    damaged += [val | {"accuracy": 5.0}, val | {"accuracies": ["x"]}, val | {"accuracies": None}]
+    damaged += [{k: v for k, v in train.items() if k != "mean_loss"}, train | {"episode": 10**400}]
     for event in damaged:
         path.write_text("\n".join(map(json.dumps, [train, event])))
         with pytest.raises(UserError, match=r"metrics\.jsonl"):
