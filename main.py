@@ -2,8 +2,7 @@
 
     python main.py --mode train --data-root data/miniImagenet
 
-``train`` is the paper's algorithm 1; its inner loop is in episode.py, the networks in learner.py
-and metalearner.py.
+``train`` is algorithm 1; episode.py has its inner loop, learner.py and metalearner.py the networks.
 """
 
 from __future__ import annotations
@@ -56,10 +55,7 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
     """Algorithm 1: train the meta-learner for ``--episode`` episodes."""
     with RunFolder(cli_args, ranks) as folder:
         args = folder.args
-        if folder.finished:
-            print(f"{args.resume}: has seen all {args.episode} episodes; nothing to do")
-            updates = f" --data-root {args.data_root}" * bool(args.val_freq)
-            print(f"to draw it: python main.py --mode plot --resume {folder.path}{updates}")
+        if folder.is_finished():
             return
         backend = select_backend(args, ranks.local)
         print(f"{backend.description}\ntraining on {args.data_root}, into {folder.path}")

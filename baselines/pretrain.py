@@ -84,8 +84,7 @@ def pretrain(cli_args: dict[str, object], ranks: Ranks) -> None:
             raise UserError(f"{spelled(flag)} {getattr(args, flag)}: not for --mode pretrain")
     with RunFolder({**cli_args, "n_class": n_classes}, ranks) as folder:
         args = folder.args
-        if folder.finished:
-            print(f"{args.resume}: has seen all {args.episode} batches; nothing to do")
+        if folder.is_finished():
             return
         backend = select_backend(args, ranks.local)
         print(f"{backend.description}\npre-training on {args.data_root}, into {folder.path}")
@@ -99,6 +98,8 @@ def pretrain(cli_args: dict[str, object], ranks: Ranks) -> None:
         with Run(
             folder, {"network": network}, optimizer, {"train": train_set}, backend.device
         ) as run:
+            if run.should_validate():  # the last process ended before its last checkpoint
+                run.log_validation([], [])
             for n, batch in run.batches():
                 set_learning_rate(args, optimizer, n - 1)
                 run.log(n, *train_step(*batch))

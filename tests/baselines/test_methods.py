@@ -4,6 +4,7 @@ same bits, and is tested; what cannot be is refused by name.
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -276,6 +277,20 @@ def test_it_resumes_to_the_same_bits_and_is_tested(method, master, pretrained, t
         assert len(content["tests"]) == 1  # the second one replaces an equal first
     printed = succeeded(run_cli("--mode", "results", "--runs", f"{whole}-719"))
     assert f"| {'pretrained' if method == 'linear-head' else method}" in printed
+
+
+def test_pretraining_writes_its_last_checkpoint_after_a_kill(master, pretrained, tmp_path):
+    folder, again = tmp_path / "logs-719", ("--resume", "auto")
+    shutil.copytree(f"{pretrained}-719", folder)
+    content = tensors(tmp_path / "logs")
+    content["run"]["validated"] = 0
+    torch.save(content, folder / "ckpts" / "meta-learner-last.pth.tar")
+    (last := folder / "ckpts" / "meta-learner-2.pth.tar").unlink()
+    succeeded(pretrain(master, tmp_path / "logs", *again, episode=2))
+    assert last.exists()
+    done = succeeded(pretrain(master, tmp_path / "logs", *again, episode=2))
+    assert "nothing to do" in done
+    assert "--data-root" not in done  # which plots of a pre-training do not take
 
 
 def test_they_start_from_the_pretrained_convolutions(master, pretrained, head, tmp_path):
