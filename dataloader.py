@@ -93,14 +93,14 @@ def scan_classes(folder: Path, what: str) -> tuple[list[str], list[list[Path]]]:
             raise UserError(f"{entry.path}: a file among the class folders of {what}; remove it")
         keys = {imagefiles.nfc(entry.name), os.path.realpath(entry.path)}
         if keys & seen:
-            what = "a second class of this name, or a link to another class"
-            raise UserError(f"{entry.path}: {what}; merge them, rename or remove one")
+            why = "a second class of this name, or a link to another class"
+            raise UserError(f"{entry.path}: {why}; merge them, rename or remove one")
         images = imagefiles.entries(Path(entry.path))
         for image in images:
             if (kind := imagefiles.kind_of(image)) != "file":
-                what = "a link that leads nowhere, a pipe or a device" if kind == "other" else kind
+                why = "a link that leads nowhere, a pipe or a device" if kind == "other" else kind
                 advice = f"remove it; expected {folder}/<class>/<image>"
-                raise UserError(f"{image.path}: {what}, and no image; {advice}")
+                raise UserError(f"{image.path}: {why}, and no image; {advice}")
         seen |= keys
         classes.append(entry.name)
         files.append([Path(image.path) for image in images if imagefiles.is_image(image.name)])
@@ -156,7 +156,7 @@ def check_splits(
 # ---- Random draws ----
 
 
-def check_split(split: Split, n_class: int, n_shot: int, n_eval: int) -> None:
+def check_sizes(split: Split, n_class: int, n_shot: int, n_eval: int) -> None:
     """Check that every episode can be drawn.
 
     Raises:
@@ -270,7 +270,7 @@ def draw_augmentation(
 
 
 def draw_flips(seed: int, split: str, index: int, n: int) -> Augmentation:
-    """Draw which of n images are mirrored, each with probability 1/2."""
+    """Draw which of n images are flipped, each with probability 1/2."""
     return Augmentation(None, _generator(seed, split, index, _AUGMENT).random(n) < 0.5, None, None)
 
 
@@ -311,7 +311,7 @@ def eval_image(image: Image.Image, image_size: int, augment: str) -> Image.Image
     if augment != "port":
         return TF.resize(image, [image_size, image_size], TF.InterpolationMode.BILINEAR)
     longer, most = max(image.size), 32 * min(image.size)
-    if longer > most:  # or a strip of one pixel's width would be scaled up beyond any memory
+    if longer > most:  # scaling up a one-pixel strip would exhaust memory
         middle = most + (longer - most) % 2
         image = TF.center_crop(image, [min(image.height, middle), min(image.width, middle)])
     image = TF.resize(image, [image_size * 8 // 7], TF.InterpolationMode.BILINEAR)
@@ -341,8 +341,8 @@ class EpisodeDataset(Dataset):
         n_class, n_shot, n_eval: shape of the episode.
         n_pass: passes over the support set in the inner loop (``--epoch``).
         image_size: height and width of the result in pixels.
-        augment: of the train split: "none", "flip" (mirrored at random), or crops, flips and
-            colours by ``CROPS``; the others are resized by ``eval_image``.
+        augment: of the train split: "none", "flip", or a key of ``CROPS`` for crops, flips and
+            jitter. Other splits use ``eval_image``.
         length: number of episodes.
         pixels: "imagenet" or "unit", see ``to_input``.
         shuffle: "pass" or "episode", see ``draw_order``.
@@ -367,7 +367,7 @@ class EpisodeDataset(Dataset):
     in_order: bool = False
 
     def __post_init__(self) -> None:
-        check_split(self.split, self.n_class, self.n_shot, self.n_eval)
+        check_sizes(self.split, self.n_class, self.n_shot, self.n_eval)
         self.files = [path for of_class in self.split.files for path in of_class]
         self._first = np.cumsum([0] + [len(of_class) for of_class in self.split.files])
 
@@ -389,12 +389,12 @@ class EpisodeDataset(Dataset):
         return self.length
 
     def first(self, n: int) -> EpisodeDataset:
-        """The same episodes, ``n`` of them."""
+        """The first ``n`` episodes."""
         some = copy.copy(self)
         some.length = n
         return some
 
-    def numbers(self, index: int) -> np.ndarray:
+    def indices(self, index: int) -> np.ndarray:
         """Indices in ``files`` of an episode's images, support set first.
 
         Returns:
@@ -434,7 +434,7 @@ class EpisodeDataset(Dataset):
         return Episode(x[:n_support], y_support, x[n_support:], y_query, order)
 
     def __getitem__(self, index: int) -> Episode:
-        images = [imagefiles.load_image(self.files[number]) for number in self.numbers(index)]
+        images = [imagefiles.load_image(self.files[number]) for number in self.indices(index)]
         sizes = np.array([(image.height, image.width) for image in images])
         drawn, size = self.augmentation(index, sizes), self.image_size
         if drawn is None:
@@ -498,7 +498,7 @@ def episodes(
         advice = "give --n-workers 0, which shows what holds them up"
         raise UserError(f"--n-workers {n_workers}: {late}; {advice}")
     finally:
-        if n_workers:  # they would outlive an exception, which refers to the stream
+        if n_workers:  # an exception's traceback would keep them alive
             stream._shutdown_workers()  # type: ignore[attr-defined]
 
 

@@ -22,7 +22,7 @@ from metalearner import UpdateRule
 
 
 class Episode(NamedTuple):
-    """An n-way k-shot task, class-major: a label is the position of the class in the episode."""
+    """An n-way k-shot task, in order of class; a label is its class's place in the episode."""
 
     support: Tensor  # [n_class * n_shot, 3, H, W], float32
     support_y: Tensor  # [n_class * n_shot], int64
@@ -52,16 +52,16 @@ def updates(
 
     Args:
         episode: ``order`` has one row per pass.
-        learner_w_grad: holds the values of each cell state in turn and yields loss and gradient;
-            its running statistics end as those of the support images, in tests with
-            ``metalearner.final_stats`` also under the last parameters.
+        learner_w_grad: computes loss and gradient at each cell state in turn; its running
+            statistics come from the support set, in tests with ``metalearner.final_stats`` also
+            at the last parameters.
         metalearner: makes each cell state from the last one.
         batch_size: images in a minibatch; the last minibatch of a pass may be smaller.
 
     Yields:
-        After each update the support loss [] that led to it and the new state, whose ``c`` [P, 1]
-        is the learner's new parameters, with their graph unless under ``torch.no_grad()``. The
-        graph leaves out the learner's loss and gradient unless ``metalearner.second_order``.
+        The support loss [] before each update, and the state after it, whose ``c`` [P, 1] is the
+        learner's new parameters, with their graph unless under ``torch.no_grad()``. The graph
+        leaves out the learner's loss and gradient unless ``metalearner.second_order``.
     """
     learner_w_grad.train()
     learner_w_grad.reset_batch_stats()

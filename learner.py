@@ -41,7 +41,7 @@ class FlatModule(nn.Module):
         Raises:
             ValueError: two layers share a parameter.
         """
-        if self._slots is None:  # kept, because transfer_params takes the parameters away
+        if self._slots is None:  # cached: transfer_params removes the parameters
             named = [
                 (m, name, p.shape)
                 for m in self.modules()
@@ -75,32 +75,32 @@ class FlatModule(nn.Module):
         return torch.cat([getattr(m, name).detach().reshape(-1) for m, name, _ in self.slots()])
 
     @torch.no_grad()
-    def copy_flat_params(self, cI: Tensor) -> None:
+    def copy_flat_params(self, c: Tensor) -> None:
         """Overwrite the parameters' values with those of a cell state (for learner_w_grad).
 
         Args:
-            cI: [P] or [P, 1]; its graph, if any, is left behind.
+            c: [P] or [P, 1]; copied without its graph.
         """
-        for (m, name, _), value in zip(self.slots(), self.slices(cI), strict=True):
+        for (m, name, _), value in zip(self.slots(), self.slices(c), strict=True):
             getattr(m, name).copy_(value)
 
-    def transfer_params(self, learner_w_grad: FlatModule, cI: Tensor) -> None:
+    def transfer_params(self, learner_w_grad: FlatModule, c: Tensor) -> None:
         """Make slices of a cell state this learner's weights (for learner_wo_grad).
 
-        From the first call on, this learner owns no parameters: each weight is a view of ``cI``
-        with its ``grad_fn``, so the loss back-propagates into whatever made ``cI``.
+        From the first call on, this learner owns no parameters: each weight is a view of ``c``
+        with its ``grad_fn``, so the loss back-propagates into whatever made ``c``.
 
         Args:
             learner_w_grad: whose buffers (batch norm's running statistics) are copied.
-            cI: [P] or [P, 1], the meta-learner's last cell state.
+            c: [P] or [P, 1], the meta-learner's last cell state.
         """
         self.copy_buffers(learner_w_grad)
-        for (m, name, _), value in zip(self.slots(), self.slices(cI), strict=True):
+        for (m, name, _), value in zip(self.slots(), self.slices(c), strict=True):
             m._parameters.pop(name, None)
             setattr(m, name, value)
 
     def __deepcopy__(self, memo: dict) -> FlatModule:
-        """Copy a learner_wo_grad too, whose weights have a ``grad_fn`` that PyTorch refuses."""
+        """Copy any learner; PyTorch refuses learner_wo_grad's weights, which have a ``grad_fn``."""
         for m, name, _ in self._slots or []:
             weight = getattr(m, name)
             if not weight.is_leaf:
@@ -140,7 +140,7 @@ class FlatModule(nn.Module):
         return loss.detach(), torch.cat([g.reshape(-1) for g in grads]).unsqueeze(1)
 
     def loss_and_grad_at(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """``loss_and_grad`` with slices of a cell state c [P, 1] as weights: second order.
+        """``loss_and_grad`` at a cell state c [P, 1], differentiable: second order.
 
         Leaves the parameters as they are, and updates the buffers.
 
@@ -197,8 +197,8 @@ class Conv4(FlatModule):
     def features(self, x: Tensor) -> Tensor:
         """Compute the classifier's input.
 
-        In train mode the batch's own statistics normalise, and update the running ones; in eval
-        mode the running statistics do.
+        Batch norm uses the batch's statistics in train mode, and updates the running ones; in eval
+        mode it uses those.
 
         Args:
             x: images [B, 3, image_size, image_size], float.

@@ -1,4 +1,4 @@
-"""Train and test the LSTM meta-learner, draw its runs and predict with it.
+"""Train and test the LSTM meta-learner, plot its runs and predict with it.
 
     python main.py --mode train --data-root data/miniImagenet
 
@@ -42,7 +42,7 @@ from tools.predictor import Predictor
 
 
 def build(args: argparse.Namespace, backend: Backend) -> Trainable:
-    """Line 1 of algorithm 1: the learner pair; the meta-learner, whose cI starts as theirs."""
+    """Line 1 of algorithm 1: make both learners, and the meta-learner, whose cI copies them."""
     if args.method != "lstm":
         return BUILDERS[args.method](args, backend)
     learner_w_grad = make_learner(args, backend)
@@ -60,8 +60,8 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
         backend = select_backend(args, ranks.local)
         print(f"{backend.description}\ntraining on {args.data_root}, into {folder.path}")
         ranks.compare({"device": backend.description})
-        started_from = folder.origin[1].get("classes", ()) if folder.origin else ()
-        check_splits(args.data_root, started_from, ("val", "test"))
+        seen_classes = folder.origin[1].get("classes", ()) if folder.origin else ()
+        check_splits(args.data_root, seen_classes, ("val", "test"))
         lengths = {"train": args.episode} | ({"val": args.episode_val} if args.val_freq else {})
         names = {"train": training_split(args.method), "val": "val"}
         splits = {k: scan_split(args.data_root, names[k]) for k in lengths}
@@ -74,15 +74,15 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
         with Run(folder, saved_modules(model, averaged), optimizer, sets, backend.device) as run:
             train_step = make_train_step(args, backend, model, optimizer, ranks, averaged)
             evaluate, val_set = Evaluator(args, backend, averaged, ranks), sets.get("val")
-            if run.should_validate():  # the last process ended while it validated
+            if run.begin_validation():  # the last process ended while it validated
                 run.log_validation(*evaluate(val_set, run.heed_signals))
             for n, batch in run.batches():
                 run.log(n, *train_step(n, batch))
-                if run.should_validate():
+                if run.begin_validation():
                     run.log_validation(*evaluate(val_set, run.heed_signals))
             run.finish()
         if args.plots and ranks.rank == 0:
-            announce("drawing the run")
+            announce("plotting the run")
             trace.write_trace(folder.path, val_set, averaged, args.batch_size, backend.device)
             plots.draw(folder.path)
 
@@ -122,7 +122,7 @@ MODES = {
     "train": train,
     "test": test,
     "pretrain": pretrain,
-    "predict": lambda *loaded: predict.predict(load_predictor(*loaded)),
+    "predict": lambda *args: predict.predict(load_predictor(*args)),
     "plot": lambda cli_args, _: plots.plot_mode(cli_args, load_model),
     "results": lambda cli_args, _: tables.results_mode(resolve(cli_args)),
     "export": lambda cli_args, _: export.export_mode(resolve(cli_args)),

@@ -38,7 +38,7 @@ def prep(x: Tensor) -> Tensor:
 class MetaState(NamedTuple):
     """The state between two updates. The gates f and i are kept *before* the sigmoid."""
 
-    lstm_h: Tensor  # [P, hidden_size]; a subclass may arrange the two in its own way
+    lstm_h: Tensor  # [P, hidden_size]; a subclass may lay out h and c differently
     lstm_c: Tensor  # [P, hidden_size]
     f: Tensor  # [P, 1]
     i: Tensor  # [P, 1]
@@ -46,18 +46,18 @@ class MetaState(NamedTuple):
 
 
 class UpdateRule(nn.Module):
-    """A rule that trains the learner: what ``episode.py`` needs of a meta-learner.
+    """A rule that trains the learner: the interface that ``episode.py`` needs of a meta-learner.
 
     Derive your own from this class: ``__init__`` makes its parameters, among them the learner's
     initialisation [P, 1], and the two methods below use them; ``examples/own_update_rule.py`` is
     one. All parameters with ``requires_grad`` are trained.
 
     Attributes:
-        grad_divisor: divides a minibatch's gradient before ``forward``; 0 stands for its number of
-            images.
+        grad_divisor: divides a minibatch's mean gradient before ``forward``; 0 stands for its
+            number of images.
         second_order: whether training differentiates the learner's loss and gradient, too.
-        final_stats: whether batch norm's statistics are collected once more after the last update
-            of a test. The paper's are those of the updates, each of earlier parameters.
+        final_stats: whether tests update batch norm's running statistics again after the last
+            update. The paper's are one update old.
     """
 
     grad_divisor: int = 0

@@ -89,7 +89,7 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     except UserError as error:
         return print_error(error)
     except BrokenPipeError:  # the reader of the output has gone, as `| head` does after ten lines
-        # or the flush at exit fails once more
+        # so that the flush at exit succeeds
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + getattr(signal, "SIGPIPE", 13)
     except OSError as error:  # such as a name that is too long, or a folder without permission
@@ -144,8 +144,8 @@ def load_package(name: str, package: str = "") -> ModuleType:
 
 
 def check_packages(names: list[str]) -> None:
-    """``load_package`` of all, but torchvision is only looked for: it takes a second to load, and
-    most of what fast/ does works without.
+    """``load_package`` for each; torchvision is only located, for it takes a second to load, and
+    fast/ mostly works without.
     """
     for name in names:
         if name != "torchvision":
@@ -231,7 +231,7 @@ def file_lock(path: Path, wait: bool = False) -> Iterator[None]:
             ) from e
         except OSError:
             pass
-        with contextlib.suppress(OSError):  # a full disk shows when something that matters is lost
+        with contextlib.suppress(OSError):  # on a full disk the next write that matters fails
             file.truncate(0)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
@@ -253,30 +253,29 @@ def release_locks() -> None:
 # ---- Contents ----
 
 
-def fits(value: Any, form: Any) -> bool:
-    """Whether what a file holds has a form.
+def fits(value: Any, schema: Any) -> bool:
+    """Whether a value, read from a file, matches a schema.
 
-    A form is a type, where float is any number that a float can hold; None; a condition; a list
-    with the form of all items; a dict with the forms of some entries, or {str: form} with that of
-    all; or a tuple of forms, one of which fits. An entry may be missing if its name in the form
-    ends in "?".
+    A schema is None; a type, where float admits any number that fits into one; a predicate; a list
+    with the schema of all items; a dict with the schemas of some entries, which may be missing if
+    their name ends in "?"; {str: schema of all entries}; or a tuple of alternatives.
     """
-    if isinstance(form, tuple):
-        return any(fits(value, each) for each in form)
-    if isinstance(form, list):
-        return isinstance(value, list) and all(fits(each, form[0]) for each in value)
-    if isinstance(form, dict) and isinstance(value, dict):
-        if form.keys() == {str}:
-            return fits(list(value), [str]) and fits(list(value.values()), [form[str]])
+    if isinstance(schema, tuple):
+        return any(fits(value, each) for each in schema)
+    if isinstance(schema, list):
+        return isinstance(value, list) and all(fits(each, schema[0]) for each in value)
+    if isinstance(schema, dict) and isinstance(value, dict):
+        if schema.keys() == {str}:
+            return fits(list(value), [str]) and fits(list(value.values()), [schema[str]])
         return all(
             fits(value[key], each) if (key := name.rstrip("?")) in value else name.endswith("?")
-            for name, each in form.items()
+            for name, each in schema.items()
         )
-    if form is None or isinstance(form, dict):
-        return value is form
-    if form is float:
+    if schema is None or isinstance(schema, dict):
+        return value is schema
+    if schema is float:
         return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1023)
-    return isinstance(value, form) if isinstance(form, type) else form(value)
+    return isinstance(value, schema) if isinstance(schema, type) else schema(value)
 
 
 def finite(value: Any) -> bool:

@@ -59,12 +59,11 @@ class GradientDescent(UpdateRule):
 
 
 def build(args: argparse.Namespace, backend: Backend) -> Model:
-    """Make the learner pair and the rule that the flags ask for, whose cI starts as theirs."""
+    """Make the learner pair and the update rule; cI starts as the learner's parameters."""
     learner = make_learner(args, backend)
     size = learner.size()
     n_rates = size if args.method == "meta-sgd" else 1
-    how = (tuple(args.bi_init), args.grad_divisor, args.second_order)
-    rule = GradientDescent(size, n_rates, *how)
+    rule = GradientDescent(size, n_rates, tuple(args.bi_init), args.grad_divisor, args.second_order)
     rule.to(backend.device).init_cI(learner.get_flat_params())
     rule.final_stats = args.final_stats
     return Model(learner, copy.deepcopy(learner), rule)

@@ -65,7 +65,7 @@ def make_embedding(args: argparse.Namespace, backend: Backend) -> FlatModule:
 def builder(
     module: Callable[[FlatModule, int], nn.Module], model: type[EpisodicModel] = EpisodicModel
 ) -> Callable[[argparse.Namespace, Backend], EpisodicModel]:
-    """How to build the method that is ``module(embedding, n_class)``."""
+    """Make the builder of the method that is ``module(embedding, n_class)``."""
 
     def build(args: argparse.Namespace, backend: Backend) -> EpisodicModel:
         return model(module(make_embedding(args, backend), args.n_class).to(backend.device))

@@ -42,7 +42,7 @@ class FineTuningModel(EpisodicModel):
     """Its learner is trained anew in each episode."""
 
     def of_best(self, choices: Tensor) -> Tensor:
-        """The best pair's of ``choices`` [len(GRID), ...], the first of equal ones; no wait."""
+        """The best pair's row of ``choices`` [len(GRID), ...], without a GPU synchronisation."""
         return choices.index_select(0, self.metalearner.accuracy.argmax().view(1))[0]
 
     def tuned(

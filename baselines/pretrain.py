@@ -71,7 +71,7 @@ def pretrain(cli_args: dict[str, object], ranks: Ranks) -> None:
     """Train for ``--episode`` batches (``--mode pretrain``).
 
     Raises:
-        UserError: the flags ask for something that pre-training has not.
+        UserError: a flag is not for pre-training.
     """
     args = resolve(cli_args)
     check_splits(args.data_root)
@@ -98,11 +98,11 @@ def pretrain(cli_args: dict[str, object], ranks: Ranks) -> None:
         with Run(
             folder, {"network": network}, optimizer, {"train": train_set}, backend.device
         ) as run:
-            if run.should_validate():  # the last process ended before its last checkpoint
+            if run.begin_validation():  # the last process ended before its last checkpoint
                 run.log_validation([], [])
             for n, batch in run.batches():
                 set_learning_rate(args, optimizer, n - 1)
                 run.log(n, *train_step(*batch))
-                if run.should_validate():
+                if run.begin_validation():
                     run.log_validation([], [])
             run.finish()

@@ -90,7 +90,7 @@ def select_backend(args: Namespace, local: tuple[int, int] = (0, 1)) -> Backend:
         raise UserError(f"--precision bf16: needs a GPU and fast/ ({problem}); give fp32")
     if not plain:
         return _fast(args, device, name)
-    load_package("torchvision.transforms.functional")  # or worker processes would miss it later
+    load_package("torchvision.transforms.functional")  # to fail here, not in a worker
     return Backend(device, f"device: {name}; plain PyTorch ({why})")
 
 
@@ -152,13 +152,14 @@ def make_learner(args: Namespace, backend: Backend) -> FlatModule:
     """Make the learner that the flags ask for, from their seed, on the device.
 
     Raises:
-        UserError: ``--learner`` names a network that cannot be one.
+        UserError: ``--learner`` names a network that cannot be a learner.
     """
     make_reproducible(args.seed)
     if args.learner != "conv4":
         return own_learner(args).to(backend.device)
-    shape = (args.image_size, args.bn_eps, args.bn_momentum, args.n_class, args.bn_scale)
-    return backend.learner(*shape, args.filters).to(backend.device)
+    return backend.learner(
+        args.image_size, args.bn_eps, args.bn_momentum, args.n_class, args.bn_scale, args.filters
+    ).to(backend.device)
 
 
 def make_metalearner(args: Namespace, backend: Backend, learner: FlatModule) -> MetaLearner:

@@ -84,7 +84,7 @@ def save(content: dict, *paths: Path) -> None:
 
 
 def find_checkpoint(folder: Path, *names: str) -> Path | None:
-    """The first of the checkpoints that a run's folder holds, exported ones included."""
+    """The first of ``names`` in a run folder, else its exported checkpoint, else None."""
     paths = [folder / "ckpts" / name for name in names] + [folder / "meta-learner.pth.tar"]
     return next((path for path in paths if path.is_file()), None)
 
@@ -147,7 +147,7 @@ def _fault(content: object) -> str | None:
     if not isinstance(content, dict) or not isinstance(content.get("episode"), int):
         return "not a checkpoint of this project: it lacks 'episode'"
     if content["episode"] < 0:
-        return f"episode {content['episode']} cannot be"
+        return f"episode {content['episode']} is negative"
     mode = content.get("mode", "train")
     if mode not in ("train", "pretrain"):
         return f"its mode {mode!r} is unknown"

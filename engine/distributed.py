@@ -41,7 +41,7 @@ class Ranks(contextlib.AbstractContextManager):
     A context manager: an exception that leaves it ends all ranks, and one of them says why.
 
     Attributes:
-        rank, size: this process's number, and that of all processes.
+        rank, size: this process's rank, and the number of processes.
         local: the same two on this machine.
     """
 
@@ -156,12 +156,12 @@ class Ranks(contextlib.AbstractContextManager):
                 raise
             why = str(e).splitlines()[0]
             lost = f"another rank has ended or does not answer ({why})"
-            raise PeerLost(f"{lost}; continue from the last snapshot") from e
+            raise PeerLost(f"{lost}; continue with --resume auto") from e
 
     # ---- Before the work begins ----
 
     def exchange(self, mine: object, problem: str | None = None) -> list:
-        """What each rank hands in, in their order.
+        """Gather each rank's value, in the order of the ranks.
 
         Raises:
             CollectiveError: on all ranks, if one has a problem.
@@ -228,14 +228,14 @@ class Ranks(contextlib.AbstractContextManager):
         return torch.stack(found, dim=1).flatten(0, 1)
 
     def largest(self, *numbers: int) -> list[int]:
-        """For each of the numbers the largest that a rank has, on all of them.
+        """The maximum of each number over all ranks.
 
         Raises:
             PeerLost: another rank has ended.
         """
         if self.size == 1:
             return list(numbers)
-        found = torch.tensor(numbers)  # not on a GPU, for which nobody has to wait then
+        found = torch.tensor(numbers)  # on the CPU, so that no GPU synchronises
         self._call(self._dist.all_reduce, found, self._dist.ReduceOp.MAX)
         return found.tolist()
 

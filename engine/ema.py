@@ -20,7 +20,7 @@ TRAINED = "trained"
 
 
 def averaged_copy(args: Namespace, model: Trainable) -> Trainable:
-    """The model that is validated and saved: with ``--ema`` one with a meta-learner of its own."""
+    """The model that is validated and saved: with ``--ema`` it has a copy of the meta-learner."""
     if not args.ema:
         return model
     own = copy.deepcopy(model.metalearner)
@@ -34,7 +34,7 @@ def saved_modules(model: Trainable, averaged: Trainable) -> dict[str, nn.Module]
 
 def chosen_weights(args: Namespace, checkpoint: dict) -> dict:
     """A checkpoint whose weights are those that ``--ema`` asks for: the average or, with ``--ema
-    0``, those that it follows. Where a run begins to average, the average starts from its weights.
+    0``, those that it follows. Without an average, the weights stand for both.
 
     Raises:
         UserError: the checkpoint has the average alone, as an exported one.

@@ -26,8 +26,8 @@ from learner import FlatModule
 
 
 def schedule(args: Namespace, trained_on: int, n_support: int) -> tuple[int, int]:
-    """How to adapt to ``n_support`` images in all: in as many updates as in training, with steps of
-    the same size. A note says if the model was trained on another number of images.
+    """Choose minibatches and divisor for ``n_support`` images: as many and as large updates as in
+    training. A note says if the model was trained on another number of images.
 
     Args:
         trained_on: images per class.

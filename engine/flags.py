@@ -23,9 +23,9 @@ MODES = {
     "test": "test a checkpoint on episodes of the test classes",
     "predict": "classify your own images",
     "pretrain": "train the learner alone, on batches of all training classes, for --init-from",
-    "plot": "draw a run; with --data or --data-root also the updates, if not yet recorded",
+    "plot": "plot a run; with --data or --data-root also the updates, if not yet recorded",
     "results": "print tables of tested runs",
-    "export": "copy a tested run without its optimiser and snapshots, to publish it",
+    "export": "copy a tested run's best weights, logs, results and figures, to publish them",
 }
 METHODS = {
     "lstm": "the paper's",
@@ -40,7 +40,7 @@ METHODS = {
 }
 INNER_LOOP = ("lstm", "sgd", "meta-sgd", "linear-head")  # an update rule trains learners
 PRETRAINED = ("linear-head", "nearest", "finetune")  # start from a run of --mode pretrain
-# modes that heed a flag, if not all do; scripts/seeds.sh gives a training's to its test, too
+# modes that accept a flag, if not all; test accepts train's, which scripts/seeds.sh passes on
 HEEDED = {
     **dict.fromkeys(("support", "query", "out"), ("predict",)),
     **dict.fromkeys(("init_from", "shots"), ("train", "test")),
@@ -140,7 +140,7 @@ HYPER_PARAMETERS: list[str] = []
 
 
 def _group(title: str) -> Callable:
-    """Begin a group of flags; the function that adds one to it."""
+    """Begin a group of flags, and return the function that adds one."""
     section = _parser.add_argument_group(title)
 
     def add(name: str, default, help: str, metavar=None, hyper: bool = False, **kwargs) -> None:
@@ -172,8 +172,8 @@ add("--seed", 719, "seed of initialisation and episodes", "N", True, type=int_ra
 words = "minutes between two writes of the last checkpoint"
 add("--save-minutes", 5.0, words, "X", type=float_range(0, 10**6))
 add("--runs", None, "results: run folders", "DIR", nargs="+")
-add("--to", "exported", "export: folder in which to make the run's copy", "DIR")
-add("--means", False, "results: of three or more seeds show the mean only")
+add("--to", "exported", "export: folder for the run's copy", "DIR")
+add("--means", False, "results: show only the mean of three or more seeds")
 
 add = _group("data")
 add("--data", "miniImagenet", "data set, a folder in data/", "NAME")
@@ -183,7 +183,7 @@ words, pixels = "height and width of the images, pixels", int_range(MIN_IMAGE_SI
 add("--image-size", 84, words, "PX", True, type=pixels)
 words = "port: random crops, flips and colour jitter, in tests centre crops; none: whole "
 words += "images, resized to a square, as the authors; flip: the same with random flips; zoom, "
-words += "mild: larger crops and weaker jitter than port, and tests as with none"
+words += "mild: crops of at least 22 and 60 %% of the area, and tests as with none"
 add("--augment", "port", words, hyper=True, choices=("port", "none", "flip", "zoom", "mild"))
 words = "imagenet: normalised by ImageNet's mean and standard deviation, as the port; unit: 0 to 1"
 add("--pixels", "imagenet", words, hyper=True, choices=("imagenet", "unit"))
@@ -198,7 +198,7 @@ add("--n-shot", 5, "support images per class (k-shot)", "N", True, type=int_rang
 add("--n-eval", 15, "query images per class", "N", True, type=int_range(1, 1000))
 add("--episode", 50000, "training episodes", "N", type=count)
 add("--episode-val", 100, "validation episodes, the same each time", "N", type=count)
-words = "test episodes; of several counts, the larger include the smaller"
+words = "test episodes; larger counts include smaller ones"
 add("--episode-test", [600], words, "N", type=count, nargs="+")
 words = "test: numbers of shots to test, such as 1 5 (default: --n-shot)"
 add("--shots", None, words, "K", type=int_range(1, 1000), nargs="+")
@@ -211,13 +211,13 @@ add("--epoch", 8, "passes over the support set", "N", True, type=int_range(1, 10
 add("--batch-size", 25, "images of a support minibatch", "N", True, type=count)
 words = "divide the minibatch's mean gradient by N; 0: by its number of images, as the authors"
 add("--grad-divisor", 0, words, "N", True, type=int_range(0, 10**6))
-words = "order of the support images in minibatches: a new one in each pass or episode"
+words = "shuffle the support images anew for each pass, or once per episode"
 add("--shuffle", "pass", words, hyper=True, choices=("pass", "episode"))
-words = "initial scale of batch norm: uniform, U(0, 1), as both earlier codes; one, as PyTorch"
+words = "initial scale of batch norm: uniform, U(0, 1), as the authors and the port; one, PyTorch's"
 add("--bn-scale", "uniform", words, hyper=True, choices=("uniform", "one"))
 words = "weight of the new batch in batch norm's running statistics"
 add("--bn-momentum", 0.95, words, "X", True, type=float_range(0, 1))
-words = "tests: after the last update, add the support set's statistics to the running ones again"
+words = "tests: update batch norm's statistics on the support set again after the last update"
 add("--final-stats", False, words, hyper=True)
 add("--bn-eps", 1e-3, "epsilon of batch norm", "X", True, type=positive(1))
 words = "filters of each convolution; the CPU kernels are for 32"
@@ -232,7 +232,7 @@ add("--lstm-init", "pytorch", words, hyper=True, choices=("pytorch", "authors"))
 bias = {"metavar": ("LOW", "HIGH"), "hyper": True, "type": float_range(-100, 100), "nargs": 2}
 add("--bf-init", [4.0, 6.0], "range of bF's initial value (authors: 4 5)", **bias)
 words = "range of bI's initial value; first steps are about sigmoid(bI) times the gradient: "
-words += "1/100, or with 0 0 a half, for small networks and only hundreds of episodes"
+words += "1/100; 0 0 gives 1/2, for small networks and a few hundred episodes"
 add("--bi-init", [-5.0, -4.0], words, **bias)
 add("--lr", 1e-3, "learning rate of Adam", "X", True, type=positive(1))
 words = "final fraction of training over which the learning rate falls linearly to 0"
@@ -260,7 +260,7 @@ add = _group("test and prediction")
 words = "test-time augmentation: adapt to each of N permutations of the labels, and average "
 words += "(default: 1; predict: number of classes)"
 add("--tta-permutations", None, words, "N", type=int_range(1, 1000))
-words = "test-time augmentation: average over mirrored support and query images, too"
+words = "test-time augmentation: average over flipped support and query images, too"
 add("--tta-flip", False, words)
 words = "transductive batch norm in tests: the query batch's own statistics"
 add("--transductive", False, words)
@@ -276,7 +276,7 @@ add("--gpu", None, words, "N", type=int_range(0, 63))
 add("--plain", False, "plain PyTorch, without fast/: slower, equal up to rounding", **switch)
 words = "precision of the learner's convolutions; bf16 needs a GPU"
 add("--precision", "fp32", words, hyper=True, choices=("fp32", "bf16"))
-add("--plots", True, "draw the run at the end of training")
+add("--plots", True, "plot the run at the end of training")
 add("--tensorboard", False, "also write TensorBoard's files into the run folder", **switch)
 add("--log-freq", 50, "episodes between two lines of the log", "N", type=count)
 words = "episodes between two validations and checkpoints; 0: none"
@@ -324,8 +324,8 @@ def resolve(
     head, conv4 = method == "linear-head", args.learner == "conv4"
     of_loop = "tta_permutations tta_flip transductive final_stats meta_batch second_order"
     rules = [  # flags, whether they may have other values than the default, and why not
-        ("mode", conv4 or mode in ("test", "predict"), "not with --learner, but with conv4 only"),
-        ("method precision", conv4, "not with --learner, but with conv4 only"),
+        ("mode", conv4 or mode in ("test", "predict"), "needs --learner conv4"),
+        ("method precision", conv4, "needs --learner conv4"),
         ("bn_shift", head, "is for --method linear-head only"),
         ("transductive final_stats", not head, "a linear head has no batch norm; leave it out"),
         ("ema", mode != "pretrain", "is for --mode train only; leave it out"),
@@ -333,7 +333,7 @@ def resolve(
         (of_loop, loop, f"is not for --method {method}"),
         ("mode", loop or mode != "predict", f"is not for --method {method}"),
         ("init_from", loop or method in PRETRAINED, f"--method {method} starts from scratch"),
-        ("shots", method != "finetune", "its rate is for one number of shots; leave it out"),
+        ("shots", method != "finetune", "is tuned for one number of shots; leave it out"),
         ("transductive", mode != "predict", "a prediction must not depend on the other images"),
     ]
     for names, allowed, why in rules:
@@ -344,7 +344,7 @@ def resolve(
 
 
 def check(argv: list[str]) -> None:
-    """Answer ``--help``, and raise ``UserError`` for flags that cannot be.
+    """Answer ``--help``, and raise ``UserError`` for invalid flags.
 
     Under torchrun it does nothing: there, all ranks refuse together.
     """
@@ -364,7 +364,7 @@ def check_stored(path: Path, content: dict) -> None:
             try:
                 parsed = parse([spelled(name), *words]).get(name) if name in known else None
             except UserError as e:
-                raise UserError(f"{path}: its {name} {value} cannot be: {e}") from e
+                raise UserError(f"{path}: its {name} {value} is invalid: {e}") from e
             if parsed != value:
                 raise UserError(f"{path}: its {name} {value} is unknown")
 

@@ -98,14 +98,14 @@ class RunFolder:
             raise UserError(f"{changes}: {resume} began with {began}; {advice}")
 
     def is_finished(self) -> bool:
-        """Whether all episodes are seen and validated; if so, print how to draw the run."""
+        """Whether all episodes are seen and validated; if so, print how to plot the run."""
         state, args = self.checkpoint or {}, self.args
         if not state.get("episode") == args.episode == state.get("run", {}).get("validated"):
             return False
         print(f"{args.resume}: has seen all {args.episode} episodes; nothing to do")
         # a trace of its updates needs the images
         data = f" --data-root {args.data_root}" * bool(args.val_freq and args.mode == "train")
-        print(f"to draw it: python main.py --mode plot --resume {self.path}{data}")
+        print(f"to plot it: python main.py --mode plot --resume {self.path}{data}")
         return True
 
     def ckpt(self, name: str) -> Path:
@@ -120,7 +120,7 @@ class RunFolder:
 
 
 def _check_meta_batch(args: argparse.Namespace, seen: int, n_ranks: int) -> None:
-    """Check that ranks divide an update, and updates the training and its validations.
+    """Check that the ranks divide --meta-batch, and it divides --episode and --val-freq.
 
     Raises:
         UserError: one does not; it is named.

@@ -14,9 +14,9 @@ from metalearner import UpdateRule
 
 
 class Trainable(Protocol):
-    """What a training trains and a test tests: ``Model``, or a baseline without an inner loop.
+    """What training and test need of a model: ``Model``, or a baseline without an inner loop.
 
-    All are a ``NamedTuple``.
+    All are NamedTuples.
     """
 
     @property
@@ -25,7 +25,7 @@ class Trainable(Protocol):
 
     @property
     def learners(self) -> tuple[FlatModule, ...]:
-        """Networks that an episode overwrites; of several episodes at once each has its own."""
+        """Networks that an episode overwrites; parallel episodes have a copy each."""
 
     @property
     def saved(self) -> dict[str, nn.Module]:

@@ -33,7 +33,7 @@ class OwnLearner(FlatModule):
         self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the network's own."""
+        """Call the network."""
         return self.network(x)
 
     @property
@@ -95,7 +95,7 @@ def _module(path: Path) -> Any:
 
 
 def _fault(network: object, args: Namespace) -> str | None:
-    """Why a network cannot be a learner, if it cannot; tried on images without content."""
+    """Why a network cannot be a learner, or None; runs it on random images."""
     if not isinstance(network, nn.Module):
         return f"gives a {type(network).__name__}, but should give a torch.nn.Module"
     named = dict(network.named_parameters())
@@ -120,7 +120,7 @@ def _fault(network: object, args: Namespace) -> str | None:
             return f"makes logits of {logits.dtype}, but should make torch.float32"
     near = {"rtol": 1e-3, "atol": 1e-5}
     if not torch.allclose(first, twin.train()(x), **near):
-        return "is random in training (dropout?), so that no run could be resumed to the same bits"
+        return "is random in training (dropout?), but must repeat its results"
     kept = dict(learner.named_buffers())
     for name, buffer in twin.named_buffers():
         module = twin.get_submodule(name.rpartition(".")[0])

@@ -83,7 +83,7 @@ def make_train_step(
 
     def train_step(n: int, batch: list[Episode]) -> tuple[Tensor, Tensor, Tensor]:
         set_learning_rate(args, optimizer, n - args.meta_batch)
-        torch.manual_seed(args.seed + n)  # of dropout: the same in a resumed run
+        torch.manual_seed(args.seed + n)  # the same dropout in a resumed run
         if args.meta_batch == 1:
             results = captured(*batch)
         else:

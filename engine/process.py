@@ -28,7 +28,7 @@ class Terminal(io.FileIO):
             return super().write(data)
         except OSError as e:
             if e.errno != errno.EIO:
-                # or what is left to write at the end would fail once more
+                # so that the flush at exit does not fail, too
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
                 raise OSError(e.errno, e.strerror, "output") from e
             return len(data)
@@ -38,7 +38,7 @@ class Terminal(io.FileIO):
         """Send ``sys.stdout`` and ``sys.stderr`` through it, line by line."""
         for name, number in (("stdout", 1), ("stderr", 2)):
             if getattr(sys, name) is None:  # closed by the shell, as by >&-
-                # or the next file that is opened would become it
+                # else the next open() takes this descriptor
                 os.dup2(os.open(os.devnull, os.O_WRONLY), number)
                 setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115 - until the end
             raw = io.BufferedWriter(cls(number, "w", closefd=False))

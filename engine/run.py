@@ -144,7 +144,7 @@ class Run:
         self._stack.close()
 
     def batches(self) -> Iterator[tuple[int, list[Episode]]]:
-        """Yield the number of episodes after each update to come, and this rank's share of it."""
+        """For each update, yield the episodes seen after it, and this rank's share of its own."""
         args, ranks, state = self.args, self.ranks, self.state
         where = (args.n_workers, self.device, args.pin_mem, begin_worker)
         how = {"step": ranks.size} | ({} if ranks.rank else {"waiting": self.heed_signals})
@@ -232,8 +232,8 @@ class Run:
             rows = [torch.as_tensor(v, device=self.device).view(-1).float() for v in values]
             setattr(self.state, name, torch.cat(rows).tolist() if rows else [])
 
-    def should_validate(self) -> bool:
-        """Whether a validation is due. If so, write a snapshot first: a kill costs no more."""
+    def begin_validation(self) -> bool:
+        """If a validation is due, write a snapshot first, in case it is killed, and return True."""
         n, every = self.state.episode, self.args.val_freq
         due = (every and n % every == 0 and n > 0) or n == self.args.episode
         if not due or self.state.validated == n:

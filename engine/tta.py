@@ -25,7 +25,7 @@ from learner import FlatModule
 def class_permutations(n: int, count: int, seed: int) -> Tensor:
     """Draw different permutations of n classes, beginning with the identity.
 
-    In each n in a row every class has every place once.
+    Every n rows are the cyclic shifts of one.
 
     Returns:
         [count, n] int64, or all n! of them if there are fewer: the place of each class.
@@ -39,7 +39,7 @@ def class_permutations(n: int, count: int, seed: int) -> Tensor:
     return torch.tensor(rows[:count])
 
 
-def sides(images: Tensor, model: Model, flip: bool) -> list[Tensor]:
+def views(images: Tensor, model: Model, flip: bool) -> list[Tensor]:
     """The learner's inputs for images [B, 3, H, W], and with ``flip`` for the flipped ones."""
     if not flip:
         return [model.inputs(images)]
@@ -60,7 +60,7 @@ def adapt_view(
     """Adapt to one view of the support set; ``learner_wo_grad`` takes over the result.
 
     Args:
-        support: the learner's inputs, one of ``sides``.
+        support: the learner's inputs, one of ``views``.
         permutation: [n] int64, on the episode's device: the output of each class.
         The others are ``evaluate_episode``'s.
     """
@@ -96,7 +96,7 @@ def evaluate_tta(
     Returns:
         Query loss [] and query accuracy [] in percent, still on the device.
     """
-    support, query = sides(episode.support, model, flip), sides(episode.query, model, flip)
+    support, query = views(episode.support, model, flip), views(episode.query, model, flip)
     pair, found = (learner_w_grad, learner_wo_grad), []
     for permutation, x in product(permutations, support):
         adapt_view(episode, x, permutation, *pair, model, batch_size, transductive)

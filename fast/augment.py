@@ -96,7 +96,7 @@ def _weights(
 
 
 def _resize(pixels: Tensor, windows: Tensor, flip: Tensor, image_size: int) -> Tensor:
-    """[B, 3, H, W] uint8 -> [B, 3, image_size, image_size] float32, grey levels 0 to 255; mirrored
+    """[B, 3, H, W] uint8 -> [B, 3, image_size, image_size] float32, grey levels 0 to 255; flipped
     where ``flip`` [B] is not 0.
     """
     rows, columns = (

@@ -238,7 +238,7 @@ class FastEpisodeDataset(EpisodeDataset):
 
     def draw(self, index: int) -> Drawn:
         """Read an episode's images and draw its random numbers."""
-        numbers = self.numbers(index)
+        numbers = self.indices(index)
         sizes = self._decoded.sizes[numbers]
         drawn = self.augmentation(index, sizes)
         if drawn is not None and drawn.box is not None:

@@ -186,13 +186,13 @@ class FastConv4(Conv4):
         torch._foreach_add_(statistics[N_BLOCKS:], 1)
 
     @torch.no_grad()
-    def copy_flat_params(self, cI: Tensor) -> None:
+    def copy_flat_params(self, c: Tensor) -> None:
         """See ``FlatModule.copy_flat_params``."""
         if any(self._in_triton.values()):
-            flat, order = self._arranged(cI.device)
-            torch.index_select(cI.view(-1), 0, order, out=flat)
+            flat, order = self._arranged(c.device)
+            torch.index_select(c.view(-1), 0, order, out=flat)
         else:
-            torch._foreach_copy_(self._own_parameters(), self.slices(cI))
+            torch._foreach_copy_(self._own_parameters(), self.slices(c))
 
     def _arranged(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """One buffer [P] in which the parameters lie, filters in the order that Triton's kernels

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Test the checkpoint of train_1s_5c_authors.sh that is best in validation.
-# It tests seed 719's run; with --seed N, seed N's; with --resume PATH, that checkpoint, and with both
-# on other test episodes. Hyper-parameters come from the checkpoint. Your flags override these.
+# It tests the run of --seed N (default 719) or, with --resume PATH, that checkpoint; with both, that
+# checkpoint on seed N's test episodes. Hyper-parameters are the checkpoint's; flags override them.
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
 run_main --mode test \

@@ -30,7 +30,7 @@ done
 [[ $per_gpu =~ ^[1-9][0-9]?$ ]] || fail "--per-gpu $per_gpu: must be a number from 1 to 99"
 IFS=, read -r -a recipes <<<"$recipes"
 [ -z "$save" ] || [ ${#recipes[@]} = 1 ] || fail "--save $save: several recipes need a folder each; leave it out"
-jobs=() folders=() # "RECIPE SEED", and the folder of a run that is tested
+jobs=() folders=() # "RECIPE SEED FOLDER"; the folders of tested runs
 for recipe in "${recipes[@]:-}"; do
   train=$ROOT/scripts/$recipe.sh test=$ROOT/scripts/eval_${recipe#train_}.sh
   if [ "$recipe" = pretrain ]; then test=''; fi

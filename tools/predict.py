@@ -108,7 +108,7 @@ def picture(
 
 
 def _targets(out: str) -> tuple[Path, Path]:
-    """OUT.csv and OUT.png, of a folder OUT those of ``predictions`` in it; neither may exist."""
+    """OUT.csv and OUT.png, in a folder OUT predictions.csv and .png; neither may exist."""
     if out.endswith(("/", os.sep)) or os.path.isdir(out or "."):
         out = os.path.join(out, "predictions")
     stem = re.sub(r"\.(csv|png)$", "", out, flags=re.IGNORECASE)

@@ -22,7 +22,7 @@ from dataloader import draw_order, eval_image, to_input
 from engine.backend import Backend, reproducible
 from engine.evaluation import schedule
 from engine.model import Model
-from engine.tta import adapt_view, class_permutations, probabilities, sides
+from engine.tta import adapt_view, class_permutations, probabilities, views
 from episode import Episode
 from learner import FlatModule
 from utils import UserError
@@ -74,7 +74,7 @@ class Predictor:
         ranked, n = list(dict.fromkeys(k for k, _ in examples)), len(classes)
         permutations = class_permutations(n, args.tta_permutations or n, args.seed)
         permutations = permutations[:, [ranked.index(k) for k in range(n)]].to(device)
-        support = sides(torch.stack([x for _, x in examples]).to(device), model, args.tta_flip)
+        support = views(torch.stack([x for _, x in examples]).to(device), model, args.tta_flip)
         y = torch.tensor([k for k, _ in examples], device=device)
         drawn = draw_order(args.seed, "test", 0, args.epoch, len(y), args.shuffle)
         nothing = torch.empty(0, device=device)
@@ -98,7 +98,7 @@ class Predictor:
             raise UserError("no classes to choose from; call adapt(images, labels) first")
         rows = [torch.empty(0, len(self.classes), dtype=torch.float64)]
         for batch in self._batches(images):
-            query = sides(batch, self.model, self.args.tta_flip)
+            query = views(batch, self.model, self.args.tta_flip)
             each = [probabilities(query, *pair) for pair in self.adapted]
             rows.append(torch.stack(each).double().mean(0).cpu())
         return torch.cat(rows)

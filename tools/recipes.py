@@ -46,7 +46,7 @@ def recipe_name(
 
     Args:
         hyper_parameters: of a run.
-        late: names of those that it has only had after ``since`` episodes.
+        late: names of those that changed after ``since`` episodes.
     """
     if not hyper_parameters or not scripts():
         return "unknown"
@@ -72,7 +72,7 @@ def starts_from(name: str, shots: int) -> str:
 
 
 def _key(name: str, shots: object) -> tuple[str, int] | None:
-    """The recipe of this name that is made for 1-shot or for more; else one that is not."""
+    """The key of recipe ``name``: for 1-shot or several shots as asked, else for the other."""
     keys = [key for key in scripts() if key[0] == name]
     return min(keys, key=lambda key: (key[1] == 1) != (shots == 1), default=None)
 

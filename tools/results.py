@@ -57,10 +57,10 @@ def contradiction_notes(args: Namespace, checkpoint: dict) -> list[str]:
 
 
 def folder_of(path: Path) -> Path | None:
-    """The run folder of a checkpoint, which keeps its tests; without one None, and a note says so.
+    """The run folder in which to record a checkpoint's tests; None, with a note, if there is none.
 
     Raises:
-        UserError: it cannot keep any.
+        UserError: it is not writable, or its results cannot be read.
     """
     if path.resolve().parent.name != "ckpts":
         print(f"note: {path} is not in the ckpts/ of a run folder; the test is not recorded")

@@ -118,7 +118,7 @@ def record(
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     pixels = ((x - low) / (high - low).clamp_min(1e-6) * 255).round().byte().permute(0, 2, 3, 1)
     confusion = torch.stack((episode.query_y, logits.argmax(1)), dim=1)
-    shown = dataset.numbers(len(dataset) - 1)[: dataset.n_class * dataset.n_shot : dataset.n_shot]
+    shown = dataset.indices(len(dataset) - 1)[: dataset.n_class * dataset.n_shot : dataset.n_shot]
     names = {"layers": list(places), "classes": [dataset.files[k].parent.name for k in shown]}
     arrays |= {k: np.array(v, dtype=np.str_) for k, v in names.items()}
     return arrays | {"images": pixels.cpu().numpy(), "confusion": confusion.cpu().numpy()}

@@ -69,12 +69,12 @@ def test_a_loss_that_is_not_finite_changes_nothing(backend):
 def test_a_class_has_the_same_label_in_every_batch(backend, master):
     batches = dataset(backend, master, n_class=6, n_shot=1, in_order=True)
     drawn = dataset(backend, master, n_class=6, n_shot=1)
-    names = [[batches.files[k].parent.name for k in batches.numbers(i)] for i in range(6)]
+    names = [[batches.files[k].parent.name for k in batches.indices(i)] for i in range(6)]
     in_order = [f"class {c}" for c in range(6)]
     assert names == [in_order + [name for name in in_order for _ in range(3)]] * 6
-    assert batches.numbers(0).tolist() != drawn.numbers(0).tolist()
-    assert sorted(batches.numbers(0)) == sorted(drawn.numbers(0))  # the same images
-    assert len({tuple(batches.numbers(i)) for i in range(6)}) == 6
+    assert batches.indices(0).tolist() != drawn.indices(0).tolist()
+    assert sorted(batches.indices(0)) == sorted(drawn.indices(0))  # the same images
+    assert len({tuple(batches.indices(i)) for i in range(6)}) == 6
 
 
 def test_it_learns(pretrained, tmp_path, master):

@@ -14,7 +14,7 @@ from dataloader import (
     MEAN,
     STD,
     Split,
-    check_split,
+    check_sizes,
     check_splits,
     draw_augmentation,
     draw_flips,
@@ -218,7 +218,7 @@ def test_no_augmentation_squashes(backend, master):
     assert data.augmentation(0, np.array([[20, 30]])) is None
     support = listed(data)[0].support
     assert support.shape == (6, 3, 16, 16)
-    for x, number in zip(support, data.numbers(0), strict=False):
+    for x, number in zip(support, data.indices(0), strict=False):
         squashed = load_image(data.files[number]).resize((16, 16), Image.Resampling.BILINEAR)
         levels = 255 * x.permute(1, 2, 0).numpy()
         # the fast way reduces the largest of these images twice, to 32 px first
@@ -253,19 +253,19 @@ def test_training_images_are_flipped_as_drawn(backend, master):
 def test_too_few_classes_or_images(master, tmp_path):
     split = scan_split(master, "train")
     with pytest.raises(UserError, match=r"--n-class 7: the train split has only 6 classes"):
-        check_split(split, 7, 1, 1)
+        check_sizes(split, 7, 1, 1)
     with pytest.raises(UserError, match=r"train/class 0: 8 images, .* 9 .*\b5 more"):
-        check_split(split, 5, 4, 5)
-    check_split(Split("train", ["a"], [[tmp_path] * 3], tmp_path), 1, 1, 2)
+        check_sizes(split, 5, 4, 5)
+    check_sizes(Split("train", ["a"], [[tmp_path] * 3], tmp_path), 1, 1, 2)
 
 
 def test_a_class_with_too_few_images_is_left_out_by_the_command_in_the_error(data):
     for path in sorted((data / "train" / "class 2").iterdir())[3:]:
         path.unlink()
     with pytest.raises(UserError, match="class 2") as error:
-        check_split(scan_split(data, "train"), 5, 2, 2)
+        check_sizes(scan_split(data, "train"), 5, 2, 2)
     subprocess.run(str(error.value).rpartition(": ")[2], shell=True, check=True)
-    check_split(scan_split(data, "train"), 5, 2, 2)
+    check_sizes(scan_split(data, "train"), 5, 2, 2)
 
 
 @pytest.mark.parametrize("pair", [("train", "val"), ("train", "test"), ("val", "test")])
