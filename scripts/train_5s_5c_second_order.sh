@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # 5-way 5-shot, the paper's method with the second-order gradients that the paper leaves out. More flags
 # differ from train_5s_5c_authors.sh: --epoch 5, as in the paper's text; --hidden-size 1; --grad-divisor 1,
-# so the mean gradient is not divided again; random flips; and --ema, whose averaged weights are tested.
+# so the mean gradient is not divided again; random flips; --ema, whose averaged weights are tested; and
+# 15,000 episodes.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 

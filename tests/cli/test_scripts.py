@@ -268,6 +268,7 @@ def test_quickstart_twice(repository, tmp_path, active):
     assert train.data_root == test.data_root == repository / "data" / "glyphs"
     assert train.save == test.save
     assert not list((tmp_path / "here").iterdir())
+    refused(bash(script, "--help", **active), "--help")  # which must not start the work
     stub(repository, "data/glyphs.py", "sys.exit(2)")  # it stops where something fails
     assert bash(script, **active).returncode == 2
     assert len(log.read_text().splitlines()) == 7
