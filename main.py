@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+from functools import partial
 from pathlib import Path
 
 from engine.flags import check, parse, resolve
@@ -55,7 +56,8 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
     """Algorithm 1: train the meta-learner for ``--episode`` episodes."""
     with RunFolder(cli_args, ranks) as folder:
         args = folder.args
-        if folder.is_finished():
+        if folder.finished:
+            folder.print_finished()
             return
         backend = select_backend(args, ranks.local)
         print(f"{backend.description}\ntraining on {args.data_root}, into {folder.path}")
@@ -73,13 +75,9 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
         averaged = averaged_copy(args, model)
         with Run(folder, saved_modules(model, averaged), optimizer, sets, backend.device) as run:
             train_step = make_train_step(args, backend, model, optimizer, ranks, averaged)
-            evaluate, val_set = Evaluator(args, backend, averaged, ranks), sets.get("val")
-            if run.begin_validation():  # the last process ended while it validated
-                run.log_validation(*evaluate(val_set, run.heed_signals))
-            for n, batch in run.batches():
+            evaluator, val_set = Evaluator(args, backend, averaged, ranks), sets.get("val")
+            for n, batch in run.batches(partial(evaluator, val_set, run.heed_signals)):
                 run.log(n, *train_step(n, batch))
-                if run.begin_validation():
-                    run.log_validation(*evaluate(val_set, run.heed_signals))
             run.finish()
         if args.plots and ranks.rank == 0:
             announce("plotting the run")

@@ -84,7 +84,8 @@ def pretrain(cli_args: dict[str, object], ranks: Ranks) -> None:
             raise UserError(f"{spelled(flag)} {getattr(args, flag)}: not for --mode pretrain")
     with RunFolder({**cli_args, "n_class": n_classes}, ranks) as folder:
         args = folder.args
-        if folder.is_finished():
+        if folder.finished:
+            folder.print_finished()
             return
         backend = select_backend(args, ranks.local)
         print(f"{backend.description}\npre-training on {args.data_root}, into {folder.path}")
@@ -98,11 +99,7 @@ def pretrain(cli_args: dict[str, object], ranks: Ranks) -> None:
         with Run(
             folder, {"network": network}, optimizer, {"train": train_set}, backend.device
         ) as run:
-            if run.begin_validation():  # the last process ended before its last checkpoint
-                run.log_validation([], [])
             for n, batch in run.batches():
                 set_learning_rate(args, optimizer, n - 1)
                 run.log(n, *train_step(*batch))
-                if run.begin_validation():
-                    run.log_validation([], [])
             run.finish()

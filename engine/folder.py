@@ -97,16 +97,19 @@ class RunFolder:
             advice = "leave them out" + ", or give another --save" * self.continues
             raise UserError(f"{changes}: {resume} began with {began}; {advice}")
 
-    def is_finished(self) -> bool:
-        """Whether all episodes are seen and validated; if so, print how to plot the run."""
-        state, args = self.checkpoint or {}, self.args
-        if not state.get("episode") == args.episode == state.get("run", {}).get("validated"):
-            return False
+    @property
+    def finished(self) -> bool:
+        """Whether the checkpoint has seen and validated all episodes."""
+        state = self.checkpoint or {}
+        return state.get("episode") == self.args.episode == state.get("run", {}).get("validated")
+
+    def print_finished(self) -> None:
+        """Print that nothing is left to do, and how to plot the run."""
+        args = self.args
         print(f"{args.resume}: has seen all {args.episode} episodes; nothing to do")
         # a trace of its updates needs the images
         data = f" --data-root {args.data_root}" * bool(args.val_freq and args.mode == "train")
         print(f"to plot it: python main.py --mode plot --resume {self.path}{data}")
-        return True
 
     def ckpt(self, name: str) -> Path:
         """The path of a checkpoint of this run."""

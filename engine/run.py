@@ -11,7 +11,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from engine.process import Signals, Stopped, begin_worker
 from engine.provenance import provenance
 from episode import Episode
 from utils import UserError, counted, summary
+
+Evaluation = Callable[[], tuple[list[float], list[float]]]  # gives losses and accuracies
 
 MAX_SKIPPED = 20  # updates in a row whose loss or gradient is not finite
 
@@ -85,7 +87,7 @@ class Run:
                 self._open_logs(stack)
             self._stack = stack.pop_all()
         self.began = self.logged = self.state.episode
-        self.since, self.paused = time.perf_counter(), 0.0
+        self.since = time.perf_counter()
 
     def _restore(self, checkpoint: dict, path: Path, data: dict[str, str]) -> None:
         checkpoints.load_weights(self.modules, chosen_weights(self.args, checkpoint), path)
@@ -143,16 +145,28 @@ class Run:
     def __exit__(self, *_) -> None:
         self._stack.close()
 
-    def batches(self) -> Iterator[tuple[int, list[Episode]]]:
-        """For each update, yield the episodes seen after it, and this rank's share of its own."""
+    def batches(
+        self, evaluate: Evaluation = lambda: ([], [])
+    ) -> Iterator[tuple[int, list[Episode]]]:
+        """For each update, yield the episodes seen after it, and this rank's share of its own.
+
+        Validates after an update where that is due, and first of all if the last process ended
+        while it validated.
+
+        Args:
+            evaluate: gives the losses and accuracies of the validation episodes, of none by
+                default.
+        """
         args, ranks, state = self.args, self.ranks, self.state
         where = (args.n_workers, self.device, args.pin_mem, begin_worker)
         how = {"step": ranks.size} | ({} if ranks.rank else {"waiting": self.heed_signals})
         stream = episodes(self.datasets["train"], state.episode + ranks.rank, *where, **how)
         # closing the stream ends its worker processes
         with contextlib.closing(stream):
+            self._validate_if_due(evaluate)
             for n in range(state.episode + args.meta_batch, args.episode + 1, args.meta_batch):
                 yield n, list(islice(stream, args.meta_batch // ranks.size))
+                self._validate_if_due(evaluate)
 
     def log(self, n: int, losses: Tensor, accuracies: Tensor, skipped: Tensor) -> None:
         """Record the update that ends with episode ``n``.
@@ -232,17 +246,17 @@ class Run:
             rows = [torch.as_tensor(v, device=self.device).view(-1).float() for v in values]
             setattr(self.state, name, torch.cat(rows).tolist() if rows else [])
 
-    def begin_validation(self) -> bool:
-        """If a validation is due, write a snapshot first, in case it is killed, and return True."""
+    def _validate_if_due(self, evaluate: Evaluation) -> None:
         n, every = self.state.episode, self.args.val_freq
         due = (every and n % every == 0 and n > 0) or n == self.args.episode
         if not due or self.state.validated == n:
-            return False
-        self.paused = time.perf_counter()
-        self.snapshot(LAST)
-        return True
+            return
+        began = time.perf_counter()
+        self.snapshot(LAST)  # a kill while it validates costs no more
+        self._log_validation(*evaluate())
+        self.since += time.perf_counter() - began
 
-    def log_validation(self, losses: list[float], accuracies: list[float]) -> None:
+    def _log_validation(self, losses: list[float], accuracies: list[float]) -> None:
         """Log a validation (empty lists: there was none) and write its checkpoints."""
         state, n = self.state, self.state.episode
         state.validated = n
@@ -262,7 +276,6 @@ class Run:
             note = "  best so far" if better else ""
             self.logger.info(result_line("val", losses, accuracies) + note)
         self.snapshot(*names)
-        self.since += time.perf_counter() - self.paused
 
     def heed_signals(self) -> None:
         """Between two updates: write a snapshot, and end the run, if a signal asks for it.

@@ -158,9 +158,9 @@ def test_files_that_vanish_while_training_are_not_missed(data, tmp_path, monkeyp
     succeeded(train(data, tmp_path / "a"))
     batches = main.Run.batches
 
-    def vanish(run):
+    def vanish(run, *evaluate):
         shutil.rmtree(data / "train")
-        return batches(run)
+        return batches(run, *evaluate)
 
     monkeypatch.setattr(main.Run, "batches", vanish)
     succeeded(train(data, tmp_path / "b"))
