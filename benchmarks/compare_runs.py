@@ -21,11 +21,11 @@ from paired import difference, interval
 
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST, find_checkpoint
-from engine.flags import HYPER_PARAMETERS, spelled
+from engine.flags import HYPER_PARAMETERS, completed, spelled
 from engine.logger import read_metrics
 from tools.recipes import text
 from tools.words import markdown_table
-from utils import Parser, UserError, int_range, run_main, summary
+from utils import Parser, UserError, int_range, run_main
 
 EPISODES = ("seed", "n_class", "n_shot", "n_eval")  # which episodes a run is validated on
 
@@ -40,12 +40,15 @@ def validation(folder: Path, events: list[dict], at: int | None) -> dict:
     """The best validation of a log, or the one after ``at`` episodes.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the log lacks the accuracy of each of its episodes.
     """
     found = [e for e in events if e["event"] == "val" and e["episode"] == (at or e["episode"])]
     if not found:
         raise UserError(f"{folder}: no validation {f'after {at} episodes' if at else 'yet'}")
-    return max(found, key=lambda event: summary(event["accuracies"])["mean"])
+    best = max(found, key=lambda event: event["accuracy"]["mean"])
+    if "accuracies" not in best:
+        raise UserError(f"{folder}: an older log, without the accuracy of each validation episode")
+    return best
 
 
 def compare(folders: list[Path], at: int | None = None) -> str:
@@ -60,7 +63,7 @@ def compare(folders: list[Path], at: int | None = None) -> str:
         if path is None:
             raise UserError(f"{folder}: no checkpoint there; name a run folder")
         content, events = checkpoints.load(path), read_metrics(folder)
-        stored = content.get("hyper_parameters", {})
+        stored = completed(content.get("hyper_parameters", {}))
         begins_with = (content.get("about", {}).get("started_from") or {}).get("checkpoint", "")
         val = validation(folder, events, at)
         found = val["accuracies"]

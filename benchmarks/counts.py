@@ -19,7 +19,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -51,16 +50,8 @@ EPISODE, AUGMENTATION = "training episode without augmentation and Adam", "augme
 SECOND_ORDER = "the same with second order"
 
 
-class Count(NamedTuple):
-    """What a call asks of the device."""
-
-    launches: int
-    bytes: int
-    copies: int  # from the host
-
-
 class Counter(TorchDispatchMode):
-    """Counts PyTorch's operations, and stands in for Triton kernels to count them, too."""
+    """Counts launches, bytes and copies from the host; stands in for Triton kernels, too."""
 
     def __init__(self):
         super().__init__()
@@ -126,13 +117,13 @@ def _in_place_of_triton(counter: Counter) -> Iterator[None]:
         yield
 
 
-def count(function: Callable[[], object], triton: bool = False) -> Count:
+def count(function: Callable[[], object], triton: bool = False) -> Counter:
     """Count what a call after the first one asks of the meta device; the first checks kernels."""
     for _ in range(2):
         counter = Counter()
         with _in_place_of_triton(counter) if triton else contextlib.nullcontext(), counter:
             function()
-    return Count(counter.launches, counter.bytes, counter.copies)
+    return counter
 
 
 def parts(n_shot: int, folder: Path) -> dict[str, Callable[[], object]]:

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from dataloader import EpisodeDataset, check_splits, episodes, scan_split
 from engine.backend import Backend, dataset
-from engine.checkpoint import BEST, LAST, resolve_checkpoint, trained_shots
+from engine.checkpoint import trained_shots
 from engine.evaluation import Evaluator, schedule
-from engine.flags import DEFAULTS, parse, path
+from engine.flags import parse, path
 from engine.model import Model
 from episode import updates
 from main import load_model
@@ -50,9 +50,10 @@ class FixedState(NamedTuple):
 class FixedGates(UpdateRule):
     """c_t = f_t * c_{t-1} - i_t * grad_t; the gates are given, [T, P, 1] or for all [1, P, 1]."""
 
-    def __init__(self, cI: Tensor, f: Tensor, i: Tensor, grad_divisor: int):
+    def __init__(self, trained: UpdateRule, f: Tensor, i: Tensor):
         super().__init__()
-        self.cI, self.f, self.i, self.grad_divisor = cI.detach(), f, i, grad_divisor
+        self.cI, self.f, self.i = trained.initial_state().c.detach(), f, i
+        self.grad_divisor, self.final_stats = trained.grad_divisor, trained.final_stats
 
     def initial_state(self) -> FixedState:
         """See ``UpdateRule.initial_state``."""
@@ -101,19 +102,18 @@ def rules(
 ) -> Iterator[tuple[str, UpdateRule]]:
     """Yield each rule's name and the rule, one after another, for they take time to find."""
     trained = model.metalearner
-    cI, divisor = trained.initial_state().c, trained.grad_divisor
     yield "the LSTM as trained", trained
     f, i = mean_gates(model, val_set, args.batch_size, backend.device)
     frozen = "its gates frozen to their mean over each tensor"
-    yield f"{frozen}, by update", FixedGates(cI, f, i, divisor)
+    yield f"{frozen}, by update", FixedGates(trained, f, i)
     f, i = (gate.mean(0, keepdim=True) for gate in (f, i))
-    yield f"{frozen} and all updates", FixedGates(cI, f, i, divisor)
-    places, one = layers(model.learner_w_grad), torch.ones_like(cI).unsqueeze(0)
+    yield f"{frozen} and all updates", FixedGates(trained, f, i)
+    places, one = layers(model.learner_w_grad), torch.ones_like(i)
 
     def descent(steps: list[float]) -> FixedGates:
         sizes = torch.tensor([place.stop - place.start for place in places.values()])
-        values = torch.tensor(steps).repeat_interleave(sizes).to(cI).view(1, -1, 1)
-        return FixedGates(cI, one, values, divisor)
+        values = torch.tensor(steps).repeat_interleave(sizes).to(i).view(1, -1, 1)
+        return FixedGates(trained, one, values)
 
     def score(steps: list[float]) -> float:
         rule = model._replace(metalearner=descent(steps))
@@ -133,8 +133,7 @@ def compare(run: str, flags: dict) -> tuple[str, list[tuple[str, list[float]]]]:
     Raises:
         UserError: there is no checkpoint, or it is not one of the paper's method.
     """
-    path = resolve_checkpoint(run, flags.get("seed", DEFAULTS["seed"]), BEST, LAST, flag="RUN")
-    args, checkpoint, backend, model = load_model({**flags, "resume": path})
+    args, checkpoint, backend, model = load_model({**flags, "resume": run})
     if args.method not in ("lstm", "linear-head"):
         raise UserError(f"{run}: is of --method {args.method}, which has no gates to freeze")
     check_splits(args.data_root, checkpoint.get("classes", ()), ("val", "test"))
@@ -162,7 +161,7 @@ def table(title: str, found: list[tuple[str, list[float]]]) -> str:
     return f"{title}:\n\n{markdown_table(header, rows)}\n"
 
 
-def draw(runs: list[tuple[str, list[tuple[str, list[float]]]]], path: Path) -> None:
+def draw(runs: list[tuple[str, list[tuple[str, list[float]]]]], out: Path) -> None:
     """Draw the differences from the LSTM with their intervals, one panel for each run."""
     figures, size = load_figures(), (7, 2.5 * len(runs))
     with figures.style([]):
@@ -176,7 +175,7 @@ def draw(runs: list[tuple[str, list[tuple[str, list[float]]]]], path: Path) -> N
             ax.set_title(title.partition(", chosen")[0])
             ax.set_xlabel("difference from the LSTM, percentage points")
             ax.invert_yaxis()
-        figure.savefig(path, dpi=150)
+        figure.savefig(out, dpi=150)
 
 
 def main(argv: list[str]) -> int:

@@ -22,8 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
@@ -31,7 +30,7 @@ from dataloader import EpisodeDataset, episodes, scan_split
 from engine.backend import adam, dataset, select_backend
 from engine.distributed import SINGLE_PROCESS
 from engine.evaluation import Evaluator
-from engine.flags import data_name, path, resolve
+from engine.flags import ROOT, data_name, path, resolve
 from engine.parallel import make_train_step
 from engine.process import begin_worker
 from engine.provenance import commit, cpu_name
@@ -52,7 +51,7 @@ VARIANTS += [{"epoch": 16}, {"image_size": 42}, {"image_size": 112}]
 VARIANTS += [{"filters": 16}, {"filters": 64}]
 
 
-class Model:
+class Timed:
     """What main.py trains and tests, by default with the port's 5-way 5-shot recipe.
 
     Args:
@@ -125,7 +124,7 @@ def end_to_end(args: argparse.Namespace, device: torch.device) -> str:
 
     def stepper(name: str, split: str) -> Callable[[], object]:
         precision = "bf16" if "bf16" in name else "fp32"
-        model = Model(device, name == "plain", precision=precision, data_root=args.data_root)
+        model = Timed(device, name == "plain", precision=precision, data_root=args.data_root)
         data = model.dataset(split, TURN * (args.rounds + WARM_UP + CHECKED))
         stream = episodes(data, 0, args.n_workers, device, True, begin_worker)
         if split == "train":
@@ -162,7 +161,7 @@ def parts(args: argparse.Namespace, device: torch.device) -> str:
     """Where the time of an episode goes."""
 
     def functions(plain: bool) -> dict[str, Callable[[], object]]:
-        model = Model(device, plain, data_root=args.data_root)
+        model = Timed(device, plain, data_root=args.data_root)
         learner, _, metalearner, _ = model.networks
         learner.train()
         data, index = model.dataset("train", 10**6), count()
@@ -204,7 +203,7 @@ def peak(device: torch.device, plain: bool, what: str, epoch: int) -> float:
     """Peak memory of training or testing above this process's before, in MiB."""
     # or the next episode would reuse what one frees
     with mock.patch("fast.threads.keep_freed_memory"):
-        model = Model(device, plain, epoch=epoch)
+        model = Timed(device, plain, epoch=epoch)
     episode, function = synthetic(device, model.args), getattr(model, what)
     function(episode._replace(order=episode.order[:1]))  # loads libraries
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -238,7 +237,7 @@ def scaling(args: argparse.Namespace, device: torch.device) -> str:
     rows = []
     for variant in VARIANTS:
         flags = {"batch_size": 10**6, **variant}
-        models = {name: Model(device, name == "plain", **flags) for name in ("plain", "fast")}
+        models = {name: Timed(device, name == "plain", **flags) for name in ("plain", "fast")}
         steps = {k: partial(m.train, synthetic(device, m.args)) for k, m in models.items()}
         spent = median_seconds(steps, max(1, args.rounds // 2), device)
         name = ", ".join(f"{k} {v}" for k, v in variant.items()) or "the recipe"
@@ -255,7 +254,7 @@ def kernels(_args: argparse.Namespace, device: torch.device) -> str:
     """A GPU's time for one training episode, by kernel, without a CUDA graph; of a CPU nothing."""
     if device.type == "cpu":
         return ""
-    model = Model(device, plain=False, capture=False)
+    model = Timed(device, plain=False, capture=False)
     episode = synthetic(device, model.args)
     for _ in range(2):
         model.train(episode)
@@ -269,8 +268,7 @@ def kernels(_args: argparse.Namespace, device: torch.device) -> str:
     return table(["kernel", "launches", "ms"], [*found[:LARGEST], total])
 
 
-SECTIONS = {"end-to-end": end_to_end, "parts": parts, "scaling": scaling, "memory": memory}
-SECTIONS |= {"kernels": kernels}
+SECTIONS = {f.__name__.replace("_", "-"): f for f in (end_to_end, parts, scaling, memory, kernels)}
 
 
 def main(argv: list[str]) -> int:

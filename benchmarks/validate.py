@@ -20,7 +20,7 @@ from dataloader import scan_split
 from engine.backend import dataset
 from engine.checkpoint import short_name
 from engine.evaluation import Evaluator
-from engine.flags import DEFAULTS, parse
+from engine.flags import DEFAULTS, parse, spelled
 from main import load_model
 from tools.words import markdown_table
 from utils import Parser, UserError, run_main
@@ -44,8 +44,9 @@ def compare(runs: list[str], flags: dict[str, object]) -> str:
         first_args = first_args or args
         for name in EPISODES:
             if getattr(args, name) != getattr(first_args, name):
-                values = f"{getattr(args, name)}, {runs[0]} {getattr(first_args, name)}"
-                raise UserError(f"{run}: its {name} is {values}; compare runs of one kind")
+                own, of_first = getattr(args, name), f"{runs[0]} is {getattr(first_args, name)}"
+                what = f"its {spelled(name)} is {own}, but that of {of_first}"
+                raise UserError(f"{run}: {what}; compare runs of one kind")
         val_set = dataset(args, backend, scan_split(args.data_root, "val"), args.episode_val)
         found = Evaluator(args, backend, model)(val_set)[1]
         apart = difference(found, first) if first else ""

@@ -47,12 +47,6 @@ class Windows(NamedTuple):
         skip = np.rint((out - image_size) / 2).astype(np.int64)
         return Windows(np.zeros_like(sizes), sizes, out, skip)
 
-    @staticmethod
-    def squashed(sizes: np.ndarray, image_size: int) -> Windows:
-        """The whole image to image_size x image_size."""
-        zero = np.zeros_like(sizes)
-        return Windows(zero, sizes, zero + image_size, zero)
-
 
 def table(windows: Windows, drawn: Augmentation | None) -> np.ndarray:
     """The parameters of ``transform``; float32 holds all but the factors exactly.
@@ -130,7 +124,7 @@ def _shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     return out
 
 
-def adjust_colours(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+def _adjust_colours(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """Brightness, contrast, saturation and hue of each image, each image in its own order.
 
     Brightness, contrast and saturation are one interpolation, from black, the mean grey level or
@@ -154,12 +148,12 @@ def adjust_colours(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     return x
 
 
-def _adjust_colours(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """``adjust_colours`` by the Triton kernel where that works."""
+def adjust_colours(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """``_adjust_colours`` by the Triton kernel where that works."""
     kernel, args = colour.colour, (x, factors, order)
-    if colour.handles(x) and gpu.works(kernel, adjust_colours, 1e-3, x, lambda f: [f(*args)]):
+    if colour.handles(x) and gpu.works(kernel, _adjust_colours, 1e-3, x, lambda f: [f(*args)]):
         return kernel(*args)
-    return adjust_colours(*args)
+    return _adjust_colours(*args)
 
 
 def transform(pixels: Tensor, table: Tensor, image_size: int, scale: str = "imagenet") -> Tensor:
@@ -184,6 +178,6 @@ def transform(pixels: Tensor, table: Tensor, image_size: int, scale: str = "imag
         return native.augment(pixels, windows.long(), flip != 0, factors, order, (mean, std), out)
     x = _resize(pixels, windows, flip, image_size)
     if factors is not None:
-        x = _adjust_colours(x, factors, order)
+        x = adjust_colours(x, factors, order)
     mean, std = (v.view(3, 1, 1) * 255 for v in (mean, std))
     return torch.addcmul(-mean / std, x, 1 / std, out=out)

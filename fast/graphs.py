@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from episode import Episode
+from utils import counted
 
 WARM_UP = 3  # eager calls before the capture: libraries make workspaces, Adam its moments
 CHECKED = 2  # replays that are compared with eager calls; the second shows a baked-in number
@@ -186,10 +187,10 @@ def _reports() -> Iterator[None]:
             torch.cuda.set_sync_debug_mode(mode)
     syncs = [w for w in caught if "called a synchronizing CUDA operation" in str(w.message)]
     if syncs:
-        what = f"waits for the GPU {len(syncs)} times, which costs speed"
+        what = f"waits for the GPU {counted(len(syncs), 'time')}, which costs speed"
         tqdm.write(f"an episode {what}; first at {syncs[0].filename}:{syncs[0].lineno}")
     if places := copies.places:
-        what = f"copies {len(places)} tensors between host and device"
+        what = f"copies {counted(len(places), 'tensor')} between host and device"
         tqdm.write(f"an episode {what}; first at {places[0]}")
 
 

@@ -1,11 +1,11 @@
 """Episodes from images that are decoded once and augmented in batches.
 
 At first use a split becomes one array of bytes on disk, which later runs map into memory. Such a
-cache is a folder ``<split>-<largest side>-<key>`` with ``pixels.bin`` (each image as [3, height,
-width] uint8, one after another) and ``index.npz`` (sizes, checksum). The key is a hash of all that
-the pixels depend on: names, sizes and modification times of the files, and the settings below. The
-folder is filled under another name and then renamed, so it is either complete or absent. A lock
-makes one of several processes build it while the others wait.
+cache is a folder ``<split>-<limit of the shorter side>-<key>`` with ``pixels.bin`` (each image as
+[3, height, width] uint8, one after another) and ``index.npz`` (sizes, checksum). The key is a hash
+of all that the pixels depend on: names, sizes and modification times of the files, and the settings
+below. The folder is filled under another name and then renamed, so it is either complete or absent.
+A lock makes one of several processes build it while the others wait.
 
 Images whose shorter side is at most twice ``image_size`` keep every pixel; mini-ImageNet's usual 84
 px are among them. Larger ones are downscaled to that once. A random crop covers half of an image on
@@ -240,14 +240,14 @@ class FastEpisodeDataset(EpisodeDataset):
         """Read an episode's images and draw its random numbers."""
         numbers = self.indices(index)
         sizes = self._decoded.sizes[numbers]
-        drawn = self.augmentation(index, sizes)
-        if drawn is not None and drawn.box is not None:
-            windows = Windows.crops(drawn.box, self.image_size)
+        augmentation = self.augmentation(index, sizes)
+        if augmentation is not None and augmentation.box is not None:
+            windows = Windows.crops(augmentation.box, self.image_size)
         elif self.augment == "port":
             windows = Windows.centres(sizes, self.image_size)
-        else:
-            windows = Windows.squashed(sizes, self.image_size)
-        rows = table(windows, drawn)
+        else:  # the whole images
+            windows = Windows.crops(np.hstack((np.zeros_like(sizes), sizes)), self.image_size)
+        rows = table(windows, augmentation)
         floats = np.concatenate((rows, self.order(index)), axis=None, dtype=np.float32)
         groups, at = _groups(sizes), floats.nbytes
         padded = sum(len(members) * math.prod(shape) for members, shape in groups)

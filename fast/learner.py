@@ -29,17 +29,8 @@ class FastConv4(Conv4):
             arguments are ``Conv4``'s.
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        bn_eps: float,
-        bn_momentum: float,
-        n_classes: int,
-        bn_scale: str = "uniform",
-        n_filters: int = 32,
-        conv_dtype: torch.dtype | None = None,
-    ):
-        super().__init__(image_size, bn_eps, bn_momentum, n_classes, bn_scale, n_filters)
+    def __init__(self, *args, conv_dtype: torch.dtype | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
         self.conv_dtype, self._twice = conv_dtype, False
         self._last: tuple[Tensor, int, Tensor, native.PatchMoments | None] | None = None
         self._flat: tuple[Tensor, Tensor] | None = None  # see _arranged
@@ -84,7 +75,7 @@ class FastConv4(Conv4):
         """The images in ``conv_dtype`` and, for the CPU kernels, their moments; kept for the next
         update with the same images.
         """
-        last = self._last  # of this thread: frozen features are shared by several
+        last = self._last  # read once: threads share a frozen backbone, and another may replace it
         if last is None or last[0] is not x or last[1] != x._version:
             images, moments = x.to(self.conv_dtype or x.dtype), None
             if self.norm1.training and native.handles_block(images, self.conv1.weight):
@@ -209,10 +200,7 @@ class FastConv4(Conv4):
 
     def _parts(self, flat: Tensor) -> list[Tensor]:
         """Views of a vector [P] in that order, with the parameters' shapes."""
-        shapes = [shape for _, _, shape in self.slots()]
-        swapped = [kernels_order(torch.empty(shape, device="meta")).shape for shape in shapes]
-        parts = flat.split([shape.numel() for shape in shapes])
-        return [kernels_order(p.view(shape)) for p, shape in zip(parts, swapped, strict=True)]
+        return [kernels_order(p.view(kernels_order(p).shape)) for p in self.slices(flat)]
 
     def _arranged_slices(self, c: Tensor) -> list[Tensor]:
         """``slices``, filters in the order that Triton's kernels read."""

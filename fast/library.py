@@ -18,14 +18,13 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent / "kernels"
 MAIN = FOLDER / "kernels.cpp"  # includes the headers
-COMPILERS = ("g++", "c++")
 # clang on ARM knows no -march=native
 ARCH = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 FLAGS = ["-std=c++17", "-O3", ARCH, "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 # Tried first. Apple's clang knows no OpenMP, and any clang's needs another runtime than g++'s.
 GCC_FLAGS = ["-fopenmp", "-fno-predictive-commoning"]  # the latter optimisation spills registers
 DIGEST = 32  # bytes of a SHA-256
-SLOWER = "without compiled kernels, at a third of the speed"
+SLOWER = "without compiled kernels, about 3.5 times slower"
 
 KERNELS = tuple(re.findall(r"^EXPORT\((\w+)", MAIN.read_text(), re.MULTILINE))
 _TYPES = {"p": ctypes.c_void_p, "f": ctypes.c_float, "l": ctypes.c_int64}  # as in kernels.cpp
@@ -41,7 +40,7 @@ class Library:
 
     def __init__(self):
         self.functions = {}
-        compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
         if compiler is None:
             self.state = f"{SLOWER} (no C++ compiler found: install g++, or set CXX)"
             return
@@ -79,10 +78,9 @@ def _openmp() -> list[str]:
 
 def _processor() -> list[str]:
     """The processor's model and features."""
-    cpuinfo = Path("/proc/cpuinfo")
-    info = cpuinfo.read_text().split("\n\n")[0] if cpuinfo.exists() else platform.processor()
-    keys = "model name", "flags", "Features"
-    return [line for line in info.splitlines() if line.startswith(keys)]
+    cpuinfo, keys = Path("/proc/cpuinfo"), ("model name", "flags", "Features")
+    info = cpuinfo.read_text().split("\n\n")[0] if cpuinfo.exists() else ""
+    return [line for line in info.splitlines() if line.startswith(keys)] or [platform.processor()]
 
 
 def _load(compiler: list[str]) -> ctypes.CDLL:
@@ -110,7 +108,7 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
         cached = os.access(folder, os.W_OK)
-    print("compiling the kernels, which takes half a minute" + " once" * cached, flush=True)
+    print("compiling the kernels, which takes about ten seconds" + " once" * cached, flush=True)
     with tempfile.TemporaryDirectory(prefix=".compile-", dir=folder if cached else None) as work:
         compiled, linked = f"{work}/kernels.o", f"{work}/kernels.so"
         for more in (GCC_FLAGS, []):
@@ -129,7 +127,4 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
         return library
 
 
-@functools.cache
-def library() -> Library:
-    """The kernels, loaded at the first call."""
-    return Library()
+library = functools.cache(Library)  # loads them at the first call

@@ -20,7 +20,8 @@ class FastMetaLearner(MetaLearner):
         """See ``MetaLearner.initial_state``; the CPU kernels arrange h and c in tiles."""
         state = super().initial_state()
         if native.handles(state.c):
-            h = native.lstm_state(state.c, self.lstm.hidden_size)
+            n_tiles = -(-len(state.c) // native.TILE)
+            h = state.c.new_zeros(n_tiles, self.lstm.hidden_size, native.TILE)
             return state._replace(lstm_h=h, lstm_c=h)
         return state
 

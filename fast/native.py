@@ -147,7 +147,6 @@ class PatchMoments(NamedTuple):
 
     total: Tensor  # [27], float64: sum of the patches
     product: Tensor  # [27, 27], float64: sum of their outer products with themselves
-    count: int  # number of patches
 
     @staticmethod
     def of(x: Tensor) -> PatchMoments | None:
@@ -157,26 +156,30 @@ class PatchMoments(NamedTuple):
         total = x.new_empty(27, dtype=torch.float64)
         product = x.new_empty(27, 27, dtype=torch.float64)
         _call("patch_moments", _channels_last(x), total, product, *_size(x))
-        return PatchMoments(total, product, math.prod(_size(x)))
+        return PatchMoments(total, product)
 
 
-class FirstBlock(torch.autograd.Function):
-    """A block whose input is 3-channel images that need no gradient.
+class Block(torch.autograd.Function):
+    """A block in training.
 
-    (images, weight, gamma, beta, eps, the images' moments) -> output, batch mean [C], biased batch
-    variance [C].
+    (input, weight, gamma, beta, eps, moments) -> output, batch mean [C], biased batch variance [C].
+    ``moments`` are those of 3-channel images, which need no gradient; None for 32 channels.
     """
 
     @staticmethod
     def forward(ctx, x, weight, gamma, beta, eps, moments):
-        x, w = _channels_last(x), weight.contiguous()
+        x, weight = _channels_last(x), weight.contiguous()
         gamma, beta = (_checked(t, (N_FILTERS,)) for t in (gamma, beta))
         out, switches = _empty_pooled(x), _empty_pooled(x, torch.uint8)
         mean, var = torch.empty_like(gamma), torch.empty_like(gamma)
-        total, product, _ = moments
-        args = w, gamma, beta, eps, total, product, switches, out, mean, var
-        _call("first_forward", x, *args, *_size(x))
-        ctx.save_for_backward(x, w, switches, gamma, beta, mean, var, total, product)
+        results, ctx.y = (switches, out, mean, var), None
+        if moments is not None:
+            name, read, kept = "first_forward", (x, weight), moments
+        else:
+            ctx.y = _convolve(x, weight)
+            name, read, kept = "block_forward", (ctx.y,), (_empty_pooled(x),)
+        _call(name, *read, gamma, beta, eps, *kept, *results, *_size(x))
+        ctx.save_for_backward(x, weight, switches, gamma, beta, mean, var, *kept)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
         return out, mean, var
@@ -184,68 +187,29 @@ class FirstBlock(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _mean, _var):
-        *saved, total, product = ctx.saved_tensors
-        x, w, _, gamma, beta, *_ = saved
-        grads = [torch.empty_like(t) for t in (w, gamma, beta)]
-        args = *saved, ctx.eps, total, product, *grads
-        _call("first_backward", _channels_last(grad), *args, *_size(x))
-        return None, *grads, None, None
-
-
-class Block(torch.autograd.Function):
-    """A block with 32 channels in.
-
-    (input, weight, gamma, beta, eps) -> output, batch mean [C], biased batch variance [C].
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, gamma, beta, eps):
-        x = _channels_last(x)
-        gamma, beta = (_checked(t, (N_FILTERS,)) for t in (gamma, beta))
-        y, pooled, out = _convolve(x, weight), _empty_pooled(x), _empty_pooled(x)
-        switches = _empty_pooled(x, torch.uint8)
-        mean, var = torch.empty_like(gamma), torch.empty_like(gamma)
-        _call("block_forward", y, gamma, beta, eps, pooled, switches, out, mean, var, *_size(x))
-        ctx.save_for_backward(x, weight, pooled, switches, gamma, beta, mean, var)
-        ctx.eps, ctx.y = eps, y
-        ctx.mark_non_differentiable(mean, var)
-        return out, mean, var
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _mean, _var):
-        x, weight, pooled, switches, gamma, beta, mean, var = ctx.saved_tensors
+        x, weight, switches, *affine, mean, var = ctx.saved_tensors[:7]
+        grad, kept = _channels_last(grad), ctx.saved_tensors[7:]
+        grads, norm = [torch.empty_like(t) for t in affine], (*affine, mean, var, ctx.eps)
+        if len(kept) == 2:  # the images' moments
+            grad_w = torch.empty_like(weight)
+            args = x, weight, switches, *norm, *kept, grad_w
+            _call("first_backward", grad, *args, *grads, *_size(x))
+            return None, grad_w, *grads, None, None
         y = _convolve(x, weight) if ctx.y is None else ctx.y
         ctx.y = None  # the kernel overwrites it with its gradient
-        grads = [torch.empty_like(t) for t in (gamma, beta)]
-        args = pooled, switches, y, gamma, beta, mean, var, ctx.eps, *grads
-        _call("block_backward", _channels_last(grad), *args, *_size(x))
+        _call("block_backward", grad, *kept, switches, y, *norm, *grads, *_size(x))
         grad_x = _convolve(y, weight, turned=True) if ctx.needs_input_grad[0] else None
-        return grad_x, _filters_gradient(y, x, weight), *grads, None
+        return grad_x, _filters_gradient(y, x, weight), *grads, None, None
 
 
 def train_block(
     x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, moments: PatchMoments | None
 ) -> Tensor:
-    """See ``learner.train_block``; only for what ``handles_block`` accepts.
-
-    The order is convolution, pooling, normalisation, ReLU. The function is the same: normalisation
-    is an affine map of each channel, and an increasing one commutes with the maximum. Where the
-    scale is negative, the negated output of the convolution is pooled. Normalisation and ReLU then
-    work on a quarter of the numbers.
-
-    The first block never stores its convolution's output, the largest tensor of the network. Its
-    input needs no gradient, and its convolution is linear in the 27 numbers under a filter, so the
-    batch statistics, and the gradient of the filters through them, follow from the moments of the
-    images, which are the same in all updates of an episode.
+    """See ``learner.train_block``; only for what ``handles_block`` accepts. README.md says why
+    pooling comes first, and what the moments are for.
     """
-    count = math.prod(_size(x))
-    if x.shape[1] == 3:
-        if moments is None or moments.count != count:
-            moments = PatchMoments.of(x)
-        out, mean, var = FirstBlock.apply(x, conv.weight, norm.weight, norm.bias, norm.eps, moments)
-    else:
-        out, mean, var = Block.apply(x, conv.weight, norm.weight, norm.bias, norm.eps)
+    moments, count = moments or PatchMoments.of(x), math.prod(_size(x))
+    out, mean, var = Block.apply(x, conv.weight, norm.weight, norm.bias, norm.eps, moments)
     with torch.no_grad():
         norm.running_mean.lerp_(mean + conv.bias, norm.momentum)
         norm.running_var.lerp_(var * (count / max(count - 1, 1)), norm.momentum)
@@ -312,7 +276,7 @@ def loss_and_grad(
         (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
         for tensors in (parameters, running)
     ]
-    args = *moments[:2], *pointers, eps, momentum, switches, loss, grad
+    args = *moments, *pointers, eps, momentum, switches, loss, grad
     _call(name, x, y, *args, *_size(x), n_classes)
     return loss, grad, switches
 
@@ -346,17 +310,13 @@ class LossAndGrad(torch.autograd.Function):
 # ---- The meta-learner ----
 
 
-def lstm_state(cI: Tensor, hidden_size: int) -> Tensor:
-    """Zeros for ``MetaStep``'s h or c, [tiles, hidden_size, TILE]; a tile is TILE coordinates."""
-    return cI.new_zeros(-(-cI.numel() // TILE), hidden_size, TILE)
-
-
 class MetaStep(torch.autograd.Function):
     """One update by ``metalearner.MetaLearner``.
 
     (loss [], the LSTM's weight_ih, weight_hh, bias_ih and bias_hh, WF [H+2, 1], bF [1, 1], WI, bI,
-    grad [P, 1], h and c as ``lstm_state`` makes them, f [P, 1], i [P, 1], theta [P, 1]) -> the new
-    h, c, f, i, theta. The backward pass recomputes the gates, which is cheaper than storing them.
+    grad [P, 1], h and c [tiles of TILE coordinates, hidden_size, TILE], f [P, 1], i [P, 1], theta
+    [P, 1]) -> the new h, c, f, i, theta. The backward pass recomputes the gates, which is cheaper
+    than storing them.
     """
 
     @staticmethod

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Test the checkpoint of train_5s_5c_first_order.sh that is best in validation.
-# It tests the run of --seed N (default 719) or, with --resume PATH, that checkpoint; with both, that
-# checkpoint on seed N's test episodes. Hyper-parameters are the checkpoint's; flags override them.
+# --seed, --resume and other flags: see eval_5s_5c.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
 run_main --mode test \

@@ -59,14 +59,12 @@ if [ "$per_gpu" -gt 1 ]; then # they share the processor, too
 fi
 
 train_and_test() { # RECIPE SEED FOLDER
-  local test=$ROOT/scripts/eval_${1#train_}.sh
   bash "$ROOT/scripts/$1.sh" "${flags[@]}" --seed "$2" || return
-  if [ "$1" = pretrain ]; then
-    return
-  elif [ "$3/results.json" -nt "$3/ckpts/meta-learner-last.pth.tar" ]; then
+  [ "$1" != pretrain ] || return 0
+  if [ "$3/results.json" -nt "$3/ckpts/meta-learner-last.pth.tar" ]; then
     echo "$3: tested already (remove its results.json to test it again)"
   else
-    bash "$test" "${flags[@]}" --seed "$2"
+    bash "$ROOT/scripts/eval_${1#train_}.sh" "${flags[@]}" --seed "$2"
   fi
 }
 

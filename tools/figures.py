@@ -23,7 +23,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import font_manager
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
@@ -175,7 +174,7 @@ def curves(folder: Path) -> Figure:
     name = shorten(folder.resolve().name, 50)
     figure.suptitle(f"{name}: training{' and validation' if val else ''}")
     look = {"ncols": 3, "fontsize": 8, "title_fontsize": 8}
-    if val and known.get("method") != "linear-head":
+    if val and known.get("method", "lstm") in ("lstm", "sgd", "meta-sgd"):
         look["title"] = (
             "Two measures: training normalises query images by their own batch's statistics, "
             "validation by the support set's."
@@ -237,7 +236,7 @@ def adaptation(name: str, trace: dict[str, np.ndarray]) -> Figure:
     """The learner's accuracy before the first update and after each."""
     n = len(trace["classes"])
     figure, axis = plt.subplots(figsize=(6, 3.8))
-    axis.axhline(100 / n, **GUESSING, label=f"guessing among {n}")
+    axis.axhline(100 / n, **GUESSING, label=f"guessing among {n} classes")
     for key, colour, look in (("support", GREEN, "s--"), ("query", BLUE, "o-")):
         mean, half = trace[key].mean(0), 1.96 * trace[key].std(0) / math.sqrt(len(trace[key]))
         t = np.arange(len(mean))
@@ -263,7 +262,7 @@ def histogram(folder: Path) -> Figure:
         axis.hist(values, bins=_bins(values), color=BLUE, alpha=0.6)
         axis.axvline(s["mean"], color="black", linestyle="--", linewidth=1, label="mean")
         n = test["n_class"]
-        axis.axvline(100 / n, **{**GUESSING, "linewidth": 1.5}, label=f"guessing among {n}")
+        axis.axvline(100 / n, **{**GUESSING, "linewidth": 1.5}, label=f"guessing among {n} classes")
         title = f"{test['n_shot']}-shot, {shorten(test['data'], 20)}, after {test['episode']:,} "
         title += f"episodes: {s['mean']:.2f} ± {s['ci95']:.2f} %"
         axis.set_title("\n".join(filter(None, (title, variant(test)))), loc="left")
@@ -296,7 +295,7 @@ def confusion(name: str, trace: dict[str, np.ndarray]) -> Figure:
     figure, axes = plt.subplots(n, n, figsize=(1.5 * n + 0.8, 1.5 * n + 1.1), squeeze=False)
     for right in range(n):
         for given in range(n):
-            axis: Axes = axes[right, given]
+            axis = axes[right, given]
             these = images[(pairs[:, 0] == right) & (pairs[:, 1] == given)]
             if len(these):
                 sheet = np.full((side * side, size, size, 3), 255, dtype=np.uint8)

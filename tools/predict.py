@@ -19,7 +19,7 @@ from dataloader import scan_classes
 from tools.plots import load_figures, optional
 from tools.predictor import Predictor
 from tools.words import display_name, printable, shorten
-from utils import UserError, atomic_write
+from utils import UserError, atomic_write, counted
 
 SHOWN = 24  # images in the picture
 
@@ -93,7 +93,8 @@ def picture(
             side = [np.asarray(fit(load_image(p), (96, 96))) for p in examples[:4]]
             side += [np.full_like(side[0], 255)] * (4 - len(side))
             axis.imshow(np.vstack((np.hstack(side[:2]), np.hstack(side[2:]))))
-            axis.set_title(f"{name}\n{len(examples)} examples", color=figures.BLUE, weight="bold")
+            title = f"{name}\n{counted(len(examples), 'example')}"
+            axis.set_title(title, color=figures.BLUE, weight="bold")
         drawn = zip(axes[1:].flat, shown, labels, probabilities, strict=False)
         for axis, file, label, row in drawn:
             axis.imshow(fit(load_image(file), (192, 192)))
@@ -156,7 +157,7 @@ def predict(predictor: Predictor) -> None:
         raise UserError(f"--query {query}: none of the {len(files)} files is a readable image")
     names = [printable(str(file)).replace("\n", "\\n") for file in read]
     width, n = max(map(len, names)), len(predictor.adapted)
-    print(f"{'image':<{width}}  class, probability (mean over {n} adaptations)")
+    print(f"{'image':<{width}}  class, probability (mean over {counted(n, 'adaptation')})")
     shown = {c: c if display_name(c) == c else f"{c} ({display_name(c)})" for c in classes}
     for name, row in zip(names, shares, strict=True):
         print(f"{name:<{width}}  {shown[classes[row.argmax()]]}, {row.max():.2f}")

@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Iterable
 
-from engine.flags import DEFAULTS, HYPER_PARAMETERS, ROOT, completed, essence, parse, spelled
+from engine.flags import DEFAULTS, HYPER_PARAMETERS, ROOT, completed, essence, parse, spelled, typed
 from utils import UserError
 
 _SCRIPT = re.compile(r"(?:train|baseline)_(\d+)s_5c(?:_(\w+))?\.sh")
@@ -79,4 +79,4 @@ def _key(name: str, shots: object) -> tuple[str, int] | None:
 
 def text(value: object) -> str:
     """A hyper-parameter's value as one types it after its flag; a learner's without its file."""
-    return " ".join(f"{v:g}" for v in value) if isinstance(value, list) else str(essence(value))
+    return " ".join(f"{v:g}" for v in value) if isinstance(value, list) else typed(essence(value))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine import checkpoint as checkpoints
 from engine.checkpoint import LAST
-from engine.flags import check_stored, completed, data_name, essence, spelled
+from engine.flags import check_stored, completed, data_name, essence, spelled, typed
 from engine.logger import read_metrics
 from tools.recipes import text
 from utils import UserError, atomic_write, file_lock, finite, fits
@@ -51,7 +51,7 @@ def contradiction_notes(args: Namespace, checkpoint: dict) -> list[str]:
     """A note on each of ``contradictions``."""
     stored = completed(checkpoint.get("hyper_parameters", {}))
     return [
-        f"note: tested with {spelled(k)} {value}, but trained with {stored[k]}"
+        f"note: tested with {spelled(k)} {typed(value)}, but trained with {typed(stored[k])}"
         for k, value in contradictions(args, stored).items()
     ]
 

@@ -88,8 +88,8 @@ def record(
         ``layers``: [L] their names; ``forget``, ``input``: [E, T, L, 6] float32, the gates after
         the sigmoid: mean over the layer's coordinates, then ``QUANTILES``; ``moved``: [E, T, L],
         |c_t - cI| / |cI| of the layer; ``support``, ``query``: [E, T + 1], accuracy in percent of
-        the learner on either set, with the running statistics, first of cI itself with the
-        statistics of the first minibatch; and, of the last episode, ``classes`` [n-way] their
+        the learner on either set, with the running statistics; entry 0 is cI's, with the
+        statistics of the first minibatch. And, of the last episode, ``classes`` [n-way] their
         names, ``images`` [Q, S, S, 3] uint8 and ``confusion`` [Q, 2] int64, true and predicted
         class of each query image.
     """

@@ -101,7 +101,7 @@ def shares(n: int, rows: int, max_programs: int) -> tuple[int, tuple[int]]:
     """Divide n pixels, windows or coordinates among at most ``max_programs`` programs.
 
     Returns:
-        The share of a program, a multiple of ``rows``, and the number of programs.
+        The share of a program, a multiple of ``rows``, and the grid, (number of programs,).
     """
     share = -(-n // (rows * max_programs)) * rows
     return share, (-(-n // share),)

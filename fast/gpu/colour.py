@@ -29,7 +29,7 @@ def _clamp(x):
 
 @jit
 def _adjust(r, g, b, step, factor, mean):
-    """One of the four steps, see ``augment.adjust_colours``."""
+    """One of the four steps, see ``augment._adjust_colours``."""
     grey = _grey(r, g, b)
     target = tl.where(step == 0, 0.0, tl.where(step == 1, mean, grey))
     top, bottom = tl.maximum(tl.maximum(r, g), b), tl.minimum(tl.minimum(r, g), b)
@@ -94,7 +94,7 @@ def handles(x: Tensor) -> bool:
 
 
 def colour(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """``augment.adjust_colours`` in one launch; only for what ``handles`` accepts."""
+    """``augment._adjust_colours`` in one launch; only for what ``handles`` accepts."""
     x, order = x.contiguous(), order.contiguous()
     out, n_pixels = torch.empty_like(x), x.shape[2] * x.shape[3]
     args = factors.gather(1, order), order, out, n_pixels

@@ -58,12 +58,8 @@ def _convolve(
     total = tl.zeros([ROWS, 32], tl.float32)
     for tap in range(1 if C == 3 else 9):
         patches = _patches(x, at, row, column, tap, P, H, W, C)
-        if BACK:
-            w = _filters(weight, 8 - tap, C).to(patches.dtype)
-            total = tl.dot(patches, w, total, input_precision=PRECISION)
-        else:
-            w = tl.trans(_filters(weight, tap, C).to(patches.dtype))
-            total = tl.dot(patches, w, total, input_precision=PRECISION)
+        w = _filters(weight, 8 - tap if BACK else tap, C).to(patches.dtype)
+        total = tl.dot(patches, w if BACK else tl.trans(w), total, input_precision=PRECISION)
     tl.store(y + at * 32 + tl.arange(0, 32)[None, :], total, at < P)
 
 
@@ -106,7 +102,7 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         x = x.contiguous(memory_format=torch.channels_last)
-        filters = arranged(weight)
+        filters = kernels_order(weight).contiguous()
         ctx.save_for_backward(x, filters)
         ctx.shape = weight.shape
         return convolve(x, filters)
@@ -134,13 +130,8 @@ def kernels_order(weight: Tensor) -> Tensor:
     return weight.permute(2, 3, 0, 1) if swaps else weight
 
 
-def arranged(weight: Tensor) -> Tensor:
-    """Filters in the kernels' order; a copy if they lie in any other."""
-    return kernels_order(weight).contiguous()
-
-
 def convolve(x: Tensor, filters: Tensor, back: bool = False) -> Tensor:
-    """``_convolve`` of channels-last images by ``arranged`` filters."""
+    """``_convolve`` of channels-last images by filters in ``kernels_order``, contiguous."""
     n, channels, *size = x.shape
     shape, pixels = (n, N_FILTERS, *size), x[:, 0].numel()
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fast import gpu
 from fast.gpu import jit, launch, tl
 from fast.gpu.blocks import norm_gradient, normalised
-from fast.gpu.convolution import arranged, convolve, filters_gradient
+from fast.gpu.convolution import convolve, filters_gradient, kernels_order
 from fast.native import N_FILTERS
 
 FEATURES, WARPS = 128, 4  # features that a program works on at once, and its warps
@@ -150,7 +150,8 @@ def loss_and_grad(
     for b, norm in enumerate(norms):
         weight, bias, *affine = parameters[4 * b : 4 * b + 4]
         x = x.contiguous(memory_format=torch.channels_last)
-        filters, momentum = arranged(weight), 0.0 if frozen else norm.momentum
+        filters = kernels_order(weight).contiguous()  # no copy if they lie so
+        momentum = 0.0 if frozen else norm.momentum
         z = convolve(x, filters)
         running = norm.running_mean, norm.running_var, momentum, norm.eps
         chosen = frozen[b] if frozen else None

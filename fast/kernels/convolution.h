@@ -128,10 +128,6 @@ INLINE void map_inputs(const float* x, const Tiling& s, const ImageTile& tile, f
   pixels_to_points<IN>(inputs_to_points, x, s, tile.image, tile.row - 1, tile.column - 1, points);
 }
 
-INLINE void map_gradient(const float* grad, const Tiling& s, const ImageTile& tile, float* points) {
-  pixels_to_points<OUT>(gradient_to_points, grad, s, tile.image, tile.row, tile.column, points);
-}
-
 INLINE void map_outputs(const float* points, const Tiling& s, const ImageTile& tile, float* y) {
   y += s.pixel(tile.image, tile.row, tile.column);
   const len rows = s.height - tile.row, columns = s.width - tile.column;
@@ -214,7 +210,7 @@ void convolve_to_filters(const float* grad, const float* x, float* grad_weight, 
         for (len t = 0; t < n; t++) {
           const ImageTile tile(s, first + t);
           map_inputs(x, s, tile, in + t * C);
-          map_gradient(grad, s, tile, grad_points + t * C);
+          pixels_to_points<OUT>(gradient_to_points, grad, s, tile.image, tile.row, tile.column, grad_points + t * C);
         }
         for (int p = 0; p < POINTS; p++) {  // 6 x 2 vectors of sums fit AVX2's 16 registers; the last 8 rows are 2 x 4
           const float *x_p = in + p * TILES * C, *grad_p = grad_points + p * TILES * C;

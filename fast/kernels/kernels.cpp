@@ -14,22 +14,15 @@
 
 namespace {
 
-template <class A>
-constexpr char letter() {
-  return std::is_pointer<A>::value ? 'p' : std::is_same<A, float>::value ? 'f' : 'l';
-}
 template <class... A>
-struct Letters {
-  static constexpr char text[] = {letter<A>()..., 0};
-};
-template <class... A>
-constexpr const char* letters(void (*)(A...)) {
-  return Letters<A...>::text;
+const char* letters(void (*)(A...)) {
+  static constexpr char text[] = {(std::is_pointer_v<A> ? 'p' : std::is_same_v<A, float> ? 'f' : 'l')..., 0};
+  return text;
 }
 
 }  // namespace
 
-// Exports a function's address and the types of its arguments (p: pointer, f: float, l: 64-bit integer) for native.py.
+// Exports a function's address and the types of its arguments (p: pointer, f: float, l: 64-bit integer) for library.py.
 #define EXPORT(name, function)                             \
   extern "C" {                                             \
   void* name##_address = reinterpret_cast<void*>(function); \

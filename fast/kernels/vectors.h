@@ -50,17 +50,12 @@ INLINE ivec widened(const uint8_t* p) {
                 ivec(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))),
                 __builtin_convertvector(*reinterpret_cast<const byte_vec*>(p), ivec));
 }
-#if defined(__AVX2__) && !defined(__AVX512F__)
 INLINE void narrowed(uint8_t* p, ivec x) {  // numbers from 0 to 255
-  const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(__m256i(x)), _mm256_extracti128_si256(__m256i(x), 1));
-  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(half, half));
-}
-#else
-INLINE void narrowed(uint8_t* p, ivec x) {
-  CHOOSE(_mm512_mask_cvtepi32_storeu_epi8(p, -1, __m512i(x)), ,
+  CHOOSE(_mm512_mask_cvtepi32_storeu_epi8(p, -1, __m512i(x)),
+         const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(__m256i(x)), _mm256_extracti128_si256(__m256i(x), 1));
+         _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(half, half)),
          *reinterpret_cast<byte_vec*>(p) = __builtin_convertvector(x, byte_vec));
 }
-#endif
 INLINE vec numbers(ivec x) {
   return CHOOSE(__builtin_convertvector(x, vec), vec(_mm256_cvtepi32_ps(__m256i(x))), __builtin_convertvector(x, vec));
 }

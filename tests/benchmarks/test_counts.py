@@ -24,7 +24,8 @@ def test_launches_and_host_copies_of_a_training_episode(n_shot, tmp_path):
 
 def test_what_counts():
     x = torch.zeros(3, device="meta")
-    assert counts.count(lambda: (x + 1, x.view(3, 1))) == (1, 24, 0)
+    counted = counts.count(lambda: (x + 1, x.view(3, 1)))
+    assert (counted.launches, counted.bytes, counted.copies) == (1, 24, 0)
     assert counts.count(lambda: torch.ones(3).to("meta")).copies == 1
     assert counts.count(lambda: x.copy_(torch.ones(3))).copies == 1
 

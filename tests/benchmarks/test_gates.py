@@ -25,11 +25,10 @@ def test_the_mean_of_constant_gates_is_the_rule_itself(monkeypatch):
     f, i = gates.mean_gates(Model(w_grad, wo_grad, meta), drawn, 3, "cpu")
     assert f.shape == i.shape == (4, w_grad.size(), 1)  # 2 passes of 2 minibatches
     assert torch.allclose(i, meta.metalstm.bI.sigmoid().double().expand_as(i))
-    cI = meta.initial_state().c
     with torch.no_grad():
         expected = adapt(drawn[0], w_grad, meta, 3)[0]
         for slices in (slice(None), slice(1)):
-            rule = gates.FixedGates(cI, f[slices], i[slices], meta.grad_divisor)
+            rule = gates.FixedGates(meta, f[slices], i[slices])
             assert torch.allclose(adapt(drawn[0], w_grad, rule, 3)[0], expected, rtol=1e-12)
 
 

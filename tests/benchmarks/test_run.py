@@ -25,7 +25,7 @@ def test_it_computes_as_training_does():
     """Without TF32, and deterministically: not PyTorch's defaults on a GPU."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     cudnn.conv.fp32_precision, cudnn.deterministic = "tf32", False  # until the next test
-    run.Model(torch.device("cpu"), plain=False)
+    run.Timed(torch.device("cpu"), plain=False)
     assert {cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, matmul.fp32_precision} == {"ieee"}
     assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
 

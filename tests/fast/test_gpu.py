@@ -103,7 +103,7 @@ def colour_args(n, size, device="cpu"):
 def test_colour_matches_pytorch(size):
     x, factors, order = colour_args(24 if size == 16 else 6, size)
     before = x.clone()
-    result, expected = (f(x, factors, order) for f in (colour.colour, augment.adjust_colours))
+    result, expected = (f(x, factors, order) for f in (colour.colour, augment._adjust_colours))
     assert torch.equal(x, before)
     difference = (result - expected).abs()
     assert difference.mean() < 1e-3
@@ -535,7 +535,7 @@ def test_offsets_beyond_int32_are_left_to_pytorch(monkeypatch, unchecked):
         monkeypatch.setattr(owner, name, lambda *_: pytest.fail("the kernel ran"))
     metalearner, grad = FastMetaLearner(4, 5, 40), torch.randn(40, 1)
     metalearner(torch.tensor(1.3), grad, metalearner.initial_state())
-    augment._adjust_colours(*colour_args(4, 16))
+    augment.adjust_colours(*colour_args(4, 16))
     learner.train_block(*block_args(3))
     with torch.no_grad():
         learner.eval_block(*block_args(3))
@@ -674,7 +674,7 @@ def test_kernels_compile(kernel, capability, tmp_path):
 def test_all_kernels_work_on_this_gpu(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "_works", {})
     args = colour_args(100, 84, "cuda")
-    assert torch.equal(augment._adjust_colours(*args), augment._adjust_colours(*args))
+    assert torch.equal(augment.adjust_colours(*args), augment.adjust_colours(*args))
     metalearner = FastMetaLearner(4, 20, 1000).to("cuda")
     step = torch.tensor(1.3, device="cuda"), torch.randn(1000, 1, device="cuda")
     metalearner(*step, metalearner.initial_state())

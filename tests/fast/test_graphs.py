@@ -322,9 +322,9 @@ def test_graph_is_dropped_when_memory_moves(device, moved, capsys):
 
 WAIT = "called a synchronizing CUDA operation"
 REPORTED = {  # what an episode does, with the meta device as a GPU -> what is said about it
-    "a wait": (lambda: warnings.warn(WAIT, stacklevel=1), "waits for the GPU 1 times"),
-    "to": (lambda: torch.arange(3).to("meta", non_blocking=True), "copies 1 tensors"),
-    "copy_": (lambda: torch.empty(3, device="meta").copy_(torch.ones(3)), "copies 1 tensors"),
+    "a wait": (lambda: warnings.warn(WAIT, stacklevel=1), "waits for the GPU 1 time,"),
+    "to": (lambda: torch.arange(3).to("meta", non_blocking=True), "copies 1 tensor "),
+    "copy_": (lambda: torch.empty(3, device="meta").copy_(torch.ones(3)), "copies 1 tensor "),
 }
 
 
@@ -390,7 +390,7 @@ def test_a_sync_ends_one_capture_but_not_the_next(capsys):
     for episode in episodes(WARM_UP + 2, "cuda"):
         assert waiting(episode)[0] == episode.query.sum()
     wait, dropped = capsys.readouterr().out.splitlines()
-    assert "waits for the GPU 1 times" in wait
+    assert "waits for the GPU 1 time," in wait
     assert "no CUDA graph" in dropped
     assert torch.cuda.current_stream() == current
     sound = Model("fast", 16, device="cuda").captured("train")
