@@ -11,25 +11,20 @@ may change between NumPy releases.
 from __future__ import annotations
 
 import copy
-import functools
-import hashlib
 import math
-import os
-import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset
 
-from data import imagefiles
+from data.imagefiles import load_image
+from data.layout import Split, check_sizes
 from episode import Episode
-from utils import SPLITS, UserError, load_package
+from utils import SPLITS, load_package
 
 CROP_RATIO = (3 / 4, 4 / 3)
 # by --augment: share of the image's area in a crop; jitter of brightness, contrast, saturation, hue
@@ -42,143 +37,10 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of pixels in [0, 1]
 STD = (0.229, 0.224, 0.225)
 # by --pixels: mean and deviation
 PIXELS = {"imagenet": (MEAN, STD), "unit": ((0.0,) * 3, (1.0,) * 3)}
-LONGEST_WAIT = 300  # seconds in which no worker process has an episode ready
 _PICK, _AUGMENT, _ORDER = range(3)  # one random stream each, so that none depends on another
 
 
-# ---- Files ----
-
-
-class Split(NamedTuple):
-    """One split's files, classes and images both in the order of their names."""
-
-    name: str  # train, val or test
-    classes: list[str]
-    files: list[list[Path]]  # files[c] are the images of classes[c]
-    root: Path  # the data set's folder
-
-
-def scan_split(root: Path, split: str) -> Split:
-    """List ``root/<split>/<class>/<image>``, see ``scan_classes``.
-
-    Raises:
-        UserError: the folder is missing or empty, or a file or folder is where none belongs.
-    """
-    if not root.is_dir():
-        advice = "make it with data/prepare.py (see data/README.md), or try scripts/quickstart.sh"
-        raise UserError(f"--data-root {root}: no such folder; {advice}")
-    folder = root / split
-    if not folder.is_dir():
-        advice = "--data-root should hold train/, val/ (or give --val-freq 0) and test/"
-        raise UserError(f"{folder}: no such folder; {advice}")
-    return Split(split, *scan_classes(folder, split), root)
-
-
-def scan_classes(folder: Path, what: str) -> tuple[list[str], list[list[Path]]]:
-    """List ``folder/<class>/<image>``; ``what`` names the folder in errors. A note counts files of
-    unknown format, which are left out.
-
-    Raises:
-        UserError: the folder is missing or empty, a file, folder, dangling link or pipe is where
-            none belongs, or two names are equal in Unicode NFC or lead to one folder.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{what} {folder}: no such folder")
-    classes: list[str] = []
-    files: list[list[Path]] = []
-    unknown: list[str] = []
-    seen: set[str] = set()  # names in NFC, and real paths
-    for entry in imagefiles.entries(folder):
-        if imagefiles.kind_of(entry) != "folder":
-            raise UserError(f"{entry.path}: a file among the class folders of {what}; remove it")
-        keys = {imagefiles.nfc(entry.name), os.path.realpath(entry.path)}
-        if keys & seen:
-            why = "a second class of this name, or a link to another class"
-            raise UserError(f"{entry.path}: {why}; merge them, rename or remove one")
-        images = imagefiles.entries(Path(entry.path))
-        for image in images:
-            if (kind := imagefiles.kind_of(image)) != "file":
-                why = "a link that leads nowhere, a pipe or a device" if kind == "other" else kind
-                advice = f"remove it; expected {folder}/<class>/<image>"
-                raise UserError(f"{image.path}: {why}, and no image; {advice}")
-        seen |= keys
-        classes.append(entry.name)
-        files.append([Path(image.path) for image in images if imagefiles.is_image(image.name)])
-        unknown += [image.name for image in images if not imagefiles.is_image(image.name)]
-    if not classes:
-        raise UserError(f"{folder}: holds no class folders; expected {folder}/<class>/<image>")
-    imagefiles.note_unknown(folder, unknown)
-    return classes, files
-
-
-def relative_names(files: list[Path], root: Path) -> list[str]:
-    """The files' paths within ``root``; ``Path.relative_to`` takes seconds for 60,000 files."""
-    folder = "" if root == Path() else os.path.join(str(root), "")
-    return [str(path).removeprefix(folder) for path in files]
-
-
-def stats_of(files: list[Path]) -> list[tuple[int, int]]:
-    """The files' sizes in bytes and modification times in ns.
-
-    Raises:
-        UserError: a file cannot be read; it is named.
-    """
-    try:
-        return [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
-    except OSError as e:
-        raise UserError(f"{e.filename}: cannot be read ({e.strerror}); remove or replace it") from e
-
-
-def check_splits(
-    root: Path, trained_on: Iterable[str] = (), unseen: Collection[str] = ("test",)
-) -> None:
-    """Check that no two splits of a data set share a class, see ``class_places``.
-
-    Args:
-        trained_on: the classes of a checkpoint's training, which the splits ``unseen`` must not
-            hold.
-
-    Raises:
-        UserError: a class is in two splits; it is named.
-    """
-    places = imagefiles.class_places(root)
-    if shared := imagefiles.in_several_splits(places.values()):
-        advice = "each class belongs to one split; remove one, or rename it if they differ"
-        raise UserError(f"{root}: {shared[0]} are one class by name or folder, but {advice}")
-    for name in trained_on:
-        for place in places.get(imagefiles.nfc(name), ()):
-            if (split := place.partition("/")[0]) in unseen:
-                advice = f"{split}/ should hold classes that training has not seen"
-                what = f"the checkpoint was trained on class {name}"
-                raise UserError(f"{root}/{place}: {what}; {advice}")
-
-
 # ---- Random draws ----
-
-
-def check_sizes(split: Split, n_class: int, n_shot: int, n_eval: int) -> None:
-    """Check that every episode can be drawn.
-
-    Raises:
-        UserError: there are too few classes, or a class has too few images; it is named.
-    """
-    if len(split.classes) < n_class:
-        found = f"the {split.name} split has only {len(split.classes)} classes; lower it"
-        raise UserError(f"--n-class {n_class}: {found}")
-    needed = n_shot + n_eval
-    short = [k for k, images in enumerate(split.files) if len(images) < needed]
-    if short:
-        name, n_images = split.classes[short[0]], len(split.files[short[0]])
-        folder = split.root / split.name / name
-        others = f", and {len(short) - 1} more classes have too few" * (len(short) > 1)
-        advice = "lower these flags"
-        if len(split.classes) - len(short) >= n_class:
-            hidden = shlex.join(["mv", str(folder), str(folder.with_name(f".{name}"))])
-            advice += f", or leave the class out: {hidden}"
-        raise UserError(
-            f"{folder}: {n_images} images, but an episode takes {needed} (--n-shot {n_shot} + "
-            f"--n-eval {n_eval}){others}; {advice}"
-        )
 
 
 def _generator(seed: int, split: str, index: int, purpose: int) -> np.random.Generator:
@@ -210,7 +72,7 @@ def draw_order(
     """
     keys = _generator(seed, split, index, _ORDER).random((n_pass, n_support))
     order = np.argsort(keys, axis=1, kind="stable")
-    return order if shuffle == "pass" else np.broadcast_to(order[:1], order.shape).copy()
+    return order if shuffle == "pass" else order[:1].repeat(n_pass, axis=0)
 
 
 class Augmentation(NamedTuple):
@@ -236,8 +98,8 @@ def draw_augmentation(
     """Draw the training augmentation's parameters, distributed as in torchvision.
 
     Args:
-        augment: a key of ``CROPS``.
         sizes: [B, 2] int64, height and width of each source image in pixels.
+        augment: a key of ``CROPS``.
     """
     rng = _generator(seed, split, index, _AUGMENT)
     n = len(sizes)
@@ -256,12 +118,8 @@ def draw_augmentation(
     top = np.floor(place[:, 0] * (sizes[:, 0] - h + 1)).astype(np.int64)
     left = np.floor(place[:, 1] * (sizes[:, 1] - w + 1)).astype(np.int64)
     for k in np.flatnonzero(~fits.any(axis=1)):
-        H, W = (int(v) for v in sizes[k])
-        h[k], w[k] = H, W
-        if CROP_RATIO[0] > W / H:
-            h[k] = round(W / CROP_RATIO[0])
-        elif CROP_RATIO[1] < W / H:
-            w[k] = round(H * CROP_RATIO[1])
+        H, W = sizes[k].tolist()
+        h[k], w[k] = min(H, round(W / CROP_RATIO[0])), min(W, round(H * CROP_RATIO[1]))
         top[k], left[k] = (H - h[k]) // 2, (W - w[k]) // 2
     flip = rng.random(n) < 0.5
     jitter = np.array([1.0, 1.0, 1.0, 0.0]) + np.array(spread) * (2 * rng.random((n, 4)) - 1)
@@ -285,15 +143,15 @@ def _torchvision():
 def train_image(image: Image.Image, drawn: Augmentation, k: int, image_size: int) -> Image.Image:
     """Apply row ``k`` of the augmentation: crop and resize, flip, jitter in the drawn order."""
     TF = _torchvision()
-    if drawn.box is None or drawn.jitter is None or drawn.order is None:
-        image = eval_image(image, image_size, "flip")
-        return TF.hflip(image) if drawn.flip[k] else image
-    top, left, height, width = (int(v) for v in drawn.box[k])
-    square = [image_size, image_size]
-    bilinear = TF.InterpolationMode.BILINEAR
-    image = TF.resized_crop(image, top, left, height, width, square, bilinear)
+    size, bilinear = [image_size, image_size], TF.InterpolationMode.BILINEAR
+    if drawn.box is None:
+        image = TF.resize(image, size, bilinear)
+    else:
+        image = TF.resized_crop(image, *drawn.box[k].tolist(), size, bilinear)
     if drawn.flip[k]:
         image = TF.hflip(image)
+    if drawn.jitter is None or drawn.order is None:
+        return image
     adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
     for which in drawn.order[k]:
         image = adjust[which](image, float(drawn.jitter[k, which]))
@@ -368,22 +226,8 @@ class EpisodeDataset(Dataset):
 
     def __post_init__(self) -> None:
         check_sizes(self.split, self.n_class, self.n_shot, self.n_eval)
-        self.files = [path for of_class in self.split.files for path in of_class]
-        self._first = np.cumsum([0] + [len(of_class) for of_class in self.split.files])
-
-    @functools.cached_property
-    def stats(self) -> list[tuple[int, int]]:
-        """See ``stats_of``; read once."""
-        return stats_of(self.files)
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits that identify the data set by its files' names, classes and sizes."""
-        digest = hashlib.sha256()
-        names = relative_names(self.files, self.split.root)
-        for name, (size, _) in zip(names, self.stats, strict=True):
-            digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()[:16]
+        self.files = self.split.images
+        self._offsets = np.cumsum([0] + [len(of_class) for of_class in self.split.files])
 
     def __len__(self) -> int:
         return self.length
@@ -402,7 +246,7 @@ class EpisodeDataset(Dataset):
         """
         n_image = self.n_shot + self.n_eval
         classes, picks = draw_images(self.seed, self.split, index, self.n_class, n_image)
-        numbers = self._first[classes][:, None] + picks
+        numbers = self._offsets[classes][:, None] + picks
         if self.in_order:
             numbers = numbers[np.argsort(classes)]
         support, query = numbers[:, : self.n_shot], numbers[:, self.n_shot :]
@@ -434,7 +278,7 @@ class EpisodeDataset(Dataset):
         return Episode(x[:n_support], y_support, x[n_support:], y_query, order)
 
     def __getitem__(self, index: int) -> Episode:
-        images = [imagefiles.load_image(self.files[number]) for number in self.indices(index)]
+        images = [load_image(self.files[number]) for number in self.indices(index)]
         sizes = np.array([(image.height, image.width) for image in images])
         drawn, size = self.augmentation(index, sizes), self.image_size
         if drawn is None:
@@ -446,89 +290,3 @@ class EpisodeDataset(Dataset):
     def deliver(self, item: Episode, device: torch.device) -> Episode:
         """Move what ``__getitem__`` made in a worker process to the device that trains."""
         return Episode(*(t.to(device, non_blocking=True) for t in item))
-
-
-def episodes(
-    dataset: EpisodeDataset,
-    start: int,
-    n_workers: int,
-    device: torch.device,
-    pin_memory: bool,
-    worker_init: Callable[[int], None] | None = None,
-    step: int = 1,
-    waiting: Callable[[], None] = lambda: None,
-) -> Iterator[Episode]:
-    """Yield episodes ``start``, ``start + step``, ... on ``device``; worker processes run ahead.
-
-    Args:
-        waiting: called every second in which no worker has an episode ready.
-
-    Raises:
-        UserError: an image cannot be read, or nothing comes from the workers.
-    """
-    loader = DataLoader(
-        _ReturnsErrors(dataset),
-        batch_size=None,
-        sampler=range(start, len(dataset), step),
-        num_workers=n_workers,
-        collate_fn=_identity,
-        timeout=1 if n_workers else 0,
-        pin_memory=pin_memory and device.type != "cpu",
-        worker_init_fn=worker_init,
-        generator=torch.Generator(),  # the global one belongs to the training
-    )
-    stream, waited = iter(loader), 0
-    try:
-        while waited < LONGEST_WAIT:
-            try:
-                item = next(stream)
-            except StopIteration:
-                return
-            except RuntimeError as e:
-                if "DataLoader timed out" not in str(e):
-                    raise
-                waited += 1
-                waiting()
-                continue
-            if isinstance(item, UserError):
-                raise item
-            yield dataset.deliver(item, device)
-            waited = 0
-        late = f"no episode came from the worker processes in {LONGEST_WAIT} seconds"
-        advice = "give --n-workers 0, which shows what holds them up"
-        raise UserError(f"--n-workers {n_workers}: {late}; {advice}")
-    finally:
-        if n_workers:  # an exception's traceback would keep them alive
-            stream._shutdown_workers()  # type: ignore[attr-defined]
-
-
-class _ReturnsErrors(Dataset):
-    """Returns a data set's errors: raised in a worker, their message would be a whole traceback.
-
-    In a worker it moves the tensors to shared memory itself: the queue drops an item that it cannot
-    move.
-    """
-
-    def __init__(self, dataset: EpisodeDataset):
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> object:
-        try:
-            item = self.dataset[index]
-        except UserError as error:
-            return error
-        worker = get_worker_info()
-        if worker is not None:
-            try:
-                for tensor in item:
-                    if isinstance(tensor, Tensor):
-                        tensor.share_memory_()
-            except RuntimeError as e:
-                advice = "mount a larger /dev/shm (docker run --shm-size 1g), or give --n-workers 0"
-                why = f"an episode does not fit into shared memory ({str(e).splitlines()[0]})"
-                return UserError(f"--n-workers {worker.num_workers}: {why}; {advice}")
-        return item
-
-
-def _identity(item: object) -> object:
-    return item

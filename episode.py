@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from learner import FlatModule
+from learner import FlatModule, flat_gradient
 from metalearner import UpdateRule
 
 
@@ -53,8 +53,8 @@ def updates(
     Args:
         episode: ``order`` has one row per pass.
         learner_w_grad: computes loss and gradient at each cell state in turn; its running
-            statistics come from the support set, in tests with ``metalearner.final_stats`` also
-            at the last parameters.
+            statistics are the support set's, one update old; with ``metalearner.final_stats``,
+            tests update them once more at the last parameters.
         metalearner: makes each cell state from the last one.
         batch_size: images in a minibatch; the last minibatch of a pass may be smaller.
 
@@ -136,9 +136,8 @@ def meta_gradient(
     learner_wo_grad.train()
     c, _ = adapt(episode, learner_w_grad, metalearner, batch_size)
     loss, logits = query_loss(episode, learner_w_grad, learner_wo_grad, c)
-    grads = torch.autograd.grad(loss, learned(metalearner))
-    gradient = torch.cat([g.reshape(-1) for g in grads])
-    return gradient, loss.detach(), accuracy(logits.detach(), episode.query_y)
+    gradient = flat_gradient(loss, learned(metalearner))
+    return gradient, loss.detach(), accuracy(logits, episode.query_y)
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
@@ -162,7 +161,7 @@ def update_metalearner(
         losses: [M].
         optimizer: of the meta-learner's parameters, cI among them.
         grad_clip: largest norm of the mean gradient.
-        step: ``step_if_finite`` or a replacement.
+        step: ``step_if_finite`` or fast/'s equivalent.
 
     Returns:
         Whether the update was skipped [], bool, because a loss or the gradient was not finite;
@@ -186,7 +185,6 @@ def train_episode(
     optimizer: torch.optim.Optimizer,
     batch_size: int,
     grad_clip: float,
-    step: Callable[[torch.optim.Optimizer, Tensor], None] = step_if_finite,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Update the meta-learner by one episode: ``meta_gradient``, then ``update_metalearner``.
 
@@ -198,7 +196,7 @@ def train_episode(
         episode, learner_w_grad, learner_wo_grad, metalearner, batch_size
     )
     skipped = update_metalearner(
-        gradient.unsqueeze(0), loss.unsqueeze(0), metalearner, optimizer, grad_clip, step
+        gradient.unsqueeze(0), loss.unsqueeze(0), metalearner, optimizer, grad_clip
     )
     return loss, percent, skipped
 

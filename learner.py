@@ -14,6 +14,7 @@ Two instances of one network play two parts:
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,12 @@ N_BLOCKS = 4
 MIN_IMAGE_SIZE = 2**N_BLOCKS
 
 
+def flat_gradient(loss: Tensor, parameters: list[Tensor]) -> Tensor:
+    """The loss's gradient [G], one parameter after the other; 0 for one without a part in it."""
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return torch.cat([g.reshape(-1) for g in grads])
+
+
 class FlatModule(nn.Module):
     """A network whose parameters are read and written as one flat vector [P].
 
@@ -33,24 +40,21 @@ class FlatModule(nn.Module):
     floating dtype and no two layers share one. The vector follows the order of ``parameters()``.
     """
 
-    _slots: list[tuple[nn.Module, str, torch.Size]] | None = None
-
+    @functools.cached_property  # transfer_params removes the parameters
     def slots(self) -> list[tuple[nn.Module, str, torch.Size]]:
         """List (module, parameter's name in it, shape) in the order of the flat vector.
 
         Raises:
             ValueError: two layers share a parameter.
         """
-        if self._slots is None:  # cached: transfer_params removes the parameters
-            named = [
-                (m, name, p.shape)
-                for m in self.modules()
-                for name, p in m.named_parameters(recurse=False, remove_duplicate=False)
-            ]
-            if len(named) != len(list(self.parameters())):
-                raise ValueError("two layers share a parameter; give each one of its own")
-            self._slots = named
-        return self._slots
+        named = [
+            (m, name, p.shape)
+            for m in self.modules()
+            for name, p in m.named_parameters(recurse=False, remove_duplicate=False)
+        ]
+        if len(named) != len(list(self.parameters())):
+            raise ValueError("two layers share a parameter; give each one of its own")
+        return named
 
     def slices(self, flat: Tensor) -> list[Tensor]:
         """Cut a flat vector [P] or [P, 1] into views with the parameters' shapes.
@@ -58,7 +62,7 @@ class FlatModule(nn.Module):
         Raises:
             ValueError: its length is not P.
         """
-        shapes = [shape for _, _, shape in self.slots()]
+        shapes = [shape for _, _, shape in self.slots]
         sizes = [shape.numel() for shape in shapes]
         n, size = flat.numel(), sum(sizes)
         if n != size:
@@ -68,11 +72,11 @@ class FlatModule(nn.Module):
 
     def size(self) -> int:
         """P, the number of parameters."""
-        return sum(shape.numel() for _, _, shape in self.slots())
+        return sum(shape.numel() for _, _, shape in self.slots)
 
     def get_flat_params(self) -> Tensor:
         """Copy the parameters into one vector [P], detached."""
-        return torch.cat([getattr(m, name).detach().reshape(-1) for m, name, _ in self.slots()])
+        return torch.cat([getattr(m, name).detach().reshape(-1) for m, name, _ in self.slots])
 
     @torch.no_grad()
     def copy_flat_params(self, c: Tensor) -> None:
@@ -81,7 +85,7 @@ class FlatModule(nn.Module):
         Args:
             c: [P] or [P, 1]; copied without its graph.
         """
-        for (m, name, _), value in zip(self.slots(), self.slices(c), strict=True):
+        for (m, name, _), value in zip(self.slots, self.slices(c), strict=True):
             getattr(m, name).copy_(value)
 
     def transfer_params(self, learner_w_grad: FlatModule, c: Tensor) -> None:
@@ -95,13 +99,13 @@ class FlatModule(nn.Module):
             c: [P] or [P, 1], the meta-learner's last cell state.
         """
         self.copy_buffers(learner_w_grad)
-        for (m, name, _), value in zip(self.slots(), self.slices(c), strict=True):
+        for (m, name, _), value in zip(self.slots, self.slices(c), strict=True):
             m._parameters.pop(name, None)
             setattr(m, name, value)
 
     def __deepcopy__(self, memo: dict) -> FlatModule:
         """Copy any learner; PyTorch refuses learner_wo_grad's weights, which have a ``grad_fn``."""
-        for m, name, _ in self._slots or []:
+        for m, name, _ in self.__dict__.get("slots", ()):
             weight = getattr(m, name)
             if not weight.is_leaf:
                 memo[id(weight)] = weight.detach().clone()
@@ -134,10 +138,7 @@ class FlatModule(nn.Module):
         """
         with torch.enable_grad():
             loss = F.cross_entropy(self(x), y)
-            grads = torch.autograd.grad(
-                loss, list(self.parameters()), allow_unused=True, materialize_grads=True
-            )
-        return loss.detach(), torch.cat([g.reshape(-1) for g in grads]).unsqueeze(1)
+        return loss.detach(), flat_gradient(loss, list(self.parameters())).unsqueeze(1)
 
     def loss_and_grad_at(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """``loss_and_grad`` at a cell state c [P, 1], differentiable: second order.
@@ -147,10 +148,9 @@ class FlatModule(nn.Module):
         Returns:
             The loss [] and its gradient [P, 1], both with their graph.
         """
-        names = [name for name, _ in self.named_parameters()]
+        parameters = dict(zip(dict(self.named_parameters()), self.slices(c), strict=True))
         buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
-        state = {**dict(zip(names, self.slices(c), strict=True)), **buffers}
-        loss = F.cross_entropy(functional_call(self, state, x), y)
+        loss = F.cross_entropy(functional_call(self, (parameters, buffers), x), y)
         (grad,) = torch.autograd.grad(loss, c, create_graph=True)
         for buffer, new in zip(self.buffers(), buffers.values(), strict=True):
             buffer.copy_(new)

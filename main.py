@@ -13,21 +13,21 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from engine import process
 from engine.flags import check, parse, resolve
-from engine.process import Stopped, announce, begin_process, exit_process, explain_failures
-from utils import UserError, check_packages, counted, run_main
+from utils import UserError, counted
 
 if __name__ == "__main__":
-    begin_process()
-    if code := run_main(check, sys.argv[1:]):  # before the slow imports
+    process.begin_process()
+    if code := process.run_main(check, sys.argv[1:]):  # before the slow imports
         sys.exit(code)
-    announce("importing PyTorch")
-if code := run_main(check_packages, ["numpy", "PIL.Image", "tqdm.std", "torch", "torchvision"]):
+    process.announce("importing PyTorch")
+if code := process.run_main(process.check_packages, process.PACKAGES):
     sys.exit(code)
 
 from baselines.methods import BUILDERS, initialise, training_split
 from baselines.pretrain import pretrain
-from dataloader import check_splits, scan_split
+from data.layout import check_splits, scan_split
 from engine.backend import Backend, adam, dataset, make_learner, make_metalearner, select_backend
 from engine.checkpoint import load_for_test, load_weights, trained_shots
 from engine.distributed import SINGLE_PROCESS, Ranks
@@ -80,7 +80,7 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
                 run.log(n, *train_step(n, batch))
             run.finish()
         if args.plots and ranks.rank == 0:
-            announce("plotting the run")
+            process.announce("plotting the run")
             trace.write_trace(folder.path, val_set, averaged, args.batch_size, backend.device)
             plots.draw(folder.path)
 
@@ -129,20 +129,20 @@ MODES = {
 
 def main(argv: list[str]) -> int:
     """Run the command line; the exit code."""
-    announce("")
+    process.announce("")
     try:
-        with Ranks.started() as ranks, explain_failures():
+        with Ranks.started() as ranks, process.explain_failures():
             cli_args = parse(argv)
             ranks.compare_start(cli_args)
             mode = str(cli_args.get("mode", "train"))
             if mode not in ("train", "test") and ranks.size > 1:
                 raise UserError(f"--mode {mode}: is for one process; start it without torchrun")
             MODES[mode](cli_args, ranks)
-    except Stopped as stopped:
+    except process.Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
     return 0
 
 
 if __name__ == "__main__":
-    exit_process(lambda: run_main(main, sys.argv[1:]))
+    process.exit_process(lambda: process.run_main(main, sys.argv[1:]))

@@ -54,8 +54,10 @@ class UpdateRule(nn.Module):
 
     Attributes:
         grad_divisor: divides a minibatch's mean gradient before ``forward``; 0 stands for its
-            number of images.
-        second_order: whether training differentiates the learner's loss and gradient, too.
+            number of images, as in the authors' Lua code: a step is then at most 1/25 of the
+            gradient in 5-shot episodes and 1/5 in 1-shot ones.
+        second_order: whether training differentiates the learner's loss and gradient, too. The
+            paper does not.
         final_stats: whether tests update batch norm's running statistics again after the last
             update. The paper's are one update old.
     """
@@ -98,17 +100,17 @@ class MetaLSTMCell(nn.Module):
     i_t = [h_t, c_{t-1}, i_{t-1}] WI + bI
     c_t = sigmoid(f_t) * c_{t-1} - sigmoid(i_t) * grad_t
 
-    WF, WI ~ U(-0.01, 0.01); bF ~ U(*bf_range), bI ~ U(*bi_range). With the default ranges it starts
-    as gradient descent with a small step. cI, the initial cell state, is the learner's
-    initialisation, itself learned (see ``init_cI``).
+    WF, WI ~ U(-0.01, 0.01); bF ~ U(*bf_range), bI ~ U(*bi_range). With ``MetaLearner``'s default
+    ranges it starts as gradient descent with a small step. cI, the initial cell state, is the
+    learner's initialisation, itself learned (see ``UpdateRule.init_cI``).
     """
 
     def __init__(
         self,
         hidden_size: int,
         n_learner_params: int,
-        bi_range: tuple[float, float] = (-5.0, -4.0),
-        bf_range: tuple[float, float] = (4.0, 6.0),
+        bi_range: tuple[float, float],
+        bf_range: tuple[float, float],
     ):
         super().__init__()
         self.WF = nn.Parameter(torch.empty(hidden_size + 2, 1).uniform_(-0.01, 0.01))
@@ -116,11 +118,6 @@ class MetaLSTMCell(nn.Module):
         self.cI = nn.Parameter(torch.zeros(n_learner_params, 1))
         self.bI = nn.Parameter(torch.empty(1, 1).uniform_(*bi_range))
         self.bF = nn.Parameter(torch.empty(1, 1).uniform_(*bf_range))
-
-    @torch.no_grad()
-    def init_cI(self, flat_params: Tensor) -> None:
-        """See ``UpdateRule.init_cI``."""
-        self.cI.copy_(flat_params.reshape(-1, 1))
 
     def forward(
         self, h: Tensor, grad: Tensor, f: Tensor, i: Tensor, c: Tensor
@@ -151,9 +148,6 @@ class MetaLearner(UpdateRule):
         lstm_init: "pytorch" for PyTorch's default, U(-1/sqrt(hidden_size), 1/sqrt(hidden_size)) and
             two biases, as the port; "authors" for U(-0.01, 0.01) and a single bias (``bias_hh``
             stays zero), as the authors' Lua code.
-        grad_divisor: see ``UpdateRule``. With 0, as in the authors' Lua code, a step is at most
-            1/25 of the gradient in 5-shot episodes and 1/5 in 1-shot ones.
-        second_order: see ``UpdateRule``. The paper drops the second derivatives.
 
     Raises:
         ValueError: ``input_size`` is not 4.
@@ -167,13 +161,10 @@ class MetaLearner(UpdateRule):
         bi_range: tuple[float, float] = (-5.0, -4.0),
         bf_range: tuple[float, float] = (4.0, 6.0),
         lstm_init: str = "pytorch",
-        grad_divisor: int = 0,
-        second_order: bool = False,
     ):
         super().__init__()
         if input_size != INPUT_SIZE:
             raise ValueError(f"input_size is {input_size}, but prep makes {INPUT_SIZE} inputs")
-        self.grad_divisor, self.second_order = grad_divisor, second_order
         self.lstm = nn.LSTMCell(input_size, hidden_size)
         if lstm_init == "authors":
             for parameter in self.lstm.parameters():

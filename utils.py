@@ -1,4 +1,4 @@
-"""Errors, command lines, files written whole, locks, counts and statistics.
+"""Errors, packages, files written whole, and locks.
 
 Imports no PyTorch, and must be imported before it: OpenMP and cuBLAS read the settings made here
 when they start.
@@ -6,25 +6,20 @@ when they start.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import importlib
 import importlib.util
-import math
 import os
 import secrets
 import shlex
-import signal
 import socket
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any, NoReturn
+from typing import IO
 
 try:
     import fcntl
@@ -39,65 +34,23 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 SPLITS = ("train", "val", "test")
 REQUIREMENTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "requirements.txt")
-_JUNK = {"__macosx", "@eadir", "#recycle", "thumbs.db", "desktop.ini", "icon\r"}
 
 
 class UserError(Exception):
     """Something that the user can mend: shown as one line, exit code 2."""
 
 
-# ---- The command line ----
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the error's type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line and flags are never abbreviated."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
+def counted(n: int, noun: str) -> str:
+    """``1 episode``, ``2 episodes``."""
+    return f"{n} {noun}" + "s" * (n != 1)
 
 
-def int_range(low: int, high: int = 10**9) -> Callable[[str], int]:
-    """A parser of whole numbers from ``low`` to ``high``."""
-    return partial(_number, int, "a whole number", low, high, False)
-
-
-def float_range(low: int, high: int, low_open: bool = False) -> Callable[[str], float]:
-    """A parser of finite numbers from ``low`` (itself excluded if ``low_open``) to ``high``."""
-    return partial(_number, float, "a number", low, high, low_open)
-
-
-def _number(kind: type, what: str, low: int, high: int, low_open: bool, text: str) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not low <= value <= high or (low_open and value == low):
-        bound = "above" if low_open else "from"
-        raise argparse.ArgumentTypeError(
-            f"is {text!r}, but must be {what} {bound} {low} up to {high}"
-        )
-    return value
-
-
-def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
-    """Run a command; its exit code, or 2 and one line on stderr for what the user can mend."""
-    try:
-        return main(argv) or 0
-    except UserError as error:
-        return print_error(error)
-    except BrokenPipeError:  # the reader of the output has gone, as `| head` does after ten lines
-        # so that the flush at exit succeeds
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + getattr(signal, "SIGPIPE", 13)
-    except OSError as error:  # such as a name that is too long, or a folder without permission
-        if error.filename is None:
-            raise
-        return print_error(f"{error.filename}: {error.strerror}")
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+# ---- Packages ----
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -106,12 +59,6 @@ def out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     no_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
     return no_memory or (isinstance(error, RuntimeError) and any(word in text for word in words))
-
-
-def print_error(error: object) -> int:
-    """Print one line on stderr (file names may hold newlines); returns the exit code 2."""
-    print("error: " + str(error).replace("\n", "\\n"), file=sys.stderr)
-    return 2
 
 
 def pip_install(what: str = f"-r {shlex.quote(REQUIREMENTS)}") -> str:
@@ -138,28 +85,11 @@ def load_package(name: str, package: str = "") -> ModuleType:
             advice = pip_install(package) if package else pip_install()
             raise UserError(f"{e.name} is missing; run: {advice}") from e
         package = package or name.partition(".")[0].replace("PIL", "pillow")
-        why = next(iter(str(e).splitlines()), "") or type(e).__name__
         advice = pip_install(f"--force-reinstall {package}")
-        raise UserError(f"{package} cannot be loaded ({why}); run: {advice}") from e
-
-
-def check_packages(names: list[str]) -> None:
-    """``load_package`` for each; torchvision is only located, for it takes a second to load, and
-    fast/ mostly works without.
-    """
-    for name in names:
-        if name != "torchvision":
-            load_package(name)
-        elif importlib.util.find_spec(name) is None:
-            raise UserError(f"{name} is missing; run: {pip_install()}")
+        raise UserError(f"{package} cannot be loaded ({first_line(e)}); run: {advice}") from e
 
 
 # ---- Files ----
-
-
-def is_junk(name: str) -> bool:
-    """Whether a file or folder is hidden, or litter of an operating system."""
-    return name.startswith(".") or name.lower() in _JUNK
 
 
 @contextlib.contextmanager
@@ -248,59 +178,3 @@ def release_locks() -> None:
     """
     for file in _locks:
         file.close()
-
-
-# ---- Contents ----
-
-
-def fits(value: Any, schema: Any) -> bool:
-    """Whether a value, read from a file, matches a schema.
-
-    A schema is None; a type, where float admits any number that fits into one; a predicate; a list
-    with the schema of all items; a dict with the schemas of some entries, which may be missing if
-    their name ends in "?"; {str: schema of all entries}; or a tuple of alternatives.
-    """
-    if isinstance(schema, tuple):
-        return any(fits(value, each) for each in schema)
-    if isinstance(schema, list):
-        return isinstance(value, list) and all(fits(each, schema[0]) for each in value)
-    if isinstance(schema, dict) and isinstance(value, dict):
-        if schema.keys() == {str}:
-            return fits(list(value), [str]) and fits(list(value.values()), [schema[str]])
-        return all(
-            fits(value[key], each) if (key := name.rstrip("?")) in value else name.endswith("?")
-            for name, each in schema.items()
-        )
-    if schema is None or isinstance(schema, dict):
-        return value is schema
-    if schema is float:
-        return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1023)
-    return isinstance(value, schema) if isinstance(schema, type) else schema(value)
-
-
-def finite(value: Any) -> bool:
-    """Whether it is a number, and finite."""
-    return fits(value, float) and math.isfinite(value)
-
-
-# ---- Statistics ----
-
-
-def counted(n: int, noun: str) -> str:
-    """``1 episode``, ``2 episodes``."""
-    return f"{n} {noun}" + "s" * (n != 1)
-
-
-def summary(values: Iterable[float]) -> dict[str, float]:
-    """Mean, population standard deviation and half-width of the 95 % interval, 1.96 * std /
-    sqrt(n).
-
-    Args:
-        values: one number an episode, in whatever unit.
-
-    Returns:
-        ``mean``, ``std`` and ``ci95`` in that unit, and ``n``.
-    """
-    values = [float(v) for v in values]
-    mean, std = statistics.fmean(values), statistics.pstdev(values)
-    return {"mean": mean, "std": std, "ci95": 1.96 * std / math.sqrt(len(values)), "n": len(values)}

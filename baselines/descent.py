@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.backend import Backend, make_learner
+from engine.backend import Backend, make_learner, prepare_rule
 from engine.model import Model
 from metalearner import UpdateRule
 
@@ -33,19 +33,10 @@ class GradientDescent(UpdateRule):
         n_learner_params: P, the length of the learner's flat parameter vector.
         n_rates: 1, or P for a step size of each parameter.
         bi_range: range of the uniform distribution from which bI starts.
-        grad_divisor, second_order: see ``UpdateRule``.
     """
 
-    def __init__(
-        self,
-        n_learner_params: int,
-        n_rates: int,
-        bi_range: tuple[float, float] = (-5.0, -4.0),
-        grad_divisor: int = 0,
-        second_order: bool = False,
-    ):
+    def __init__(self, n_learner_params: int, n_rates: int, bi_range: tuple[float, float]):
         super().__init__()
-        self.grad_divisor, self.second_order = grad_divisor, second_order
         self.cI = nn.Parameter(torch.zeros(n_learner_params, 1))
         self.bI = nn.Parameter(torch.empty(n_rates, 1).uniform_(*bi_range))
 
@@ -63,7 +54,5 @@ def build(args: argparse.Namespace, backend: Backend) -> Model:
     learner = make_learner(args, backend)
     size = learner.size()
     n_rates = size if args.method == "meta-sgd" else 1
-    rule = GradientDescent(size, n_rates, tuple(args.bi_init), args.grad_divisor, args.second_order)
-    rule.to(backend.device).init_cI(learner.get_flat_params())
-    rule.final_stats = args.final_stats
-    return Model(learner, copy.deepcopy(learner), rule)
+    rule = GradientDescent(size, n_rates, tuple(args.bi_init))
+    return Model(learner, copy.deepcopy(learner), prepare_rule(rule, args, backend, learner))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine.backend import Backend, make_learner
 from episode import Episode, accuracy, learned
-from learner import FlatModule
+from learner import FlatModule, flat_gradient
 
 
 class EpisodicModel(NamedTuple):
@@ -48,10 +48,7 @@ def classification(module: nn.Module, logits: Tensor, y: Tensor) -> tuple[Tensor
         accuracy [] in percent. They are detached.
     """
     loss = F.cross_entropy(logits, y)
-    how = {"allow_unused": True, "materialize_grads": True}
-    grads = torch.autograd.grad(loss, learned(module), **how)
-    gradient = torch.cat([g.reshape(-1) for g in grads])
-    return gradient, loss.detach(), accuracy(logits.detach(), y)
+    return flat_gradient(loss, learned(module)), loss.detach(), accuracy(logits, y)
 
 
 def make_embedding(args: argparse.Namespace, backend: Backend) -> FlatModule:
@@ -62,15 +59,14 @@ def make_embedding(args: argparse.Namespace, backend: Backend) -> FlatModule:
     return network
 
 
-def builder(
-    module: Callable[[FlatModule, int], nn.Module], model: type[EpisodicModel] = EpisodicModel
-) -> Callable[[argparse.Namespace, Backend], EpisodicModel]:
-    """Make the builder of the method that is ``module(embedding, n_class)``."""
-
-    def build(args: argparse.Namespace, backend: Backend) -> EpisodicModel:
-        return model(module(make_embedding(args, backend), args.n_class).to(backend.device))
-
-    return build
+def build(
+    module: Callable[[FlatModule, int], nn.Module],
+    args: argparse.Namespace,
+    backend: Backend,
+    model: type[EpisodicModel] = EpisodicModel,
+) -> EpisodicModel:
+    """Make the method that is ``module(embedding, n_class)``."""
+    return model(module(make_embedding(args, backend), args.n_class).to(backend.device))
 
 
 def one_hot(episode: Episode, n_class: int) -> Tensor:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from baselines import descent, finetune, linear_head, matching
-from baselines.episodic import builder
+from baselines import descent, episodic, finetune, linear_head, matching
 from baselines.nearest import NearestModel, NearestNeighbour
 from baselines.protonet import PrototypicalNetwork
-from dataloader import EpisodeDataset, episodes
+from dataloader import EpisodeDataset
 from engine.backend import Backend
 from engine.checkpoint import load_init, load_weights
 from engine.flags import PRETRAINED, spelled
 from engine.model import Trainable
+from engine.stream import episodes
 from learner import N_BLOCKS
 from utils import UserError
 
@@ -25,11 +26,11 @@ BUILDERS: dict[str, Callable[[argparse.Namespace, Backend], Trainable]] = {
     "sgd": descent.build,
     "meta-sgd": descent.build,
     "linear-head": linear_head.build,
-    "nearest": builder(NearestNeighbour, NearestModel),
+    "nearest": partial(episodic.build, NearestNeighbour, model=NearestModel),
     "finetune": finetune.build,
-    "matching": builder(matching.MatchingNetwork),
-    "matching-fce": builder(matching.with_context),
-    "protonet": builder(PrototypicalNetwork),
+    "matching": partial(episodic.build, matching.MatchingNetwork),
+    "matching-fce": partial(episodic.build, matching.with_context),
+    "protonet": partial(episodic.build, PrototypicalNetwork),
 }
 MEASURED = 20  # training episodes whose images' batch statistics are averaged
 SAME = ("image_size", "filters", "pixels", "learner")  # as in the training that --init-from names

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baselines.episodic import classification
-from dataloader import check_splits, scan_split
+from data.layout import check_splits, scan_split
 from engine.backend import adam, dataset, make_learner, select_backend
 from engine.distributed import Ranks
-from engine.flags import resolve, spelled
+from engine.flags import resolve
 from engine.folder import RunFolder
 from engine.parallel import set_learning_rate
 from engine.run import Run
@@ -47,7 +47,7 @@ def pretrain_batch(
         network: trained; its running statistics are of this batch.
         optimizer: of the network's parameters.
         grad_clip: largest norm of the gradient.
-        step: ``step_if_finite`` or its equal.
+        step: ``step_if_finite`` or fast/'s equivalent.
         classifier: "cosine" or "linear".
 
     Returns:
@@ -79,9 +79,6 @@ def pretrain(cli_args: dict[str, object], ranks: Ranks) -> None:
     n_classes = len(train_files.classes)
     if cli_args.get("n_class", n_classes) != n_classes:
         raise UserError(f"--n-class {args.n_class}: --mode pretrain takes all {n_classes} classes")
-    for flag, default in (("method", "lstm"), ("meta_batch", 1)):
-        if getattr(args, flag) != default:
-            raise UserError(f"{spelled(flag)} {getattr(args, flag)}: not for --mode pretrain")
     with RunFolder({**cli_args, "n_class": n_classes}, ranks) as folder:
         args = folder.args
         if folder.finished:

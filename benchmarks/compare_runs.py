@@ -21,11 +21,12 @@ from paired import difference, interval
 
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST, find_checkpoint
-from engine.flags import HYPER_PARAMETERS, completed, spelled
+from engine.flags import HYPER_PARAMETERS, Parser, completed, int_range, spelled
 from engine.logger import read_metrics
+from engine.process import run_main
 from tools.recipes import text
 from tools.words import markdown_table
-from utils import Parser, UserError, int_range, run_main
+from utils import UserError
 
 EPISODES = ("seed", "n_class", "n_shot", "n_eval")  # which episodes a run is validated on
 

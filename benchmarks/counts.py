@@ -29,19 +29,20 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataloader import scan_split
+from data.layout import scan_split
 from engine.backend import adam, dataset, select_backend
 from engine.distributed import SINGLE_PROCESS
-from engine.flags import resolve
+from engine.flags import Parser, resolve
 from engine.model import Model
 from engine.parallel import make_train_step
+from engine.process import run_main
 from episode import learned
 from fast import gpu
 from fast.images import FastEpisodeDataset
 from main import build
 from tools.recipes import recipes
 from tools.words import markdown_table
-from utils import Parser, UserError, run_main
+from utils import UserError
 
 META = torch.device("meta")
 NO_LAUNCH = {"detach", "_unsafe_view", "lift_fresh"}

@@ -25,19 +25,23 @@ import torch
 from paired import difference, interval
 from torch import Tensor
 
-from dataloader import EpisodeDataset, check_splits, episodes, scan_split
+from data.layout import check_splits, scan_split
+from dataloader import EpisodeDataset
 from engine.backend import Backend, dataset
 from engine.checkpoint import trained_shots
 from engine.evaluation import Evaluator, schedule
-from engine.flags import parse, path
+from engine.flags import Parser, parse, path
+from engine.logger import summary
 from engine.model import Model
+from engine.process import run_main
+from engine.stream import episodes
 from episode import updates
 from main import load_model
 from metalearner import UpdateRule
 from tools.plots import load_figures
 from tools.trace import layers
 from tools.words import markdown_table
-from utils import Parser, UserError, run_main, summary
+from utils import UserError
 
 
 class FixedState(NamedTuple):
@@ -69,7 +73,7 @@ class FixedGates(UpdateRule):
 def mean_gates(model: Model, val_set: EpisodeDataset, batch_size: int, device) -> Tensor:
     """Average f and i over a data set's episodes and each parameter tensor: [2, T, P, 1]."""
     learner, rule = model.learner_w_grad, model.metalearner
-    sizes = [shape.numel() for _, _, shape in learner.slots()]
+    sizes = [shape.numel() for _, _, shape in learner.slots]
     total: Any = 0
     for episode in episodes(val_set, 0, 0, device, False):
         steps = [s for _, s in updates(model.embed(episode), learner, rule, batch_size)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from utils import summary
+from engine.logger import summary
 
 
 def interval(accuracies: list[float], sign: str = "") -> str:

@@ -26,14 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from dataloader import EpisodeDataset, episodes, scan_split
+from data.layout import scan_split
+from dataloader import EpisodeDataset
 from engine.backend import adam, dataset, select_backend
 from engine.distributed import SINGLE_PROCESS
 from engine.evaluation import Evaluator
-from engine.flags import ROOT, data_name, path, resolve
+from engine.flags import ROOT, Parser, data_name, int_range, path, resolve
 from engine.parallel import make_train_step
-from engine.process import begin_worker
+from engine.process import run_main
 from engine.provenance import commit, cpu_name
+from engine.stream import episodes
 from episode import Episode, learned
 from fast import native
 from fast.graphs import CHECKED, WARM_UP
@@ -41,7 +43,7 @@ from fast.library import library
 from fast.threads import keep_freed_memory
 from main import build
 from tools.words import markdown_table
-from utils import Parser, UserError, int_range, run_main
+from utils import UserError
 
 TURN = 4  # episodes of a round, end to end
 LARGEST = 20  # kernels of a table
@@ -126,7 +128,7 @@ def end_to_end(args: argparse.Namespace, device: torch.device) -> str:
         precision = "bf16" if "bf16" in name else "fp32"
         model = Timed(device, name == "plain", precision=precision, data_root=args.data_root)
         data = model.dataset(split, TURN * (args.rounds + WARM_UP + CHECKED))
-        stream = episodes(data, 0, args.n_workers, device, True, begin_worker)
+        stream = episodes(data, 0, args.n_workers, device, True)
         if split == "train":
             return lambda: [model.train(episode) for episode in islice(stream, TURN)]
         return lambda: list(model.evaluate(islice(stream, TURN)))

@@ -16,14 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from paired import difference, interval
 
-from dataloader import scan_split
+from data.layout import scan_split
 from engine.backend import dataset
 from engine.checkpoint import short_name
 from engine.evaluation import Evaluator
-from engine.flags import DEFAULTS, parse, spelled
+from engine.flags import DEFAULTS, Parser, parse, spelled
+from engine.process import run_main
 from main import load_model
 from tools.words import markdown_table
-from utils import Parser, UserError, run_main
+from utils import UserError
 
 EPISODES = ("n_class", "n_shot", "n_eval", "image_size")  # with the seed, what episodes are
 

@@ -21,12 +21,11 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's own may not exist here
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for utils
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # for formats
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository
 
-from engine.flags import path
-from engine.process import begin_process
-from utils import SPLITS, Parser, UserError, check_packages, int_range, run_main
+from engine.flags import Parser, int_range, path
+from engine.process import begin_process, check_packages, run_main
+from utils import SPLITS, UserError
 
 if __name__ == "__main__":
     begin_process()
@@ -36,10 +35,11 @@ if code := run_main(check_packages, ["numpy", "PIL.Image", "tqdm.std", "matplotl
 import matplotlib
 import numpy as np
 import PIL
-from formats import DATA
-from formats.build import Manifest, build, is_built
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from data.formats import DATA
+from data.formats.build import Manifest, build, is_built
 
 RECIPE = 1  # raise it when the same settings come to give other images
 

@@ -18,10 +18,11 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps
 
-from utils import SPLITS, UserError, is_junk
+from utils import UserError
 
 # Pillow only recognises these, or needs other programs to decode them
 _STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+_JUNK = {"__macosx", "@eadir", "#recycle", "thumbs.db", "desktop.ini", "icon\r"}
 # photographs of 108 megapixels are real; Pillow still refuses twice its limit, 179 megapixels
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -34,6 +35,11 @@ def suffixes() -> frozenset[str]:
     """The suffixes of images that Pillow can decode here, in lower case."""
     known = Image.registered_extensions().items()
     return frozenset(s.lower() for s, kind in known if kind in Image.OPEN and kind not in _STUBS)
+
+
+def is_junk(name: str) -> bool:
+    """Whether a file or folder is hidden, or litter of an operating system."""
+    return name.startswith(".") or name.lower() in _JUNK
 
 
 def suffix(name: str) -> str:
@@ -107,27 +113,6 @@ def walk(
             yield from walk(Path(entry.path), without, f"{name}/", above)
 
 
-def class_places(root: Path) -> dict[str, list[str]]:
-    """{key: its <split>/<class>} of a data set, by names in NFC and by real paths: a class that
-    has places in several splits belongs to none.
-
-    Raises:
-        UserError: a split cannot be read.
-    """
-    places: dict[str, list[str]] = {}
-    for split in SPLITS:
-        for entry in entries(root / split) if (root / split).is_dir() else ():
-            for key in (nfc(entry.name), os.path.realpath(entry.path)):
-                places.setdefault(key, []).append(f"{split}/{entry.name}")
-    return places
-
-
-def in_several_splits(places: Iterable[list[str]]) -> list[str]:
-    """'train/cat and test/Cat' of each class that is in more than one split."""
-    several = (of for of in places if len({place.partition("/")[0] for place in of}) > 1)
-    return sorted({" and ".join(of) for of in several})
-
-
 def images_below(folder: Path, without: Iterable[Path] = ()) -> list[Path]:
     """The images anywhere below a folder, by name; a note counts what else is there.
 
@@ -182,7 +167,7 @@ def load_image(path: Path, file: IO[bytes] | None = None) -> Image.Image:
             image.load()
             return to_rgb(image)
     except Exception as e:  # Pillow's decoders raise nearly anything on damaged files
-        reason = str(e).replace(repr(str(path)), "").replace(str(path), "").strip(" :")
+        reason = str(e).replace(repr(str(path)), "").replace(str(path), "").strip(" :\n")
         reason = (reason or type(e).__name__).splitlines()[0]
         raise UserError(f"{path}: not a readable image ({reason}); remove or replace it") from e
 

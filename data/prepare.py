@@ -15,24 +15,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for utils
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # for formats
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository
 
+from engine.flags import Parser, int_range
 from engine.flags import path as home_path
-from engine.process import begin_process
-from utils import SPLITS, Parser, UserError, check_packages, int_range, run_main
+from engine.process import begin_process, check_packages, run_main
+from utils import SPLITS, UserError
 
 if __name__ == "__main__":
     begin_process()
 if code := run_main(check_packages, ["numpy", "PIL.Image", "tqdm.std"]):
     sys.exit(code)
 
-from formats import DATA, omniglot
-from formats.build import Manifest, build, is_built, work_folder
-from formats.check import examine, print_report, read_record
-from formats.detect import detect, is_wanted
-from formats.sources import Source, unpack
-from formats.splits import MINI, TINY, is_numbers
+from data.formats import DATA, omniglot
+from data.formats.build import Manifest, build, is_built, work_folder
+from data.formats.check import examine, print_report, read_record
+from data.formats.detect import detect, is_wanted
+from data.formats.sources import Source, unpack
+from data.formats.splits import MINI, TINY, is_numbers
 
 _EPILOG = """\
 data/README.md lists the sources, for example:

@@ -8,18 +8,20 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from dataloader import EpisodeDataset, Split
-from engine.own_learner import own_learner
+from data.layout import Split
+from dataloader import EpisodeDataset
+from engine.own_learner import conv4_arguments, own_learner
 from episode import step_if_finite
 from learner import Conv4, FlatModule
-from metalearner import MetaLearner
-from utils import UserError, counted, load_package
+from metalearner import MetaLearner, UpdateRule
+from utils import UserError, counted, first_line, load_package
 
+Rule = TypeVar("Rule", bound=UpdateRule)
 REPRODUCIBLE: list[tuple[Any, str, object]] = [
     (torch.backends.cudnn, "deterministic", True),
     (torch.backends.cudnn, "benchmark", False),
@@ -99,10 +101,12 @@ def _device(args: Namespace, rank: int, size: int) -> tuple[torch.device, str]:
     if args.gpu is not None and size > 1:
         raise UserError(f"--gpu {args.gpu}: each of {size} processes takes the GPU of its number")
     if args.gpu is not None and args.gpu >= n_gpu:
-        raise UserError(f"--gpu {args.gpu}: PyTorch sees {n_gpu} GPUs here; leave the flag out")
+        raise UserError(
+            f"--gpu {args.gpu}: PyTorch sees {counted(n_gpu, 'GPU')} here; leave the flag out"
+        )
     if not args.cpu and 0 < n_gpu < size:
         advice = f"give torchrun --nproc-per-node {n_gpu}, or main.py --cpu"
-        raise UserError(f"{size} processes here, but {n_gpu} GPUs; {advice}")
+        raise UserError(f"{size} processes here, but {counted(n_gpu, 'GPU')}; {advice}")
     why = "" if args.cpu else " (no GPU found)"
     if not args.cpu and n_gpu:
         device = torch.device("cuda", args.gpu or rank)
@@ -115,7 +119,7 @@ def _device(args: Namespace, rank: int, size: int) -> tuple[torch.device, str]:
             return device, torch.cuda.get_device_name(device)
         except RuntimeError as e:
             if "no kernel image" not in str(e) or args.gpu is not None:
-                problem = f"GPU {device.index} cannot be used ({str(e).splitlines()[0]})"
+                problem = f"GPU {device.index} cannot be used ({first_line(e)})"
                 raise UserError(f"{problem}; give --cpu, or --gpu with another number") from e
             why = f" (PyTorch {torch.__version__} has no code for GPU {device.index})"
     return torch.device("cpu"), f"CPU{why}, {counted(torch.get_num_threads(), 'thread')}"
@@ -155,22 +159,25 @@ def make_learner(args: Namespace, backend: Backend) -> FlatModule:
         UserError: ``--learner`` names a network that cannot be a learner.
     """
     make_reproducible(args.seed)
-    if args.learner != "conv4":
-        return own_learner(args).to(backend.device)
-    return backend.learner(
-        args.image_size, args.bn_eps, args.bn_momentum, args.n_class, args.bn_scale, args.filters
-    ).to(backend.device)
+    own = args.learner != "conv4"
+    learner = own_learner(args) if own else backend.learner(**conv4_arguments(args))
+    return learner.to(backend.device)
 
 
 def make_metalearner(args: Namespace, backend: Backend, learner: FlatModule) -> MetaLearner:
     """Make the meta-learner, whose cI starts as the learner's parameters, on the device."""
     ranges = (tuple(args.bi_init), tuple(args.bf_init))
     sizes = (args.input_size, args.hidden_size, learner.size())
-    how = (args.lstm_init, args.grad_divisor, args.second_order)
-    metalearner = backend.metalearner(*sizes, *ranges, *how).to(backend.device)
-    metalearner.init_cI(learner.get_flat_params())
-    metalearner.final_stats = args.final_stats
-    return metalearner
+    metalearner = backend.metalearner(*sizes, *ranges, args.lstm_init)
+    return prepare_rule(metalearner, args, backend, learner)
+
+
+def prepare_rule(rule: Rule, args: Namespace, backend: Backend, learner: FlatModule) -> Rule:
+    """Set an update rule's attributes by the flags and its cI by the learner, on the device."""
+    rule.grad_divisor, rule.second_order = args.grad_divisor, args.second_order
+    rule.final_stats = args.final_stats
+    rule.to(backend.device).init_cI(learner.get_flat_params())
+    return rule
 
 
 def adam(args: Namespace, backend: Backend, parameters: list[Tensor]) -> torch.optim.Adam:

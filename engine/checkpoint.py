@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.distributed import SINGLE_PROCESS, Ranks
+from engine.distributed import Ranks
 from engine.ema import TRAINED
 from engine.flags import check_stored, resolve, run_folder
 from engine.model import Model
-from utils import UserError, atomic_write, finite, fits
+from engine.schema import finite, fits
+from utils import UserError, atomic_write, first_line
 
 BEST, LAST = "meta-learner-best.pth.tar", "meta-learner-last.pth.tar"
 
@@ -80,7 +81,7 @@ def save(content: dict, *paths: Path) -> None:
             try:
                 torch.save(content, file)
             except RuntimeError as e:  # torch wraps a failed write
-                raise OSError(None, str(e).splitlines()[0]) from e
+                raise OSError(None, first_line(e)) from e
 
 
 def find_checkpoint(folder: Path, *names: str) -> Path | None:
@@ -143,7 +144,7 @@ def load(path: Path, flag: str = "--resume") -> dict:
 
 
 def _fault(content: object) -> str | None:
-    """What is wrong with a checkpoint's content, if anything. Missing parts may raise."""
+    """What is wrong with a checkpoint's content, if anything."""
     if not isinstance(content, dict) or not isinstance(content.get("episode"), int):
         return "not a checkpoint of this project: it lacks 'episode'"
     if content["episode"] < 0:
@@ -178,7 +179,8 @@ def load_weights(modules: dict[str, nn.Module], content: dict, path: Path) -> No
     for key, module in modules.items():
         expected, stored = module.state_dict(), content.get(key, {})
         for name in sorted(expected.keys() ^ stored.keys()):
-            raise UserError(f"{path}: its {key} {'lacks' if name in expected else 'has'} {name}")
+            fault = "lacks" if name in expected else "has an unexpected tensor"
+            raise UserError(f"{path}: its {key} {fault} {name}")
         for name, tensor in expected.items():
             if stored[name].shape != tensor.shape:
                 raise UserError(
@@ -211,9 +213,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, content: dict, path: Path) 
         raise UserError(f"{path}: {why}; it can only be tested") from e
 
 
-def load_for_test(
-    cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS
-) -> tuple[Namespace, dict]:
+def load_for_test(cli_args: dict[str, object], ranks: Ranks) -> tuple[Namespace, dict]:
     """Load ``--resume``, else the run folder's best checkpoint, else its last.
 
     Returns:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from engine.flags import ROOT, spelled
-from engine.process import end_with_parent
-from utils import UserError, out_of_memory, print_error
+from engine.process import end_with_parent, print_error
+from utils import UserError, first_line, out_of_memory
 
 TIMEOUT = timedelta(minutes=30)  # the longest wait for a rank that lives but does not answer
 PER_MACHINE = ("data_root", "cache_dir", "n_workers")  # flags that may differ between machines
@@ -81,7 +81,7 @@ class Ranks(contextlib.AbstractContextManager):
             )
         except (ValueError, RuntimeError) as e:  # no variables, port in use, or no answer
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            why = str(e).splitlines()[0]
+            why = first_line(e)
             meet = f"rank {self.rank} of {self.size}: cannot meet the others at {place} ({why})"
             advice = "start all by torchrun, or choose another --master-port"
             raise UserError(f"{meet}; {advice}") from e
@@ -148,13 +148,13 @@ class Ranks(contextlib.AbstractContextManager):
         if isinstance(error, UserError):
             raise error from None
 
-    def _call(self, function: Callable, *args: object, **kwargs: object) -> None:
+    def _call(self, function: Callable, *args: object) -> None:
         try:
-            function(*args, **kwargs)
+            function(*args)
         except RuntimeError as e:
             if out_of_memory(e):
                 raise
-            why = str(e).splitlines()[0]
+            why = first_line(e)
             lost = f"another rank has ended or does not answer ({why})"
             raise PeerLost(f"{lost}; continue with --resume auto") from e
 

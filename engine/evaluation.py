@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloader import EpisodeDataset, episodes, scan_split
+from data.layout import scan_split
+from dataloader import EpisodeDataset
 from engine.backend import Backend, dataset
 from engine.distributed import SINGLE_PROCESS, Ranks
 from engine.flags import ROOT
 from engine.logger import result_line
 from engine.model import Trainable
 from engine.parallel import side_by_side
-from engine.process import begin_worker
+from engine.stream import episodes
 from engine.tta import class_permutations, evaluate_tta
 from episode import Episode
 from learner import FlatModule
@@ -38,7 +39,8 @@ def schedule(args: Namespace, trained_on: int, n_support: int) -> tuple[int, int
     usual = args.n_class * trained_on
     if n_support == usual:
         return args.batch_size, args.grad_divisor
-    print(f"note: adapts to {n_support} examples, trained on {usual}; updates are as in training")
+    what = "number and size of the updates stay as in training"
+    print(f"note: {n_support} support images here, {usual} in training; {what}")
     n_minibatches = -(-usual // args.batch_size)
     return -(-n_support // n_minibatches), args.grad_divisor or min(args.batch_size, usual)
 
@@ -79,7 +81,7 @@ class Evaluator:
         rows = torch.zeros(-(-len(dataset) // size), 2, device=device)
         look = {"unit": "ep", "leave": False, "disable": rank > 0 or None}
         bar = tqdm(total=len(dataset), desc=dataset.split.name, **look)
-        how = (args.n_workers, device, args.pin_mem, begin_worker, size, after_each)
+        how = (args.n_workers, device, args.pin_mem, size, after_each)
         with contextlib.closing(episodes(dataset, rank, *how)) as stream:
             for k, result in enumerate(self.evaluate(stream)):
                 rows[k] = torch.stack(result)
@@ -97,11 +99,7 @@ def is_mini_imagenet(classes: list[str]) -> bool:
 
 
 def run_test(
-    args: Namespace,
-    backend: Backend,
-    model: Trainable,
-    trained_on: int,
-    ranks: Ranks = SINGLE_PROCESS,
+    args: Namespace, backend: Backend, model: Trainable, trained_on: int, ranks: Ranks
 ) -> list[dict]:
     """Test on each of ``--shots`` (or on ``--n-shot``) and print the accuracy for each count in
     ``--episode-test``.
@@ -119,7 +117,7 @@ def run_test(
         model.metalearner.grad_divisor = divisor  # type: ignore[assignment]
         these = Namespace(**{**vars(args), "n_shot": n_shot, "batch_size": size})
         test_set = dataset(these, backend, scan_split(args.data_root, "test"), counts[-1])
-        ranks.begin({"device": backend.description, "test images": test_set.fingerprint})
+        ranks.begin({"device": backend.description, "test images": test_set.split.fingerprint})
         losses, accuracies = Evaluator(these, backend, model, ranks)(test_set)
         name = f"test {n_shot}-shot ({args.epoch} x {size})"
         for count in counts:
@@ -128,7 +126,7 @@ def run_test(
         test: dict = {name: getattr(these, name) for name in names}
         test["tta"] = {"permutations": args.tta_permutations or 1, "flip": args.tta_flip}
         test["transductive"] = args.transductive
-        test["fingerprint"] = test_set.fingerprint
+        test["fingerprint"] = test_set.split.fingerprint
         test["mini_imagenet"] = is_mini_imagenet(test_set.split.classes)
         tests.append({**test, "counts": counts, "accuracies": accuracies, "losses": losses})
     return tests

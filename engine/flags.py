@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
-from utils import Parser, UserError, float_range, int_range
+from utils import UserError
 
 MIN_IMAGE_SIZE, INPUT_SIZE = 16, 4  # learner.py's and metalearner.py's, which import PyTorch
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +51,40 @@ HEEDED = {
     "to": ("export",),
     "resume": tuple(MODES.keys() - {"results", "export"}),
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line and flags are never abbreviated."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # Python 3.14's: also -1e-5
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def int_range(low: int, high: int = 10**9) -> Callable[[str], int]:
+    """A parser of whole numbers from ``low`` to ``high``."""
+    return partial(_number, int, "a whole number", low, high, False)
+
+
+def float_range(low: int, high: int, low_open: bool = False) -> Callable[[str], float]:
+    """A parser of finite numbers from ``low`` (itself excluded if ``low_open``) to ``high``."""
+    return partial(_number, float, "a number", low, high, low_open)
+
+
+def _number(kind: type, what: str, low: int, high: int, low_open: bool, text: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high or (low_open and value == low):
+        bound = "above" if low_open else "from"
+        raise argparse.ArgumentTypeError(
+            f"is {text!r}, but must be {what} {bound} {low} up to {high}"
+        )
+    return value
 
 
 def boolean(text: str) -> bool:
@@ -181,9 +218,10 @@ words = "folder with train/, val/, test/ of class folders (default: data/NAME)"
 add("--data-root", None, words, "DIR")
 words, pixels = "height and width of the images, pixels", int_range(MIN_IMAGE_SIZE, 1024)
 add("--image-size", 84, words, "PX", True, type=pixels)
-words = "port: random crops, flips and colour jitter, in tests centre crops; none: whole "
-words += "images, resized to a square, as the authors; flip: the same with random flips; zoom, "
-words += "mild: crops of at least 22 and 60 %% of the area, and tests as with none"
+words = "of training images: port (random crops, flips, colour jitter); zoom, mild (the same with "
+words += "crops of at least 22 and 60 %% of the area); none (the whole image resized to a square, "
+words += "as the authors); flip (the same with random flips). Validation and test: a centre crop "
+words += "with port, else the whole image"
 add("--augment", "port", words, hyper=True, choices=("port", "none", "flip", "zoom", "mild"))
 words = "imagenet: normalised by ImageNet's mean and standard deviation, as the port; unit: 0 to 1"
 add("--pixels", "imagenet", words, hyper=True, choices=("imagenet", "unit"))
@@ -217,7 +255,8 @@ words = "initial scale of batch norm: uniform, U(0, 1), as the authors and the p
 add("--bn-scale", "uniform", words, hyper=True, choices=("uniform", "one"))
 words = "weight of the new batch in batch norm's running statistics"
 add("--bn-momentum", 0.95, words, "X", True, type=float_range(0, 1))
-words = "tests: update batch norm's statistics on the support set again after the last update"
+words = "validation and test: after the last update, update batch norm's statistics on the support "
+words += "set once more"
 add("--final-stats", False, words, hyper=True)
 add("--bn-eps", 1e-3, "epsilon of batch norm", "X", True, type=positive(1))
 words = "filters of each convolution; the CPU kernels are for 32"
@@ -253,7 +292,7 @@ words += "constants (first order)"
 add("--second-order", False, words, hyper=True)
 words = "start a new training from the weights of this checkpoint or run folder (or PATH-SEED)"
 add("--init-from", None, words, "PATH")
-words = "linear-head: raise the shift of the last batch norm by X standard deviations"
+words = "linear-head: add X times its scale to the bias of the last batch norm"
 add("--bn-shift", 0.0, words, "X", True, type=float_range(-10, 10))
 
 add = _group("test and prediction")
@@ -262,7 +301,7 @@ words += "(default: 1; predict: number of classes)"
 add("--tta-permutations", None, words, "N", type=int_range(1, 1000))
 words = "test-time augmentation: average over flipped support and query images, too"
 add("--tta-flip", False, words)
-words = "transductive batch norm in tests: the query batch's own statistics"
+words = "transductive batch norm in validation and test: the query batch's own statistics"
 add("--transductive", False, words)
 add("--support", None, "predict: a folder with one folder of examples per class", "DIR")
 add("--query", None, "predict: images to classify, or folders of them", "PATH", nargs="+")
@@ -324,11 +363,11 @@ def resolve(
     head, conv4 = method == "linear-head", args.learner == "conv4"
     of_loop = "tta_permutations tta_flip transductive final_stats meta_batch second_order"
     rules = [  # flags, whether they may have other values than the default, and why not
-        ("mode", conv4 or mode in ("test", "predict"), "needs --learner conv4"),
+        ("mode", conv4 or mode != "pretrain", "needs --learner conv4"),
         ("method precision", conv4, "needs --learner conv4"),
         ("bn_shift", head, "is for --method linear-head only"),
         ("transductive final_stats", not head, "a linear head has no batch norm; leave it out"),
-        ("ema", mode != "pretrain", "is for --mode train only; leave it out"),
+        ("ema method meta_batch", mode != "pretrain", "is not for --mode pretrain; leave it out"),
         ("classifier", mode == "pretrain", "is for --mode pretrain only"),
         (of_loop, loop, f"is not for --method {method}"),
         ("mode", loop or mode != "predict", f"is not for --method {method}"),

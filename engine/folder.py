@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ START_ONLY = {"bn_scale", "lstm_init", "bf_init", "bi_init"}
 START_ONLY |= {"method", "bn_shift", "classifier", "learner"}
 
 
-class RunFolder:
+class RunFolder(contextlib.ExitStack):
     """A training's folder, the checkpoint that it continues, and its flags.
 
     A context manager: the folder is locked until it closes. Of several ranks only rank 0 uses it.
@@ -47,9 +48,10 @@ class RunFolder:
     """
 
     def __init__(self, cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS):
+        super().__init__()
         args = flags.resolve(cli_args)
         self.ranks, self.path = ranks, flags.run_folder(args)
-        with contextlib.ExitStack() as stack:  # closed here after an error, else in __exit__
+        with contextlib.ExitStack() as stack:  # closed here after an error, else by with
             if ranks.rank == 0:
                 stack.enter_context(_exclusive(self.path))
             found = self._load(args) if ranks.rank == 0 else None
@@ -66,7 +68,7 @@ class RunFolder:
             self._refuse_changes(str(resume), stored)
             self.args = flags.resolve({**cli_args, "resume": resume}, stored)
             _check_meta_batch(self.args, checkpoint.get("episode", 0), ranks.size)
-            self._stack = stack.pop_all()
+            self.callback(stack.pop_all().close)
 
     def _load(self, args: argparse.Namespace) -> tuple[str | None, dict | None, tuple | None]:
         resume, init_from, checkpoint, origin = args.resume, args.init_from, None, None
@@ -107,19 +109,14 @@ class RunFolder:
         """Print that nothing is left to do, and how to plot the run."""
         args = self.args
         print(f"{args.resume}: has seen all {args.episode} episodes; nothing to do")
-        # a trace of its updates needs the images
-        data = f" --data-root {args.data_root}" * bool(args.val_freq and args.mode == "train")
-        print(f"to plot it: python main.py --mode plot --resume {self.path}{data}")
+        command = ["python", "main.py", "--mode", "plot", "--resume", str(self.path)]
+        if args.val_freq and args.mode == "train":  # a trace of its updates needs the images
+            command += ["--data-root", str(args.data_root)]
+        print(f"to plot it: {shlex.join(command)}")
 
     def ckpt(self, name: str) -> Path:
         """The path of a checkpoint of this run."""
         return self.path / "ckpts" / name
-
-    def __enter__(self) -> RunFolder:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stack.close()
 
 
 def _check_meta_batch(args: argparse.Namespace, seen: int, n_ranks: int) -> None:
@@ -138,7 +135,8 @@ def _check_meta_batch(args: argparse.Namespace, seen: int, n_ranks: int) -> None
         if n % m:
             raise UserError(f"{flag} {n}: not a multiple of --meta-batch {m}; give {n + -n % m}")
     if seen % m:
-        raise UserError(f"--meta-batch {m}: {args.resume} has seen {seen} episodes; give a divisor")
+        advice = "give a divisor of that"
+        raise UserError(f"--meta-batch {m}: {args.resume} has seen {seen} episodes; {advice}")
 
 
 @contextlib.contextmanager

@@ -6,13 +6,16 @@ import contextlib
 import json
 import math
 import os
+import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
 
-from utils import UserError, counted, explained, fits, load_package, summary
+from engine.schema import fits
+from utils import UserError, counted, explained, load_package
 
 CONSOLE, METRICS = "console.log", "metrics.jsonl"
 _MEAN = {"mean": float, "ci95": float}
@@ -31,6 +34,21 @@ _FORMS = {  # of events, by kind: what is read of them
     },
     "val": {"episode": _is_episode, "loss": _MEAN, "accuracy": _MEAN, "accuracies?": [float]},
 }
+
+
+def summary(values: Iterable[float]) -> dict[str, float]:
+    """Mean, population standard deviation and half-width of the 95 % interval, 1.96 * std /
+    sqrt(n).
+
+    Args:
+        values: one number an episode, in whatever unit.
+
+    Returns:
+        ``mean``, ``std`` and ``ci95`` in that unit, and ``n``.
+    """
+    values = [float(v) for v in values]
+    mean, std = statistics.fmean(values), statistics.pstdev(values)
+    return {"mean": mean, "std": std, "ci95": 1.96 * std / math.sqrt(len(values)), "n": len(values)}
 
 
 def result_line(name: str, losses: list[float], accuracies: list[float]) -> str:

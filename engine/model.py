@@ -73,8 +73,6 @@ class Model(NamedTuple):
 
     def embed(self, episode: Episode) -> Episode:
         """The episode with the learner's inputs instead of images."""
-        if self.backbone is None:
-            return episode
         support, query = self.inputs(episode.support), self.inputs(episode.query)
         return episode._replace(support=support, query=query)
 

@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from engine.flags import DEFAULTS, split_learner, with_digest
 from learner import FlatModule
-from utils import UserError
+from utils import UserError, first_line
 
 
 class OwnLearner(FlatModule):
@@ -42,12 +42,17 @@ class OwnLearner(FlatModule):
         return self.network.features
 
 
+def conv4_arguments(args: Namespace) -> dict[str, Any]:
+    """The arguments of ``learner.Conv4``, by the flags."""
+    known = {"n_classes": args.n_class, "image_size": args.image_size, "n_filters": args.filters}
+    return known | {k: getattr(args, k) for k in ("bn_eps", "bn_momentum", "bn_scale")}
+
+
 def own_learner(args: Namespace) -> FlatModule:
     """Make the network that ``--learner`` names, on the CPU.
 
-    NAME is called with those of ``n_classes``, ``image_size``, ``bn_eps``, ``bn_momentum``,
-    ``bn_scale`` and ``n_filters`` that it accepts by name, as ``learner.Conv4`` does; with all, if
-    it takes ``**kwargs``.
+    NAME is called with those of ``conv4_arguments`` that it accepts by name; with all, if it takes
+    ``**kwargs``.
 
     Raises:
         UserError: the file is not the one of the training, or its network cannot be a learner.
@@ -62,17 +67,14 @@ def own_learner(args: Namespace) -> FlatModule:
     if found != args.learner:
         advice = f"bring it back, or give {flag} to take it as it is"
         raise UserError(f"{path}: has changed since the training with it ({digest}); {advice}")
-    known = {"n_classes": args.n_class, "image_size": args.image_size, "bn_eps": args.bn_eps}
-    known |= {"bn_momentum": args.bn_momentum, "bn_scale": args.bn_scale, "n_filters": args.filters}
     try:
         make = getattr(_module(Path(path)), name)
         accepted = inspect.signature(make).parameters
         every = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-        network = make(**{k: v for k, v in known.items() if every or k in accepted})
+        network = make(**{k: v for k, v in conv4_arguments(args).items() if every or k in accepted})
         fault = _fault(network, args)
     except (Exception, SystemExit) as e:  # the user's code may raise anything
-        lines = str(e).strip().splitlines()
-        raise UserError(f"{flag}: {type(e).__name__}: {lines[0] if lines else ''}") from e
+        raise UserError(f"{flag}: {type(e).__name__}: {first_line(e)}") from e
     if fault:
         raise UserError(f"{flag}: {fault}")
     if args.mode == "train" and args.bi_init == DEFAULTS["bi_init"]:

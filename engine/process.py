@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import importlib.util
 import io
 import multiprocessing
 import os
@@ -14,8 +15,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from utils import UserError, out_of_memory, release_locks
+from utils import UserError, first_line, load_package, out_of_memory, pip_install, release_locks
 
+PACKAGES = ["numpy", "PIL.Image", "tqdm.std", "torch", "torchvision"]  # that main.py needs
 _NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 HANDLED = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
@@ -67,6 +69,41 @@ def lower_priority() -> None:
     if hasattr(os, "SCHED_IDLE") and os.getpriority(os.PRIO_PROCESS, 0) >= 10:
         with contextlib.suppress(OSError):  # a sandbox may forbid it
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    """Run a command; its exit code, or 2 and one line on stderr for what the user can mend."""
+    try:
+        return main(argv) or 0
+    except UserError as error:
+        return print_error(error)
+    except BrokenPipeError:  # the reader of the output has gone, as `| head` does after ten lines
+        # so that the flush at exit succeeds
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + getattr(signal, "SIGPIPE", 13)
+    except OSError as error:  # such as a name that is too long, or a folder without permission
+        if error.filename is None:
+            raise
+        return print_error(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def print_error(error: object) -> int:
+    """Print one line on stderr (file names may hold newlines); returns the exit code 2."""
+    print("error: " + str(error).replace("\n", "\\n"), file=sys.stderr)
+    return 2
+
+
+def check_packages(names: list[str]) -> None:
+    """``load_package`` for each; torchvision is only located, for it takes a second to load, and
+    fast/ mostly works without.
+    """
+    for name in names:
+        if name != "torchvision":
+            load_package(name)
+        elif importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is missing; run: {pip_install()}")
 
 
 class Signals:
@@ -138,7 +175,7 @@ def explain_failures() -> Iterator[None]:
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as e:
-        why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        why = first_line(e)
         if out_of_memory(e):
             flags = "--image-size, --filters, --hidden-size, --epoch, --n-eval, --n-class"
             raise UserError(f"out of memory ({why}); lower one of {flags}, --n-workers") from e

@@ -20,24 +20,25 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataloader import EpisodeDataset, episodes
+from dataloader import EpisodeDataset
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST, TrainingState, short_name
 from engine.ema import chosen_weights
 from engine.flags import data_name, stored_flags
 from engine.folder import RunFolder
-from engine.logger import Logger, result_line
-from engine.process import Signals, Stopped, begin_worker
+from engine.logger import Logger, result_line, summary
+from engine.process import Signals, Stopped
 from engine.provenance import provenance
+from engine.stream import episodes
 from episode import Episode
-from utils import UserError, counted, summary
+from utils import UserError, counted
 
 Evaluation = Callable[[], tuple[list[float], list[float]]]  # gives losses and accuracies
 
 MAX_SKIPPED = 20  # updates in a row whose loss or gradient is not finite
 
 
-class Run:
+class Run(contextlib.ExitStack):
     """Restores a training from its folder's checkpoint, if there is one, and records it.
 
     A context manager: it closes the logs and gives the signals back.
@@ -61,16 +62,17 @@ class Run:
         datasets: dict[str, EpisodeDataset],
         device: torch.device,
     ):
+        super().__init__()
         self.folder, self.args, self.ranks = folder, folder.args, folder.ranks
         self.modules, self.optimizer = modules, optimizer
         self.datasets, self.device = datasets, device
-        data = {split: dataset.fingerprint for split, dataset in datasets.items()}
+        data = {split: dataset.split.fingerprint for split, dataset in datasets.items()}
         self.state = TrainingState()
         self.about = provenance(device, self.ranks.size)
-        self.seen_before: list[str] = []  # classes that the checkpoint was trained on
+        self.trained_classes: list[str] = []  # classes that the checkpoint was trained on
         if folder.origin is not None:
             path, origin = folder.origin
-            self.seen_before = origin.get("classes", [])
+            self.trained_classes = origin.get("classes", [])
             started = {"checkpoint": short_name(path), "episode": origin["episode"]}
             self.about["started_from"] = started
         if folder.checkpoint is not None:
@@ -80,12 +82,12 @@ class Run:
         # of rank 0 only
         self.logger: Any = None
         self.bar: Any = None
-        with contextlib.ExitStack() as stack:  # closed here after an error, else in __exit__
+        with contextlib.ExitStack() as stack:  # closed here after an error, else by with
             stack.callback(self.signals.restore)
             self.ranks.begin({f"{split} images": value for split, value in data.items()})
             if self.ranks.rank == 0:
                 self._open_logs(stack)
-            self._stack = stack.pop_all()
+            self.callback(stack.pop_all().close)
         self.began = self.logged = self.state.episode
         self.since = time.perf_counter()
 
@@ -93,7 +95,7 @@ class Run:
         checkpoints.load_weights(self.modules, chosen_weights(self.args, checkpoint), path)
         checkpoints.load_optimizer(self.optimizer, checkpoint, path)
         self.state = TrainingState.from_checkpoint(checkpoint)
-        self.seen_before = checkpoint.get("classes", [])
+        self.trained_classes = checkpoint.get("classes", [])
         n = self.state.episode
         for split, fingerprint in self.state.data.items():
             if data.get(split, fingerprint) != fingerprint:
@@ -101,7 +103,9 @@ class Run:
                 advice = "bring them back, or start anew with another --save"
                 raise UserError(f"{place}: other images than {path} was trained on; {advice}")
         if n > self.args.episode:
-            raise UserError(f"--episode {self.args.episode}: {self.args.resume} has seen {n}")
+            raise UserError(
+                f"--episode {self.args.episode}: {self.args.resume} has already seen {n}"
+            )
         if self.folder.continues:
             self.about = checkpoint.get("about") or self.about
             return
@@ -139,16 +143,11 @@ class Run:
             f"parameters; {data_name(args)}: {classes} classes; {counted(args.episode, 'episode')}"
         )
 
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stack.close()
-
     def batches(
         self, evaluate: Evaluation = lambda: ([], [])
     ) -> Iterator[tuple[int, list[Episode]]]:
-        """For each update, yield the episodes seen after it, and this rank's share of its own.
+        """Yield (n, batch) for each update: the number of episodes seen once it is done, and this
+        rank's share of its episodes.
 
         Validates after an update where that is due, and first of all if the last process ended
         while it validated.
@@ -158,7 +157,7 @@ class Run:
                 default.
         """
         args, ranks, state = self.args, self.ranks, self.state
-        where = (args.n_workers, self.device, args.pin_mem, begin_worker)
+        where = (args.n_workers, self.device, args.pin_mem)
         how = {"step": ranks.size} | ({} if ranks.rank else {"waiting": self.heed_signals})
         stream = episodes(self.datasets["train"], state.episode + ranks.rank, *where, **how)
         # closing the stream ends its worker processes
@@ -304,7 +303,7 @@ class Run:
             **stored_flags(self.args),
             "about": self.about,
             "data_root": str(self.args.data_root.resolve()),
-            "classes": sorted({*self.datasets["train"].split.classes, *self.seen_before}),
+            "classes": sorted({*self.datasets["train"].split.classes, *self.trained_classes}),
         }
         checkpoints.save(content, *map(self.folder.ckpt, names))
 

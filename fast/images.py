@@ -32,7 +32,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.imagefiles import load_image
-from dataloader import EpisodeDataset, Split, relative_names
+from data.layout import Split
+from dataloader import EpisodeDataset
 from episode import Episode
 from fast.augment import Windows, table, transform
 from fast.threads import in_order
@@ -87,54 +88,44 @@ class DecodedSplit:
         return self._pixels[end - 3 * height * width : end].reshape(3, height, width)
 
 
-def _key(files: list[Path], stats: list[tuple[int, int]], root: Path, image_size: int) -> str:
+def _key(split: Split, image_size: int) -> str:
     digest = hashlib.sha256(f"{FORMAT} {image_size}".encode())
-    for name, (size, mtime) in zip(relative_names(files, root), stats, strict=True):
+    for name, size, mtime in split.stats:
         digest.update(f"\0{name}\0{size}\0{mtime}".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 
 
-def decoded(
-    name: str,
-    files: list[Path],
-    root: Path,
-    image_size: int,
-    cache_dir: Path | None,
-    stats: list[tuple[int, int]],
-) -> DecodedSplit:
+def decoded(split: Split, image_size: int, cache_dir: Path | None) -> DecodedSplit:
     """A split's decoded images from the cache, which all cores build if it is missing.
 
     Args:
-        name: of the split.
-        files: its images, in the order of their numbers.
-        root: the data set's folder, which also holds the caches by default.
+        split: its data set's folder also holds the caches by default.
         image_size: size in pixels of the episodes' images, see ``reduced_size``.
         cache_dir: another folder for caches, with a subfolder for each data set.
-        stats: of the files, from ``stats_of``.
 
     Raises:
         UserError: an image cannot be decoded, or the cache cannot be written.
     """
-    parent = root / FOLDER
+    parent = split.root / FOLDER
     if cache_dir is not None:
-        path = root.resolve()
+        path = split.root.resolve()
         digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
         parent = cache_dir / f"{path.name[:40]}-{digest}"
-    prefix = f"{name}-{2 * image_size}-"
-    folder = parent / (prefix + _key(files, stats, root, image_size))
-    if split := _open(folder):
-        return split
+    prefix = f"{split.name}-{2 * image_size}-"
+    folder = parent / (prefix + _key(split, image_size))
+    if found := _open(folder):
+        return found
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with file_lock(parent / "lock", wait=True):
-            if split := _open(folder):  # built by the process that held the lock until now
-                return split
+            if found := _open(folder):  # built by the process that held the lock until now
+                return found
             for stale in (*parent.glob(f"{prefix}*"), *parent.glob(".*.tmp")):
                 shutil.rmtree(stale, ignore_errors=True)
             building = parent / f".{secrets.token_hex(4)}.tmp"
             building.mkdir()  # for all whom the umask lets read
             try:
-                _build(building, name, files, image_size)
+                _build(building, split.name, split.images, image_size)
                 building.rename(folder)
             finally:
                 shutil.rmtree(building, ignore_errors=True)
@@ -233,8 +224,7 @@ class FastEpisodeDataset(EpisodeDataset):
         super().__init__(split, *args, **kwargs)
         self.device = device
         self.stream: torch.cuda.Stream | None = None  # of the GPU's augmentation
-        of_split = split.name, self.files, split.root
-        self._decoded = decoded(*of_split, self.image_size, cache_dir, self.stats)
+        self._decoded = decoded(split, self.image_size, cache_dir)
 
     def draw(self, index: int) -> Drawn:
         """Read an episode's images and draw its random numbers."""

@@ -158,7 +158,7 @@ class FastConv4(Conv4):
         return native.loss_and_grad(*args, self.norm1.eps, self.norm1.momentum, frozen)
 
     def _own_parameters(self) -> list[Tensor]:
-        return [getattr(m, name) for m, name, _ in self.slots()]
+        return [getattr(m, name) for m, name, _ in self.slots]
 
     def _norms(self) -> list[nn.BatchNorm2d]:
         return [self._block(b)[1] for b in range(1, N_BLOCKS + 1)]
@@ -193,7 +193,7 @@ class FastConv4(Conv4):
             numbers = torch.arange(self.size(), device=device)
             order = torch.cat([kernels_order(t).reshape(-1) for t in self.slices(numbers)])
             flat = torch.empty_like(order, dtype=self.conv1.weight.dtype)
-            for (m, name, _), part in zip(self.slots(), self._parts(flat), strict=True):
+            for (m, name, _), part in zip(self.slots, self._parts(flat), strict=True):
                 getattr(m, name).data = part.copy_(getattr(m, name).data)
             self._flat = flat, order
         return self._flat

@@ -24,12 +24,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import main
-from dataloader import EpisodeDataset, episodes, scan_split
+from data.layout import scan_split
+from dataloader import EpisodeDataset
 from engine.backend import make_reproducible
-from episode import Episode, evaluate_episode, step_if_finite, train_episode
+from engine.process import run_main
+from engine.stream import episodes
+from episode import Episode, evaluate_episode, meta_gradient, step_if_finite, update_metalearner
 from learner import Conv4
 from metalearner import MetaLearner
-from utils import run_main
 
 # nohup and a shell's & ignore these signals, and what the tests start would, too
 usual = ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL))
@@ -100,9 +102,9 @@ class Model:
         return CUDAGraphFunction(self.test, (*self.scratch, self.meta))
 
     def train(self, episode):
-        return train_episode(
-            episode, *self.learners, self.meta, self.optimizer, self.batch_size, 0.25, self.step
-        )
+        gradient, loss, percent = meta_gradient(episode, *self.learners, self.meta, self.batch_size)
+        how = (self.meta, self.optimizer, 0.25, self.step)
+        return loss, percent, update_metalearner(gradient.unsqueeze(0), loss.unsqueeze(0), *how)
 
     def test(self, episode):
         return evaluate_episode(episode, *self.scratch, self.meta, self.batch_size)

@@ -28,12 +28,12 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from engine import checkpoint as checkpoints
 from engine.checkpoint import LAST
-from engine.logger import read_metrics
+from engine.logger import read_metrics, summary
 from tools.results import NAME as RESULTS
 from tools.results import read_results, variant
 from tools.trace import QUANTILES
 from tools.words import display_name, shorten
-from utils import UserError, explained, summary
+from utils import UserError, explained
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 STYLE = {

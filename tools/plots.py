@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from dataloader import scan_split
+from data.layout import scan_split
 from engine.backend import dataset
-from engine.checkpoint import LAST, resolve_checkpoint
+from engine.checkpoint import BEST, LAST, resolve_checkpoint
 from engine.flags import resolve, run_folder
 from tools.results import NAME as RESULTS
 from tools.trace import N_EPISODES, read_trace, write_trace
@@ -44,7 +44,8 @@ def plot_mode(cli_args: dict[str, object], load_model: Callable[..., tuple]) -> 
         folder = place if place.is_dir() else place.parent
         folder = folder.parent if folder.name == "ckpts" else folder
     if {"data", "data_root"} & cli_args.keys() and not (folder / TRACE).exists():
-        args, _, backend, model = load_model({**cli_args, "resume": str(folder)})
+        last = resolve_checkpoint(str(folder), args.seed, LAST, BEST)  # as at the training's end
+        args, _, backend, model = load_model({**cli_args, "resume": last})
         val_set = dataset(args, backend, scan_split(args.data_root, "val"), N_EPISODES)
         write_trace(folder, val_set, model, args.batch_size, backend.device)
     plot(folder)

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data.imagefiles import images_below, load_image
-from dataloader import scan_classes
+from data.layout import scan_classes
 from tools.plots import load_figures, optional
 from tools.predictor import Predictor
 from tools.words import display_name, printable, shorten

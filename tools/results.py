@@ -12,8 +12,9 @@ from engine import checkpoint as checkpoints
 from engine.checkpoint import LAST
 from engine.flags import check_stored, completed, data_name, essence, spelled, typed
 from engine.logger import read_metrics
+from engine.schema import finite, fits
 from tools.recipes import text
-from utils import UserError, atomic_write, file_lock, finite, fits
+from utils import UserError, atomic_write, file_lock
 
 NAME = "results.json"
 _FORM = {  # of a test

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 from engine.flags import run_folder
+from engine.logger import summary
 from engine.provenance import provenance
 from tools import plots
 from tools.recipes import recipe_name, starts_from
 from tools.results import read_results, variant, write_results
 from tools.words import markdown_table
-from utils import UserError, counted, summary
+from utils import UserError, counted
 
 _TESTED = "after {} of 50,000 episodes"
 # accuracy in percent, 5-way on mini-ImageNet, by shots: who, what was tested, validation, and test

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataloader import EpisodeDataset, episodes
+from dataloader import EpisodeDataset
 from engine.model import Model, Trainable
+from engine.stream import episodes
 from episode import accuracy, query_loss, updates
 from learner import FlatModule
 from metalearner import MetaLearner
@@ -68,7 +69,7 @@ def layers(learner: FlatModule) -> dict[str, slice]:
     """
     names = {module: name for name, module in learner.named_modules()}
     found, start, layer = {}, 0, None
-    for module, _, shape in learner.slots():
+    for module, _, shape in learner.slots:
         if layer is None or (len(shape) > 1 and names[module] != layer):
             layer = names[module]
             found[layer] = slice(start, start)

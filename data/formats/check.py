@@ -17,7 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.imagefiles import class_places, in_several_splits, is_image, load_image, unknown_formats
+from data.imagefiles import is_image, load_image, unknown_formats
+from data.layout import class_places, in_several_splits
 from utils import SPLITS, UserError
 
 from . import DATA

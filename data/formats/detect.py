@@ -152,12 +152,11 @@ def _from_arrays(
     if what == SHARDS:
         text = read_text(args.class_names) if args.class_names else ""
         class_names = [line.strip() for line in text.splitlines() if line.strip()]
-        read, splits = (
-            partial(read_shard, source, class_names),
-            {n: split_in_name(n) for n in matches},
-        )
+        read = partial(read_shard, source, class_names)
+        splits = {name: split_in_name(name) for name in matches}
     else:
-        read, splits = partial(read_pickle, source), {n: m[m.lastindex] for n, m in matches.items()}
+        read = partial(read_pickle, source)
+        splits = {name: match[match.lastindex] for name, match in matches.items()}
         if len(set(splits.values())) < len(splits):
             there = ", ".join(splits)
             raise source.error(f"holds a split's pickle twice ({there}): give one folder")

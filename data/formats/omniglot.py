@@ -35,6 +35,6 @@ def download(root: Path) -> list[Path]:
             if isinstance(error, FileNotFoundError) and path.is_file():
                 continue
             what = " ".join(str(error).split())[:150]
-            advice = f"put it and {archives[path == archives[0]].name} into {folder} by hand"
+            advice = f"put {archives[0].name} and {archives[1].name} into {folder} by hand"
             raise UserError(f"omniglot: cannot download {path.name} ({what}): {advice}") from None
     return archives

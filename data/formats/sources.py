@@ -19,8 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.imagefiles import nfc, walk
-from utils import UserError, is_junk
+from data.imagefiles import is_junk, nfc, walk
+from utils import UserError
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}

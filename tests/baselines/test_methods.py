@@ -4,7 +4,6 @@ same bits, and is tested; what cannot be is refused by name.
 
 import copy
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +27,12 @@ from conftest import (
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from baselines import finetune, methods
-from dataloader import episodes
 from engine.backend import select_backend
 from engine.flags import METHODS, PRETRAINED, parse, resolve
-from engine.folder import _check_meta_batch
-from episode import adapt, update_metalearner
+from engine.stream import episodes
+from episode import adapt
 from learner import Conv4
-from utils import UserError
 
-SCRATCH = tuple(m for m in METHODS if m not in (*PRETRAINED, "lstm"))
 FLAGS = {"finetune": ("--epoch", 3, "--batch-size", 3), "linear-head": ("--bn-shift", 0.5)}
 
 
@@ -240,24 +236,6 @@ def test_descent_and_its_gradient(method):
 # ---- Training, resumption, tests ----
 
 
-@pytest.mark.parametrize("method", SCRATCH)
-def test_it_learns(method):
-    """Over and over from the same few images, in which it finds the classes again."""
-    args = settings(method, "--n-shot", 2, "--n-eval", 4, "--bi-init", 0, 0, "--grad-divisor", 1)
-    model = methods.BUILDERS[method](args, select_backend(args))
-    centres = torch.randn(6, 3, 16, 16)
-    optimizer = torch.optim.Adam(model.metalearner.parameters(), lr=5e-3)
-    losses = []
-    for _ in range(60):
-        images = centres[torch.randperm(6)[:3]].unsqueeze(1) + 1.2 * torch.randn(3, 6, 3, 16, 16)
-        support, query = images[:, :2].flatten(0, 1), images[:, 2:].flatten(0, 1)
-        drawn = new_episode(3, 2, 4)._replace(support=support, query=query)
-        gradient, loss, _ = model.gradient(args, drawn, *model.learners)
-        update_metalearner(gradient[None], loss[None], model.metalearner, optimizer, 10)
-        losses.append(float(loss))
-    assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:4]), losses
-
-
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "lstm"])
 def test_it_resumes_to_the_same_bits_and_is_tested(method, master, pretrained, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -277,20 +255,6 @@ def test_it_resumes_to_the_same_bits_and_is_tested(method, master, pretrained, t
         assert len(content["tests"]) == 1  # the second one replaces an equal first
     printed = succeeded(run_cli("--mode", "results", "--runs", f"{whole}-719"))
     assert f"| {'pretrained' if method == 'linear-head' else method}" in printed
-
-
-def test_pretraining_writes_its_last_checkpoint_after_a_kill(master, pretrained, tmp_path):
-    folder, again = tmp_path / "logs-719", ("--resume", "auto")
-    shutil.copytree(f"{pretrained}-719", folder)
-    content = tensors(tmp_path / "logs")
-    content["run"]["validated"] = 0
-    torch.save(content, folder / "ckpts" / "meta-learner-last.pth.tar")
-    (last := folder / "ckpts" / "meta-learner-2.pth.tar").unlink()
-    succeeded(pretrain(master, tmp_path / "logs", *again, episode=2))
-    assert last.exists()
-    done = succeeded(pretrain(master, tmp_path / "logs", *again, episode=2))
-    assert "nothing to do" in done
-    assert "--data-root" not in done  # which plots of a pre-training do not take
 
 
 def test_they_start_from_the_pretrained_convolutions(master, pretrained, head, tmp_path):
@@ -383,11 +347,6 @@ def test_other_refusals(master, pretrained, head, tmp_path):
     refused(train(master, save, "--method", "finetune", *init, "--shots", 1, 5), "--shots 1 5")
     for run, method in ((tmp_path / "net", "sgd"), (head, "lstm")):
         refused(train(master, run, "--method", method, "--resume", "auto"), f"--method {method}")
-
-
-def test_several_processes_are_refused_with_advice_that_works():
-    with pytest.raises(UserError, match="without torchrun"):
-        _check_meta_batch(settings("protonet"), 0, 2)
 
 
 def test_changed_images_are_named_where_they_are(data, pretrained, tmp_path):

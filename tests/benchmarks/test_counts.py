@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import counts, table
+from helpers import counts
 
 pytest.importorskip("triton")
 
@@ -28,11 +28,3 @@ def test_what_counts():
     assert (counted.launches, counted.bytes, counted.copies) == (1, 24, 0)
     assert counts.count(lambda: torch.ones(3).to("meta")).copies == 1
     assert counts.count(lambda: x.copy_(torch.ones(3))).copies == 1
-
-
-def test_the_table(monkeypatch, capsys):
-    part = {"a part": lambda: torch.zeros(3, device="meta") + 1}
-    monkeypatch.setattr(counts, "parts", lambda n_shot, folder: part)
-    rows = table(counts, capsys)
-    assert [row["part"] for row in rows] == ["5-shot: a part", "1-shot: a part"]
-    assert {row["launches"] for row in rows} == {"2"}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make, new_episode, run_test, succeeded, train
+from conftest import make, new_episode, run_test, succeeded
 from helpers import gates
 
 from engine.flags import parse
@@ -71,12 +71,6 @@ def test_rows_and_picture_of_a_run(own, tmp_path, capsys):
         assert float(row[2].split()[0]) == pytest.approx(apart, abs=0.02)
 
 
-def test_a_method_without_gates_is_refused(master, tmp_path):
-    succeeded(train(master, tmp_path / "net", "--method", "protonet", episode=1, val_freq=0))
-    with pytest.raises(UserError, match=r"net-719.*protonet"):
-        gates.main([f"{tmp_path}/net-719", "--cpu"])
-
-
 def test_classes_that_training_has_seen_are_refused(data, trained, tmp_path):
     (data / "train" / "class 0").rename(data / "test" / "class 0")
     flags = ("--cpu", "--data-root", str(data), "--out", f"{tmp_path}/gates")
@@ -92,10 +86,4 @@ def test_other_shots_are_adapted_to_as_in_a_test(master, own, capsys):
     _, found = gates.compare(f"{own}-719", parse([*flags, *ours]))
     mean = sum(found[0][1]) / 2
     assert f"accuracy {mean:.2f} " in succeeded(tested)
-    assert "9 examples, trained on 3" in capsys.readouterr().out
-
-
-def test_where_to_write_is_asked_first(tmp_path):
-    for out in (tmp_path / "none" / "gates", "/"):
-        with pytest.raises(UserError, match="--out"):
-            gates.main(["nowhere", "--out", str(out)])
+    assert "9 support images here, 3 in training" in capsys.readouterr().out

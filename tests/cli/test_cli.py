@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, metrics, refused, run_cli, run_test, succeeded, tensors, train
@@ -160,7 +161,17 @@ def test_what_is_worth_publishing(master, export, tmp_path, monkeypatch):
     assert {p.stem for p in (folder / "plots").iterdir()} == {"curves", "histogram"}
     monkeypatch.setattr(plots, "plot", lambda folder: None)
     succeeded(run_cli(*draw, "--data-root", master))
-    assert (folder / "trace.npz").stat().st_size < 200_000
+    assert "images" not in np.load(folder / "trace.npz").files  # photographs
+
+
+def test_no_photograph_is_published(master, export, tmp_path):
+    draw = ("--mode", "plot", "--cpu", "--n-workers", 0, "--data-root", master)
+    succeeded(run_cli(*draw, "--resume", export[0]))
+    assert (export[0] / "plots" / "confusion.png").exists()
+    succeeded(export[1]())
+    (folder,) = (tmp_path / "exported").iterdir()
+    assert not list(folder.rglob("confusion*"))
+    assert "images" not in np.load(folder / "trace.npz").files
 
 
 # ---- Where the images are ----

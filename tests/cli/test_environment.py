@@ -1,8 +1,8 @@
 """Starting where something is missing: a home folder, an output, a signal, a package, a parent."""
 
-import importlib
 import os
 import pwd
+import runpy
 import shutil
 import signal
 import subprocess
@@ -12,12 +12,11 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from conftest import ONE_THREAD, ROOT, completed, refused, run_cli, succeeded, train, training
+from conftest import ONE_THREAD, ROOT, completed, refused, succeeded, train, training
 
 import utils
-from engine import process
 from engine.flags import parse
-from utils import UserError, load_package, pip_install, run_main
+from utils import UserError, load_package, pip_install
 
 
 def python(*words, **env):
@@ -90,20 +89,18 @@ def test_closed_outputs(master, tmp_path):
     assert "\n" not in lock
 
 
-def test_signals_that_the_system_lacks(master, tmp_path, monkeypatch):
-    """Windows has no SIGHUP, SIGUSR1 and SIGPIPE, no priorities and no locks."""
-    with monkeypatch.context() as windows:
-        for name in ("signal.SIGHUP", "signal.SIGUSR1", "os.SCHED_IDLE", "os.getpriority"):
-            windows.delattr(name)
-        windows.setattr(utils, "fcntl", None)
-        importlib.reload(process)
-        assert [s.name for s in process.HANDLED] == ["SIGTERM", "SIGINT"]
-        process.lower_priority()
-        succeeded(train(master, tmp_path / "logs", episode=2))
-        windows.delattr("signal.SIGPIPE")
-        windows.setattr(sys, "stdout", open(os.devnull, "w"))  # noqa: SIM115
-        assert run_main(Mock(side_effect=BrokenPipeError), []) == 128 + 13
-    importlib.reload(process)
+def test_what_windows_lacks(tmp_path, monkeypatch):
+    for name in ("signal.SIGHUP", "signal.SIGUSR1", "os.SCHED_IDLE", "os.getpriority"):
+        monkeypatch.delattr(name)
+    windows = runpy.run_path(str(ROOT / "engine" / "process.py"))
+    assert [s.name for s in windows["HANDLED"]] == ["SIGTERM", "SIGINT"]
+    windows["lower_priority"]()
+    monkeypatch.setattr(utils, "fcntl", None)
+    with utils.file_lock(tmp_path / "lock"):
+        pass
+    monkeypatch.delattr("signal.SIGPIPE")
+    monkeypatch.setattr(sys, "stdout", open(os.devnull, "w"))  # noqa: SIM115
+    assert windows["run_main"](Mock(side_effect=BrokenPipeError), []) == 128 + 13
 
 
 # ---- Packages ----
@@ -149,19 +146,13 @@ def test_without_packages_one_line_says_so():
     refused(python("-S", "main.py"), "numpy", "pip install")  # -S leaves out all installed packages
 
 
-@pytest.mark.parametrize("mode", ["--mode train --plain", "--mode predict"])
-def test_torchvision_whose_operators_do_not_load(master, trained, tmp_path, monkeypatch, mode):
-    for k in range(3):
-        (tmp_path / "three" / str(k)).mkdir(parents=True)
-        (tmp_path / "three" / str(k) / "a.jpg").symlink_to(master / "test/test class 0/0.jpg")
+def test_torchvision_whose_operators_do_not_load(master, tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
         monkeypatch.delitem(sys.modules, name)
     (tmp_path / "torchvision.py").write_text(BROKEN["operators"][0])
     monkeypatch.syspath_prepend(tmp_path)
-    predict = ("--resume", f"{trained}-719", "--support", tmp_path / "three", "--cpu")
-    predict += ("--query", master / "test", "--out", tmp_path / "out")
-    words = predict if "predict" in mode else training(master, tmp_path / "out")
-    refused(run_cli(*words, *mode.split()), "torchvision", "nms", "pip install")
+    done = train(master, tmp_path / "out", "--plain")
+    refused(done, "torchvision", "nms", "pip install")
     assert not list(tmp_path.glob("out*"))
 
 
@@ -181,6 +172,18 @@ def test_a_broken_tensorboard(master, tmp_path, monkeypatch, fault):
     assert not (tmp_path / "logs-719").exists()
 
 
+def test_tensorboard_gets_the_log(master, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    succeeded(train(master, tmp_path / "logs", "--tensorboard", "--log-freq", 1))
+    board = EventAccumulator(str(tmp_path / "logs-719" / "tensorboard"))
+    board.Reload()
+    steps = {tag: [e.step for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    of_kind = {"train": [1, 2, 3, 4], "val": [2, 4]}
+    assert steps == {f"{k}/{what}": n for k, n in of_kind.items() for what in ("loss", "accuracy")}
+
+
 def test_the_advice_outside_an_environment_makes_one(monkeypatch):
     monkeypatch.delenv("CONDA_PREFIX", raising=False)
     monkeypatch.setattr(sys, "prefix", sys.base_prefix)
@@ -198,6 +201,7 @@ def test_the_advice_outside_an_environment_makes_one(monkeypatch):
     ("module", "given", "expected"),
     [
         *((module, {}, "1000") for module in ("fast", "engine", "utils", "main")),
+        ("runpy; runpy.run_path('examples/own_loop.py')", {}, "1000"),
         ("main", {"GOMP_SPINCOUNT": "7"}, "7"),
         ("main", {"OMP_WAIT_POLICY": "PASSIVE"}, "None"),
     ],
@@ -208,12 +212,6 @@ def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(module, given
     clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = completed([sys.executable, "-S", "-c", code], cwd=ROOT, env=clean | given)
     assert done.stdout.strip() == expected
-
-
-def test_the_example_imports_it_before_pytorch():
-    lines = (ROOT / "examples" / "own_loop.py").read_text().splitlines()
-    found = [line.split()[1] for line in lines if line.startswith("import ")]
-    assert found.index("engine") < found.index("torch")
 
 
 def test_training_says_that_it_has_begun(master, tmp_path):

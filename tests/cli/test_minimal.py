@@ -20,7 +20,7 @@ import json, sys
 for name in ("matplotlib", "tensorboard", "torch.utils.tensorboard", "pyarrow", "scipy", "pandas"):
     sys.modules[name] = None  # an import of it fails
 import main
-from utils import run_main
+from engine.process import run_main
 for words in json.loads(sys.argv[1]):
     print("begin", flush=True)
     print("end", run_main(main.main, words), flush=True)

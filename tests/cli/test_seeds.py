@@ -110,6 +110,17 @@ def test_recipes_and_their_folders(clone, tmp_path, monkeypatch, words, called, 
     assert list(dict.fromkeys(found)) == folders.replace("HOME", str(tmp_path)).split()
 
 
+def test_the_papers_table(clone):
+    where = {"cwd": clone[0].parent, **with_gpus(clone, 1)}
+    run = bash(clone[0] / "scripts" / "paper_table.sh", "--minutes", "1", **where)
+    assert run.returncode == 0, run.stderr
+    trained = {(mode, seed) for mode, seed in modes(clone[1]())}
+    assert trained == {(mode, seed) for mode in ("train", "test") for seed in (719, 53, 1)}
+    calls = [resolve(parse(call[1:])) for call in clone[1]() if call[2] == "train"]
+    assert sorted(args.n_shot for args in calls) == [1] * 3 + [5] * 3
+    assert all(args.second_order for args in calls)
+
+
 def test_minutes_are_decimal(clone):
     """A zero in front makes no octal number."""
     place = clone[0].parent

@@ -1,19 +1,13 @@
 import copy
-import random
 import threading
 
 import numpy as np
 import pytest
 import torch
-from conftest import METALEARNERS, adam_state, assert_same, make, make_adam, new_episode
+from conftest import METALEARNERS, make, new_episode
 from torch import nn
 
 from baselines.linear_head import LinearHead
-from dataloader import scan_split
-from engine.backend import dataset, select_backend
-from engine.evaluation import Evaluator
-from engine.flags import resolve
-from engine.model import Model
 from episode import adapt, evaluate_episode, minibatches, query_loss, train_episode
 from fast.threads import parallel_map
 from learner import FlatModule
@@ -58,39 +52,6 @@ def test_an_episode_of_a_linear_head_is_gradient_descent_by_hand(backend, batch_
         flat -= 0.5 * gradient / (divisor or len(images))
     assert np.allclose(torch.stack(losses), expected, rtol=1e-9)
     assert np.allclose(found.detach().numpy()[:, 0], flat, rtol=1e-9)
-
-
-def test_a_validation_leaves_training_as_it_was(backend, master):
-    """Parameters, buffers, gradients, Adam, modes, random states, with a worker and threads."""
-    torch.set_num_threads(2)
-    given = {"n_class": 3, "n_shot": 2, "n_eval": 2, "image_size": 16, "epoch": 2, "n_workers": 1}
-    args = resolve(given | {"cpu": True, "plain": backend == "plain", "data_root": str(master)})
-    chosen = select_backend(args)
-    val_set = dataset(args, chosen, scan_split(args.data_root, "val"), 3)
-    episode, w_grad, wo_grad, meta = make(backend)
-    optimizer = make_adam(backend, meta)
-    evaluate = Evaluator(args, chosen, Model(w_grad, wo_grad, meta))
-    train_episode(episode, w_grad, wo_grad, meta, optimizer, 100, 0.25)
-    states, original = [], meta.forward
-    meta.forward = lambda *inputs: states.append(original(*inputs)) or states[-1]
-
-    def tensors():
-        models = [t for m in (w_grad, wo_grad, meta) for t in (*m.parameters(), *m.buffers())]
-        gradients = [p.grad for p in meta.parameters()]
-        return [t.detach().clone() for t in (*models, *adam_state(optimizer), *gradients)]
-
-    def settings():
-        modes = [module.training for m in (w_grad, wo_grad, meta) for module in m.modules()]
-        numbers = np.random.get_state()  # noqa: NPY002
-        of_torch = torch.get_rng_state().tolist(), torch.get_num_threads(), torch.is_grad_enabled()
-        return modes, random.getstate(), numbers[1].tolist(), numbers[2:], of_torch
-
-    before = tensors(), settings()
-    evaluate(val_set)
-    assert_same(before, (tensors(), settings()))
-    assert len(states) == 3 * 2  # episodes x passes
-    found = [t for s in states for t in s if t is not meta.metalstm.cI]
-    assert not any(t.requires_grad for t in found)
 
 
 def test_side_by_side_means_one_core_each():

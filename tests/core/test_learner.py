@@ -4,9 +4,6 @@ import pytest
 import torch
 from conftest import LEARNERS
 
-from fast.learner import FastConv4
-from learner import Conv4, FlatModule
-
 SHAPE = dict(image_size=21, bn_eps=1e-3, bn_momentum=0.9, n_classes=3)
 
 
@@ -26,32 +23,6 @@ def test_scale_of_batch_normalisation_starts_as_in_the_earlier_codes(backend):
     assert 0 <= scales.min() < 0.1 < 0.9 < scales.max() <= 1
     assert abs(scales.mean() - 0.5) < 0.1
     assert all((getattr(one, f"norm{b}").weight == 1).all() for b in (1, 2, 3, 4))
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_fast_blocks_are_the_plain_ones(memory_format, dtype):
-    """In float32 by the kernels, held against float64; some scales are not positive."""
-    plain, fast = Conv4(**SHAPE).double(), FastConv4(**SHAPE).to(dtype)
-    with torch.no_grad():
-        plain.norm1.weight[3], plain.norm3.weight[5], plain.norm2.weight[1] = -0.7, -1.3, 0.0
-    fast.load_state_dict(plain.state_dict())
-    close, tiny = (1e-10, 1e-14) if dtype == torch.float64 else (1e-4, 1e-6)
-    x = torch.randn(6, 3, 21, 21, dtype=torch.float64).contiguous(memory_format=memory_format)
-    y = torch.tensor([0, 0, 1, 1, 2, 2])
-    loss, grad = fast.loss_and_grad(x.to(dtype), y)
-    expected, expected_grad = plain.loss_and_grad(x, y)
-    assert loss.item() == pytest.approx(expected.item(), rel=close / 100)
-    assert grad.shape == expected_grad.shape == (plain.get_flat_params().numel(), 1)
-    assert (grad - expected_grad).abs().max() < close / 100 * expected_grad.abs().max() + tiny
-    assert (fast.slices(grad)[1] == 0).all()  # of a bias that batch norm cancels
-    for (name, mine), theirs in zip(fast.named_buffers(), plain.buffers(), strict=True):
-        if "running" in name:
-            assert torch.allclose(mine.double(), theirs, rtol=close, atol=tiny), name
-    x = torch.randn(4, 3, 21, 21, dtype=torch.float64)
-    assert torch.allclose(fast.eval()(x.to(dtype)).double(), plain.eval()(x), rtol=close, atol=tiny)
-    with torch.no_grad():
-        assert torch.allclose(fast(x.to(dtype)).double(), plain(x), rtol=close, atol=tiny)
 
 
 def test_copied_values_are_the_learners_own(backend):
@@ -87,15 +58,6 @@ def test_what_does_not_fit_is_refused(backend):
         LEARNERS[backend](15, 1e-3, 0.95, 5)
     with pytest.raises(ValueError, match="7"):
         LEARNERS[backend](**SHAPE).copy_flat_params(torch.zeros(7))
-
-    class Tied(FlatModule):
-        def __init__(self):
-            super().__init__()
-            self.one, self.other = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
-            self.other.weight = self.one.weight
-
-    with pytest.raises(ValueError, match="share"):
-        Tied().get_flat_params()
 
 
 def test_a_learner_can_be_copied_after_training(backend):

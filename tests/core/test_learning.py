@@ -47,7 +47,8 @@ def test_the_loss_falls_and_the_accuracy_rises(backend, colours, tmp_path):
     assert val["accuracy"]["mean"] > 90
 
 
-def test_the_example_of_an_own_loop_learns():
-    command = [sys.executable, ROOT / "examples" / "own_loop.py"]
+@pytest.mark.parametrize(("name", "percent"), [("own_loop", 85), ("own_update_rule", 70)])
+def test_the_examples_learn(name, percent):
+    command = [sys.executable, ROOT / "examples" / f"{name}.py"]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(found.stdout.splitlines()[-1].split()[4]) > 85
+    assert float(found.stdout.splitlines()[-1].split()[4]) > percent

@@ -1,19 +1,8 @@
-import math
-
 import numpy as np
 import pytest
 import torch
 
-from metalearner import MetaLearner, prep
-
-
-def test_prep_on_both_sides_of_its_threshold():
-    large, small = (1.0, -0.5, math.exp(-10) * 1.001), (0.0, 1e-6, -2e-5)
-    values = {v: (math.log(abs(v) + 1e-8) / 10, math.copysign(1, v)) for v in large}
-    values |= {v: (-1, math.exp(10) * v) for v in small}
-    first, second = prep(torch.tensor(list(values), dtype=torch.float64))
-    for k, expected in enumerate(values.values()):
-        assert (first[k].item(), second[k].item()) == pytest.approx(expected, rel=1e-12)
+from metalearner import MetaLearner
 
 
 @pytest.mark.parametrize("lstm_init", ["pytorch", "authors"])
@@ -31,11 +20,6 @@ def test_initialisation_is_the_published_one(lstm_init):
         )
     cell = MetaLearner(4, 20, 10, bi_range=(0.0, 0.0), bf_range=(2.0, 2.0)).metalstm
     assert (cell.bI.item(), cell.bF.item()) == (0, 2)
-
-
-def test_other_input_sizes_are_refused():
-    with pytest.raises(ValueError, match="input_size"):
-        MetaLearner(5, 20, 6)
 
 
 def test_steps_are_the_papers():
@@ -59,6 +43,7 @@ def test_steps_are_the_papers():
     for step in range(3):
         loss = torch.tensor(1.5 - step, dtype=torch.float64)
         grad = torch.randn(11, 1, dtype=torch.float64) * 10.0 ** (-2 * step)
+        grad[:3, 0] = torch.tensor([0.0, 0.999, -1.001]) * np.exp(-10)  # where prep changes
         state = plain(loss, grad, state)
         for k in range(11):
             g = grad[k].item()

@@ -4,8 +4,8 @@ import os
 import numpy as np
 import pytest
 
-from engine.logger import Logger
-from utils import UserError, atomic_write, summary
+from engine.logger import Logger, summary
+from utils import UserError, atomic_write
 
 
 def test_summary_is_numpys():

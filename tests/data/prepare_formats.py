@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PREPARE = ROOT / "data" / "prepare.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 main = importlib.import_module("prepare").main
-build, splits = (importlib.import_module(f"formats.{name}") for name in ("build", "splits"))
-run_main = importlib.import_module("utils").run_main
+build, splits = (importlib.import_module(f"data.formats.{name}") for name in ("build", "splits"))
+run_main = importlib.import_module("engine.process").run_main
 
 SPLITS = ("train", "val", "test")
 CLASSES = json.loads((ROOT / "data" / "splits" / "mini-imagenet.json").read_text())

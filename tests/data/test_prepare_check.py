@@ -13,7 +13,7 @@ from PIL import Image
 from prepare_formats import CLASSES, SPLITS, make, run, splits
 
 from data.imagefiles import load_image
-from dataloader import scan_split
+from data.layout import scan_split
 from tools.predict import gather
 from utils import UserError
 
@@ -36,7 +36,7 @@ def check(run):
 def three(monkeypatch):
     """A mini-ImageNet of three images a class."""
     assert (splits.MINI.per_class, splits.TINY.per_class) == (600, 450)
-    monkeypatch.setattr("formats.splits.MINI.per_class", 3)
+    monkeypatch.setattr("data.formats.splits.MINI.per_class", 3)
 
 
 def row(out, split):
@@ -72,7 +72,7 @@ def test_mini_imagenet_is_called_by_its_name(three, tmp_path, check, monkeypatch
     assert row(out, "val")[:4] == ["val", "16", "48", "3"]
     assert row(out, "test")[:4] == ["test", "20", "60", "3"]
     fingerprints = {split: row(out, split)[-1] for split in SPLITS}
-    monkeypatch.setattr("formats.splits.MINI.fingerprints", fingerprints)
+    monkeypatch.setattr("data.formats.splits.MINI.fingerprints", fingerprints)
     assert "the published images" in verdict(check(source)[1])
 
 

@@ -386,7 +386,7 @@ def test_two_at_once_and_an_interrupt(end, tmp_path, run, monkeypatch):
         if end == "a lock":
             fcntl.flock(file, fcntl.LOCK_EX)
         else:
-            monkeypatch.setattr("formats.build._write", Mock(side_effect=KeyboardInterrupt))
+            monkeypatch.setattr("data.formats.build._write", Mock(side_effect=KeyboardInterrupt))
         code, _, err = run(source)
         assert code == (2 if end == "a lock" else 130)
     assert err.count("\n") == 1

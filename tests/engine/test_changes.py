@@ -15,6 +15,13 @@ def trained(master, tmp_path_factory):
     return save
 
 
+def test_the_learning_rate_falls_at_the_end(master, tmp_path):
+    succeeded(train(master, tmp_path / "logs", "--lr-decay", "0.5", val_freq=1))
+    ends = [tensors(tmp_path / "logs", f"meta-learner-{n}.pth.tar") for n in (1, 2, 3, 4)]
+    rates = [end["optim"]["param_groups"][0]["lr"] for end in ends]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4])
+
+
 CHANGES = ["--episode-val 3", "--transductive true", "--tta-flip false", "--tta-permutations 3"]
 CHANGES += ["--episode 4"]  # by which --lr-decay would change
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import assert_same, metrics, refused, run_cli, run_test, succeeded, tensors, train
 
-from dataloader import scan_split
+from data.layout import scan_split
 from engine.backend import dataset
 from engine.ema import TRAINED
 from engine.evaluation import Evaluator

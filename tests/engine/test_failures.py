@@ -25,12 +25,12 @@ from conftest import (
     training,
 )
 
-import dataloader
-from dataloader import EpisodeDataset, episodes
+from dataloader import EpisodeDataset
 from engine.backend import select_backend
 from engine.distributed import PeerLost, Ranks
 from engine.flags import resolve
 from engine.process import explain_failures
+from engine.stream import episodes
 from fast import gpu
 from utils import UserError
 
@@ -117,7 +117,7 @@ def test_a_small_dev_shm(master, tmp_path, options):
 
 
 def test_the_wait_has_a_limit(monkeypatch):
-    monkeypatch.setattr(dataloader, "LONGEST_WAIT", 2)
+    monkeypatch.setattr("engine.stream.LONGEST_WAIT", 2)
     waits = []
     with pytest.raises(UserError, match=r"--n-workers 2.*2 seconds"):
         stream(lambda index: time.sleep(3.5) or (index,), lambda: waits.append(1))
@@ -126,7 +126,7 @@ def test_the_wait_has_a_limit(monkeypatch):
 
 def test_slow_is_not_stuck(monkeypatch):
     """The limit is of one wait, not of all."""
-    monkeypatch.setattr(dataloader, "LONGEST_WAIT", 3)
+    monkeypatch.setattr("engine.stream.LONGEST_WAIT", 3)
     found = stream(lambda index: time.sleep(1.5) or (index,))
     assert found == [(k,) for k in range(6)]
 

@@ -1,9 +1,7 @@
-import os
-
 import pytest
 from conftest import refused, run_cli, succeeded
 
-from engine.flags import DEFAULTS, HYPER_PARAMETERS, default_workers, parse, resolve, spelled
+from engine.flags import DEFAULTS, HYPER_PARAMETERS, parse, resolve, spelled
 
 PUBLISHED = dict(
     n_class=5, n_shot=5, n_eval=15, epoch=8, batch_size=25, image_size=84, filters=32,
@@ -64,9 +62,3 @@ def test_help_gives_each_flag_its_default():
         assert spelled(name) in text
         if default not in (None, False, True) and not isinstance(default, list):
             assert f"(default: {default})" in text
-
-
-@pytest.mark.parametrize(("cores", "workers"), [(1, 2), (2, 2), (6, 3), (64, 8)])
-def test_workers_by_cores(cores, workers, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    assert default_workers() == workers

@@ -11,8 +11,9 @@ from conftest import new_episode
 from torch import nn
 
 from baselines.linear_head import LinearHead
-from dataloader import scan_split
+from data.layout import scan_split
 from engine.backend import dataset, select_backend
+from engine.distributed import SINGLE_PROCESS
 from engine.evaluation import Evaluator, is_mini_imagenet, run_test, schedule
 from engine.flags import ROOT, parse, resolve
 from engine.model import Model
@@ -44,7 +45,7 @@ def make_model(method, args):
     else:
         learner, backbone = backend.learner(16, 1e-3, 0.95, 3), None
     meta = backend.metalearner(4, 4, learner.size(), (-2.0, -1.0))
-    meta.metalstm.init_cI(learner.get_flat_params())
+    meta.init_cI(learner.get_flat_params())
     return Model(learner, copy.deepcopy(learner), meta, backbone)
 
 
@@ -138,7 +139,7 @@ def test_class_permutations_are_balanced_and_distinct():
 def run_small(master, *flags, method="lstm", trained_on=2):
     args = make_args("--mode", "test", "--data-root", str(master), *flags)
     backend = select_backend(args)
-    return run_test(args, backend, make_model(method, args), trained_on)
+    return run_test(args, backend, make_model(method, args), trained_on, SINGLE_PROCESS)
 
 
 @METHODS

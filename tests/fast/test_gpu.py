@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, networks, new_episode
 
 from dataloader import draw_augmentation
-from episode import Episode, adapt, learned
+from episode import Episode, adapt, evaluate_episode, learned, meta_gradient
 from fast import augment, gpu, learner, native
 from fast.gpu import blocks, colour, convolution, meta, update
 from fast.learner import FastConv4
@@ -26,6 +27,7 @@ from metalearner import MetaLearner, MetaState
 
 triton = pytest.importorskip("triton")
 
+MODULES = blocks, colour, convolution, meta, update
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 EXACT = 1e-5 if INTERPRETED else 1e-4  # what tensor cores leave of float32 over a few layers
@@ -64,7 +66,7 @@ def guards(monkeypatch):
         set_place(*map(int, np.unravel_index(order[np.ravel_multi_index(place, size)], size)))
 
     monkeypatch.setattr(interpreter_builder, "set_grid_idx", shuffled)
-    for module in (blocks, colour, convolution, meta, update):
+    for module in MODULES:
         monkeypatch.setattr(module, "launch", launch_guarded)
 
 
@@ -233,24 +235,6 @@ def test_second_order_matches_pytorch(kernels, monkeypatch, image_size):
     running = [[t for name, t in m.named_buffers() if "running" in name] for m in (fast, plain)]
     assert_close(*running, EXACT)
     assert_close([fast.get_flat_params()], [plain.get_flat_params()], EXACT)
-
-
-@on_both
-def test_frozen_switches_matches_pytorch(kernels):
-    """They decide at any other weights, and leave the running statistics alone."""
-    fast = FastConv4(16, 1e-3, 0.9, 3).to(DEVICE).train()
-    x, y = torch.randn(6, 3, 16, 16, device=DEVICE), torch.arange(6, device=DEVICE) % 3
-    c = fast.get_flat_params().unsqueeze(1)
-    loss, grad, switches = fast._by_triton(x, y, fast._arranged_slices(c))
-    kept = [t.clone() for t in fast.buffers()]
-    again = fast._by_triton(x, y, fast._arranged_slices(c), switches)
-    assert_close([again[0], again[1]], [loss, grad], EXACT)
-    closed = [(z, used, gamma, beta - 1e6) for z, used, gamma, beta in switches]
-    there = torch.randn_like(c)
-    bias = fast._arranged_slices(there)[-1]
-    expected = F.cross_entropy(bias.expand(6, 3), y)  # no ReLU lets anything through
-    assert_close([fast._by_triton(x, y, fast._arranged_slices(there), closed)[0]], [expected])
-    assert all(torch.equal(t, old) for t, old in zip(fast.buffers(), kept, strict=True))
 
 
 @in_interpreter
@@ -556,72 +540,48 @@ def test_kernels_launch_on_the_tensors_device(monkeypatch):
 
 # ---- Machine code ----
 
-
-def signature(function, constants, options, **types):
-    """(function, types, constants, options); ``types`` are by argument, *fp32 if not given."""
-    types |= dict.fromkeys(
-        ("P", "PER_OF_P", "N", "PER", "H", "W", "K", "PIXELS", "n_pixels"), "i32"
-    )
-    names = {name: types.get(name, "*fp32") for name in function.arg_names}
-    return function, names | dict.fromkeys(constants, "constexpr"), constants, options
-
-
-def of_block(function, number, **constants):
-    rows = blocks.ROWS * (4 if function is blocks._moments else 1)
-    constants |= {"C": 32, "ROWS": rows, "PARTS": blocks.PARTS}
-    types = dict.fromkeys(("y", "y0", "grad", "out", "d_y"), f"*{number}")
-    types |= {"momentum": "fp32", "eps": "fp32"}
-    return signature(function, constants, {"num_warps": blocks.WARPS}, **types)
+KERNELS = "_block_backward _block_forward _block_sums _classifier_backward _classify _colour "
+KERNELS += "_convolve _filters_backward _meta_backward _meta_forward _moments"
+TRAININGS = [  # number of classes, hidden size, dtype of the convolutions, second order
+    (5, 20, None, False),
+    (20, 20, torch.bfloat16, False),
+    (5, 20, None, True),
+    (5, 1, None, True),
+]
 
 
-def of_convolution(function, number, channels, **constants):
-    options = {"ROWS": convolution.ROWS, "num_warps": convolution.WARPS}
-    if function is convolution._filters_backward:
-        options = dict(convolution.FILTERS_BACKWARD[channels])
-    constants |= {"C": channels, "ROWS": options.pop("ROWS"), "PRECISION": convolution.PRECISION}
-    types = dict.fromkeys(("x", "y", "grad"), f"*{number}")
-    return signature(function, constants, options, **types)
+@pytest.fixture(scope="module")
+def launches():
+    """What augmentation, training and tests launch, recorded on the meta device: by kernel, each
+    variant of its machine code as (function, types, constants, options).
+    """
+    numbers = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64"}
+    found = defaultdict(dict)
 
+    def kind(value):
+        if isinstance(value, torch.Tensor):
+            return f"*{numbers[value.dtype]}"
+        return "i32" if isinstance(value, int) else "fp32"
 
-COLOUR = {"BLOCK": colour.BLOCK}, {"num_warps": colour.WARPS}
-META = {"H": 20, "W": 32, "TILE": meta.TILE, "INPUTS": False}, {"num_warps": meta.WARPS}
-KERNELS = {
-    "colour": signature(colour._colour, *COLOUR, order="*i64"),
-    "meta_forward": signature(
-        meta._meta_forward, {k: v for k, v in META[0].items() if k != "INPUTS"}, META[1]
-    ),
-    **{
-        f"meta_backward {changed}": signature(
-            meta._meta_backward, META[0] | {"ADD": True} | changed, META[1] | meta.BACKWARD
-        )
-        for changed in ({}, {"ADD": False}, {"INPUTS": True}, {"INPUTS": True, "H": 1, "W": 16})
-    },
-}
-for n_classes in (8, 32):
-    constants = {"KP": n_classes, "C": 32, "FEATURES": update.FEATURES}, {"num_warps": update.WARPS}
-    types = {"x": "*bf16", "d_x": "*bf16", "y": "*i64"}
-    KERNELS[f"_classify {n_classes}"] = signature(update._classify, *constants, **types)
-constants = {k: v for k, v in constants[0].items() if k != "KP"}, constants[1]
-constants[0]["IMAGES"] = update.IMAGES
-KERNELS["_classifier_backward"] = signature(update._classifier_backward, *constants, x="*bf16")
-for number in ("fp32", "bf16"):
-    KERNELS[f"_moments {number}"] = of_block(blocks._moments, number)
-    for frozen in (False, True)[: 2 if number == "fp32" else 1]:
-        for function in (blocks._block_sums, blocks._block_backward):
-            name = f"{function.__name__} {number}" + " frozen" * frozen
-            KERNELS[name] = of_block(function, number, FROZEN=frozen)
-        for train in (True, False)[: 1 if frozen else 2]:
-            name = f"_block_forward {number} {train}" + " frozen" * frozen
-            KERNELS[name] = of_block(blocks._block_forward, number, TRAIN=train, FROZEN=frozen)
-    for channels, back in ((3, False), (32, False), (32, True)):
-        name = f"_convolve {number} {channels} {back}"
-        KERNELS[name] = of_convolution(convolution._convolve, number, channels, BACK=back)
-    for channels in convolution.FILTERS_BACKWARD:
-        name = f"_filters_backward {number} {channels}"
-        KERNELS[name] = of_convolution(convolution._filters_backward, number, channels)
+    def record(function, _programs, *args, **options):
+        constants = {name: options.pop(name) for name in function.arg_names if name in options}
+        types = dict(zip(function.arg_names, map(kind, args), strict=False))
+        types |= dict.fromkeys(constants, "constexpr")
+        found[function.__name__][f"{types} {constants}"] = function, types, constants, options
 
-
-LIKE_ANOTHER = "meta_backward {'ADD': False}", "_classify 32"  # and long to compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "works", lambda *_: True)
+        for module in MODULES:
+            patch.setattr(module, "launch", record)
+        augment.adjust_colours(*colour_args(3, 16, "meta"))
+        for n_class, hidden_size, dtype, second_order in TRAININGS:
+            shape = 16, torch.float32, n_class, hidden_size
+            models = networks("fast", *shape, device="meta", conv_dtype=dtype)
+            models[-1].second_order = second_order
+            episode = Episode(*(t.to("meta") for t in new_episode(n_class)))
+            meta_gradient(episode, *models, 100)
+            evaluate_episode(episode, *models, 100)
+    return found
 
 
 def run_tool(name, *arguments):
@@ -633,10 +593,8 @@ def run_tool(name, *arguments):
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "kernel", [pytest.param(k, marks=pytest.mark.slow) if k in LIKE_ANOTHER else k for k in KERNELS]
-)
-def test_kernels_compile(kernel, capability, tmp_path):
+@pytest.mark.parametrize("kernel", KERNELS.split())
+def test_kernels_compile(launches, kernel, capability, tmp_path):
     """To machine code for an H100 and an A100: hardly a register is spilled, no two warps of a
     matrix product compute the same, and those of 32 channels copy no single numbers to shared
     memory.
@@ -644,27 +602,28 @@ def test_kernels_compile(kernel, capability, tmp_path):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function, types, constants, options = KERNELS[kernel]
-    pointers = [k for k, kind in enumerate(types.values()) if kind[0] == "*"]
-    aligned = {(k,): [["tt.divisibility", 16]] for k in pointers}
-    source = ASTSource(function, signature=types, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
-    usage = run_tool("cuobjdump", "--dump-resource-usage", tmp_path / "kernel.cubin")
-    spilled = int(re.search(r" STACK:(\d+) ", usage)[1])  # bytes
-    assert spilled <= (48 if constants.get("INPUTS") else 16)
-    code = compiled.asm["ttgir"]
-    layouts = re.findall(r"warpsPerCTA = \[(\d+), (\d+)\], instrShape = \[(\d+), (\d+)", code)
-    shapes = re.findall(r"dot.*-> tensor<(\d+)x(\d+)xf32, #mma>", code)
-    assert bool(layouts) == bool(shapes) == (function.__module__ == convolution.__name__)
-    for down, right, height, width in layouts:
-        covered = int(down) * int(height), int(right) * int(width)
-        assert all(c <= int(s) for c, s in zip(covered, min(shapes), strict=True))
-    if layouts and constants["C"] == 32:
-        machine_code = run_tool("nvdisasm", "-c", tmp_path / "kernel.cubin")
-        copies = re.findall(r"\bLDGSTS[.\w]*", machine_code)
-        assert copies
-        assert all(copy.endswith((".128", ".64")) for copy in copies)
+    assert launches.keys() == set(KERNELS.split())
+    for function, types, constants, options in launches[kernel].values():
+        pointers = [k for k, kind in enumerate(types.values()) if kind[0] == "*"]
+        aligned = {(k,): [["tt.divisibility", 16]] for k in pointers}
+        source = ASTSource(function, signature=types, constexprs=constants, attrs=aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+        usage = run_tool("cuobjdump", "--dump-resource-usage", tmp_path / "kernel.cubin")
+        spilled = int(re.search(r" STACK:(\d+) ", usage)[1])  # bytes
+        assert spilled <= (48 if constants.get("INPUTS") else 16)
+        code = compiled.asm["ttgir"]
+        layouts = re.findall(r"warpsPerCTA = \[(\d+), (\d+)\], instrShape = \[(\d+), (\d+)", code)
+        shapes = re.findall(r"dot.*-> tensor<(\d+)x(\d+)xf32, #mma>", code)
+        assert bool(layouts) == bool(shapes) == (function.__module__ == convolution.__name__)
+        for down, right, height, width in layouts:
+            covered = int(down) * int(height), int(right) * int(width)
+            assert all(c <= int(s) for c, s in zip(covered, min(shapes), strict=True))
+        if layouts and constants["C"] == 32:
+            machine_code = run_tool("nvdisasm", "-c", tmp_path / "kernel.cubin")
+            copies = re.findall(r"\bLDGSTS[.\w]*", machine_code)
+            assert copies
+            assert all(copy.endswith((".128", ".64")) for copy in copies)
 
 
 # ---- On a GPU ----

@@ -15,8 +15,10 @@ from conftest import CPU, dataset, photograph, same
 from PIL import Image
 
 from data.imagefiles import load_image
-from dataloader import PIXELS, draw_augmentation, episodes, scan_split, stats_of
-from fast import augment, images, native
+from data.layout import scan_split
+from dataloader import PIXELS
+from engine.stream import episodes
+from fast import images, native
 from fast.images import FOLDER, DecodedSplit, decoded, reduced_size
 from fast.library import library
 from utils import UserError
@@ -25,12 +27,11 @@ PHOTOGRAPH = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jp
 
 
 def files(root):
-    return [path for of_class in scan_split(root, "train").files for path in of_class]
+    return scan_split(root, "train").images
 
 
 def build(root, image_size=16, cache_dir=None):
-    paths = files(root)
-    return decoded("train", paths, root, image_size, cache_dir, stats_of(paths))
+    return decoded(scan_split(root, "train"), image_size, cache_dir)
 
 
 def folders(root):
@@ -53,12 +54,6 @@ def test_large_images_are_downscaled_once(tmp_path):
     assert min(width, height) > 168
     assert tuple(split.sizes[0][::-1]) == reduced_size(width, height, 84)
     assert split.sizes[0].min() == 168
-
-
-def test_built_once(data, monkeypatch):
-    build(data)
-    monkeypatch.setattr(images, "_build", lambda *_: pytest.fail("built again"))
-    build(data)
 
 
 @pytest.mark.parametrize("change", ["touched", "new", "removed", "setting"])
@@ -95,16 +90,6 @@ def test_damage_is_noticed_and_mended(data, name, damage):
     assert (DecodedSplit(folder).image(3) == good).all()
 
 
-def n_built(root):
-    return len(build(root).sizes)
-
-
-def test_several_processes_at_once(data):
-    with multiprocessing.get_context("fork").Pool(3) as pool:
-        assert pool.map(n_built, [data] * 3, chunksize=1) == [48] * 3
-    assert len(folders(data)) == 1
-
-
 @pytest.mark.parametrize("other", ["data2", "elsewhere/data", "é" * 120])
 def test_data_sets_share_a_cache_dir(data, tmp_path, monkeypatch, other):
     """Neither removes what the other has decoded; each still removes what is stale of its own."""
@@ -124,12 +109,6 @@ def test_data_sets_share_a_cache_dir(data, tmp_path, monkeypatch, other):
         os.utime(second / "train" / "class 1" / "0.jpg", ns=(n, n))
         build(second, cache_dir=place)
     assert len(list(place.rglob("train-*"))) == 2
-
-
-def test_cache_dir_that_cannot_be_written(data, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be kept there .*--cache-dir"):
-        build(data, cache_dir=tmp_path / "file" / "inside")
 
 
 def test_others_may_read_the_cache_as_the_umask_says(data, monkeypatch):
@@ -189,7 +168,7 @@ def test_episodes_match_plain_ones(request, root, pixels, split, augment, mean_d
     root, size = request.getfixturevalue(root), 32 if root == "master" else 84
     how = dict(image_size=size, augment=augment, pixels=pixels, length=3)
     both = [dataset(way, root, split, **how) for way in ("plain", "fast")]
-    assert both[0].fingerprint == both[1].fingerprint
+    assert both[0].split.fingerprint == both[1].split.fingerprint
     assert [len(d.first(2)) for d in both] == [2, 2]
     differences = []
     for expected, found in zip(*(episodes(d, 0, 0, CPU, False) for d in both), strict=True):
@@ -209,15 +188,6 @@ def test_pytorch_agrees_with_the_kernel(photographs):
     with mock.patch.object(native, "handles", return_value=False):
         expected = grey_levels(data[0].query)
     assert (grey_levels(data[0].query) - expected).abs().mean() < 0.05
-
-
-def test_table_holds_all_parameters_exactly():
-    sizes = np.tile([[16000, 15999]], (50, 1))
-    drawn = draw_augmentation(5, "train", 0, sizes)
-    windows = augment.Windows.crops(drawn.box, 84)
-    columns = *windows, drawn.flip[:, None], drawn.jitter.astype(np.float32), drawn.order
-    assert np.array_equal(augment.table(windows, drawn), np.concatenate(columns, axis=1))
-    assert np.array_equal(augment.table(windows, None)[:, :8], np.concatenate(windows, axis=1))
 
 
 def test_a_pickled_data_set_holds_no_pixels(master):

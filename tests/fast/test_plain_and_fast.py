@@ -5,6 +5,8 @@ import torch
 from conftest import Model, drawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fast.learner import FastConv4
+
 SLOW = pytest.mark.slow
 
 
@@ -61,3 +63,20 @@ def test_bf16_is_close_to_fp32(master, image_size):
         assert convolutions.dtypes == {torch.bfloat16}
         assert close(results[:1], full.train(episode)[:1], 0.02)
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in half.meta.parameters())
+
+
+def test_a_network_that_threads_share_returns_each_its_own_images(monkeypatch):
+    network = FastConv4(16, 1e-3, 0.95, 3).eval()
+    mine, others = torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16)
+    store, came = torch.nn.Module.__setattr__, []
+
+    def interrupted(self, name, value):
+        store(self, name, value)
+        if name == "_last" and not came:  # here another thread takes its turn
+            came.append(network.block(1, others))
+
+    monkeypatch.setattr(torch.nn.Module, "__setattr__", interrupted)
+    found = network.block(1, mine)
+    monkeypatch.undo()
+    assert torch.equal(found, network.block(1, mine))
+    assert torch.equal(came[0], network.block(1, others))

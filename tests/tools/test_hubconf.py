@@ -119,7 +119,7 @@ def test_a_programs_settings_change_no_bit(data, capsys):
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found, expected)
-    assert "10 examples, trained on 5" in capsys.readouterr().out
+    assert "10 support images here, 5 in training" in capsys.readouterr().out
 
 
 def test_threads_do_not_mix_up_modules(monkeypatch):

@@ -2,19 +2,15 @@
 
 import shutil
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from conftest import ONE_THREAD, ROOT, completed, succeeded
 
-from dataloader import scan_split
+from data.layout import scan_split
 from engine.backend import dataset
 from engine.flags import parse
-from engine.model import Model
 from main import load_model
-from metalearner import MetaLearner
 from tools import plots
 from tools.trace import NAME, QUANTILES, read_trace, write_trace
 from utils import UserError
@@ -63,46 +59,21 @@ def test_validations_stand_at_their_episodes(run):
         assert list(axes.containers[0][0].get_xdata()) == [2, 4]
 
 
-def test_an_exported_pre_training_counts_batches(run):
-    content = {"episode": 6, "mode": "pretrain", "network": {"weight": torch.ones(1)}}
-    shutil.rmtree(run / "ckpts")
-    torch.save(content, run / "meta-learner.pth.tar")
-    labels = [axes.get_xlabel() for axes in plots.load_figures().curves(run).axes]
-    assert "batches" in labels
-
-
-def test_words_and_numbers_of_the_pictures(run):
+def test_style_and_numbers_of_the_pictures(monkeypatch):
     figures = plots.load_figures()
-    trace = read_trace(run)
-    figures.plt.rcParams["text.usetex"] = True  # as a user's own style may ask
+    # as a user's own style may ask
+    monkeypatch.setitem(figures.plt.rcParams, "text.usetex", True)
     with figures.style([]):
         assert not figures.plt.rcParams["text.usetex"]
-        gates = figures.gates("run", {**trace, "forget": 0.997 + trace["forget"] * 1e-5})
-    gates.canvas.draw()
-    titles = [axes.get_title() for axes in gates.axes[:5]]
-    assert titles == [f"convolution {k}" for k in range(1, 5)] + ["classifier"]
-    assert gates.axes[0].yaxis.get_offset_text().get_text() == ""
     mean, std = figures.smooth(np.array([8.0, 4.0, 2.0, 2.0, 5.0]), 3)
     assert list(mean) == pytest.approx([8, 14 / 3, 8 / 3, 3, 3.5])  # no leap at the end
     assert std[0] == 0
-    figures.plt.rcParams["text.usetex"] = False
 
 
 def test_a_damaged_trace_is_named(run):
     (run / NAME).write_bytes(b"junk")
     with pytest.raises(UserError, match=r"trace\.npz"):
         plots.plot(run)
-
-
-def test_a_trace_for_publication_holds_no_photograph(tmp_path, monkeypatch):
-    arrays = {"images": np.ones(3), "moved": np.ones(3)}
-    monkeypatch.setattr("tools.trace.record", lambda *_: dict(arrays))
-    what = SimpleNamespace(first=int), Model(None, None, MetaLearner(4, 1, 3)), 25, None
-    write_trace(tmp_path, *what)
-    assert np.load(tmp_path / NAME).files == ["moved"]
-    (tmp_path / "ckpts").mkdir()
-    write_trace(tmp_path, *what)
-    assert np.load(tmp_path / NAME).files == ["images", "moved"]
 
 
 def test_a_broken_matplotlib_costs_pictures_alone(run, monkeypatch, capsys):

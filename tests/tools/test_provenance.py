@@ -1,7 +1,6 @@
 """Provenance, class names, Markdown, metrics and recipes."""
 
 import importlib.metadata
-import json
 import subprocess
 import sys
 from unittest.mock import Mock
@@ -10,11 +9,11 @@ import pytest
 from conftest import CPU
 
 from engine import provenance as provenance_module
-from engine.flags import DEFAULTS, HYPER_PARAMETERS, METHODS, ROOT, spelled
+from engine.flags import DEFAULTS, HYPER_PARAMETERS, METHODS, spelled
 from engine.provenance import commit, cpu_name, provenance
 from tools import recipes as recipes_module
 from tools.recipes import recipe_name, recipes, starts_from
-from tools.words import display_name, markdown_table
+from tools.words import markdown_table
 from utils import UserError
 
 PORT = {k: DEFAULTS[k] for k in HYPER_PARAMETERS}
@@ -39,16 +38,6 @@ def test_what_is_missing_is_unknown(monkeypatch):
     assert commit() == "unknown"
     monkeypatch.setattr(provenance_module, "open", gone, raising=False)
     assert isinstance(cpu_name(), str)
-
-
-def test_wordnet_numbers_have_distinct_names():
-    paths = [ROOT / "data" / "splits" / f"{name}.json" for name in ("mini-imagenet", "tiny64")]
-    lists = [json.loads(path.read_text()) for path in paths]
-    numbers = {n for splits in lists for members in splits.values() for n in members}
-    assert len(numbers) > 170
-    assert len({display_name(n) for n in numbers} - numbers) == len(numbers)
-    assert display_name("n01532829") == "house finch"
-    assert display_name("my cat") == "my cat"
 
 
 def test_markdown_cells_keep_their_columns():

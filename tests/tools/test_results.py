@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint import BEST, LAST
-from engine.flags import DEFAULTS, HYPER_PARAMETERS, parse, resolve
+from engine.checkpoint import BEST, LAST, load
+from engine.flags import DEFAULTS, HYPER_PARAMETERS, ROOT, parse, resolve
 from engine.logger import read_metrics
 from tools.export import export
 from tools.recipes import recipes
@@ -215,27 +215,20 @@ DAMAGE = {  # where results.json is damaged -> what is there then
 
 @pytest.mark.parametrize("place", DAMAGE)
 def test_damaged_results_are_refused(tmp_path, place):
+    """Another value of a part, or no such part."""
     path = with_test(tmp_path / "a") / NAME
     content = json.loads(path.read_text())
     *above, part = [int(word) if word == "0" else word for word in place.split()]
-    for value in DAMAGE[place]:
-        functools.reduce(operator.getitem, above, content)[part] = value
+    inner = functools.reduce(operator.getitem, above, content)
+    damaged = [{**inner, part: value} for value in DAMAGE[place]]
+    if "hyper_parameters" not in above:  # of which older runs lack some
+        damaged.append({k: v for k, v in inner.items() if k != part})
+    for table in damaged:
+        inner.clear()
+        inner.update(table)
         path.write_text(json.dumps(content))
         with pytest.raises(UserError, match=r"results\.json"):
             read_results(tmp_path / "a")
-
-
-def test_results_that_lack_a_part_are_refused(tmp_path):
-    path = with_test(tmp_path / "a") / NAME
-    whole = json.loads(path.read_text())
-    for above in (["tests", 0], ["tests", 0, "tta"], ["training"]):
-        parts = functools.reduce(operator.getitem, above, whole)
-        for part in {"hyper_parameters", "seed"} if above == ["training"] else parts:
-            content = json.loads(json.dumps(whole))
-            del functools.reduce(operator.getitem, above, content)[part]
-            path.write_text(json.dumps(content))
-            with pytest.raises(UserError, match=r"results\.json"):
-                read_results(tmp_path / "a")
 
 
 def test_damaged_metrics_are_refused(trained, tmp_path):
@@ -256,6 +249,17 @@ def test_damaged_metrics_are_refused(trained, tmp_path):
         path.write_text("\n".join(map(json.dumps, [train, event])))
         with pytest.raises(UserError, match=r"metrics\.jsonl"):
             read_metrics(tmp_path)
+
+
+def test_what_is_published_loads_and_is_in_the_table():
+    """As ``bash scripts/results.sh --write docs/results.md`` has written it."""
+    published = sorted((ROOT / "results").glob(f"*/{NAME}"))
+    assert published
+    for path in (ROOT / "results").glob("*/meta-learner.pth.tar"):
+        load(path)
+    text = (ROOT / "docs" / "results.md").read_text()
+    (found,) = re.findall("<!-- results -->\n(.*?)<!-- /results -->\n", text, re.DOTALL)
+    assert found == tables([path.parent for path in published]) + "\n"
 
 
 def test_export_needs_a_checkpoint(tmp_path):
