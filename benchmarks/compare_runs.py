@@ -58,7 +58,7 @@ def compare(folders: list[Path], at: int | None = None) -> str:
     Raises:
         UserError: a folder is no run, or validates on another number of episodes.
     """
-    rows, first, accuracies = [], None, []
+    rows, first, first_images, accuracies = [], None, None, []
     for folder in folders:
         path = find_checkpoint(folder, LAST, BEST)
         if path is None:
@@ -72,10 +72,14 @@ def compare(folders: list[Path], at: int | None = None) -> str:
         if len(found) != len(accuracies):
             n = f"{len(found)} episodes, {folders[0]} on {len(accuracies)}"
             raise UserError(f"{folder}: validated on {n}; compare runs of one kind")
+        images = content.get("run", {}).get("data", {}).get("val")  # not in exported runs
+        first_images = first_images or images
         paired = folder != folders[0] and all(stored.get(k) == first.get(k) for k in EPISODES)
+        paired = paired and images in (None, first_images)
         apart = [k for k in HYPER_PARAMETERS if stored.get(k) != first.get(k)]
         changes = ", ".join(f"`{spelled(k)} {text(stored.get(k))}`" for k in apart)
-        seen = f"{val['episode']:,} of {events[-1]['episode']:,}"
+        last = max(e["episode"] for e in events if e["event"] in ("train", "val"))
+        seen = f"{val['episode']:,} of {last:,}"
         cells = [folder.name, begins_with.split("/")[0], changes, seen]
         cells += [f"{seconds_per_episode(events) * 1e3:.0f}", interval(found)]
         rows.append([*cells, difference(found, accuracies) if paired else ""])

@@ -191,12 +191,13 @@ def main(argv: list[str]) -> int:
     done, flags, out = [], parse(others), Path(args.out)
     if not out.name or not out.parent.is_dir():
         raise UserError(f"--out {args.out}: give a name in a folder that exists")
+    load_figures()  # to fail now, not after the tests
     for run in args.runs:
         done.append(compare(run, flags))
         tables = [table(*each) for each in done]
         print(tables[-1], flush=True)
-        Path(f"{args.out}.md").write_text("\n".join(tables), encoding="utf-8")
-        draw(done, Path(f"{args.out}.png"))
+        Path(f"{out}.md").write_text("\n".join(tables), encoding="utf-8")
+        draw(done, Path(f"{out}.png"))
     return 0
 
 

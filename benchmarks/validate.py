@@ -40,6 +40,7 @@ def compare(runs: list[str], flags: dict[str, object]) -> str:
         UserError: there is no checkpoint, or its episodes differ from the first run's.
     """
     flags, rows, first, first_args = {"seed": DEFAULTS["seed"], **flags}, [], [], None
+    first_images = ""
     for run in runs:
         args, checkpoint, backend, model = load_model({**flags, "resume": run})
         first_args = first_args or args
@@ -49,6 +50,11 @@ def compare(runs: list[str], flags: dict[str, object]) -> str:
                 what = f"its {spelled(name)} is {own}, but that of {of_first}"
                 raise UserError(f"{run}: {what}; compare runs of one kind")
         val_set = dataset(args, backend, scan_split(args.data_root, "val"), args.episode_val)
+        images = val_set.split.fingerprint
+        first_images = first_images or images
+        if images != first_images:
+            what = f"{args.data_root}/val holds other images than those of {runs[0]}"
+            raise UserError(f"{run}: {what}; give one --data-root for all")
         found = Evaluator(args, backend, model)(val_set)[1]
         apart = difference(found, first) if first else ""
         first = first or found

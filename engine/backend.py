@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from data.layout import Split
 from dataloader import EpisodeDataset
+from engine.flags import ROOT
 from engine.own_learner import conv4_arguments, own_learner
 from episode import step_if_finite
 from learner import Conv4, FlatModule
@@ -86,7 +86,7 @@ def select_backend(args: Namespace, local: tuple[int, int] = (0, 1)) -> Backend:
     """
     device, name = _device(args, *local)
     why = "--plain" if args.plain else "there is no folder fast/"
-    plain = args.plain or importlib.util.find_spec("fast") is None
+    plain = args.plain or not (ROOT / "fast" / "__init__.py").is_file()
     if args.precision == "bf16" and (plain or device.type == "cpu"):
         problem = why if plain else "this is a CPU, where fp32 is faster"
         raise UserError(f"--precision bf16: needs a GPU and fast/ ({problem}); give fp32")

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from engine.schema import fits
+from engine.schema import finite, fits
 from utils import UserError, counted, explained, load_package
 
 CONSOLE, METRICS = "console.log", "metrics.jsonl"
@@ -25,6 +25,10 @@ def _is_episode(n: object) -> bool:
     return isinstance(n, int) and fits(n, float)
 
 
+def _accuracies(values: object) -> bool:
+    return bool(values) and fits(values, [finite])
+
+
 _FORMS = {  # of events, by kind: what is read of them
     "train": {
         "episode": _is_episode,
@@ -32,7 +36,7 @@ _FORMS = {  # of events, by kind: what is read of them
         "mean_accuracy": float,
         "time": {"seconds": float, "episodes_per_second": lambda n: fits(n, float) and n > 0},
     },
-    "val": {"episode": _is_episode, "loss": _MEAN, "accuracy": _MEAN, "accuracies?": [float]},
+    "val": {"episode": _is_episode, "loss": _MEAN, "accuracy": _MEAN, "accuracies?": _accuracies},
 }
 
 

@@ -65,7 +65,7 @@ def own_learner(args: Namespace) -> FlatModule:
         advice = f"the checkpoint has this path; if the file moved, give --learner NEW.py:{name}"
         raise UserError(f"{e}; {advice}") from e
     if found != args.learner:
-        advice = f"bring it back, or give {flag} to take it as it is"
+        advice = f"bring it back; to test or predict with it as it is, give {flag}"
         raise UserError(f"{path}: has changed since the training with it ({digest}); {advice}")
     try:
         make = getattr(_module(Path(path)), name)

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from data.layout import scan_split
 from engine.backend import dataset
-from engine.checkpoint import BEST, LAST, resolve_checkpoint
+from engine.checkpoint import BEST, LAST, load, resolve_checkpoint
 from engine.flags import resolve, run_folder
 from tools.results import NAME as RESULTS
 from tools.trace import N_EPISODES, read_trace, write_trace
@@ -45,9 +45,10 @@ def plot_mode(cli_args: dict[str, object], load_model: Callable[..., tuple]) -> 
         folder = folder.parent if folder.name == "ckpts" else folder
     if {"data", "data_root"} & cli_args.keys() and not (folder / TRACE).exists():
         last = resolve_checkpoint(str(folder), args.seed, LAST, BEST)  # as at the training's end
-        args, _, backend, model = load_model({**cli_args, "resume": last})
-        val_set = dataset(args, backend, scan_split(args.data_root, "val"), N_EPISODES)
-        write_trace(folder, val_set, model, args.batch_size, backend.device)
+        if load(Path(last)).get("mode") != "pretrain":  # which has no updates to trace
+            args, _, backend, model = load_model({**cli_args, "resume": last})
+            val_set = dataset(args, backend, scan_split(args.data_root, "val"), N_EPISODES)
+            write_trace(folder, val_set, model, args.batch_size, backend.device)
     plot(folder)
 
 

@@ -2,7 +2,6 @@
 
 import ast
 import graphlib
-import importlib.util
 import json
 import re
 import shlex
@@ -14,7 +13,7 @@ from conftest import assert_same, completed, metrics, run_test, succeeded, tenso
 
 import learner
 import metalearner
-from engine import flags
+from engine import backend, flags
 from engine.backend import select_backend
 from engine.flags import ROOT
 from utils import UserError
@@ -137,9 +136,9 @@ def test_without_fast_all_works_and_is_what_plain_gives(master, tmp_path):
 
 
 @pytest.mark.parametrize("plain", [True, False, None], ids=["--plain", "no folder", "CPU"])
-def test_without_fast_or_a_gpu_bfloat16_is_refused(monkeypatch, plain):
+def test_without_fast_or_a_gpu_bfloat16_is_refused(monkeypatch, tmp_path, plain):
     if plain is not None:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(backend, "ROOT", tmp_path)
     args = flags.resolve({"cpu": True, "precision": "bf16", "plain": bool(plain)})
     with pytest.raises(UserError, match="--precision bf16"):
         select_backend(args)
@@ -159,7 +158,7 @@ def test_without_triton_fast_works():
 def test_a_run_can_change_its_backend(master, tmp_path, order):
     """A checkpoint knows nothing of it; the numbers are equal to rounding."""
     for save, backends in (("a", order), ("b", ("--plain", "--plain"))):
-        for n, backend in enumerate(backends, start=1):
-            succeeded(train(master, tmp_path / save, backend, "--resume", "auto", episode=n))
+        for n, flag in enumerate(backends, start=1):
+            succeeded(train(master, tmp_path / save, flag, "--resume", "auto", episode=n))
     here, there = ([m["loss"] for m in metrics(tmp_path / s, "train")] for s in "ab")
     assert here == pytest.approx(there, rel=0.02)
