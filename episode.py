@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from learner import FlatModule, flat_gradient
+from learner import FlatModule
 from metalearner import UpdateRule
 
 
@@ -136,7 +136,8 @@ def meta_gradient(
     learner_wo_grad.train()
     c, _ = adapt(episode, learner_w_grad, metalearner, batch_size)
     loss, logits = query_loss(episode, learner_w_grad, learner_wo_grad, c)
-    gradient = flat_gradient(loss, learned(metalearner))
+    grads = torch.autograd.grad(loss, learned(metalearner))  # an unused parameter is an error
+    gradient = torch.cat([g.reshape(-1) for g in grads])
     return gradient, loss.detach(), accuracy(logits, episode.query_y)
 
 

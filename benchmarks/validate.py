@@ -39,22 +39,18 @@ def compare(runs: list[str], flags: dict[str, object]) -> str:
     Raises:
         UserError: there is no checkpoint, or its episodes differ from the first run's.
     """
-    flags, rows, first, first_args = {"seed": DEFAULTS["seed"], **flags}, [], [], None
-    first_images = ""
+    flags, rows, first, first_kind = {"seed": DEFAULTS["seed"], **flags}, [], [], None
     for run in runs:
         args, checkpoint, backend, model = load_model({**flags, "resume": run})
-        first_args = first_args or args
-        for name in EPISODES:
-            if getattr(args, name) != getattr(first_args, name):
-                own, of_first = getattr(args, name), f"{runs[0]} is {getattr(first_args, name)}"
-                what = f"its {spelled(name)} is {own}, but that of {of_first}"
+        split = scan_split(args.data_root, "val")
+        kind = {spelled(name): getattr(args, name) for name in EPISODES}
+        kind["hash of the validation images"] = split.fingerprint
+        first_kind = first_kind or kind
+        for name, value in kind.items():
+            if value != first_kind[name]:
+                what = f"its {name} is {value}, but that of {runs[0]} is {first_kind[name]}"
                 raise UserError(f"{run}: {what}; compare runs of one kind")
-        val_set = dataset(args, backend, scan_split(args.data_root, "val"), args.episode_val)
-        images = val_set.split.fingerprint
-        first_images = first_images or images
-        if images != first_images:
-            what = f"{args.data_root}/val holds other images than those of {runs[0]}"
-            raise UserError(f"{run}: {what}; give one --data-root for all")
+        val_set = dataset(args, backend, split, args.episode_val)
         found = Evaluator(args, backend, model)(val_set)[1]
         apart = difference(found, first) if first else ""
         first = first or found

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from episode import Episode
-from utils import counted
+from utils import counted, first_line
 
 WARM_UP = 3  # eager calls before the capture: libraries make workspaces, Adam its moments
 CHECKED = 2  # replays that are compared with eager calls; the second shows a baked-in number
@@ -121,7 +121,7 @@ class CUDAGraphFunction:
             cause: BaseException = e
             while cause.__context__ is not None:  # the first error, not what it led to
                 cause = cause.__context__
-            self._drop(next(iter(str(cause).splitlines()), type(cause).__name__))
+            self._drop(first_line(cause))
         else:
             self.graph, self.addresses = graph, self._addresses()
         finally:

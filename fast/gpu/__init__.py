@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import out_of_memory
+from utils import first_line, out_of_memory
 
 try:
     import triton
@@ -69,7 +69,7 @@ def _agrees(kernel, eager, tolerance, results, variant=None) -> bool:
     except Exception as e:  # a compiler's errors are of many types
         if out_of_memory(e):  # which says nothing about the kernel
             raise
-        problem = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
+        problem = f"{type(e).__name__}: {first_line(e)}"
     else:
         if difference <= tolerance:
             return True

@@ -44,3 +44,10 @@ def test_runs_of_another_kind_are_refused(runs, master, tmp_path, capsys):
     succeeded(train(master, tmp_path / "c", "--n-class", "2"))
     with pytest.raises(UserError, match="c-719"):
         validate.main([str(runs[0]), str(tmp_path / "c-719"), *FLAGS])
+
+
+def test_runs_on_other_images_are_refused(runs, data, tmp_path):
+    next((data / "val" / "val class 0").iterdir()).unlink()
+    succeeded(train(data, tmp_path / "d"))
+    with pytest.raises(UserError, match="d-719"):
+        validate.main([str(runs[0]), str(tmp_path / "d-719"), *FLAGS])
