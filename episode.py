@@ -1,9 +1,9 @@
 """Algorithm 1 of the paper, one episode at a time.
 
 The meta-learner trains the learner on the support set (``updates``, lines 4 to 10). The query loss
-is differentiated through that training (``meta_gradient``, lines 11 and 12), and its gradient
-trains the meta-learner (``update_metalearner``, line 13). ``train_episode`` does all three;
-``evaluate_episode`` runs the same inner loop without a graph.
+(``query_loss``, lines 11 and 12) is differentiated through that training (``meta_gradient``), and
+its gradient trains the meta-learner (``update_metalearner``, line 13). ``train_episode`` does it
+all; ``evaluate_episode`` runs the same inner loop without a graph.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Episode(NamedTuple):
     support_y: Tensor  # [n_class * n_shot], int64
     query: Tensor  # [n_class * n_eval, 3, H, W], float32
     query_y: Tensor  # [n_class * n_eval], int64
-    order: Tensor  # [epoch, n_class * n_shot], int64: the order of the support set in each pass
+    order: Tensor  # [n_pass, n_class * n_shot], int64: the order of the support set in each pass
 
 
 def minibatches(episode: Episode, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -52,9 +52,9 @@ def updates(
 
     Args:
         episode: ``order`` has one row per pass.
-        learner_w_grad: computes loss and gradient at each cell state in turn; its running
-            statistics are the support set's, one update old; with ``metalearner.final_stats``,
-            tests update them once more at the last parameters.
+        learner_w_grad: computes loss and gradient at each cell state in turn. These passes update
+            its running statistics, so the last parameters have no part in them; with
+            ``metalearner.final_stats``, tests add a pass at those.
         metalearner: makes each cell state from the last one.
         batch_size: images in a minibatch; the last minibatch of a pass may be smaller.
 

@@ -8,7 +8,7 @@ Two instances of one network play two parts:
     *inputs* of the meta-learner and, unless it asks for second order, constants in its graph.
 ``learner_wo_grad``
     Its weights *are* slices of the meta-learner's last cell state, so the gradient of the query
-    loss flows through them into the meta-learner. Meanwhile it has no leaf parameters.
+    loss flows through them into the meta-learner. It has no leaf parameters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MIN_IMAGE_SIZE = 2**N_BLOCKS
 
 
 def flat_gradient(loss: Tensor, parameters: list[Tensor]) -> Tensor:
-    """The loss's gradient [G], one parameter after the other; 0 for one without a part in it."""
+    """The loss's gradient [G], one parameter after the other; 0 for an unused one."""
     grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     return torch.cat([g.reshape(-1) for g in grads])
 
@@ -35,9 +35,10 @@ def flat_gradient(loss: Tensor, parameters: list[Tensor]) -> Tensor:
 class FlatModule(nn.Module):
     """A network whose parameters are read and written as one flat vector [P].
 
-    Derive your own network from this class instead of ``nn.Module``, and write ``__init__`` and
-    ``forward(x) -> logits`` as usual. Any layers will do, as long as all parameters have one
-    floating dtype and no two layers share one. The vector follows the order of ``parameters()``.
+    Derive your own network from this class (``--learner`` also wraps other ``nn.Module``s), and
+    write ``__init__`` and ``forward(x) -> logits`` as usual. Any layers will do, as long as all
+    parameters have one floating dtype and no two layers share one. The vector follows the order of
+    ``parameters()``.
     """
 
     @functools.cached_property  # transfer_params removes the parameters
@@ -133,8 +134,7 @@ class FlatModule(nn.Module):
             y: labels [B], int64.
 
         Returns:
-            The loss [] and its gradient [P, 1], both detached; 0 for a parameter without a part in
-            the loss.
+            The loss [] and its gradient [P, 1], both detached; 0 for an unused parameter.
         """
         with torch.enable_grad():
             loss = F.cross_entropy(self(x), y)

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 if code := process.run_main(process.check_packages, process.PACKAGES):
     sys.exit(code)
 
-from baselines.methods import BUILDERS, initialise, training_split
+from baselines.methods import BUILDERS, load_start, training_split
 from baselines.pretrain import pretrain
 from data.layout import check_splits, scan_split
 from engine.backend import Backend, adam, dataset, make_learner, make_metalearner, select_backend
@@ -64,14 +64,15 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
         ranks.compare({"device": backend.description})
         seen_classes = folder.origin[1].get("classes", ()) if folder.origin else ()
         check_splits(args.data_root, seen_classes, ("val", "test"))
-        lengths = {"train": args.episode} | ({"val": args.episode_val} if args.val_freq else {})
-        names = {"train": training_split(args.method), "val": "val"}
-        splits = {k: scan_split(args.data_root, names[k]) for k in lengths}
+        lengths, source = {"train": args.episode}, training_split(args.method)
+        if args.val_freq and source != "val":
+            lengths["val"] = args.episode_val
+        splits = {k: scan_split(args.data_root, source if k == "train" else k) for k in lengths}
         sets = {k: dataset(args, backend, splits[k], n) for k, n in lengths.items()}
         model = build(args, backend)
         optimizer = adam(args, backend, learned(model.metalearner))
         if folder.checkpoint is None:
-            initialise(args, model, folder.origin, sets["train"])
+            load_start(args, model, folder.origin, sets["train"])
         averaged = averaged_copy(args, model)
         with Run(folder, saved_modules(model, averaged), optimizer, sets, backend.device) as run:
             train_step = make_train_step(args, backend, model, optimizer, ranks, averaged)

@@ -58,8 +58,8 @@ class UpdateRule(nn.Module):
             gradient in 5-shot episodes and 1/5 in 1-shot ones.
         second_order: whether training differentiates the learner's loss and gradient, too. The
             paper does not.
-        final_stats: whether tests update batch norm's running statistics again after the last
-            update. The paper's are one update old.
+        final_stats: whether tests update batch norm's running statistics once more, with the last
+            parameters. The paper does not.
     """
 
     grad_divisor: int = 0
@@ -94,7 +94,7 @@ class UpdateRule(nn.Module):
 
 
 class MetaLSTMCell(nn.Module):
-    """One scalar LSTM cell per coordinate, all with the same gate weights (equations 3 and 4).
+    """An LSTM cell per coordinate, with shared weights (equations 3 and 4; f, i are logits here).
 
     f_t = [h_t, c_{t-1}, f_{t-1}] WF + bF
     i_t = [h_t, c_{t-1}, i_{t-1}] WI + bI
@@ -126,7 +126,7 @@ class MetaLSTMCell(nn.Module):
 
         Args:
             h: [P, hidden_size], the LSTM's output for each coordinate.
-            grad: [P, 1], a constant by the paper's first-order assumption.
+            grad: [P, 1], a constant unless ``UpdateRule.second_order``.
             f, i, c: [P, 1], the last gates before the sigmoid, and the last cell state.
 
         Returns:

@@ -1,7 +1,7 @@
-"""Errors, packages, files written whole, and locks.
+"""Errors, packages, atomic writes, and locks.
 
-Imports no PyTorch, and must be imported before it: OpenMP and cuBLAS read the settings made here
-when they start.
+Imports no PyTorch, and sets what OpenMP and cuBLAS read when PyTorch starts them: import it, or
+``engine``, first.
 """
 
 from __future__ import annotations

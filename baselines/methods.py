@@ -1,4 +1,4 @@
-"""How each ``--method`` other than the paper's is built and initialised."""
+"""How each ``--method`` other than the paper's is built, and what ``--init-from`` loads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from baselines.protonet import PrototypicalNetwork
 from dataloader import EpisodeDataset
 from engine.backend import Backend
 from engine.checkpoint import load_init, load_weights
-from engine.flags import PRETRAINED, spelled
+from engine.flags import PRETRAINED, essence, spelled
 from engine.model import Trainable
 from engine.stream import episodes
 from learner import N_BLOCKS
@@ -41,7 +41,7 @@ def training_split(method: str) -> str:
     return "val" if method == "finetune" else "train"
 
 
-def initialise(
+def load_start(
     args: argparse.Namespace,
     model: Trainable,
     origin: tuple[Path, dict] | None,
@@ -59,7 +59,7 @@ def initialise(
     path, content = origin
     for name in SAME:
         value, stored = getattr(args, name), content.get("hyper_parameters", {}).get(name)
-        if stored not in (None, value):
+        if stored is not None and essence(stored) != essence(value):
             raise UserError(f"{spelled(name)} {value}: {path} was trained with {stored}; give that")
     if args.method not in PRETRAINED:
         load_init(model, content, path)

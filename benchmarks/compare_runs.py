@@ -21,7 +21,7 @@ from paired import difference, interval
 
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST, find_checkpoint
-from engine.flags import HYPER_PARAMETERS, Parser, completed, int_range, spelled
+from engine.flags import DEFAULTS, HYPER_PARAMETERS, Parser, completed, int_range, spelled
 from engine.logger import read_metrics
 from engine.process import run_main
 from tools.recipes import text
@@ -29,6 +29,7 @@ from tools.words import markdown_table
 from utils import UserError
 
 EPISODES = ("seed", "n_class", "n_shot", "n_eval")  # which episodes a run is validated on
+VALIDATION = ("transductive", "tta_permutations", "tta_flip")  # and how
 
 
 def seconds_per_episode(events: list[dict]) -> float:
@@ -65,6 +66,7 @@ def compare(folders: list[Path], at: int | None = None) -> str:
             raise UserError(f"{folder}: no checkpoint there; name a run folder")
         content, events = checkpoints.load(path), read_metrics(folder)
         stored = completed(content.get("hyper_parameters", {}))
+        stored |= {k: content.get("run_flags", {}).get(k, DEFAULTS[k]) for k in VALIDATION}
         begins_with = (content.get("about", {}).get("started_from") or {}).get("checkpoint", "")
         val = validation(folder, events, at)
         found = val["accuracies"]
@@ -76,7 +78,7 @@ def compare(folders: list[Path], at: int | None = None) -> str:
         first_images = first_images or images
         paired = folder != folders[0] and all(stored.get(k) == first.get(k) for k in EPISODES)
         paired = paired and images in (None, first_images)
-        apart = [k for k in HYPER_PARAMETERS if stored.get(k) != first.get(k)]
+        apart = [k for k in (*HYPER_PARAMETERS, *VALIDATION) if stored.get(k) != first.get(k)]
         changes = ", ".join(f"`{spelled(k)} {text(stored.get(k))}`" for k in apart)
         last = max(e["episode"] for e in events if e["event"] in ("train", "val"))
         seen = f"{val['episode']:,} of {last:,}"

@@ -22,21 +22,19 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from paired import difference, interval
+from paired import difference, interval, load_run
 from torch import Tensor
 
-from data.layout import check_splits, scan_split
+from data.layout import scan_split
 from dataloader import EpisodeDataset
 from engine.backend import Backend, dataset
-from engine.checkpoint import trained_shots
-from engine.evaluation import Evaluator, schedule
+from engine.evaluation import Evaluator
 from engine.flags import Parser, parse, path
 from engine.logger import summary
 from engine.model import Model
 from engine.process import run_main
 from engine.stream import episodes
 from episode import updates
-from main import load_model
 from metalearner import UpdateRule
 from tools.plots import load_figures
 from tools.trace import layers
@@ -88,15 +86,14 @@ def climb(
     """Multiply or divide by 2 the steps of each group in turn, as long as the score rises."""
     best = score(steps)
     for group in groups:
+        start = steps
         for factor in (2.0, 0.5):
-            moved = False
             while True:
                 tried = [s * factor if k in group else s for k, s in enumerate(steps)]
-                found = score(tried)
-                if found <= best:
+                if (found := score(tried)) <= best:
                     break
-                best, steps, moved = found, tried, True
-            if moved:
+                best, steps = found, tried
+            if steps is not start:
                 break
     return steps
 
@@ -137,12 +134,9 @@ def compare(run: str, flags: dict) -> tuple[str, list[tuple[str, list[float]]]]:
     Raises:
         UserError: there is no checkpoint, or it is not one of the paper's method.
     """
-    args, checkpoint, backend, model = load_model({**flags, "resume": run})
+    args, _, backend, model = load_run(run, flags)
     if args.method not in ("lstm", "linear-head"):
         raise UserError(f"{run}: is of --method {args.method}, which has no gates to freeze")
-    check_splits(args.data_root, checkpoint.get("classes", ()), ("val", "test"))
-    how = schedule(args, trained_shots(checkpoint, args), args.n_class * args.n_shot)  # as in tests
-    args.batch_size, model.metalearner.grad_divisor = how
     val_set, test_set = (
         dataset(args, backend, scan_split(args.data_root, split), n)
         for split, n in (("val", args.episode_val), ("test", max(args.episode_test)))

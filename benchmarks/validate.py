@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from paired import difference, interval
+from paired import difference, interval, load_run
 
 from data.layout import scan_split
 from engine.backend import dataset
@@ -22,7 +22,6 @@ from engine.checkpoint import short_name
 from engine.evaluation import Evaluator
 from engine.flags import DEFAULTS, Parser, parse, spelled
 from engine.process import run_main
-from main import load_model
 from tools.words import markdown_table
 from utils import UserError
 
@@ -41,7 +40,7 @@ def compare(runs: list[str], flags: dict[str, object]) -> str:
     """
     flags, rows, first, first_kind = {"seed": DEFAULTS["seed"], **flags}, [], [], None
     for run in runs:
-        args, checkpoint, backend, model = load_model({**flags, "resume": run})
+        args, checkpoint, backend, model = load_run(run, flags)
         split = scan_split(args.data_root, "val")
         kind = {spelled(name): getattr(args, name) for name in EPISODES}
         kind["hash of the validation images"] = split.fingerprint

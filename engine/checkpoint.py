@@ -100,7 +100,8 @@ def resolve_checkpoint(named: str, seed: int, *names: str, flag: str = "--resume
     places = [Path(place) for place in (named, f"{named}-{seed}") if Path(place).exists()]
     if not places:
         raise UserError(f"{flag} {named}: there is neither {named} nor {named}-{seed}")
-    return str(find_checkpoint(places[0], *names) or places[0])
+    found = (find_checkpoint(place, *names) for place in places)
+    return str(next(filter(None, found), places[0]))
 
 
 def short_name(path: Path) -> str:

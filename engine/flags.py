@@ -218,8 +218,10 @@ words = "folder with train/, val/, test/ of class folders (default: data/NAME)"
 add("--data-root", None, words, "DIR")
 words, pixels = "height and width of the images, pixels", int_range(MIN_IMAGE_SIZE, 1024)
 add("--image-size", 84, words, "PX", True, type=pixels)
-words = "of training images: port (random crops, flips, colour jitter); zoom, mild (the same with "
-words += "crops of at least 22 and 60 %% of the area); none (the whole image resized to a square, "
+words = "of training images: port (random crops, flips, colour jitter); zoom, mild (crops of at "
+words += (
+    "least 22 and 60 %% of the area, weaker jitter); none (the whole image resized to a square, "
+)
 words += "as the authors); flip (the same with random flips). Validation and test: a centre crop "
 words += "with port, else the whole image"
 add("--augment", "port", words, hyper=True, choices=("port", "none", "flip", "zoom", "mild"))
@@ -231,7 +233,7 @@ add("--n-workers", default_workers(), words, "N", type=int_range(0, 256))
 add("--pin-mem", True, "page-locked memory for copies to the GPU")
 
 add = _group("episodes")
-add("--n-class", 5, "classes of an episode (n-way)", "N", True, type=int_range(2, 1000))
+add("--n-class", 5, "classes of an episode (n-way)", "N", True, type=int_range(2, 10**5))
 add("--n-shot", 5, "support images per class (k-shot)", "N", True, type=int_range(1, 1000))
 add("--n-eval", 15, "query images per class", "N", True, type=int_range(1, 1000))
 add("--episode", 50000, "training episodes", "N", type=count)
@@ -359,17 +361,22 @@ def resolve(
         low, high = getattr(args, name)
         if low > high:
             raise UserError(f"{spelled(name)} {low:g} {high:g}: LOW must not exceed HIGH")
-    mode, method, loop = args.mode, args.method, args.method in INNER_LOOP
-    head, conv4 = method == "linear-head", args.learner == "conv4"
-    of_loop = "tta_permutations tta_flip transductive final_stats meta_batch second_order"
+    mode, method, conv4 = args.mode, args.method, args.learner == "conv4"
+    training, head = mode != "pretrain", method == "linear-head"
+    this = f"--method {method}" if training else "--mode pretrain"
+    loop, lstm = training and method in INNER_LOOP, training and (method == "lstm" or head)
+    of_loop = "tta_permutations tta_flip transductive final_stats second_order "
+    of_loop += "grad_divisor bi_init"
     rules = [  # flags, whether they may have other values than the default, and why not
         ("mode", conv4 or mode != "pretrain", "needs --learner conv4"),
         ("method precision", conv4, "needs --learner conv4"),
         ("bn_shift", head, "is for --method linear-head only"),
         ("transductive final_stats", not head, "a linear head has no batch norm; leave it out"),
-        ("ema method meta_batch", mode != "pretrain", "is not for --mode pretrain; leave it out"),
-        ("classifier", mode == "pretrain", "is for --mode pretrain only"),
-        (of_loop, loop, f"is not for --method {method}"),
+        ("ema method", training, "is not for --mode pretrain; leave it out"),
+        ("classifier", not training, "is for --mode pretrain only"),
+        (f"{of_loop} meta_batch", loop, f"is not for {this}; leave it out"),
+        ("hidden_size lstm_init bf_init", lstm, f"is not for {this}; leave it out"),
+        ("batch_size", loop or method == "finetune", f"is not for {this}; leave it out"),
         ("mode", loop or mode != "predict", f"is not for --method {method}"),
         ("init_from", loop or method in PRETRAINED, f"--method {method} starts from scratch"),
         ("shots", method != "finetune", "is tuned for one number of shots; leave it out"),

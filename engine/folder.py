@@ -61,8 +61,11 @@ class RunFolder(contextlib.ExitStack):
             own = (self.path / "ckpts").resolve()
             self.continues = resume is not None and Path(resume).resolve().parent == own
             free = {"val_freq"} if stored.get("lr_decay") else {"val_freq", "episode"}
-            if self.continues and "run_flags" in checkpoint:
-                stored = stored | {k: default[k] for k in flags.RUN_FLAGS} | checkpoint["run_flags"]
+            run_flags = checkpoint.get("run_flags", {})
+            if self.continues and run_flags:
+                stored = stored | {k: default[k] for k in flags.RUN_FLAGS} | run_flags
+            elif stored.get("lr_decay") and "episode" in run_flags:  # on which the rate depends
+                stored = stored | {"episode": run_flags["episode"]}
             given = {k: v for k, v in cli_args.items() if k in stored.keys() - free}
             self.changed = {k: v for k, v in given.items() if essence(stored[k]) != essence(v)}
             self._refuse_changes(str(resume), stored)
@@ -83,11 +86,32 @@ class RunFolder(contextlib.ExitStack):
             if mode != args.mode:
                 advice = "give it to --init-from" if mode == "pretrain" else "give another --save"
                 raise UserError(f"{resume}: is of --mode {mode}, not {args.mode}; {advice}")
+            self._refuse_loss(Path(resume), checkpoint["episode"])
+            if init_from:
+                self._note_another_start(args, checkpoint)
         elif init_from:  # a run that continues is past its start
             find = (args.seed, BEST, LAST)
             path = Path(checkpoints.resolve_checkpoint(init_from, *find, flag="--init-from"))
             origin = path, checkpoints.load(path, "--init-from")
         return resume, checkpoint, origin
+
+    @staticmethod
+    def _note_another_start(args: argparse.Namespace, checkpoint: dict) -> None:
+        began = (checkpoint.get("about", {}).get("started_from") or {}).get("checkpoint")
+        with contextlib.suppress(UserError):  # it may be gone by now
+            path = checkpoints.resolve_checkpoint(args.init_from, args.seed, BEST, LAST)
+            if began and checkpoints.short_name(Path(path)) != began:
+                print(f"note: --init-from {path} has no effect: the run started from {began}")
+
+    def _refuse_loss(self, resume: Path, episode: int) -> None:
+        """Refuse an earlier checkpoint of this folder, from which the run would be overwritten."""
+        last, seen = self.ckpt(LAST), 0
+        if resume.resolve().parent == last.resolve().parent:
+            with contextlib.suppress(UserError):  # damaged or gone: an earlier one is of use
+                seen = checkpoints.load(last)["episode"]
+        if episode < seen:
+            lost = f"{last} has seen {seen} episodes, and those after {episode} would be lost"
+            raise UserError(f"{resume}: {lost}; give --resume auto or another --save")
 
     def _refuse_changes(self, resume: str, stored: dict[str, object]) -> None:
         fixed = sorted(k for k in self.changed if self.continues or k in START_ONLY)
@@ -109,7 +133,8 @@ class RunFolder(contextlib.ExitStack):
         """Print that nothing is left to do, and how to plot the run."""
         args = self.args
         print(f"{args.resume}: has seen all {args.episode} episodes; nothing to do")
-        command = ["python", "main.py", "--mode", "plot", "--resume", str(self.path)]
+        place = self.path if self.continues else args.resume
+        command = ["python", "main.py", "--mode", "plot", "--resume", str(place)]
         if args.val_freq and args.mode == "train":  # a trace of its updates needs the images
             command += ["--data-root", str(args.data_root)]
         print(f"to plot it: {shlex.join(command)}")

@@ -19,6 +19,7 @@ from utils import UserError, counted, explained, load_package
 
 CONSOLE, METRICS = "console.log", "metrics.jsonl"
 _MEAN = {"mean": float, "ci95": float}
+_LOSS = {"mean": (float, None), "ci95": (float, None)}  # None: one was not finite
 
 
 def _is_episode(n: object) -> bool:
@@ -36,7 +37,7 @@ _FORMS = {  # of events, by kind: what is read of them
         "mean_accuracy": float,
         "time": {"seconds": float, "episodes_per_second": lambda n: fits(n, float) and n > 0},
     },
-    "val": {"episode": _is_episode, "loss": _MEAN, "accuracy": _MEAN, "accuracies?": _accuracies},
+    "val": {"episode": _is_episode, "loss": _LOSS, "accuracy": _MEAN, "accuracies?": _accuracies},
 }
 
 
@@ -51,7 +52,8 @@ def summary(values: Iterable[float]) -> dict[str, float]:
         ``mean``, ``std`` and ``ci95`` in that unit, and ``n``.
     """
     values = [float(v) for v in values]
-    mean, std = statistics.fmean(values), statistics.pstdev(values)
+    mean = statistics.fmean(values)
+    std = statistics.pstdev(values) if math.isfinite(mean) else math.nan
     return {"mean": mean, "std": std, "ci95": 1.96 * std / math.sqrt(len(values)), "n": len(values)}
 
 
@@ -96,7 +98,8 @@ class Logger:
     def position(self) -> dict[str, int]:
         """The lengths of the two files in bytes, once they are safely on disk."""
         for file in self._files.values():
-            os.fsync(file.fileno())
+            with explained(file.name, advice="free some space"):
+                os.fsync(file.fileno())
         return self._sizes()
 
     def _sizes(self) -> dict[str, int]:
@@ -109,11 +112,7 @@ class Logger:
 
     def event(self, kind: str, **values) -> None:
         """Append one JSON object; wall-clock times go under ``time``, infinities become null."""
-        values = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in values.items()
-        }
-        _append(self._files[METRICS], json.dumps({"event": kind, **values}) + "\n")
+        _append(self._files[METRICS], json.dumps({"event": kind, **_with_null(values)}) + "\n")
 
     def curve(self, kind: str, episode: int, loss: float, accuracy: float) -> None:
         """Add a point to TensorBoard's curves, if they are asked for."""
@@ -128,6 +127,12 @@ class Logger:
         for file in self._files.values():
             with contextlib.suppress(OSError):  # what could not be written was reported then
                 file.close()
+
+
+def _with_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _with_null(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _append(file: IO[str], text: str) -> None:

@@ -34,6 +34,8 @@ def provenance(device: torch.device, n_processes: int = 1) -> dict[str, object]:
 
 def commit() -> str:
     """This repository's commit, with "-dirty" if files differ from it, or "unknown"."""
+    if not (ROOT / ".git").exists():  # a copy of the files, perhaps in another repository
+        return "unknown"
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(describe, capture_output=True, text=True, check=True)

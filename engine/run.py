@@ -111,13 +111,16 @@ class Run(contextlib.ExitStack):
             return
         # another folder begins its own logs and keeps its own best checkpoint
         self.state.best, self.state.validated, self.state.logs_end_at = None, n, {}
-        self.about["resumed_from"] = {"checkpoint": short_name(path), "episode": n}
-        self.about["changed"] = self.folder.changed
+        about = {k: v for k, v in checkpoint.get("about", {}).items() if k == "started_from"}
+        about["resumed_from"] = {"checkpoint": short_name(path), "episode": n}
+        self.about |= about | {"changed": self.folder.changed}
 
     def _open_logs(self, stack: contextlib.ExitStack) -> None:
         args, state, folder = self.args, self.state, self.folder
-        if not folder.continues and folder.ckpt(LAST).exists():
-            advice = "continue it with --resume auto, or give another --save or --seed"
+        held = [folder.ckpt(LAST), *folder.ckpt("").glob("*.tar"), *folder.path.glob("*.tar")]
+        if not folder.continues and (there := next((p for p in held if p.exists()), None)):
+            how = f"--resume {'auto' if there == held[0] else there}"
+            advice = f"continue it with {how}, or give another --save or --seed"
             raise UserError(f"{folder.path}: holds a run already; {advice}")
         ends = state.logs_end_at or dict.fromkeys(Logger.NAMES, 0)
         logger = Logger(folder.path, ends, args.tensorboard, state.episode)
@@ -247,7 +250,7 @@ class Run(contextlib.ExitStack):
 
     def _validate_if_due(self, evaluate: Evaluation) -> None:
         n, every = self.state.episode, self.args.val_freq
-        due = (every and n % every == 0 and n > 0) or n == self.args.episode
+        due = (every and n % every == 0) or n == self.args.episode
         if not due or self.state.validated == n:
             return
         began = time.perf_counter()

@@ -20,5 +20,5 @@ fi
 tables=$("$PYTHON" "$ROOT/main.py" --mode results --runs "$@")
 "$PYTHON" -c 'import pathlib, re, sys
 path, (begin, end) = pathlib.Path(sys.argv[1]), ("<!-- results -->\n", "<!-- /results -->\n")
-text, n = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}{sys.argv[2]}\n{end}", path.read_text(), flags=re.S)
-sys.exit(n != 1 or not path.write_text(text))' "$file" "$tables" || fail "$file lacks the two marker lines"
+text, n = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}{sys.argv[2]}\n{end}", path.read_text("utf-8"), flags=re.S)
+sys.exit(n != 1 or not path.write_text(text, "utf-8"))' "$file" "$tables" || fail "$file lacks the two marker lines"

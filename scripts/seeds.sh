@@ -59,12 +59,12 @@ if [ "$per_gpu" -gt 1 ]; then # they share the processor, too
 fi
 
 train_and_test() { # RECIPE SEED FOLDER
-  bash "$ROOT/scripts/$1.sh" "${flags[@]}" --seed "$2" || return
+  bash "$ROOT/scripts/$1.sh" ${flags[@]+"${flags[@]}"} --seed "$2" || return
   [ "$1" != pretrain ] || return 0
   if [ "$3/results.json" -nt "$3/ckpts/meta-learner-last.pth.tar" ]; then
     echo "$3: tested already (remove its results.json to test it again)"
   else
-    bash "$ROOT/scripts/eval_${1#train_}.sh" "${flags[@]}" --seed "$2"
+    bash "$ROOT/scripts/eval_${1#train_}.sh" ${flags[@]+"${flags[@]}"} --seed "$2"
   fi
 }
 

@@ -57,5 +57,5 @@ if [ $((nodes * gpus)) -gt 1 ]; then
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "${hosts%%$'\n'*}:$((20000 + SLURM_JOB_ID % 20000))")
   set -- --meta-batch $((nodes * gpus)) "$@"
 fi
-run srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${ranks[@]}" scripts/train_5s_5c.sh --seed "$seed" "$@"
+run srun --ntasks-per-node=1 --kill-on-bad-exit=1 ${ranks[@]+"${ranks[@]}"} scripts/train_5s_5c.sh --seed "$seed" "$@"
 run srun --nodes=1 --ntasks=1 scripts/eval_5s_5c.sh --seed "$seed" "$@"

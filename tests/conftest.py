@@ -247,8 +247,8 @@ def run_cli(*argv):
     return Done(code, out.getvalue(), err.getvalue())
 
 
-SMALL = "--cpu --image-size 16 --n-class 3 --n-shot 1 --n-eval 2 --epoch 2 --hidden-size 4"
-SMALL = (SMALL + " --log-freq 1 --n-workers 0 --plots false").split()
+SMALL = "--cpu --image-size 16 --n-class 3 --n-shot 1 --n-eval 2 --epoch 2 --log-freq 1"
+SMALL = (SMALL + " --n-workers 0 --plots false").split()
 
 
 def training(data, save, *flags, episode=4, val_freq=2):

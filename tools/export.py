@@ -44,11 +44,6 @@ def export(folder: Path, to: Path) -> Path:
     stored, seed = content["training"]["hyper_parameters"], content["training"]["seed"]
     recipe = recipe_name(stored).replace(", but ", "-")
     shape = f"{stored.get('n_shot')}s{stored.get('n_class')}c"
-    slug = re.sub(r"[^\w.]+", "-", f"{content['tests'][0]['data']}-{shape}-{recipe}")
-    # a file's name has at most 255 bytes
-    target = to / f"{slug.encode()[:200].decode(errors='ignore')}-{seed}"
-    if target.exists():
-        raise UserError(f"{target}: exists already; give another --to, or remove it")
     best = checkpoints.find_checkpoint(folder, BEST, LAST)
     if best is None:
         raise UserError(f"{folder}/ckpts: no checkpoint there")
@@ -56,6 +51,12 @@ def export(folder: Path, to: Path) -> Path:
     if checkpoint["episode"] not in [test["episode"] for test in content["tests"]]:
         advice = f"of which {folder / results.NAME} has no test; test the run again"
         raise UserError(f"{best}: is of episode {checkpoint['episode']}, {advice}")
+    data = Path(checkpoint.get("data_root", content["tests"][0]["data"])).name
+    slug = re.sub(r"[^\w.]+", "-", f"{data}-{shape}-{recipe}")
+    # a file's name has at most 255 bytes
+    target = to / f"{slug.encode()[:200].decode(errors='ignore')}-{seed}"
+    if target.exists():
+        raise UserError(f"{target}: exists already; give another --to, or remove it")
     with explained(target, advice="give another --to"):
         to.mkdir(parents=True, exist_ok=True)
         # takes its name when it is complete

@@ -118,12 +118,13 @@ def smooth(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def settings(folder: Path) -> dict[str, object]:
-    """A run's hyper-parameters and its mode, from its checkpoint or else from its tests; empty if
-    it has neither.
+    """A run's hyper-parameters, its mode and ``--transductive``, from its checkpoint or else the
+    hyper-parameters from its tests; empty if it has neither.
     """
     with suppress(UserError):  # there is none, or it is not readable any more
         content = checkpoints.load(checkpoints.find_checkpoint(folder, LAST) or folder)
-        return {"mode": content.get("mode", "train"), **content.get("hyper_parameters", {})}
+        found = {"mode": content.get("mode", "train"), **content.get("hyper_parameters", {})}
+        return found | {"transductive": content.get("run_flags", {}).get("transductive", False)}
     known = (folder / RESULTS).exists()
     return read_results(folder)["training"]["hyper_parameters"] if known else {}
 
@@ -174,7 +175,8 @@ def curves(folder: Path) -> Figure:
     name = shorten(folder.resolve().name, 50)
     figure.suptitle(f"{name}: training{' and validation' if val else ''}")
     look = {"ncols": 3, "fontsize": 8, "title_fontsize": 8}
-    if val and known.get("method", "lstm") in ("lstm", "sgd", "meta-sgd"):
+    inner_loop = known.get("method", "lstm") in ("lstm", "sgd", "meta-sgd")
+    if val and inner_loop and not known.get("transductive"):
         look["title"] = (
             "Two measures: training normalises query images by their own batch's statistics, "
             "validation by the support set's."

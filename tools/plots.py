@@ -32,7 +32,7 @@ def load_figures() -> ModuleType:
 
 def plot_mode(cli_args: dict[str, object], load_model: Callable[..., tuple]) -> None:
     """Draw the run that ``--resume``, or else ``--save`` and ``--seed``, names. Given the data,
-    also the updates of one that has no record of them.
+    also the updates of one that has no record of them, or an older one than its last checkpoint.
 
     Args:
         load_model: ``main.load_model``.
@@ -43,7 +43,9 @@ def plot_mode(cli_args: dict[str, object], load_model: Callable[..., tuple]) -> 
         place = Path(resolve_checkpoint(args.resume, args.seed, LAST)).resolve()
         folder = place if place.is_dir() else place.parent
         folder = folder.parent if folder.name == "ckpts" else folder
-    if {"data", "data_root"} & cli_args.keys() and not (folder / TRACE).exists():
+    trace, newest = folder / TRACE, folder / "ckpts" / LAST
+    stale = trace.exists() and newest.exists() and trace.stat().st_mtime < newest.stat().st_mtime
+    if {"data", "data_root"} & cli_args.keys() and (stale or not trace.exists()):
         last = resolve_checkpoint(str(folder), args.seed, LAST, BEST)  # as at the training's end
         if load(Path(last)).get("mode") != "pretrain":  # which has no updates to trace
             args, _, backend, model = load_model({**cli_args, "resume": last})

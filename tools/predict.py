@@ -110,7 +110,7 @@ def picture(
 
 def _targets(out: str) -> tuple[Path, Path]:
     """OUT.csv and OUT.png, in a folder OUT predictions.csv and .png; neither may exist."""
-    if out.endswith(("/", os.sep)) or os.path.isdir(out or "."):
+    if out.endswith(("/", os.sep)) or os.path.isdir(out):
         out = os.path.join(out, "predictions")
     stem = re.sub(r"\.(csv|png)$", "", out, flags=re.IGNORECASE)
     targets = Path(f"{stem}.csv"), Path(f"{stem}.png")

@@ -40,12 +40,18 @@ _TRAINING = {
 # two tests that agree in all others are of the same thing: the later one replaces the other
 _FOUND = {"accuracies", "losses", "about", "training_length", "validation", "mini_imagenet"}
 _KEY = _FORM.keys() - _FOUND
+# hyper-parameters that a test does not use
+_OF_TRAINING = {"lr", "lr_decay", "grad_clip", "meta_batch", "second_order", "classifier"}
+_OF_TRAINING |= {"lstm_init", "bf_init", "bi_init", "bn_scale", "bn_shift"}
 
 
 def contradictions(args: Namespace, stored: dict[str, object]) -> dict[str, object]:
-    """The hyper-parameters of a test that differ from the training's, by name."""
+    """The hyper-parameters of a test that differ from the training's and matter to it, by name."""
     own, stored = vars(args), completed(stored)
-    return {k: own[k] for k, v in stored.items() if essence(own[k]) != essence(v)}
+    apart = {k: own[k] for k, v in stored.items() if essence(own[k]) != essence(v)}
+    if apart.get("ema"):  # which only asks for the average that the checkpoint holds
+        del apart["ema"]
+    return {k: v for k, v in apart.items() if k not in _OF_TRAINING}
 
 
 def contradiction_notes(args: Namespace, checkpoint: dict) -> list[str]:

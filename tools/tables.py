@@ -107,7 +107,8 @@ class Row:
         kind: "best", the best of so many episodes; "last", the last of them; or "checkpoint".
         seen: episodes that the run had seen when it was tested, or None if that is unknown.
         asked: episodes that it was to see.
-        group: what rows share that differ in their seed only: name, kind, episodes seen and asked.
+        group: what rows share that differ in their seed only: name, kind, episodes seen
+            and asked, and the images' fingerprint.
     """
 
     def __init__(self, training: dict, test: dict):
@@ -118,7 +119,7 @@ class Row:
         self.seen = length.get("seen") or training.get("episodes")
         self.asked = length.get("asked_for") or self.seen
         seen = self.seen if self.kind == "best" else test["episode"]
-        self.group = (_name(training, test), self.kind, seen, self.asked)
+        self.group = (_name(training, test), self.kind, seen, self.asked, test["fingerprint"])
 
     def cells(self, counts: list[int]) -> list[str]:
         """Name, seed, what was tested, validation, accuracy by count."""
@@ -157,7 +158,7 @@ def _table(key: tuple, these: Iterable[Row], means_alone: bool) -> str:
     counts = sorted(counts | ({PUBLISHED_COUNT} if published else set()))
     rows.sort(key=lambda row: (str(row.group), row.seed or 0, row.test["episode"]))
     lines, has_means = [], False
-    for (name, kind, seen, _), alike in groupby(rows, attrgetter("group")):
+    for (name, kind, seen, *_), alike in groupby(rows, attrgetter("group")):
         group = list(alike)
         mean = _mean(group) if kind != "checkpoint" else None
         if mean is None or not means_alone:

@@ -150,7 +150,10 @@ def _from_arrays(
 ) -> tuple[Reader, dict[str, Classes], dict, list[str]]:
     """The reader, the table, the file names, and notes."""
     if what == SHARDS:
-        text = read_text(args.class_names) if args.class_names else ""
+        try:
+            text = read_text(args.class_names) if args.class_names else ""
+        except UnicodeDecodeError as error:
+            raise UserError(f"--class-names {args.class_names}: is no UTF-8 ({error})") from None
         class_names = [line.strip() for line in text.splitlines() if line.strip()]
         read = partial(read_shard, source, class_names)
         splits = {name: split_in_name(name) for name in matches}

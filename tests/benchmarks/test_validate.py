@@ -46,6 +46,15 @@ def test_runs_of_another_kind_are_refused(runs, master, tmp_path, capsys):
         validate.main([str(runs[0]), str(tmp_path / "c-719"), *FLAGS])
 
 
+def test_another_number_of_shots_keeps_the_schedule_of_training(runs, capsys):
+    assert validate.main([str(runs[0]), *FLAGS, "--n-shot", "2", "--n-eval", "1"]) == 0
+    found = capsys.readouterr().out
+    assert "note: 6 support images here, 3 in training" in found
+    for flag in ("--shots 1", "--save x", "--mode test", "--resume x"):
+        with pytest.raises(UserError, match=flag):
+            validate.main([str(runs[0]), *FLAGS, *flag.split()])
+
+
 def test_runs_on_other_images_are_refused(runs, data, tmp_path):
     next((data / "val" / "val class 0").iterdir()).unlink()
     succeeded(train(data, tmp_path / "d"))

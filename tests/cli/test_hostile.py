@@ -236,7 +236,7 @@ def test_files_that_are_no_checkpoint(master, trained, tmp_path):
         refused(run_test(master, "nowhere", "--resume", path), path)
 
 
-@pytest.mark.parametrize("words", ["--image-size 84", "--n-class 5", "--hidden-size 20"])
+@pytest.mark.parametrize("words", ["--image-size 84", "--n-class 5", "--hidden-size 5"])
 def test_flags_that_do_not_fit_a_checkpoint(master, trained, words):
     refused(run_test(master, trained, *words.split()), BEST, words.split()[0])
 

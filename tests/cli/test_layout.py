@@ -159,6 +159,7 @@ def test_a_run_can_change_its_backend(master, tmp_path, order):
     """A checkpoint knows nothing of it; the numbers are equal to rounding."""
     for save, backends in (("a", order), ("b", ("--plain", "--plain"))):
         for n, flag in enumerate(backends, start=1):
-            succeeded(train(master, tmp_path / save, flag, "--resume", "auto", episode=n))
+            how = (flag, "--resume", "auto", "--hidden-size", 4)
+            succeeded(train(master, tmp_path / save, *how, episode=n))
     here, there = ([m["loss"] for m in metrics(tmp_path / s, "train")] for s in "ab")
     assert here == pytest.approx(there, rel=0.02)

@@ -1,10 +1,11 @@
 import json
+import math
 import os
 
 import numpy as np
 import pytest
 
-from engine.logger import Logger, summary
+from engine.logger import Logger, result_line, summary
 from utils import UserError, atomic_write
 
 
@@ -38,6 +39,9 @@ def test_unwritable_place_is_one_line(tmp_path):
 def test_numbers_that_are_not_finite_are_null_in_json(tmp_path):
     logger = Logger(tmp_path, {})
     logger.event("train", loss=float("nan"), accuracy=float("inf"), episode=1)
+    logger.event("val", loss=summary([1.0, math.inf]), accuracy=summary([50.0]), episode=1)
     logger.close()
-    line = (tmp_path / "metrics.jsonl").read_text()
-    assert json.loads(line) == {"event": "train", "loss": None, "accuracy": None, "episode": 1}
+    train, val = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert train == {"event": "train", "loss": None, "accuracy": None, "episode": 1}
+    assert val["loss"] == {"mean": None, "std": None, "ci95": None, "n": 2}
+    assert result_line("val", [math.nan, 1.0], [50.0, 60.0]).endswith("loss nan")

@@ -299,6 +299,11 @@ def test_flags_and_destinations_that_do_not_fit_the_source(tmp_path, refused):
     for flag, value in (("--link", "hard"), ("--split", "64/16/20"), ("--csv", "/nowhere")):
         assert flag in refused(source, flag, value)
     assert "/nowhere" in refused(source, "--class-names", "/nowhere")
+    formats.write(tmp_path, {"latin1.txt": "h\u00f6hle".encode("latin-1")})
+    line = refused(
+        make("parquet_split", tmp_path / "shards"), "--class-names", tmp_path / "latin1.txt"
+    )
+    assert "latin1.txt" in line
     for name in ("formats", "splits/new", "../data/splits"):  # folders of code
         assert "--dest" in refused(source, dest=PREPARE.parent / name)
     formats.write(tmp_path, {"dest/train/cat/1.jpg": b"mine", "file": b"mine"})

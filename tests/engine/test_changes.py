@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import metrics, refused, succeeded, tensors, train
+from conftest import metrics, refused, run_cli, succeeded, tensors, train, training
 
 from engine.checkpoint import LAST
 
@@ -55,6 +55,12 @@ def test_another_folder_may_change_them(master, trained, tmp_path):
     done = train(master, tmp_path / "new", *resume, "--episode-val", 3, "--tta-flip", "false")
     succeeded(done)
     assert [len(event["accuracies"]) for event in metrics(tmp_path / "new", "val")] == [3]
+
+
+def test_another_folder_keeps_the_length_that_the_rate_depends_on(master, trained, tmp_path):
+    words = training(master, tmp_path / "new", "--resume", f"{trained}-719")
+    at = words.index("--episode")
+    assert "nothing to do" in succeeded(run_cli(*words[:at], *words[at + 2 :]))
 
 
 def test_a_flag_newer_than_the_checkpoint_had_its_default(master, tmp_path):

@@ -41,7 +41,11 @@ BAD = """--n-shot 0, --n-shot 2.5, --n-shot, --n-class 1, --image-size 15, --ima
 --shots 1 --mode predict, --to a --mode test, --runs a --mode test, --init-from a --mode pretrain,
 --init-from a --mode predict, --resume a --mode export, --resume a --mode results,
 --mode fly, --augment fly, --precision fly, --pixels fly, --shuffle fly, --bn-scale fly,
---lstm-init fly, --method fly"""
+--lstm-init fly, --method fly, --hidden-size 5 --method protonet, --hidden-size 5 --method sgd,
+--bi-init 0 0 --method nearest, --grad-divisor 1 --method matching,
+--batch-size 5 --method protonet, --bf-init 0 0 --method meta-sgd, --batch-size 5 --mode pretrain,
+--hidden-size 5 --mode pretrain,
+--second-order true --mode pretrain, --transductive true --mode pretrain"""
 
 
 @pytest.mark.parametrize("words", BAD.split(","))

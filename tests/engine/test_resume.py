@@ -37,11 +37,11 @@ from conftest import (
 
 from engine import logger, run
 from engine import model as models
+from engine.checkpoint import BEST, LAST
 from engine.flags import parse
 from engine.folder import RunFolder
 from fast import images
 
-LAST = "meta-learner-last.pth.tar"
 LONG = {"episode": 12, "val_freq": 4}
 ALWAYS = ("--resume", "auto", "--save-minutes", "0")  # a snapshot after each episode
 slow = pytest.mark.slow
@@ -279,6 +279,23 @@ def test_a_folder_is_not_silently_continued(data, tmp_path):
     refused(train(data, save, *again, episode=3), "--episode 3")
 
 
+def test_checkpoints_are_not_overwritten_by_an_earlier_start(master, own):
+    """Neither by a new run, where the last checkpoint has gone, nor from an earlier checkpoint."""
+    ckpts = Path(f"{own}-719", "ckpts")
+    earlier = ckpts / "meta-learner-2.pth.tar"
+    refused(train(master, own, "--resume", earlier), earlier, "4 episodes", "would be lost")
+    before = metrics(own)
+    (ckpts / LAST).unlink()
+    line = refused(train(master, own, "--resume", "auto"), "holds a run already", "--resume")
+    (named,) = re.findall(r"--resume (\S+),", line)
+    assert metrics(own) == before
+    succeeded(train(master, own, "--resume", named))
+    exported = own.with_name("exported-719")
+    exported.mkdir()
+    shutil.copy(earlier, exported / "meta-learner.pth.tar")
+    refused(train(master, own.with_name("exported"), "--resume", "auto"), exported, "holds a run")
+
+
 def test_another_folder_begins_new_logs(master, trained, tmp_path):
     """And may take other settings, but not those that shape the start."""
     second = f"{trained}-719/ckpts/meta-learner-2.pth.tar"
@@ -286,7 +303,7 @@ def test_another_folder_begins_new_logs(master, trained, tmp_path):
     assert metrics(tmp_path / "a", "train") == metrics(trained, "train")[2:]
     assert_same(tensors(tmp_path / "a")["metalearner"], tensors(trained)["metalearner"])
     start = ("--resume", second, "--lr", "0.0001")
-    refused(train(master, trained, *start), "--lr 0.0001")
+    refused(train(master, trained, *start), second, "4 episodes", "would be lost")
     refused(train(master, tmp_path / "b", *start, "--bi-init", "0", "0"), "--bi-init 0.0 0.0")
     assert not (tmp_path / "b-719").exists()
     succeeded(train(master, tmp_path / "b", *start))
@@ -316,6 +333,14 @@ def test_a_training_starts_from_another_ones_meta_learner(master, trained, tmp_p
     # a run that continues needs its start no more
     succeeded(train(master, save, "--init-from", gone, "--resume", "auto", episode=6))
     assert tensors(save)["about"] == after["about"]
+    again = ("--resume", "auto", "--init-from")
+    assert "note" not in succeeded(train(master, save, *again, f"{trained}-719", episode=6))
+    other = shutil.copytree(f"{trained}-719", tmp_path / "other-719")
+    printed = succeeded(train(master, save, *again, other, episode=6))
+    assert f"{other}/ckpts/{BEST} has no effect: the run started from logs-719/{BEST}" in printed
+    succeeded(train(master, tmp_path / "fork", "--resume", f"{save}-719", episode=8))
+    fork = tensors(tmp_path / "fork")["about"]
+    assert (fork["started_from"], fork["resumed_from"]["episode"]) == (origin, 6)
 
 
 # ---- Checkpoints ----

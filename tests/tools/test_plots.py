@@ -1,14 +1,16 @@
 """Traces and pictures of a small model."""
 
+import os
 import shutil
 import sys
 
 import numpy as np
 import pytest
-from conftest import ONE_THREAD, ROOT, completed, succeeded
+from conftest import ONE_THREAD, ROOT, completed, run_cli, succeeded
 
 from data.layout import scan_split
 from engine.backend import dataset
+from engine.checkpoint import LAST, load
 from engine.flags import parse
 from main import load_model
 from tools import plots
@@ -45,6 +47,17 @@ def test_all_pictures_are_drawn(run):
     names = {path.stem for path in plots.plot(run)}
     assert names == {"curves", "gates", "movement", "adaptation", "confusion"}
     assert {path.stem for path in (run / "plots").glob("*.svg")} == names
+
+
+def test_an_old_trace_is_renewed(run):
+    before = read_trace(run)
+    os.utime(run / NAME, (0, 0))
+    succeeded(run_cli("--mode", "plot", "--resume", run, "--cpu", "--n-workers", 0))
+    assert np.array_equal(read_trace(run)["classes"], before["classes"])
+    assert (run / NAME).stat().st_mtime == 0  # without the data it cannot be
+    root = load(run / "ckpts" / LAST)["data_root"]
+    succeeded(run_cli("--mode", "plot", "--resume", run, "--data-root", root, "--cpu"))
+    assert (run / NAME).stat().st_mtime > 0
 
 
 def test_without_photographs_confusion_is_left_out(run):

@@ -94,6 +94,7 @@ def test_two_seeds_have_no_mean(tmp_path):
         {"seen": 9000},
         {"asked_for": 9000},
         {"tta": TWICE},
+        {"fingerprint": "of other images"},
         {"about": {"started_from": {"checkpoint": "x/y", "episode": 20}}},
         {"about": {"resumed_from": {"checkpoint": "x/y", "episode": 2}, "changed": {"lr": 1}}},
     ],
@@ -156,6 +157,13 @@ def test_contradictions_are_named():
     (note,) = contradiction_notes(args, {"hyper_parameters": PORT})
     assert "--pixels unit" in note
     assert "imagenet" in note
+    args = resolve(parse(["--lr", "0.5", "--second-order", "true", "--ema", "0.5"]), PORT)
+    assert contradiction_notes(args, {"hyper_parameters": PORT}) == []  # a test does not use them
+    averaged = PORT | {"ema": 0.5}
+    (note,) = contradiction_notes(
+        resolve(parse(["--ema", "0"]), averaged), {"hyper_parameters": averaged}
+    )
+    assert "--ema 0.0" in note
 
 
 def test_untested_folders_are_skipped_or_refused(tmp_path, capsys):
