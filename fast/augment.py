@@ -1,9 +1,9 @@
 """Batched augmentation: crop, resize, flip and colour jitter with parameters of each image's own.
 
-dataloader.py applies torchvision to one Pillow image after another; this works on whole batches, on
-the device that trains. An antialiased crop-and-resize is two small matrix products, rows and
-columns separately as in Pillow; colour jitter is elementwise. The only difference is that Pillow
-rounds to whole grey levels after each step.
+data/transforms.py applies torchvision to one Pillow image after another; this works on whole
+batches, on the device that trains. An antialiased crop-and-resize is two small matrix products,
+rows and columns separately as in Pillow; colour jitter is elementwise. The only difference is that
+Pillow rounds to whole grey levels after each step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataloader import PIXELS, Augmentation
+from data.transforms import PIXELS, Augmentation
 from fast import gpu, native
 from fast.gpu import colour
 

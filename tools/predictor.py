@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from data.imagefiles import to_rgb
-from dataloader import draw_order, eval_image, to_input
+from data.transforms import eval_image, to_input
+from dataloader import draw_order
 from engine.backend import Backend, reproducible
 from engine.evaluation import schedule
 from engine.model import Model

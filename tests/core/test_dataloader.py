@@ -11,7 +11,8 @@ from torchvision.transforms.functional import center_crop, resize
 
 from data.imagefiles import images_below, load_image
 from data.layout import Split, check_sizes, check_splits, scan_split
-from dataloader import MEAN, STD, draw_augmentation, draw_flips, draw_images, draw_order, eval_image
+from data.transforms import MEAN, STD, draw_augmentation, draw_flips, eval_image
+from dataloader import AUGMENT, draw_images, draw_order, generator
 from engine.stream import episodes
 from utils import UserError
 
@@ -68,8 +69,11 @@ def test_the_same_on_another_machine(master):
     assert classes.tolist() == [2, 0, 5, 4, 3]
     rows = [[0, 3, 2, 4], [2, 3, 5, 4], [0, 5, 1, 3], [6, 1, 3, 0], [0, 3, 4, 7]]
     assert images.tolist() == rows
-    args = 719, "train", 31417, np.array([[64, 64], [375, 500], [30, 300]])
-    zoom, mild, drawn = (draw_augmentation(*args, how) for how in ("zoom", "mild", "port"))
+    sizes = np.array([[64, 64], [375, 500], [30, 300]])
+    zoom, mild, drawn = (
+        draw_augmentation(generator(719, "train", 31417, AUGMENT), sizes, how)
+        for how in ("zoom", "mild", "port")
+    )
     assert zoom.box.tolist() == [[0, 6, 63, 54], [109, 25, 249, 229], [0, 130, 30, 40]]
     assert mild.box.tolist() == [[5, 4, 49, 58], [12, 15, 362, 333], [0, 130, 30, 40]]
     assert drawn.box.tolist() == [[1, 7, 62, 53], [159, 30, 192, 176], [0, 130, 30, 40]]
@@ -184,7 +188,7 @@ def distance(a, b):
 @pytest.mark.parametrize("size", [(64, 64), (96, 300), (300, 100), (84, 112)])
 def test_parameters_are_distributed_as_torchvision_draws_them(size):
     n, image = 4000, torch.empty(3, *size)
-    ours = draw_augmentation(3, "train", 0, np.tile(size, (n, 1)))
+    ours = draw_augmentation(generator(3, "train", 0, AUGMENT), np.tile(size, (n, 1)))
     crop, jitter = RandomResizedCrop(84), ColorJitter(0.4, 0.4, 0.4, 0.2)
     ranges = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
     boxes = np.array([crop.get_params(image, crop.scale, crop.ratio) for _ in range(n)])
@@ -221,7 +225,7 @@ def test_pixels_from_zero_to_one(backend, master):
 
 def test_training_images_are_flipped_as_drawn(backend, master):
     data = [dataset(backend, master, augment=how, pixels="unit") for how in ("flip", "none")]
-    flips = [draw_flips(719, "train", k, 15).flip for k in range(6)]
+    flips = [draw_flips(generator(719, "train", k, AUGMENT), 15).flip for k in range(6)]
     for flip, *pair in zip(flips, *map(listed, data), strict=True):
         found, whole = (torch.cat((e.support, e.query)) for e in pair)
         whole[flip] = whole[flip].flip(3)

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, networks, new_episode
 
-from dataloader import draw_augmentation
+from data.transforms import draw_augmentation
+from dataloader import AUGMENT
 from episode import Episode, adapt, evaluate_episode, learned, meta_gradient
 from fast import augment, gpu, learner, native
 from fast.gpu import blocks, colour, convolution, meta, update
@@ -95,7 +96,7 @@ def colour_args(n, size, device="cpu"):
     x = torch.rand(n, 3, size, size, generator=generator) * 255
     x[: n // 2] = x[: n // 2].round()
     x[0], x[1], x[2] = 0, 255, x[2, :1]
-    drawn = draw_augmentation(3, "train", 0, np.full((n, 2), size))
+    drawn = draw_augmentation(generator(3, "train", 0, AUGMENT), np.full((n, 2), size))
     table = torch.from_numpy(augment.table(augment.Windows.crops(drawn.box, size), drawn))
     return x.to(device), table[:, 9:13].to(device), table[:, 13:].long().to(device)
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data.imagefiles import load_image
 from data.layout import scan_split
-from dataloader import PIXELS
+from data.transforms import PIXELS
 from engine.stream import episodes
 from fast import images, native
 from fast.images import FOLDER, DecodedSplit, decoded, reduced_size
