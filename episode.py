@@ -73,6 +73,7 @@ def updates(
         else:
             learner_w_grad.copy_flat_params(state.c)
             loss, grad = learner_w_grad.loss_and_grad(x, y)
+        # grad is a mean already; the authors divide it again
         state = metalearner(loss, grad / (metalearner.grad_divisor or len(x)), state)
         if t == n_updates and metalearner.final_stats and not torch.is_grad_enabled():
             learner_w_grad.copy_flat_params(state.c)

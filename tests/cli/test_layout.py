@@ -29,7 +29,7 @@ def modules():
     # the rest of data/ are commands, which nothing imports
     files = [
         *ROOT.glob("*.py"),
-        *(ROOT / "data" / f"{name}.py" for name in ("imagefiles", "layout")),
+        *(ROOT / "data" / f"{name}.py" for name in ("imagefiles", "layout", "transforms")),
     ]
     files += (p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
