@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from paired import difference, interval, load_run
+from paired import difference, interval
+from runs import load_run
 from torch import Tensor
 
 from data.layout import scan_split

@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from paired import difference, interval, load_run
+from paired import difference, interval
+from runs import load_run
 
 from data.layout import scan_split
 from engine.backend import dataset

@@ -6,6 +6,7 @@ One rule for training, prediction, ``prepare.py`` and its ``--check``. Imports n
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import unicodedata
@@ -18,7 +19,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps
 
-from utils import UserError
+from utils import UserError, out_of_memory
 
 # Pillow only recognises these, or needs other programs to decode them
 _STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -167,6 +168,8 @@ def load_image(path: Path, file: IO[bytes] | None = None) -> Image.Image:
             image.load()
             return to_rgb(image)
     except Exception as e:  # Pillow's decoders raise nearly anything on damaged files
+        if out_of_memory(e) or getattr(e, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            raise  # the file may be sound
         reason = str(e).replace(repr(str(path)), "").replace(str(path), "").strip(" :\n")
         reason = (reason or type(e).__name__).splitlines()[0]
         raise UserError(f"{path}: not a readable image ({reason}); remove or replace it") from e
@@ -179,8 +182,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: its pixels have no known range.
     """
     of_16_bits = image.mode.startswith("I;") or image.format in ("PNG", "PPM")
-    with contextlib.suppress(Exception):  # its EXIF block is damaged, not its pixels
+    try:
         image = ImageOps.exif_transpose(image)
+    except Exception as e:  # its EXIF block is damaged, not its pixels
+        if out_of_memory(e):
+            raise
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         values = np.asarray(image)
         if image.mode == "F":

@@ -26,7 +26,7 @@ MODES = {
     "test": "test a checkpoint on episodes of the test classes",
     "predict": "classify your own images",
     "pretrain": "train the learner alone, on batches of all training classes, for --init-from",
-    "plot": "plot a run; with --data or --data-root also the updates, if not yet recorded",
+    "plot": "plot a run; with --data or --data-root first trace its updates, unless that is done",
     "results": "print tables of tested runs",
     "export": "copy a tested run's best weights, logs, results and figures, to publish them",
 }
@@ -245,7 +245,7 @@ add("--shots", None, words, "K", type=int_range(1, 1000), nargs="+")
 
 add = _group("learner")
 words = "conv4, the paper's; or your own network, a class or function NAME in a Python file: "
-words += "see examples/own_network.py"
+words += "see examples/own_network.py. Only FILE is checked for changes, not what it imports"
 add("--learner", "conv4", words, "FILE:NAME", True, type=with_digest)
 add("--epoch", 8, "passes over the support set", "N", True, type=int_range(1, 10000))
 add("--batch-size", 25, "images of a support minibatch", "N", True, type=count)
@@ -365,7 +365,7 @@ def resolve(
     training, head = mode != "pretrain", method == "linear-head"
     this = f"--method {method}" if training else "--mode pretrain"
     loop, lstm = training and method in INNER_LOOP, training and (method == "lstm" or head)
-    of_loop = "tta_permutations tta_flip transductive final_stats second_order "
+    of_loop = "tta_permutations tta_flip transductive final_stats second_order meta_batch "
     of_loop += "grad_divisor bi_init"
     rules = [  # flags, whether they may have other values than the default, and why not
         ("mode", conv4 or mode != "pretrain", "needs --learner conv4"),
@@ -374,8 +374,9 @@ def resolve(
         ("transductive final_stats", not head, "a linear head has no batch norm; leave it out"),
         ("ema method", training, "is not for --mode pretrain; leave it out"),
         ("classifier", not training, "is for --mode pretrain only"),
-        (f"{of_loop} meta_batch", loop, f"is not for {this}; leave it out"),
+        (of_loop, loop, f"is not for {this}; leave it out"),
         ("hidden_size lstm_init bf_init", lstm, f"is not for {this}; leave it out"),
+        ("lr lr_decay grad_clip ema", method not in ("nearest", "finetune"), f"is not for {this}"),
         ("batch_size", loop or method == "finetune", f"is not for {this}; leave it out"),
         ("mode", loop or mode != "predict", f"is not for --method {method}"),
         ("init_from", loop or method in PRETRAINED, f"--method {method} starts from scratch"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,21 +98,35 @@ class RunFolder(contextlib.ExitStack):
 
     @staticmethod
     def _note_another_start(args: argparse.Namespace, checkpoint: dict) -> None:
-        began = (checkpoint.get("about", {}).get("started_from") or {}).get("checkpoint")
+        origin = checkpoint.get("about", {}).get("started_from") or {}
+        began = origin.get("checkpoint", "scratch")
         with contextlib.suppress(UserError):  # it may be gone by now
             path = checkpoints.resolve_checkpoint(args.init_from, args.seed, BEST, LAST)
-            if began and checkpoints.short_name(Path(path)) != began:
+            if checkpoints.short_name(Path(path)) != began:
                 print(f"note: --init-from {path} has no effect: the run started from {began}")
 
     def _refuse_loss(self, resume: Path, episode: int) -> None:
         """Refuse an earlier checkpoint of this folder, from which the run would be overwritten."""
-        last, seen = self.ckpt(LAST), 0
-        if resume.resolve().parent == last.resolve().parent:
-            with contextlib.suppress(UserError):  # damaged or gone: an earlier one is of use
-                seen = checkpoints.load(last)["episode"]
-        if episode < seen:
-            lost = f"{last} has seen {seen} episodes, and those after {episode} would be lost"
-            raise UserError(f"{resume}: {lost}; give --resume auto or another --save")
+        last, seen = self.ckpt(LAST), [episode]
+        if resume.resolve().parent != last.resolve().parent or resume.name == LAST:
+            return
+        with contextlib.suppress(UserError):  # damaged or gone: an earlier one is of use
+            seen.append(checkpoints.load(last)["episode"])
+        found = (re.fullmatch(r"meta-learner-(\d+)\.pth\.tar", p.name) for p in self._held())
+        if episode < (most := max(seen + [int(match[1]) for match in found if match])):
+            lost = f"its run has seen {most} episodes, and those after {episode} would be lost"
+            raise UserError(f"{resume}: {lost}; give a later checkpoint or another --save")
+
+    def _held(self) -> list[Path]:
+        """The folder's checkpoints, from the oldest to the newest."""
+        return sorted(self.ckpt("").glob("*.pth.tar"), key=lambda p: p.stat().st_mtime)
+
+    def how_to_continue(self) -> str:
+        """The first words of an advice to continue the folder's run, if it holds one."""
+        if held := self._held():
+            which = "auto" if self.ckpt(LAST) in held else held[-1]
+            return f"continue it with --resume {which}, or give "
+        return "give " if any(self.path.glob("meta-learner*.pth.tar")) else ""  # an exported one
 
     def _refuse_changes(self, resume: str, stored: dict[str, object]) -> None:
         fixed = sorted(k for k in self.changed if self.continues or k in START_ONLY)

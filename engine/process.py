@@ -174,8 +174,11 @@ def explain_failures() -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, OSError, RuntimeError) as e:
+    except (MemoryError, OSError, RuntimeError, ValueError) as e:
         why = first_line(e)
+        if "more than 1 value per channel" in why:  # batch norm of features of one pixel
+            advice = "give --n-shot or --batch-size a value that leaves no minibatch of one image"
+            raise UserError(f"batch norm cannot train on one image ({why}); {advice}") from e
         if out_of_memory(e):
             flags = "--image-size, --filters, --hidden-size, --epoch, --n-eval, --n-class"
             raise UserError(f"out of memory ({why}); lower one of {flags}, --n-workers") from e

@@ -117,11 +117,8 @@ class Run(contextlib.ExitStack):
 
     def _open_logs(self, stack: contextlib.ExitStack) -> None:
         args, state, folder = self.args, self.state, self.folder
-        held = [folder.ckpt(LAST), *folder.ckpt("").glob("*.tar"), *folder.path.glob("*.tar")]
-        if not folder.continues and (there := next((p for p in held if p.exists()), None)):
-            how = f"--resume {'auto' if there == held[0] else there}"
-            advice = f"continue it with {how}, or give another --save or --seed"
-            raise UserError(f"{folder.path}: holds a run already; {advice}")
+        if not folder.continues and (advice := folder.how_to_continue()):
+            raise UserError(f"{folder.path}: holds a run already; {advice}another --save or --seed")
         ends = state.logs_end_at or dict.fromkeys(Logger.NAMES, 0)
         logger = Logger(folder.path, ends, args.tensorboard, state.episode)
         self.logger = stack.enter_context(contextlib.closing(logger))

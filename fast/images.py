@@ -37,7 +37,7 @@ from dataloader import EpisodeDataset
 from episode import Episode
 from fast.augment import Windows, table, transform
 from fast.threads import in_order
-from utils import UserError, file_lock
+from utils import UserError, file_lock, out_of_memory
 
 FOLDER = ".decoded"
 PADDING, LARGEST = 4, 1 << 28  # see _groups
@@ -149,6 +149,8 @@ def _open(folder: Path) -> DecodedSplit | None:
         advice = "ask its owner for leave to read it, or name another folder by --cache-dir"
         raise UserError(f"{e.filename}: cannot be read ({e.strerror}); {advice}") from e
     except Exception as e:  # damaged bytes raise nearly anything; the image files are still there
+        if out_of_memory(e):
+            raise
         tqdm.write(f"{folder}: damaged ({e}); building it again")
         return None
 

@@ -85,6 +85,8 @@ class FastConv4(Conv4):
 
     def loss_and_grad(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """See ``FlatModule.loss_and_grad``."""
+        if not self.norm1.training:  # the kernels are of training mode
+            return super().loss_and_grad(x, y)
         images, moments = self._prepared(x)
         if moments is not None and native.handles(images):
             return self._in_one_call(images, y, moments, self._own_parameters())[:2]
@@ -94,6 +96,8 @@ class FastConv4(Conv4):
 
     def loss_and_grad_at(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """See ``FlatModule.loss_and_grad_at``; the kernels take a difference of gradients."""
+        if not self.norm1.training:
+            return self._differentiated_twice(x, y, c)
         images, moments = self._prepared(x)
         if moments is not None and native.handles(images):
             at = partial(self._in_one_call, images, y, moments)

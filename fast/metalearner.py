@@ -12,6 +12,8 @@ from fast import gpu, native
 from fast.gpu import meta
 from metalearner import MetaLearner, MetaState, prep
 
+LARGEST_HIDDEN = 256  # of the CPU kernel, which needs that much memory per thread
+
 
 class FastMetaLearner(MetaLearner):
     """``metalearner.MetaLearner`` with the same parameters and arguments, equal up to rounding."""
@@ -19,7 +21,7 @@ class FastMetaLearner(MetaLearner):
     def initial_state(self) -> MetaState:
         """See ``MetaLearner.initial_state``; the CPU kernels arrange h and c in tiles."""
         state = super().initial_state()
-        if native.handles(state.c):
+        if self._on_cpu_kernel(state.c):
             n_tiles = -(-len(state.c) // native.TILE)
             h = state.c.new_zeros(n_tiles, self.lstm.hidden_size, native.TILE)
             return state._replace(lstm_h=h, lstm_c=h)
@@ -27,7 +29,7 @@ class FastMetaLearner(MetaLearner):
 
     def forward(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
         """See ``MetaLearner.forward``."""
-        if native.handles(grad):
+        if self._on_cpu_kernel(grad):
             return MetaState(*native.MetaStep.apply(loss, *self._weights(), grad, *state))
         kernel, eager = FastMetaLearner._in_triton, FastMetaLearner._in_pytorch
         size, variant = self.lstm.hidden_size, f"{self.lstm.hidden_size} hidden units"
@@ -36,6 +38,9 @@ class FastMetaLearner(MetaLearner):
         if meta.handles(grad, size) and gpu.works(kernel, eager, 1e-3, grad, results, variant):
             return self._in_triton(loss, grad, state)
         return self._in_pytorch(loss, grad, state)
+
+    def _on_cpu_kernel(self, x: Tensor) -> bool:
+        return self.lstm.hidden_size <= LARGEST_HIDDEN and native.handles(x)
 
     def _in_triton(self, loss: Tensor, grad: Tensor, state: MetaState) -> MetaState:
         return meta.step(loss, self._weights(), grad, state)

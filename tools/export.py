@@ -18,8 +18,8 @@ from tools import results, trace
 from tools.recipes import recipe_name
 from utils import UserError, atomic_write, explained
 
-PUBLISHED = ("episode", "mode", "metalearner", "backbone", "hyper_parameters", "best")
-PUBLISHED += ("about", "classes")
+PUBLISHED = ("episode", "mode", "metalearner", "backbone", "hyper_parameters", "run_flags")
+PUBLISHED += ("best", "about", "classes")
 
 
 def export_mode(args: Namespace) -> None:

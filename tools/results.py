@@ -48,9 +48,13 @@ _OF_TRAINING |= {"lstm_init", "bf_init", "bi_init", "bn_scale", "bn_shift"}
 def contradictions(args: Namespace, stored: dict[str, object]) -> dict[str, object]:
     """The hyper-parameters of a test that differ from the training's and matter to it, by name."""
     own, stored = vars(args), completed(stored)
+    if not stored:
+        return {}
     apart = {k: own[k] for k, v in stored.items() if essence(own[k]) != essence(v)}
     if apart.get("ema"):  # which only asks for the average that the checkpoint holds
         del apart["ema"]
+    if "port" not in (own["augment"], stored["augment"]):  # the others treat test images alike
+        apart.pop("augment", None)
     return {k: v for k, v in apart.items() if k not in _OF_TRAINING}
 
 

@@ -47,7 +47,8 @@ def read_table(
                 label = nfc(label)
             classes.setdefault(label, []).append((file, row))
             names[file, row] = name
-    if all(len(of) == 1 and WNID.fullmatch(*of) for of in wnids.values()):
+    distinct = len({*map(frozenset, wnids.values())}) == len(wnids)
+    if distinct and all(len(of) == 1 and WNID.fullmatch(*of) for of in wnids.values()):
         for split, classes in table.items():
             table[split] = {next(iter(wnids.get(c, {c}))): keys for c, keys in classes.items()}
     return table, names

@@ -166,8 +166,12 @@ def _fill(work: Path, manifest: Manifest, dest: Path, source: str) -> None:
     print(f"found: {source}: {manifest.found}", *manifest.notes, sep="\nnote: ")
     print(f"writing: {counts} classes, {total} images -> {dest}", flush=True)
     stored = set(placed(Source(work)))
-    stored |= {os.path.splitext(name)[0] for name in stored}  # of a name without a suffix
-    left = {key: path for path, key in manifest.items.items() if path not in stored}
+    stems = {os.path.splitext(name)[0] for name in stored}  # of names without a suffix
+    left = {
+        key: path
+        for path, key in manifest.items.items()
+        if path not in stored and (is_image(path) or path not in stems)
+    }
     if done := total - len(left):
         print(f"resuming: {done} of {total} images are there")
     for folder in folders:

@@ -60,14 +60,18 @@ def detect(source: Source, args: argparse.Namespace, scratch: Path) -> Manifest:
     there = [*hits, *[f"{images} images"] * (images > _STRAY)]
     if hits and len(there) > 1:
         raise source.error(f"holds {' and '.join(there)}: give the folder of one of them")
+    if hits and args.csv:
+        raise UserError(f"--csv {args.csv}: is for image files, not for {there[0]}: leave it out")
+    if args.class_names and SHARDS not in hits:
+        raise UserError(f"--class-names {args.class_names}: is for {SHARDS}: leave it out")
     if hits:
         ((what, matches),) = hits.items()
         read, parts, names, notes = _from_arrays(source, what, matches, args)
         files, read_images = [], partial(stream, read)
     else:
-        what, notes, tables = "image files", [], _find_tables(source, args)
+        what, tables = "image files", _find_tables(source, args)
         source = _unpacked(source, args, scratch)
-        parts, names = _from_images(source, tables or _find_tables(source, args), args)
+        parts, names, notes = _from_images(source, tables or _find_tables(source, args), args)
         files, read_images = list(source.files), source.stream
     if args.link != "copy" and (hits or source.archive):
         raise UserError(f"--link {args.link}: only image files of a folder can be linked")
@@ -130,6 +134,9 @@ def _unpacked(source: Source, args: argparse.Namespace, scratch: Path) -> Source
     if len(packed) > 1 and not by_class and splits != sorted(SPLITS):
         advice = "unpack them, or give the one that holds the images"
         raise source.error(f"holds {len(packed)} archives ({some(packed)}): {advice}")
+    if len({*stems.values()}) < len(stems):
+        twice = Counter(stems.values()).most_common(1)[0][0]
+        raise source.error(f"holds several archives of class {twice}: give the folder of one set")
     archives = {source.files[name]: stems[name] for name in packed if is_wanted(name, args)}
     return unpack(source.path, archives, scratch / "inner")
 
@@ -153,8 +160,12 @@ def _from_arrays(
         try:
             text = read_text(args.class_names) if args.class_names else ""
         except UnicodeDecodeError as error:
-            raise UserError(f"--class-names {args.class_names}: is no UTF-8 ({error})") from None
-        class_names = [line.strip() for line in text.splitlines() if line.strip()]
+            raise UserError(f"--class-names {args.class_names}: is not UTF-8 ({error})") from None
+        class_names = [line.strip() for line in text.strip().splitlines()]
+        for name, n in Counter(class_names).items():
+            if n > 1 or not name:
+                problem = f"{name!r} is there {n} times: give each class a name of its own"
+                raise UserError(f"--class-names {args.class_names}: {problem}")
         read = partial(read_shard, source, class_names)
         splits = {name: split_in_name(name) for name in matches}
     else:
@@ -188,8 +199,8 @@ def _from_arrays(
 
 def _from_images(
     source: Source, tables: Tables, args: argparse.Namespace
-) -> tuple[dict[str, Classes], dict[str, str]]:
-    """The table of image files, and the name of each."""
+) -> tuple[dict[str, Classes], dict[str, str], list[str]]:
+    """The table of image files, the name of each, and notes."""
     images = sorted(filter(is_image, source.files), key=natural)
     if not images:
         there = unknown_formats(source.files) or "no files"
@@ -197,6 +208,9 @@ def _from_images(
     layouts, places = _by_folder(images)
     if len(layouts) > 1:
         raise source.error(f"holds {len(layouts)} data sets ({some(layouts)}): give one's folder")
+    if args.csv and layouts:
+        advice = "leave --csv out, or give the folder with all classes, such as train/"
+        raise source.error(f"has splits of its own, beside --csv {args.csv}: {advice}")
     if tables and not layouts:
         return _from_tables(source, places, images, tables)
     parts = next(iter(layouts.values()), None) or {"all": _class_folders(source, places, args)}
@@ -206,7 +220,7 @@ def _from_images(
     for folder in sorted(source.dirs - filled, key=natural):
         if str(PurePosixPath(folder).parent) in parents:
             raise source.error(f"class folder {folder} holds no image: fill it or remove it")
-    return parts, {name: _base(name) for name in images}
+    return parts, {name: _base(name) for name in images}, []
 
 
 def _by_folder(images: list[str]) -> tuple[dict[str, dict[str, Classes]], dict[str, Classes]]:
@@ -314,7 +328,7 @@ def _rows(tables: Tables) -> Iterator[tuple[str, str, str, str]]:
 
 def _from_tables(
     source: Source, places: dict[str, Classes], images: list[str], tables: Tables
-) -> tuple[dict[str, Classes], dict[str, str]]:
+) -> tuple[dict[str, Classes], dict[str, str], list[str]]:
     """Images that CSV files name: in one folder, or in class folders as ILSVRC-2012 has them.
 
     A name of Ravi & Larochelle's is the class's WordNet id and a number of eight digits: the
@@ -329,13 +343,14 @@ def _from_tables(
     for name in images:
         at.setdefault(_base(name), []).append(name)
     parts: dict[str, Classes] = {split: {} for split in SPLITS}
-    names, faults = {}, []
+    names, faults, ranked = {}, [], set()
     for split, where, name, label in rows:
         found, match = at.get(name, []), _RANKED.fullmatch(name)
         if len(found) > 1 and label in classes:
             found = [file for file in found if file in classes[label]]
         elif not found and by_rank and match and match.group(1) == label:
             rank = int(match.group(2))
+            ranked.add(len(classes.get(label, [])))
             found = classes.get(label, [])[rank - 1 : rank] if rank else []
         if len(found) == 1:
             parts[split].setdefault(label, []).append(found[0])
@@ -344,4 +359,8 @@ def _from_tables(
             faults.append(f"{where}: {source.path} has {len(found) or 'no'} images {name}")
     if faults:
         raise UserError(f"{faults[0]}{f' (and {len(faults) - 1} more lines)' * bool(faults[1:])}")
-    return parts, names
+    if not ranked:
+        return parts, names, []
+    note = "images are found by their rank in their class, so folders must be ILSVRC-2012's, whole"
+    note += f" (732 to 1,300 images each); here they have {min(ranked)} to {max(ranked)}"
+    return parts, names, [note]

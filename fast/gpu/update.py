@@ -94,6 +94,8 @@ def classifier(
     gradient with respect to x; writes those of weight [K, 32 * H * W] and bias [K].
     """
     n, n_classes, pixels = len(x), len(bias), x[0, 0].numel()
+    if weight.shape[1] != N_FILTERS * pixels:
+        raise ValueError(f"images of {pixels} pixels, but weights {list(weight.shape)}")
     losses, d_logits = bias.new_empty(n), bias.new_empty(n, n_classes)
     loss, d_x, sizes = bias.new_empty(()), torch.empty_like(x), (n, n_classes, pixels)
     options = {"C": N_FILTERS, "FEATURES": FEATURES, "num_warps": WARPS}

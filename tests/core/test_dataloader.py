@@ -1,5 +1,6 @@
 import subprocess
 import unicodedata
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -116,6 +117,15 @@ def test_the_same_picture_in_every_form(tmp_path, name, mode, close):
     assert Image.open(tmp_path / name).mode == mode
     assert (loaded.mode, loaded.size) == ("RGB", picture.size)
     assert np.abs(np.asarray(loaded) - np.asarray(expected).astype(int)).mean() <= close
+
+
+def test_exhausted_memory_is_no_fault_of_the_file(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    for place in ("open", "Image.getexif"):
+        monkeypatch.setattr(f"PIL.Image.{place}", Mock(side_effect=MemoryError))
+        with pytest.raises(MemoryError):
+            load_image(tmp_path / "x.png")
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

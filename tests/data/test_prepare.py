@@ -146,6 +146,10 @@ def test_class_names_of_the_user(tmp_path, run, refused):
     shard = formats.shard(formats.rows(names=formats.NAMES, with_path=False))
     source, names = formats.write(tmp_path, {"hub/train.parquet": shard}), tmp_path / "names.txt"
     assert "--class-names" in refused(source)
+    first, *others = formats.NAMES
+    for wrong in ([others[0], *others], [first, "", *others]):
+        names.write_text("\n".join(wrong))
+        assert str(names) in refused(source, "--class-names", names)
     names.write_text("\n".join(formats.NAMES) + "\n", "utf-8-sig")
     assert run(source, "--class-names", names)[0] == 0
     assert pixels(tree(tmp_path / "out")) == pixels(dataset())

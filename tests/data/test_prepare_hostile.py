@@ -211,6 +211,12 @@ def test_missing_pyarrow(tmp_path, refused, monkeypatch):
     assert "pyarrow" in refused(formats.write(tmp_path, {"hub/train.parquet": b"PAR1"}))
 
 
+def test_two_archives_of_a_class(tmp_path, refused):
+    tar = formats.packed("x.tar", {"n01532829_1.JPEG": formats.photograph(1)})["x.tar"]
+    files = {f"{part}/{cls}.tar": tar for part in "ab" for cls in ("n01532829", "n01558993")}
+    assert "n01532829" in refused(formats.write(tmp_path, formats.below("all", files)))
+
+
 def test_links_in_an_archive_are_not_followed(tmp_path, run):
     source = make("mini_tar", tmp_path)
     with tarfile.open(source, "a") as archive:
@@ -304,6 +310,9 @@ def test_flags_and_destinations_that_do_not_fit_the_source(tmp_path, refused):
         make("parquet_split", tmp_path / "shards"), "--class-names", tmp_path / "latin1.txt"
     )
     assert "latin1.txt" in line
+    tables = formats.write(tmp_path, formats.below("tables", formats.tables()))
+    for form in ("mini_folder", "category_pickles"):
+        assert "--csv" in refused(make(form, tmp_path / form), "--csv", tables)
     for name in ("formats", "splits/new", "../data/splits"):  # folders of code
         assert "--dest" in refused(source, dest=PREPARE.parent / name)
     formats.write(tmp_path, {"dest/train/cat/1.jpg": b"mine", "file": b"mine"})

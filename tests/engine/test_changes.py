@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from conftest import metrics, refused, run_cli, succeeded, tensors, train, training
+from conftest import metrics, refused, succeeded, tensors, train, training
 
 from engine.checkpoint import LAST
+from engine.flags import parse
+from engine.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,8 @@ def test_another_folder_may_change_them(master, trained, tmp_path):
 def test_another_folder_keeps_the_length_that_the_rate_depends_on(master, trained, tmp_path):
     words = training(master, tmp_path / "new", "--resume", f"{trained}-719")
     at = words.index("--episode")
-    assert "nothing to do" in succeeded(run_cli(*words[:at], *words[at + 2 :]))
+    with RunFolder(parse(words[:at] + words[at + 2 :])) as folder:
+        assert folder.args.episode == 2
 
 
 def test_a_flag_newer_than_the_checkpoint_had_its_default(master, tmp_path):

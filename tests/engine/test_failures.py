@@ -61,6 +61,13 @@ def test_other_errors_are_not_explained_away(error):
         raise error
 
 
+def test_batch_norm_of_one_image_is_explained():
+    with pytest.raises(UserError, match="--batch-size"), explain_failures():
+        torch.nn.BatchNorm1d(2).train()(torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="other"), explain_failures():
+        raise ValueError("other")
+
+
 @slow
 def test_a_real_limit(master, tmp_path):
     words = training(master, tmp_path / "logs", "--image-size", 1024, "--filters", 1024)

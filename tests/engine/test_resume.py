@@ -284,16 +284,20 @@ def test_checkpoints_are_not_overwritten_by_an_earlier_start(master, own):
     ckpts = Path(f"{own}-719", "ckpts")
     earlier = ckpts / "meta-learner-2.pth.tar"
     refused(train(master, own, "--resume", earlier), earlier, "4 episodes", "would be lost")
+    later = ckpts / "meta-learner-4.pth.tar"
+    os.utime(ckpts / BEST, (0, 0))
     before = metrics(own)
     (ckpts / LAST).unlink()
     line = refused(train(master, own, "--resume", "auto"), "holds a run already", "--resume")
-    (named,) = re.findall(r"--resume (\S+),", line)
+    assert f"--resume {later}," in line
+    refused(train(master, own, "--resume", earlier), earlier, "would be lost")
     assert metrics(own) == before
-    succeeded(train(master, own, "--resume", named))
+    succeeded(train(master, own, "--resume", later))
     exported = own.with_name("exported-719")
     exported.mkdir()
     shutil.copy(earlier, exported / "meta-learner.pth.tar")
-    refused(train(master, own.with_name("exported"), "--resume", "auto"), exported, "holds a run")
+    line = refused(train(master, own.with_name("exported"), "--resume", "auto"), "holds a run")
+    assert "continue" not in line  # an exported run cannot
 
 
 def test_another_folder_begins_new_logs(master, trained, tmp_path):
@@ -303,7 +307,7 @@ def test_another_folder_begins_new_logs(master, trained, tmp_path):
     assert metrics(tmp_path / "a", "train") == metrics(trained, "train")[2:]
     assert_same(tensors(tmp_path / "a")["metalearner"], tensors(trained)["metalearner"])
     start = ("--resume", second, "--lr", "0.0001")
-    refused(train(master, trained, *start), second, "4 episodes", "would be lost")
+    refused(train(master, trained, *start), second, "would be lost")
     refused(train(master, tmp_path / "b", *start, "--bi-init", "0", "0"), "--bi-init 0.0 0.0")
     assert not (tmp_path / "b-719").exists()
     succeeded(train(master, tmp_path / "b", *start))

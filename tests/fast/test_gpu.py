@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, networks, new_episode
 
+import dataloader
 from data.transforms import draw_augmentation
-from dataloader import AUGMENT
 from episode import Episode, adapt, evaluate_episode, learned, meta_gradient
 from fast import augment, gpu, learner, native
 from fast.gpu import blocks, colour, convolution, meta, update
@@ -96,7 +96,8 @@ def colour_args(n, size, device="cpu"):
     x = torch.rand(n, 3, size, size, generator=generator) * 255
     x[: n // 2] = x[: n // 2].round()
     x[0], x[1], x[2] = 0, 255, x[2, :1]
-    drawn = draw_augmentation(generator(3, "train", 0, AUGMENT), np.full((n, 2), size))
+    rng = dataloader.generator(3, "train", 0, dataloader.AUGMENT)
+    drawn = draw_augmentation(rng, np.full((n, 2), size))
     table = torch.from_numpy(augment.table(augment.Windows.crops(drawn.box, size), drawn))
     return x.to(device), table[:, 9:13].to(device), table[:, 13:].long().to(device)
 
@@ -401,6 +402,9 @@ def test_checks_compare_everything(capsys):
         return state._replace(c=state.c.detach() + 2 * (state.c - state.c.detach()))
 
     results = partial(metalearner._two_updates, *args)
+    for right, found in ((True, [1.0, 2.0]), (False, [1.0, math.nan]), (False, [math.nan, 2.0])):
+        numbers = {eager: torch.tensor([1.0, 2.0]), wrong: torch.tensor(found)}
+        assert gpu._agrees(wrong, eager, 1e-3, numbers.__getitem__) == right
     assert gpu._agrees(eager, eager, 1e-3, results)
     assert not gpu._agrees(wrong, eager, 1e-3, results)
 

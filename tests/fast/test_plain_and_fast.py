@@ -6,6 +6,10 @@ from conftest import Model, drawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fast.learner import FastConv4
+from fast.library import library
+from fast.metalearner import LARGEST_HIDDEN, FastMetaLearner
+from learner import Conv4
+from metalearner import MetaLearner
 
 SLOW = pytest.mark.slow
 
@@ -80,3 +84,29 @@ def test_a_network_that_threads_share_returns_each_its_own_images(monkeypatch):
     monkeypatch.undo()
     assert torch.equal(found, network.block(1, mine))
     assert torch.equal(came[0], network.block(1, others))
+
+
+@pytest.mark.parametrize("hidden_size", [LARGEST_HIDDEN, LARGEST_HIDDEN + 1])
+def test_wide_lstms_run_in_pytorch(hidden_size):
+    """The CPU kernel's memory grows with the width, and it cannot say that there is none left."""
+    torch.manual_seed(0)
+    plain, fast = (cls(4, hidden_size, 9, (0, 1)) for cls in (MetaLearner, FastMetaLearner))
+    fast.load_state_dict(plain.state_dict())
+    loss, grad = torch.tensor(1.3), torch.randn(9, 1)
+    c, expected = (rule(loss, grad, rule.initial_state()).c for rule in (fast, plain))
+    assert torch.allclose(c, expected, rtol=1e-5, atol=1e-6)
+    tiled = fast.initial_state().lstm_h.dim() == 3
+    assert tiled == (hidden_size == LARGEST_HIDDEN and bool(library().functions))
+
+
+def test_gradients_in_evaluation_mode():
+    """With the running statistics, which stay as they are."""
+    torch.manual_seed(0)
+    plain, fast = (cls(16, 1e-3, 0.95, 3) for cls in (Conv4, FastConv4))
+    fast.load_state_dict(plain.state_dict())
+    x, y = torch.randn(6, 3, 16, 16), torch.arange(3).repeat(2)
+    fast.loss_and_grad(x, y)
+    fast.reset_batch_stats()
+    found, expected = (net.eval().loss_and_grad(x, y)[1] for net in (fast, plain))
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(fast.buffers(), plain.buffers(), strict=True))

@@ -1,0 +1,32 @@
+"""Loading of the runs that a benchmark compares."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from data.layout import check_splits
+from engine.backend import Backend
+from engine.checkpoint import trained_shots
+from engine.evaluation import schedule
+from engine.flags import spelled, typed
+from engine.model import Trainable
+from main import load_model
+from utils import UserError
+
+
+def load_run(run: str, flags: dict[str, object]) -> tuple[Namespace, dict, Backend, Trainable]:
+    """Load a run as ``main.load_model`` does, with the schedule of its tests.
+
+    Raises:
+        UserError: a flag is not for comparisons; there is no checkpoint; or it was trained on
+            classes of the validation or test split.
+    """
+    for name in ("mode", "resume", "save", "shots"):
+        if name in flags:
+            flag = f"{spelled(name)} {typed(flags[name])}"
+            raise UserError(f"{flag}: is not for comparisons; leave it out, and name runs alone")
+    args, checkpoint, backend, model = load_model({**flags, "resume": run})
+    check_splits(args.data_root, checkpoint.get("classes", ()), ("val", "test"))
+    how = schedule(args, trained_shots(checkpoint, args), args.n_class * args.n_shot)
+    args.batch_size, model.metalearner.grad_divisor = how
+    return args, checkpoint, backend, model
