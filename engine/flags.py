@@ -219,11 +219,9 @@ add("--data-root", None, words, "DIR")
 words, pixels = "height and width of the images, pixels", int_range(MIN_IMAGE_SIZE, 1024)
 add("--image-size", 84, words, "PX", True, type=pixels)
 words = "of training images: port (random crops, flips, colour jitter); zoom, mild (crops of at "
-words += (
-    "least 22 and 60 %% of the area, weaker jitter); none (the whole image resized to a square, "
-)
-words += "as the authors); flip (the same with random flips). Validation and test: a centre crop "
-words += "with port, else the whole image"
+words += "least 22 and 60 %% of the area, weaker jitter); none (the whole image resized to a "
+words += "square, as the authors); flip (the same with random flips). Validation and test: a "
+words += "centre crop with port, else the whole image"
 add("--augment", "port", words, hyper=True, choices=("port", "none", "flip", "zoom", "mild"))
 words = "imagenet: normalised by ImageNet's mean and standard deviation, as the port; unit: 0 to 1"
 add("--pixels", "imagenet", words, hyper=True, choices=("imagenet", "unit"))
