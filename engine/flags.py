@@ -362,6 +362,7 @@ def resolve(
     mode, method, conv4 = args.mode, args.method, args.learner == "conv4"
     training, head = mode != "pretrain", method == "linear-head"
     this = f"--method {method}" if training else "--mode pretrain"
+    not_here = f"is not for {this}; leave it out"
     loop, lstm = training and method in INNER_LOOP, training and (method == "lstm" or head)
     of_loop = "tta_permutations tta_flip transductive final_stats second_order meta_batch "
     of_loop += "grad_divisor bi_init"
@@ -370,12 +371,12 @@ def resolve(
         ("method precision", conv4, "needs --learner conv4"),
         ("bn_shift", head, "is for --method linear-head only"),
         ("transductive final_stats", not head, "a linear head has no batch norm; leave it out"),
-        ("ema method", training, "is not for --mode pretrain; leave it out"),
+        ("ema method", training, not_here),
         ("classifier", not training, "is for --mode pretrain only"),
-        (of_loop, loop, f"is not for {this}; leave it out"),
-        ("hidden_size lstm_init bf_init", lstm, f"is not for {this}; leave it out"),
-        ("lr lr_decay grad_clip ema", method not in ("nearest", "finetune"), f"is not for {this}"),
-        ("batch_size", loop or method == "finetune", f"is not for {this}; leave it out"),
+        (of_loop, loop, not_here),
+        ("hidden_size lstm_init bf_init", lstm, not_here),
+        ("lr lr_decay grad_clip ema", method not in ("nearest", "finetune"), not_here),
+        ("batch_size", loop or method == "finetune", not_here),
         ("mode", loop or mode != "predict", f"is not for --method {method}"),
         ("init_from", loop or method in PRETRAINED, f"--method {method} starts from scratch"),
         ("shots", method != "finetune", "is tuned for one number of shots; leave it out"),
