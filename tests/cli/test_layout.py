@@ -89,8 +89,25 @@ def test_each_flag_is_read_somewhere():
     assert flags.DEFAULTS.keys() - read == set()
 
 
-def test_the_commands_of_the_readme_exist():
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+def documents():
+    return {p: p.read_text() for at in (".", "data", "docs", "fast") for p in ROOT.glob(f"{at}/*.md")}
+
+
+def test_links_of_the_documents_lead_somewhere():
+    headings = {
+        path: {re.sub(r"[^\w -]", "", line.lower()).strip().replace(" ", "-") for line in lines}
+        for path, text in documents().items()
+        if (lines := re.findall(r"^#+ (.*)$", text, re.MULTILINE))
+    }
+    for path, text in documents().items():
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            to = (path.parent / target).resolve() if target else path
+            assert to.exists(), (path, target)
+            assert not anchor or anchor in headings[to], (path, target, anchor)
+
+
+def test_the_commands_of_the_documents_exist():
+    text = "".join(documents().values()).replace("\\\n", " ")
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
     commands = [words for line in lines if (words := shlex.split(line, comments=True))]
