@@ -90,7 +90,9 @@ def test_each_flag_is_read_somewhere():
 
 
 def documents():
-    return {p: p.read_text() for at in (".", "data", "docs", "fast") for p in ROOT.glob(f"{at}/*.md")}
+    folders = (".", "benchmarks", "data", "docs", "fast", "results", "results/trials")
+    paths = [path for folder in folders for path in ROOT.glob(f"{folder}/*.md")]
+    return {path: path.read_text() for path in paths}
 
 
 def test_links_of_the_documents_lead_somewhere():
