@@ -16,13 +16,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from runs import load_run
+from runs import load_run, runs_parser
 from torch import Tensor, nn
 
 from data.layout import scan_split
 from engine.backend import dataset
 from engine.checkpoint import short_name
-from engine.flags import Parser, parse
+from engine.flags import parse
 from engine.model import Model
 from engine.process import run_main
 from engine.stream import episodes
@@ -59,8 +59,7 @@ def _keep_largest(largest: Tensor, _norm: nn.Module, _inputs: tuple, output: Ten
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(description=__doc__.partition("\n")[0], epilog="other flags: as main.py's")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder or checkpoint")
+    parser = runs_parser(__doc__)
     args, others = parser.parse_known_args(argv)
     flags = parse(others)
     blocks = [f"dead in block {b}" for b in range(1, N_BLOCKS + 1)]

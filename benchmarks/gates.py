@@ -23,14 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from paired import difference, interval
-from runs import load_run
+from runs import load_run, runs_parser
 from torch import Tensor
 
 from data.layout import scan_split
 from dataloader import EpisodeDataset
 from engine.backend import Backend, dataset
 from engine.evaluation import Evaluator
-from engine.flags import Parser, parse, path
+from engine.flags import parse, path
 from engine.logger import summary
 from engine.model import Model
 from engine.process import run_main
@@ -178,8 +178,7 @@ def draw(runs: list[tuple[str, list[tuple[str, list[float]]]]], out: Path) -> No
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(description=__doc__.partition("\n")[0], epilog="other flags: as main.py's")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder or checkpoint")
+    parser = runs_parser(__doc__)
     words = "writes OUT.md and OUT.png"
     parser.add_argument("--out", default="gates", type=path, metavar="PATH", help=words)
     args, others = parser.parse_known_args(argv)

@@ -1,4 +1,4 @@
-"""Loading of the runs that a benchmark compares."""
+"""The runs that a benchmark compares: their names on the command line, and loading."""
 
 from __future__ import annotations
 
@@ -8,10 +8,21 @@ from data.layout import check_splits
 from engine.backend import Backend
 from engine.checkpoint import trained_shots
 from engine.evaluation import schedule
-from engine.flags import spelled, typed
+from engine.flags import Parser, spelled, typed
 from engine.model import Trainable
 from main import load_model
 from utils import UserError
+
+
+def runs_parser(doc: str) -> Parser:
+    """A parser of RUN...; the flags that it does not know are main.py's.
+
+    Args:
+        doc: the script's docstring, whose first line is the description.
+    """
+    parser = Parser(description=doc.partition("\n")[0], epilog="other flags: as main.py's")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder or checkpoint")
+    return parser
 
 
 def load_run(run: str, flags: dict[str, object]) -> tuple[Namespace, dict, Backend, Trainable]:

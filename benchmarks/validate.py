@@ -15,13 +15,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from paired import difference, interval
-from runs import load_run
+from runs import load_run, runs_parser
 
 from data.layout import scan_split
 from engine.backend import dataset
 from engine.checkpoint import short_name
 from engine.evaluation import Evaluator
-from engine.flags import DEFAULTS, Parser, parse, spelled
+from engine.flags import DEFAULTS, parse, spelled
 from engine.process import run_main
 from tools.words import markdown_table
 from utils import UserError
@@ -61,8 +61,7 @@ def compare(runs: list[str], flags: dict[str, object]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(description=__doc__.partition("\n")[0], epilog="other flags: as main.py's")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder or checkpoint")
+    parser = runs_parser(__doc__)
     args, others = parser.parse_known_args(argv)
     print(compare(args.runs, parse(others)))
     return 0

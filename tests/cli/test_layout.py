@@ -96,12 +96,13 @@ def documents():
 
 
 def test_links_of_the_documents_lead_somewhere():
+    texts = documents()
     headings = {
         path: {re.sub(r"[^\w -]", "", line.lower()).strip().replace(" ", "-") for line in lines}
-        for path, text in documents().items()
+        for path, text in texts.items()
         if (lines := re.findall(r"^#+ (.*)$", text, re.MULTILINE))
     }
-    for path, text in documents().items():
+    for path, text in texts.items():
         for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
             to = (path.parent / target).resolve() if target else path
             assert to.exists(), (path, target)
