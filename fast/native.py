@@ -57,8 +57,9 @@ def _checked(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float
 
 def _call(name: str, *arguments: Tensor | float | ctypes.Array | None) -> None:
     """Call a kernel, which trusts all sizes, dtypes and layouts."""
-    arguments = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    library().functions[name](*arguments, torch.get_num_threads())
+    # not under the name of the tensors, which must live as long as the kernel runs
+    pointers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    library().functions[name](*pointers, torch.get_num_threads())
 
 
 # ---- Augmentation ----

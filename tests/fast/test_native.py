@@ -4,6 +4,7 @@ import copy
 import functools
 import platform
 import shutil
+import weakref
 from collections import Counter
 from types import SimpleNamespace
 
@@ -203,6 +204,22 @@ def test_nonfinite_numbers_stay_so(compiled, bad):
     finite = run()
     assert not finite.all()
     assert torch.equal(finite, plain(compiled, run))
+
+
+def test_a_temporary_argument_lives_as_long_as_the_kernel_runs(monkeypatch):
+    seen = []
+    probe = {"probe": lambda *_: seen.append(made() is not None)}
+    monkeypatch.setattr(native, "library", lambda: SimpleNamespace(functions=probe))
+
+    def temporary():
+        nonlocal made
+        tensor = torch.ones(3)
+        made = weakref.ref(tensor)
+        return tensor
+
+    made = None
+    native._call("probe", temporary(), 1)
+    assert seen == [True]
 
 
 def test_patch_moments(compiled, calls):
