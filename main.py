@@ -56,8 +56,7 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
     """Algorithm 1: train the meta-learner for ``--episode`` episodes."""
     with RunFolder(cli_args, ranks) as folder:
         args = folder.args
-        if folder.finished:
-            folder.print_finished()
+        if folder.finished():
             return
         backend = select_backend(args, ranks.local)
         print(f"{backend.description}\ntraining on {args.data_root}, into {folder.path}")

@@ -28,7 +28,7 @@ if code := run_main(check_packages, ["numpy", "PIL.Image", "tqdm.std"]):
     sys.exit(code)
 
 from data.formats import DATA, omniglot
-from data.formats.build import Manifest, build, is_built, work_folder
+from data.formats.build import Manifest, build, is_built
 from data.formats.check import examine, print_report, read_record
 from data.formats.detect import detect, is_wanted
 from data.formats.sources import Source, unpack
@@ -39,8 +39,8 @@ data/README.md lists the sources, for example:
   python data/prepare.py split_minidataset          a clone of github.com/Deo0330/split_minidataset
   python data/prepare.py CUB_200_2011/images --split 100/50/50 --seed 1 --dest data/cub
 
-exit codes: 0 done; 1 --check has findings; 2 bad input or no room, nothing changed; 130
-interrupted: run it again.
+exit codes: 0 done; 1 --check has findings; 2 bad input or no room; 130 interrupted. After 2 and 130
+nothing has changed.
 """
 _SPLIT = (
     'how to split classes: a JSON file {"train": [class, ...], "val": [...], "test": [...]}, '
@@ -76,8 +76,6 @@ def _parser() -> Parser:
     add("--split", _SPLIT, "FILE|A/B/C", type=home_path)
     seed = int_range(0, 2**63 - 1)
     add("--seed", "draws the classes for --split A/B/C (default: 719)", "N", type=seed, default=719)
-    text = "names of labels 0, 1, ..., one a line, for Parquet shards that lack them"
-    add("--class-names", text, "FILE")
     text = f"omniglot: where torchvision puts omniglot-py/ (default: {DATA})"
     add("--download", text, "DIR", default=DATA)
     return parser
@@ -89,16 +87,12 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _settings(args: argparse.Namespace, source: str, stamp: Any) -> dict[str, Any]:
-    """The source and the flags: a second run that shares them has nothing to do, or resumes the
-    first.
-    """
+    """The source and the flags: a second run that shares them has nothing to do."""
     settings = {"source": source, "link": args.link, "stamp": stamp}
     if is_numbers(args.split):
         settings["split"], settings["seed"] = args.split, args.seed
     elif args.split and Path(args.split).is_file():
         settings["split"] = hashlib.sha256(Path(args.split).read_bytes()).hexdigest()
-    if args.class_names:
-        settings["class_names"] = hashlib.sha256(args.class_names.read_bytes()).hexdigest()
     tables = [(args.csv or Path(source).parent) / f"{split}.csv" for split in SPLITS]
     settings["csv"] = {table.name: _stamp(table) for table in tables if table.is_file()}
     return settings
@@ -119,8 +113,7 @@ def _prepare(args: argparse.Namespace) -> None:
     elif not path.is_file():
         if os.path.realpath(path) in map(os.path.realpath, dests):
             raise UserError(f"{path}: is the data set itself; to examine it: --check {path}")
-        without = {os.path.realpath(p) for dest in dests for p in (dest, work_folder(dest))}
-        folder = Source(path, without=without)
+        folder = Source(path, without=set(map(os.path.realpath, dests)))
     settings = _settings(args, source, folder.stamp if folder else [*map(_stamp, archives)])
     for dest in dests:
         wanted = args.dest or read_record(dest).get("settings") == settings

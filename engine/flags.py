@@ -47,7 +47,7 @@ PRETRAINED = ("linear-head", "nearest", "finetune")  # start from a run of --mod
 HEEDED = {
     **dict.fromkeys(("support", "query", "out"), ("predict",)),
     **dict.fromkeys(("init_from", "shots"), ("train", "test")),
-    **dict.fromkeys(("runs", "means"), ("results",)),
+    "runs": ("results",),
     "to": ("export",),
     "resume": tuple(MODES.keys() - {"results", "export"}),
 }
@@ -210,7 +210,6 @@ words = "minutes between two writes of the last checkpoint"
 add("--save-minutes", 5.0, words, "X", type=float_range(0, 10**6))
 add("--runs", None, "results: run folders", "DIR", nargs="+")
 add("--to", "exported", "export: folder for the run's copy", "DIR")
-add("--means", False, "results: show only the mean of three or more seeds")
 
 add = _group("data")
 add("--data", "miniImagenet", "data set, a folder in data/", "NAME")

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import os
 import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -138,21 +137,13 @@ class RunFolder(contextlib.ExitStack):
             advice = "leave them out" + ", or give another --save" * self.continues
             raise UserError(f"{changes}: {resume} began with {began}; {advice}")
 
-    @property
     def finished(self) -> bool:
-        """Whether the checkpoint has seen and validated all episodes."""
-        state = self.checkpoint or {}
-        return state.get("episode") == self.args.episode == state.get("run", {}).get("validated")
-
-    def print_finished(self) -> None:
-        """Print that nothing is left to do, and how to plot the run."""
-        args = self.args
-        print(f"{args.resume}: has seen all {args.episode} episodes; nothing to do")
-        place = self.path if self.continues else args.resume
-        command = ["python", "main.py", "--mode", "plot", "--resume", str(place)]
-        if args.val_freq and args.mode == "train":  # a trace of its updates needs the images
-            command += ["--data-root", str(args.data_root)]
-        print(f"to plot it: {shlex.join(command)}")
+        """Whether the checkpoint has seen and validated all episodes, which a line then says."""
+        state, n = self.checkpoint or {}, self.args.episode
+        done = state.get("episode") == n == state.get("run", {}).get("validated")
+        if done:
+            print(f"{self.args.resume}: has seen all {n} episodes; nothing to do")
+        return done
 
     def ckpt(self, name: str) -> Path:
         """The path of a checkpoint of this run."""

@@ -12,6 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -225,7 +226,7 @@ class Run(contextlib.ExitStack):
         self.logger.info(
             f"[{n:>{len(str(total))}}/{total}] loss {loss:.4f} (mean {mean_loss:.4f})  "
             f"acc {accuracy:5.2f} % (mean {mean_accuracy:5.2f} %)  "
-            f"{rate:.2f} episodes/s, {_duration((total - n) / rate)} left{note}"
+            f"{rate:.2f} episodes/s, {timedelta(seconds=round((total - n) / rate))} left{note}"
         )
         for v in state.skipped:
             state.skipped_in_a_row = state.skipped_in_a_row + 1 if v else 0
@@ -315,9 +316,3 @@ class Run(contextlib.ExitStack):
             self.bar.close()
             self.logger.info(f"done{note}")
             print(f"written to {self.folder.ckpt(LAST)}")  # the log is published, this path is not
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 86400:
-        return time.strftime("%H:%M:%S", time.gmtime(seconds))
-    return f"{seconds / 86400:.1f} days"

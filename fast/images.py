@@ -139,18 +139,18 @@ def _open(folder: Path) -> DecodedSplit | None:
     """A finished cache; None if it is missing or damaged.
 
     Raises:
-        UserError: another user keeps it to himself.
+        UserError: it cannot be read, such as one that another user keeps to himself.
     """
     if not folder.is_dir():
         return None
     try:
         return DecodedSplit(folder)
-    except PermissionError as e:
-        advice = "ask its owner for leave to read it, or name another folder by --cache-dir"
-        raise UserError(f"{e.filename}: cannot be read ({e.strerror}); {advice}") from e
     except Exception as e:  # damaged bytes raise nearly anything; the image files are still there
         if out_of_memory(e):
             raise
+        if isinstance(e, OSError) and not isinstance(e, FileNotFoundError):
+            advice = "correct that, or name another folder by --cache-dir"
+            raise UserError(f"{e.filename}: cannot be read ({e.strerror}); {advice}") from e
         tqdm.write(f"{folder}: damaged ({e}); building it again")
         return None
 

@@ -71,14 +71,14 @@ def report(
 
 def results_mode(args: Namespace) -> None:
     """Print the tables of ``--runs``, or of this run."""
-    print(tables([Path(folder) for folder in args.runs or [run_folder(args)]], args.means))
+    print(tables([Path(folder) for folder in args.runs or [run_folder(args)]]))
 
 
-def tables(folders: list[Path], means_alone: bool = False) -> str:
+def tables(folders: list[Path]) -> str:
     """Markdown tables of tested runs: one for each data set, n-way and k-shot.
 
     A row is one tested checkpoint. Three or more runs that differ in their seed only, tested after
-    as many episodes, are followed by a row with their mean, or with ``means_alone`` replaced by it.
+    as many episodes, are followed by a row with their mean.
     A folder without a test is skipped, with a note.
 
     Raises:
@@ -95,7 +95,7 @@ def tables(folders: list[Path], means_alone: bool = False) -> str:
     if not rows:
         raise UserError("; ".join(notes) or "no run folders given; name some with --runs")
     by_table = attrgetter("table")
-    parts = [_table(*part, means_alone) for part in groupby(sorted(rows, key=by_table), by_table)]
+    parts = [_table(*part) for part in groupby(sorted(rows, key=by_table), by_table)]
     return "\n\n".join(parts + [f"skipped {note}" for note in notes])
 
 
@@ -151,7 +151,7 @@ def _name(training: dict, test: dict) -> str:
     return ", ".join(filter(None, [*words, variant(test)]))
 
 
-def _table(key: tuple, these: Iterable[Row], means_alone: bool) -> str:
+def _table(key: tuple, these: Iterable[Row]) -> str:
     (foreign, data, n_class, shots), rows = (*key[:3], -key[3]), list(these)
     published = [] if foreign or n_class != 5 else PUBLISHED.get(shots, [])
     counts = {count for row in rows for count in row.test["counts"]}
@@ -161,8 +161,7 @@ def _table(key: tuple, these: Iterable[Row], means_alone: bool) -> str:
     for (name, kind, seen, *_), alike in groupby(rows, attrgetter("group")):
         group = list(alike)
         mean = _mean(group) if kind != "checkpoint" else None
-        if mean is None or not means_alone:
-            lines += [[*row.cells(counts), ""] for row in group]
+        lines += [[*row.cells(counts), ""] for row in group]
         if mean is not None:
             n, count, numbers = mean
             over = numbers if count == counts[-1] else f"{numbers} ({count} episodes)"

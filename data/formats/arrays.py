@@ -128,13 +128,10 @@ def split_in_name(name: str) -> str:
 
 
 def read_shard(
-    source: Source, class_names: list[str], file: str, wanted: Collection[int] | None
+    source: Source, file: str, wanted: Collection[int] | None
 ) -> Iterator[tuple[int, Label, Any]]:
     """Read a column of images {bytes, path} and one of labels, numbers or names. An image is the
     bytes of its file.
-
-    Args:
-        class_names: the names of labels 0, 1, ...; if empty, those in the shard's metadata.
 
     Raises:
         UserError: pyarrow or a column is missing, the shard is damaged, a label is wrong, or an
@@ -150,7 +147,7 @@ def read_shard(
     try:
         with pyarrow.parquet.ParquetFile(source.files[file]) as shard:
             image, label = _columns(shard.schema_arrow, source, file)
-            names = class_names or _names_in_metadata(shard.schema_arrow, label)
+            names = _names_in_metadata(shard.schema_arrow, label)
             tables = shard.iter_batches(batch, columns=[f"{image}.{part}", label])
             rows = (row for table in tables for row in table.to_pylist())
             for number, row in enumerate(rows):

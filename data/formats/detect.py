@@ -45,7 +45,7 @@ def detect(source: Source, args: argparse.Namespace, scratch: Path) -> Manifest:
     """Find the format of a source.
 
     Args:
-        args: the flags csv, dest, link, split, seed and class_names.
+        args: the flags csv, dest, link, split, and seed.
         scratch: a folder to unpack archives in the source into.
 
     Raises:
@@ -62,8 +62,6 @@ def detect(source: Source, args: argparse.Namespace, scratch: Path) -> Manifest:
         raise source.error(f"holds {' and '.join(there)}: give the folder of one of them")
     if hits and args.csv:
         raise UserError(f"--csv {args.csv}: is for image files, not for {there[0]}: leave it out")
-    if args.class_names and SHARDS not in hits:
-        raise UserError(f"--class-names {args.class_names}: is for {SHARDS}: leave it out")
     if hits:
         ((what, matches),) = hits.items()
         read, parts, names, notes = _from_arrays(source, what, matches, args)
@@ -76,8 +74,7 @@ def detect(source: Source, args: argparse.Namespace, scratch: Path) -> Manifest:
     if args.link != "copy" and (hits or source.archive):
         raise UserError(f"--link {args.link}: only image files of a folder can be linked")
     splits, how, known, cut = split_parts(parts, source, args)
-    # the content of an image in a shard tells its format
-    usual = "" if what == SHARDS else ".png"
+    usual = ".jpg" if what == SHARDS else ".png"
     items = {
         f"{split}/{cls}/{name}": key
         for split, classes in splits.items()
@@ -157,16 +154,7 @@ def _from_arrays(
 ) -> tuple[Reader, dict[str, Classes], dict, list[str]]:
     """The reader, the table, the file names, and notes."""
     if what == SHARDS:
-        try:
-            text = read_text(args.class_names) if args.class_names else ""
-        except UnicodeDecodeError as error:
-            raise UserError(f"--class-names {args.class_names}: is not UTF-8 ({error})") from None
-        class_names = [line.strip() for line in text.strip().splitlines()]
-        for name, n in Counter(class_names).items():
-            if n > 1 or not name:
-                problem = f"{name!r} is there {n} times: give each class a name of its own"
-                raise UserError(f"--class-names {args.class_names}: {problem}")
-        read = partial(read_shard, source, class_names)
+        read = partial(read_shard, source)
         splits = {name: split_in_name(name) for name in matches}
     else:
         read = partial(read_pickle, source)
@@ -180,7 +168,7 @@ def _from_arrays(
         lack = "the labels are numbers without names"
         notes = [f"{lack}: classes are called by number"]
         if what == SHARDS and not args.split and len(sets) < len(SPLITS):
-            advice = "give the names, one a line, with --class-names FILE"
+            advice = "split them with --split FILE or --split TRAIN/VAL/TEST"
             raise source.error(f"every class is in every shard and {lack}: {advice}")
     # numbers may start from 0 again in each pickle, and without --split in each shard
     whole = args.split and what == SHARDS

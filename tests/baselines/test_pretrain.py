@@ -1,5 +1,6 @@
 """Pre-training: what comes before the paper's method, or before those of test_methods.py."""
 
+import argparse
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from conftest import (
 )
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from baselines.pretrain import pretrain_batch
+from baselines.pretrain import PretrainModel
 from learner import Conv4
 
 
@@ -32,38 +33,25 @@ def pretrained(master, tmp_path_factory):
 
 
 @pytest.mark.parametrize("classifier", ["cosine", "linear"])
-def test_it_is_adam_on_the_loss_of_a_classifier(backend, classifier):
+def test_loss_and_gradient_are_those_of_a_classifier(backend, classifier):
     episode, network, ordinary, _ = make(backend, dtype=torch.float64)
-    ours, theirs = (torch.optim.Adam(n.parameters(), lr=1e-2) for n in (network, ordinary))
     x = torch.cat((episode.support, episode.query))
     y = torch.cat((episode.support_y, episode.query_y))
-    for _ in range(5):
-        how = {"grad_clip": 1e6, "classifier": classifier}
-        loss, percent, skipped = pretrain_batch(episode, network, ours, **how)
-        logits, weights = ordinary(x), ordinary.cls.weight
-        if classifier == "cosine":
-            logits = 10 * cosine_similarity(ordinary.features(x)[:, None], weights, dim=2)
-        expected = cross_entropy(logits, y)
-        theirs.zero_grad()
-        expected.backward()
-        theirs.step()
-        assert torch.allclose(loss, expected, rtol=1e-9)
-        right = (logits.argmax(1) == y).double().mean()
-        assert float(percent) == pytest.approx(100 * float(right), rel=1e-6)
-        assert not skipped
-    for name, parameter in ordinary.named_parameters():
-        # the gradient of a bias under batch norm is noise, which Adam makes large
-        if not (name.startswith("conv") and name.endswith("bias")):
-            found = network.get_parameter(name)
-            assert torch.allclose(found, parameter, rtol=1e-6, atol=1e-9), name
-
-
-def test_a_loss_that_is_not_finite_changes_nothing(backend):
-    episode, network, *_ = make(backend)
-    optimizer, before = torch.optim.Adam(network.parameters()), network.get_flat_params()
-    episode.support[0, 0, 0, 0] = torch.nan
-    assert pretrain_batch(episode, network, optimizer, 0.25)[2]
-    assert torch.equal(network.get_flat_params(), before)
+    args = argparse.Namespace(classifier=classifier)
+    gradient, loss, percent = PretrainModel(network).gradient(args, episode)
+    logits, weights = ordinary(x), ordinary.cls.weight
+    if classifier == "cosine":
+        logits = 10 * cosine_similarity(ordinary.features(x)[:, None], weights, dim=2)
+    expected = cross_entropy(logits, y)
+    expected.backward()
+    assert torch.allclose(loss, expected, rtol=1e-9)
+    right = (logits.argmax(1) == y).double().mean()
+    assert float(percent) == pytest.approx(100 * float(right), rel=1e-6)
+    for (name, parameter), found in zip(
+        ordinary.named_parameters(), network.slices(gradient), strict=True
+    ):
+        wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-9), name
 
 
 def test_a_class_has_the_same_label_in_every_batch(backend, master):

@@ -6,8 +6,10 @@ import sys
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-SCRIPTS = ("compare_runs", "counts", "dead_filters", "gates", "run", "validate")
-compare_runs, counts, dead_filters, gates, run, validate = map(importlib.import_module, SCRIPTS)
+SCRIPTS = ("compare_runs", "counts", "curves", "dead_filters", "gates", "run", "validate")
+compare_runs, counts, curves, dead_filters, gates, run, validate = map(
+    importlib.import_module, SCRIPTS
+)
 
 
 def table(script, capsys, *argv):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import before_call
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data"))
@@ -115,25 +114,3 @@ def test_a_damaged_record_is_refused(tmp_path, capsys, record, monkeypatch):
     assert run_main(glyphs.main, ["--dest=~/set"]) == 2
     assert str(tmp_path / "set") in capsys.readouterr().err
     assert (tmp_path / "set" / "prepared.json").read_text(encoding="latin-1") == record
-
-
-def test_interrupted_it_resumes_to_the_same_bytes(made, tmp_path, capsys, monkeypatch):
-    calls = []
-
-    def interrupt(n):
-        calls.append(n)
-        if n == 100:
-            raise KeyboardInterrupt
-
-    before_call(monkeypatch.setattr, glyphs, "draw", interrupt)
-    assert make(tmp_path / "set", "--per-class", "2") == 130
-    assert capsys.readouterr().err.count("\n") == 1
-    assert not (tmp_path / "set").exists()
-    assert make(tmp_path / "set", "--per-class", "2") == 0
-    here, there = (
-        {path.relative_to(place): path.read_bytes() for path in place.rglob("*.j*")}
-        for place in (tmp_path / "set", made)
-    )
-    assert here == there  # the same settings, the same bytes
-    assert [path.name for path in tmp_path.iterdir()] == ["set"]
-    assert len(calls) < 300  # not all of them again

@@ -1,5 +1,6 @@
 """Episodes from decoded images: the cache, and batched augmentation against torchvision's."""
 
+import errno
 import multiprocessing
 import os
 import pickle
@@ -111,7 +112,7 @@ def test_data_sets_share_a_cache_dir(data, tmp_path, monkeypatch, other):
     assert len(list(place.rglob("train-*"))) == 2
 
 
-def test_others_may_read_the_cache_as_the_umask_says(data, monkeypatch):
+def test_others_may_read_the_cache_as_the_umask_says(data):
     before = os.umask(0o027)
     try:
         build(data)
@@ -120,12 +121,20 @@ def test_others_may_read_the_cache_as_the_umask_says(data, monkeypatch):
     (folder,) = (p for p in (data / FOLDER).iterdir() if p.is_dir())
     assert folder.stat().st_mode & 0o777 == 0o750
 
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO])
+def test_a_cache_that_cannot_be_read_is_not_built_again(data, monkeypatch, number):
+    build(data)
+    (folder,) = (p for p in (data / FOLDER).iterdir() if p.is_dir())
+
     def refuse(path, **_):
-        raise PermissionError(13, "Permission denied", str(path))
+        raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(np, "load", refuse)  # root may read everything
-    with pytest.raises(UserError, match=rf"{folder.name}/index\.npz.*--cache-dir"):
+    why = rf"{folder.name}/index\.npz.*{os.strerror(number)}.*--cache-dir"
+    with pytest.raises(UserError, match=why):
         build(data)
+    assert folder.is_dir()
 
 
 def test_broken_image_leaves_nothing_behind(data):

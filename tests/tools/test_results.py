@@ -72,15 +72,13 @@ def test_three_seeds_have_a_mean_in_its_own_column(tmp_path):
     assert [row[-1] for row in rows[:3]] == ["", "", ""]
     mean, half = interval([31.0, 41.0, 51.0])
     assert rows[3][4:] == ["", "", f"{mean:.2f} ± {half:.2f}"]
-    assert [row[1] for row in rows_of(tables(runs, means_alone=True))[1:]] == ["3 seeds"]
 
 
 def test_two_seeds_have_no_mean(tmp_path):
     runs = [with_test(tmp_path / f"{k}", seed=s) for k, s in enumerate((1, 53, 53))]
-    for alone in (False, True):
-        head, *rows = rows_of(tables(runs, alone))
-        assert head[-1] == "4 episodes"
-        assert len(rows) == 3
+    head, *rows = rows_of(tables(runs))
+    assert head[-1] == "4 episodes"
+    assert len(rows) == 3
 
 
 @pytest.mark.parametrize(
@@ -168,7 +166,7 @@ def test_contradictions_are_named():
 
 def test_untested_folders_are_skipped_or_refused(tmp_path, capsys):
     runs = [str(with_test(tmp_path / "a")), str(tmp_path / "nowhere")]
-    results_mode(Namespace(runs=runs, means=False))
+    results_mode(Namespace(runs=runs))
     assert "nowhere" in capsys.readouterr().out.splitlines()[-1]
     (tmp_path / "cat.jpg").write_text("")
     for name in ("nowhere", "cat.jpg"):
