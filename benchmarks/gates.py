@@ -161,19 +161,22 @@ def table(title: str, found: list[tuple[str, list[float]]]) -> str:
 
 
 def draw(runs: list[tuple[str, list[tuple[str, list[float]]]]], out: Path) -> None:
-    """Draw the differences from the LSTM with their intervals, one panel for each run."""
-    figures, size = load_figures(), (7, 2.5 * len(runs))
+    """Draw the differences from the LSTM with their intervals, a colour for each run."""
+    figures = load_figures()
     with figures.style([]):
-        figure, axes = figures.plt.subplots(len(runs), 1, figsize=size, squeeze=False)
-        for (title, ((_, first), *others)), ax in zip(runs, axes[:, 0], strict=True):
+        figure, axis = figures.plt.subplots(figsize=(7, 4))
+        for k, (title, ((_, first), *others)) in enumerate(runs):
             names = [fill(name.partition(" (")[0], 30) for name, _ in others]
             spans = [summary([a - b for a, b in zip(v, first, strict=True)]) for _, v in others]
             means, halves = ([s[key] for s in spans] for key in ("mean", "ci95"))
-            ax.errorbar(means, names, xerr=halves, fmt="o", color=figures.BLUE, capsize=3)
-            ax.axvline(0, color=figures.GREY, linewidth=1)
-            ax.set_title(title.partition(", chosen")[0])
-            ax.set_xlabel("difference from the LSTM, percentage points")
-            ax.invert_yaxis()
+            heights = [row + 0.15 * (k - (len(runs) - 1) / 2) for row in range(len(names))]
+            look = {"fmt": "o", "color": f"C{k}", "markersize": 4, "capsize": 3}
+            axis.errorbar(means, heights, xerr=halves, **look, label=title.partition(",")[0])
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+        axis.axvline(0, color=figures.GREY, linewidth=1)
+        axis.set_xlabel("difference from the LSTM, percentage points, ± 95 %")
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         figure.savefig(out, dpi=150)
 
 
