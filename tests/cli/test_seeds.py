@@ -117,8 +117,8 @@ def test_the_papers_table(clone):
     trained = {(mode, seed) for mode, seed in modes(clone[1]())}
     assert trained == {(mode, seed) for mode in ("train", "test") for seed in (719, 53, 1)}
     calls = [resolve(parse(call[1:])) for call in clone[1]() if call[2] == "train"]
-    assert sorted(args.n_shot for args in calls) == [1] * 3 + [5] * 3
-    assert all(args.second_order for args in calls)
+    recipes = sorted((args.n_shot, args.second_order) for args in calls)
+    assert recipes == [(1, True)] * 3 + [(5, False)] * 3 + [(5, True)] * 3
 
 
 def test_minutes_are_decimal(clone):
