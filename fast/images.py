@@ -14,6 +14,7 @@ average, so it still has at least ``image_size`` pixels a side.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -148,9 +149,11 @@ def _open(folder: Path) -> DecodedSplit | None:
     except Exception as e:  # damaged bytes raise nearly anything; the image files are still there
         if out_of_memory(e):
             raise
-        if isinstance(e, OSError) and not isinstance(e, FileNotFoundError):
+        damage = (None, errno.EINVAL, errno.ENOENT)  # EINVAL is a damaged offset in index.npz
+        if isinstance(e, OSError) and e.errno not in damage:
             advice = "correct that, or name another folder by --cache-dir"
-            raise UserError(f"{e.filename}: cannot be read ({e.strerror}); {advice}") from e
+            place = e.filename or folder
+            raise UserError(f"{place}: cannot be read ({e.strerror}); {advice}") from e
         tqdm.write(f"{folder}: damaged ({e}); building it again")
         return None
 

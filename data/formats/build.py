@@ -90,8 +90,8 @@ def build(dest: Path, settings: dict[str, Any], make: Callable[[Path], Manifest]
         work.mkdir(parents=True, exist_ok=True)
         with file_lock(lock):
             try:
-                for left in set(work.iterdir()) - {lock}:  # by a run that was killed
-                    shutil.rmtree(left)
+                for left in (images, work / "unpacked"):  # by a run that was killed
+                    shutil.rmtree(left, ignore_errors=True)
                 manifest = make(work / "unpacked")
                 dest = dest.with_name(manifest.dest or dest.name)
                 is_built(dest, settings)  # refuses a data set of another source

@@ -137,6 +137,14 @@ def test_a_cache_that_cannot_be_read_is_not_built_again(data, monkeypatch, numbe
     assert folder.is_dir()
 
 
+def test_a_damaged_offset_is_built_again(data, monkeypatch, capsys):
+    build(data)
+    load, error = np.load, OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    monkeypatch.setattr(np, "load", mock.Mock(side_effect=[error, error, mock.DEFAULT], wraps=load))
+    build(data)
+    assert "building it again" in capsys.readouterr().out
+
+
 def test_broken_image_leaves_nothing_behind(data):
     (data / "train" / "class 2" / "4.jpg").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"class 2/4\.jpg: not a readable image"):
