@@ -1,9 +1,10 @@
 """Algorithm 1 of the paper, one episode at a time.
 
-The meta-learner trains the learner on the support set (``updates``, lines 4 to 10). The query loss
-(``query_loss``, lines 11 and 12) is differentiated through that training (``meta_gradient``), and
-its gradient trains the meta-learner (``update_metalearner``, line 13). ``train_episode`` does it
-all; ``evaluate_episode`` runs the same inner loop without a graph.
+The meta-learner trains the learner on the support set (``updates``, lines 4 to 10, not counting
+the paper's blank lines). The query loss (``query_loss``, lines 11 and 12) is differentiated through
+that training (``meta_gradient``), and its gradient trains the meta-learner
+(``update_metalearner``, line 13). ``train_episode`` does it all; ``evaluate_episode`` runs the same
+inner loop without a graph.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from metalearner import UpdateRule
 
 
 class Episode(NamedTuple):
-    """An n-way k-shot task, in order of class; a label is its class's place in the episode."""
+    """An n-way k-shot task, sorted by class; label k is the episode's k-th class."""
 
     support: Tensor  # [n_class * n_shot, 3, H, W], float32
     support_y: Tensor  # [n_class * n_shot], int64
@@ -52,16 +53,16 @@ def updates(
 
     Args:
         episode: ``order`` has one row per pass.
-        learner_w_grad: computes loss and gradient at each cell state in turn. These passes update
-            its running statistics, so the last parameters have no part in them; with
-            ``metalearner.final_stats``, tests add a pass at those.
+        learner_w_grad: computes loss and gradient at each cell state in turn. Its running
+            statistics come from these passes, so none is of the last parameters; with
+            ``metalearner.final_stats``, validation and test add a pass with those.
         metalearner: makes each cell state from the last one.
         batch_size: images in a minibatch; the last minibatch of a pass may be smaller.
 
     Yields:
         The support loss [] before each update, and the state after it, whose ``c`` [P, 1] is the
-        learner's new parameters, with their graph unless under ``torch.no_grad()``. The graph
-        leaves out the learner's loss and gradient unless ``metalearner.second_order``.
+        learner's new parameters, with their graph unless under ``torch.no_grad()``. The learner's
+        loss and gradient are constants in it unless ``metalearner.second_order``.
     """
     learner_w_grad.train()
     learner_w_grad.reset_batch_stats()
@@ -110,7 +111,7 @@ def query_loss(
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """Share of correct predictions in percent, []."""
+    """Share of correct predictions in percent, [], of logits [B, n] and labels y [B], int64."""
     return (logits.argmax(dim=1) == y).float().mean() * 100.0
 
 

@@ -1,4 +1,4 @@
-"""The learner: the network that the meta-learner trains (paper, section 4: four convolutional
+"""The learner: the network that the meta-learner trains (paper, section 5.1: four convolutional
 blocks of 32 filters).
 
 Two instances of one network play two parts:
@@ -27,7 +27,7 @@ MIN_IMAGE_SIZE = 2**N_BLOCKS
 
 
 def flat_gradient(loss: Tensor, parameters: list[Tensor]) -> Tensor:
-    """The loss's gradient [G], one parameter after the other; 0 for an unused one."""
+    """The loss's gradient [G], one parameter after the other; zeros for those without effect."""
     grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     return torch.cat([g.reshape(-1) for g in grads])
 
@@ -36,9 +36,10 @@ class FlatModule(nn.Module):
     """A network whose parameters are read and written as one flat vector [P].
 
     Derive your own network from this class (``--learner`` also wraps other ``nn.Module``s), and
-    write ``__init__`` and ``forward(x) -> logits`` as usual. Any layers will do, as long as all
-    parameters have one floating dtype and no two layers share one. The vector follows the order of
-    ``parameters()``.
+    write ``__init__`` and ``forward(x) -> logits`` as usual. All parameters must have the same
+    floating dtype, and no two layers may share one. ``--learner`` also refuses what cannot be
+    meta-learned here: other dtypes than float32, frozen parameters, dropout, and buffers that
+    change, except batch norm's. The vector follows the order of ``parameters()``.
     """
 
     @functools.cached_property  # transfer_params removes the parameters
@@ -96,7 +97,7 @@ class FlatModule(nn.Module):
         with its ``grad_fn``, so the loss back-propagates into whatever made ``c``.
 
         Args:
-            learner_w_grad: whose buffers (batch norm's running statistics) are copied.
+            learner_w_grad: the source of the buffers (batch norm's running statistics).
             c: [P] or [P, 1], the meta-learner's last cell state.
         """
         self.copy_buffers(learner_w_grad)

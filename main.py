@@ -43,7 +43,7 @@ from tools.predictor import Predictor
 
 
 def build(args: argparse.Namespace, backend: Backend) -> Trainable:
-    """Line 1 of algorithm 1: make both learners, and the meta-learner, whose cI copies them."""
+    """Line 1 of algorithm 1: make both learners and the meta-learner, whose cI starts as theirs."""
     if args.method != "lstm":
         return BUILDERS[args.method](args, backend)
     learner_w_grad = make_learner(args, backend)
@@ -88,7 +88,7 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
 def load_model(
     cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS
 ) -> tuple[argparse.Namespace, dict, Backend, Trainable]:
-    """Load what is tested or predicts: its flags, checkpoint, backend and networks."""
+    """Load a model for test or prediction: its flags, checkpoint, backend and networks."""
     args, checkpoint = load_for_test(cli_args, ranks)
     backend = select_backend(args, ranks.local)
     model = build(args, backend)
@@ -97,7 +97,7 @@ def load_model(
 
 
 def test(cli_args: dict[str, object], ranks: Ranks) -> None:
-    """Report a checkpoint's accuracy on episodes of the test classes, and keep it in the run."""
+    """Report a checkpoint's accuracy on episodes of the test classes, and record it in the run."""
     args, checkpoint, backend, model = load_model(cli_args, ranks)
     seen = counted(checkpoint["episode"], "episode")
     print(f"{backend.description}\ntesting {args.resume} after {seen}")

@@ -18,7 +18,7 @@ INPUT_SIZE = 4  # prep(loss) and prep(grad), two numbers each
 
 
 def prep(x: Tensor) -> Tensor:
-    """Separate magnitude and sign, so that one network reads numbers of any scale (appendix A).
+    """Separate magnitude and sign, so that one network reads numbers of any scale (section 3.2).
 
     (log(|x| + 1e-8) / p, sign(x)) where |x| >= e^-p, else (-1, e^p * x), with p = 10.
 
@@ -46,7 +46,7 @@ class MetaState(NamedTuple):
 
 
 class UpdateRule(nn.Module):
-    """A rule that trains the learner: the interface that ``episode.py`` needs of a meta-learner.
+    """A rule that trains the learner: the interface of a meta-learner that ``episode.py`` expects.
 
     Derive your own from this class: ``__init__`` makes its parameters, among them the learner's
     initialisation [P, 1], and the two methods below use them; ``examples/own_update_rule.py`` is
@@ -54,12 +54,12 @@ class UpdateRule(nn.Module):
 
     Attributes:
         grad_divisor: divides a minibatch's mean gradient before ``forward``; 0 stands for its
-            number of images, as in the authors' Lua code: a step is then at most 1/25 of the
-            gradient in 5-shot episodes and 1/5 in 1-shot ones.
-        second_order: whether training differentiates the learner's loss and gradient, too. The
-            paper does not.
-        final_stats: whether tests update batch norm's running statistics once more, with the last
-            parameters. The paper does not.
+            number of images, as in the authors' Lua code: a step is then at most 1/B of the
+            gradient of B images, with the authors' minibatches 1/25 in 5-shot and 1/5 in 1-shot.
+        second_order: whether training differentiates the learner's loss and gradient, too, which
+            the paper treats as constants.
+        final_stats: whether validation and test update batch norm's running statistics once more,
+            with the last parameters; not in the paper.
     """
 
     grad_divisor: int = 0
@@ -94,7 +94,7 @@ class UpdateRule(nn.Module):
 
 
 class MetaLSTMCell(nn.Module):
-    """An LSTM cell per coordinate, with shared weights (equations 3 and 4; f, i are logits here).
+    """An LSTM cell per coordinate, with shared weights (section 3.1; f, i are logits here).
 
     f_t = [h_t, c_{t-1}, f_{t-1}] WF + bF
     i_t = [h_t, c_{t-1}, i_{t-1}] WI + bI
@@ -103,6 +103,11 @@ class MetaLSTMCell(nn.Module):
     WF, WI ~ U(-0.01, 0.01); bF ~ U(*bf_range), bI ~ U(*bi_range). With ``MetaLearner``'s default
     ranges it starts as gradient descent with a small step. cI, the initial cell state, is the
     learner's initialisation, itself learned (see ``UpdateRule.init_cI``).
+
+    Args:
+        hidden_size: width of h, the LSTM's output.
+        n_learner_params: P, the number of coordinates.
+        bi_range, bf_range: (low, high) of the initial biases.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ except ImportError:  # Windows has no such locks
 
 # deterministic cuBLAS needs a workspace of fixed size
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# by default OpenMP's threads spin while they wait, which slows down whatever runs beside them
+# by default OpenMP's threads spin while they wait, which slows down other processes
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -37,7 +37,7 @@ REQUIREMENTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "require
 
 
 class UserError(Exception):
-    """Something that the user can mend: shown as one line, exit code 2."""
+    """Something that the user can fix: shown as one line, exit code 2."""
 
 
 def first_line(error: BaseException) -> str:

@@ -68,7 +68,7 @@ class FineTuningModel(EpisodicModel):
     def gradient(
         self, args: argparse.Namespace, episode: Episode, learner: FlatModule
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Try all pairs; an empty gradient, loss and accuracy of the best so far."""
+        """Try all pairs of ``GRID``; an empty gradient, and the best pair's loss and accuracy."""
         module = self.metalearner
         logits = torch.stack([self.tuned(args, episode, learner, pair) for pair in module.grid])
         module.accuracy += torch.stack([accuracy(each, episode.query_y) for each in logits])

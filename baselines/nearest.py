@@ -31,7 +31,7 @@ class NearestNeighbour(nn.Module):
 
 
 class NearestModel(EpisodicModel):
-    """Has no gradient: a training only counts its episodes."""
+    """Has no gradient: training only counts episodes."""
 
     def gradient(self, args: argparse.Namespace, episode: Episode) -> tuple[Tensor, ...]:
         """See ``engine.model.Trainable``."""

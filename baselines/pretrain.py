@@ -1,10 +1,10 @@
 """Pre-training: the learner classifies all training classes, as an ordinary network.
 
 A batch is an episode of all classes in the order of their names, support and query set together.
-By default the classifier uses cosines, cos(features, weights of a class), as Gidaris & Komodakis
-and Qi et al. (both 2018) do: the features of a class then share one direction, to which one step of
-gradient descent moves a linear head that starts at zero. ``--classifier linear`` gives the network
-that the paper's baselines start from (section 5.1).
+By default the classifier uses cosine similarities, cos(features, weights of a class), as Gidaris &
+Komodakis and Qi et al. (both 2018) do. The features of a class then share a direction, so one step
+of gradient descent moves a linear head from zero along it. ``--classifier linear`` gives the
+network that the paper's baselines start from (section 5.1).
 
 Meta-learning from a pre-trained network is due to Rusu et al. and Sun et al. (both 2019).
 """

@@ -56,8 +56,8 @@ def make_reproducible(seed: int) -> None:
 
 @contextlib.contextmanager
 def reproducible() -> Iterator[None]:
-    """``make_reproducible`` without a seed, and PyTorch's default modes, dtype and device; then a
-    user's own settings come back.
+    """``make_reproducible`` without a seed, and PyTorch's default modes, dtype and device; the
+    caller's settings are restored on exit.
     """
     with contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():

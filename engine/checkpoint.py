@@ -23,8 +23,8 @@ BEST, LAST = "meta-learner-best.pth.tar", "meta-learner-last.pth.tar"
 
 @dataclass
 class TrainingState:
-    """What a snapshot holds beyond weights and moments: counts and numbers that the next episode's
-    log line and validation depend on.
+    """The state of a training run besides weights and Adam's moments: counters, and numbers that
+    the next log line and validation need.
     """
 
     episode: int = 0  # episodes seen
@@ -91,8 +91,8 @@ def find_checkpoint(folder: Path, *names: str) -> Path | None:
 
 
 def resolve_checkpoint(named: str, seed: int, *names: str, flag: str = "--resume") -> str:
-    """The checkpoint that ``--resume`` or ``--init-from`` names: a file, or a run folder, which may
-    be named without its seed and gives the first of ``names`` that it holds.
+    """The checkpoint that ``--resume`` or ``--init-from`` names: a file, or the first of ``names``
+    in a run folder, which may be named without its seed.
 
     Raises:
         UserError: there is none.

@@ -1,4 +1,4 @@
-"""A training or test in several processes, which ``torchrun`` starts.
+"""Training or test in several processes, which ``torchrun`` starts.
 
 Rank r of N takes episodes r, r + N, r + 2 N, ...; only rank 0 logs and writes. Errors at start-up
 are collective: all ranks go on, or none does. Later, all stop after the same update.

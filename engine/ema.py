@@ -1,7 +1,7 @@
 """Exponential moving average of a meta-learner's weights (``--ema``).
 
-The average is validated, tested and published. The weights that Adam trains are in a training's own
-checkpoints only, under ``TRAINED``. Averaging replaces a falling learning rate, and needs no length
+The average is validated, tested and published. The weights that Adam trains are in a training run's
+own checkpoints only, under ``TRAINED``. Averaging replaces learning-rate decay, and needs no length
 of training fixed in advance.
 """
 
@@ -33,8 +33,8 @@ def saved_modules(model: Trainable, averaged: Trainable) -> dict[str, nn.Module]
 
 
 def chosen_weights(args: Namespace, checkpoint: dict) -> dict:
-    """A checkpoint whose weights are those that ``--ema`` asks for: the average or, with ``--ema
-    0``, those that it follows. Without an average, the weights stand for both.
+    """A checkpoint with the weights that ``--ema`` asks for: the average or, with ``--ema 0``,
+    those that Adam trained. Those of a checkpoint without an average stand for both.
 
     Raises:
         UserError: the checkpoint has the average alone, as an exported one.
@@ -51,8 +51,8 @@ def chosen_weights(args: Namespace, checkpoint: dict) -> dict:
 def follow(average: nn.Module, trained: nn.Module, decay: float, n_updates: int) -> None:
     """Move the average towards the weights after ``n_updates``, by ``1 - decay`` of the way.
 
-    The first updates move it further, about 9 / n of the way, so that it forgets the start of a
-    short training, too. Buffers are copied.
+    The first updates move it further, 9 / (10 + n) of the way, so that the average of a short run
+    forgets its start, too. Buffers are copied.
     """
     share = 1 - min(decay, (1 + n_updates) / (10 + n_updates))
     for a, t in zip(average.parameters(), trained.parameters(), strict=True):

@@ -27,8 +27,8 @@ from learner import FlatModule
 
 
 def schedule(args: Namespace, trained_on: int, n_support: int) -> tuple[int, int]:
-    """Choose minibatches and divisor for ``n_support`` images: as many and as large updates as in
-    training. A note says if the model was trained on another number of images.
+    """Choose minibatches and divisor for ``n_support`` images so that the number and the size of
+    the updates equal training's. A note says if it was trained on another number of images.
 
     Args:
         trained_on: images per class.

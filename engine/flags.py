@@ -26,7 +26,7 @@ MODES = {
     "test": "test a checkpoint on episodes of the test classes",
     "predict": "classify your own images",
     "pretrain": "train the learner alone, on batches of all training classes, for --init-from",
-    "plot": "plot a run; with --data or --data-root first trace its updates, unless that is done",
+    "plot": "plot a run; with --data or --data-root, first trace its updates if no trace is there",
     "results": "print tables of tested runs",
     "export": "copy a tested run's best weights, logs, results and figures, to publish them",
 }
@@ -127,7 +127,7 @@ def split_learner(learner: str) -> tuple[str, str, str]:
 
 
 def essence(value: object) -> object:
-    """A flag's value, but of --learner FILE:NAME@DIGEST without FILE, which may move."""
+    """A flag's value for comparison; of --learner without FILE, which may have moved."""
     learner = isinstance(value, str) and "@" in value
     return "@".join(split_learner(value)[1:]) if learner else value
 
@@ -156,7 +156,7 @@ def _listed(title: str, items: dict[str, str]) -> str:
 
 
 def default_workers() -> int:
-    """Half of the cores, from 2 to 8 of them: on a GPU the host's work is what limits the rate."""
+    """Half of the usable cores, from 2 to 8: on a GPU, preparing episodes limits the speed."""
     usable = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))(0)
     return min(8, max(2, len(usable) // 2))
 
@@ -202,8 +202,8 @@ count, positive = int_range(1), partial(float_range, 0, low_open=True)
 
 add = _group("what to do")
 add("--mode", "train", "one of the modes below", "MODE", choices=tuple(MODES))
-words = "checkpoint, or run folder (training takes its last, test its best); "
-add("--resume", None, words + "auto: this run's own, if any", "PATH")
+words = "checkpoint, or run folder (train: its last checkpoint; else its best); auto: this run's "
+add("--resume", None, words + "own, if any (default in tests: this run's best)", "PATH")
 add("--save", "logs", "the run folder is SAVE-SEED", "PATH")
 add("--seed", 719, "seed of initialisation and episodes", "N", True, type=int_range(0, 2**32 - 1))
 words = "minutes between two writes of the last checkpoint"
@@ -217,12 +217,13 @@ words = "folder with train/, val/, test/ of class folders (default: data/NAME)"
 add("--data-root", None, words, "DIR")
 words, pixels = "height and width of the images, pixels", int_range(MIN_IMAGE_SIZE, 1024)
 add("--image-size", 84, words, "PX", True, type=pixels)
-words = "of training images: port (random crops, flips, colour jitter); zoom, mild (crops of at "
-words += "least 22 and 60 %% of the area, weaker jitter); none (the whole image resized to a "
-words += "square, as the authors); flip (the same with random flips). Validation and test: a "
-words += "centre crop with port, else the whole image"
+words = "augmentation of training images. port: random crops, flips, colour jitter; zoom, mild: "
+words += "crops of at least 22 and 60 %% of the area, weaker jitter; none: the whole image resized "
+words += "to a square, as in the authors' code; flip: the same with random flips. Validation and "
+words += "test: a centre crop with port, else the whole image"
 add("--augment", "port", words, hyper=True, choices=("port", "none", "flip", "zoom", "mild"))
-words = "imagenet: normalised by ImageNet's mean and standard deviation, as the port; unit: 0 to 1"
+words = "imagenet: normalised by ImageNet's mean and standard deviation, as in the port; unit: in "
+words += "[0, 1]"
 add("--pixels", "imagenet", words, hyper=True, choices=("imagenet", "unit"))
 add("--cache-dir", None, "folder for decoded images (default: .decoded in the data)", "DIR")
 words = "processes that prepare episodes"
@@ -233,11 +234,11 @@ add = _group("episodes")
 add("--n-class", 5, "classes of an episode (n-way)", "N", True, type=int_range(2, 10**5))
 add("--n-shot", 5, "support images per class (k-shot)", "N", True, type=int_range(1, 1000))
 add("--n-eval", 15, "query images per class", "N", True, type=int_range(1, 1000))
-add("--episode", 50000, "training episodes", "N", type=count)
+add("--episode", 50000, "training episodes; pretrain: batches", "N", type=count)
 add("--episode-val", 100, "validation episodes, the same each time", "N", type=count)
 words = "test episodes; larger counts include smaller ones"
 add("--episode-test", [600], words, "N", type=count, nargs="+")
-words = "test: numbers of shots to test, such as 1 5 (default: --n-shot)"
+words = "test: images per class to adapt to, such as 1 5 (default: --n-shot)"
 add("--shots", None, words, "K", type=int_range(1, 1000), nargs="+")
 
 add = _group("learner")
@@ -246,16 +247,18 @@ words += "see examples/own_network.py. Only FILE is checked for changes, not wha
 add("--learner", "conv4", words, "FILE:NAME", True, type=with_digest)
 add("--epoch", 8, "passes over the support set", "N", True, type=int_range(1, 10000))
 add("--batch-size", 25, "images of a support minibatch", "N", True, type=count)
-words = "divide the minibatch's mean gradient by N; 0: by its number of images, as the authors"
+words = "divide the minibatch's mean gradient by N; 0: by its number of images, as in the authors' "
+words += "code"
 add("--grad-divisor", 0, words, "N", True, type=int_range(0, 10**6))
 words = "shuffle the support images anew for each pass, or once per episode"
 add("--shuffle", "pass", words, hyper=True, choices=("pass", "episode"))
-words = "initial scale of batch norm: uniform, U(0, 1), as the authors and the port; one, PyTorch's"
+words = "initial scale of batch norm: uniform, U(0, 1), as in the authors' code and the port; one, "
+words += "PyTorch's default"
 add("--bn-scale", "uniform", words, hyper=True, choices=("uniform", "one"))
 words = "weight of the new batch in batch norm's running statistics"
 add("--bn-momentum", 0.95, words, "X", True, type=float_range(0, 1))
-words = "validation and test: after the last update, update batch norm's statistics on the support "
-words += "set once more"
+words = "validation and test: update batch norm's statistics on the support set once more, with "
+words += "the learner's last parameters"
 add("--final-stats", False, words, hyper=True)
 add("--bn-eps", 1e-3, "epsilon of batch norm", "X", True, type=positive(1))
 words = "filters of each convolution; the CPU kernels are for 32"
@@ -263,20 +266,20 @@ add("--filters", 32, words, "N", True, type=int_range(1, 1024))
 
 add = _group("meta-learner")
 only = int_range(INPUT_SIZE, INPUT_SIZE)
-add("--input-size", INPUT_SIZE, "inputs of the LSTM per coordinate", "N", True, type=only)
+add("--input-size", INPUT_SIZE, "inputs of the LSTM per coordinate; only 4", "N", True, type=only)
 add("--hidden-size", 20, "width of the LSTM", "N", True, type=int_range(1, 4096))
-words = "initialisation of the LSTM: pytorch, as the port; authors: U(-0.01, 0.01) and one bias"
+words = "initialisation of the LSTM: pytorch, as in the port; authors: U(-0.01, 0.01) and one bias"
 add("--lstm-init", "pytorch", words, hyper=True, choices=("pytorch", "authors"))
 bias = {"metavar": ("LOW", "HIGH"), "hyper": True, "type": float_range(-100, 100), "nargs": 2}
 add("--bf-init", [4.0, 6.0], "range of bF's initial value (authors: 4 5)", **bias)
-words = "range of bI's initial value; first steps are about sigmoid(bI) times the gradient: "
-words += "1/100; 0 0 gives 1/2, for small networks and a few hundred episodes"
+words = "range of bI's initial value. The first steps are sigmoid(bI) times the gradient: about "
+words += "1/100, or 1/2 for 0 0, which suits small networks and a few hundred episodes"
 add("--bi-init", [-5.0, -4.0], words, **bias)
 add("--lr", 1e-3, "learning rate of Adam", "X", True, type=positive(1))
 words = "final fraction of training over which the learning rate falls linearly to 0"
 add("--lr-decay", 0.0, words, "X", True, type=float_range(0, 1))
-words = "decay of an exponential moving average of the weights, for validation, test and "
-words += "prediction; 0: the weights themselves, even if a checkpoint holds both"
+words = "decay of an exponential moving average of the weights, used in validation, test and "
+words += "prediction; 0: no average (in tests: the weights that Adam trained)"
 add("--ema", 0.0, words, "X", True, type=float_range(0, 1))
 words = "episodes whose gradients are averaged for an update"
 add("--meta-batch", 1, words, "M", True, type=int_range(1, 10**6))
@@ -425,7 +428,7 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 
 def completed(stored: dict[str, object]) -> dict[str, object]:
-    """A checkpoint's hyper-parameters, with the defaults of flags newer than it; {} stays {}."""
+    """A checkpoint's hyper-parameters, with defaults for newer flags; {} stays {}."""
     return {k: DEFAULTS[k] for k in HYPER_PARAMETERS} | stored if stored else {}
 
 

@@ -38,7 +38,7 @@ class RunFolder(contextlib.ExitStack):
         args: all flags, those of the checkpoint included; ``resume`` is the checkpoint's path.
         checkpoint: to continue from, or None.
         origin: path and content of the checkpoint that ``--init-from`` names, or None.
-        continues: whether the checkpoint is of this folder, whose logs then go on.
+        continues: whether the checkpoint belongs to this folder, whose logs are then continued.
         changed: hyper-parameters that differ from the checkpoint's, by name; if it continues this
             folder's run, also flags that its validations and its schedule depend on.
 
@@ -105,7 +105,7 @@ class RunFolder(contextlib.ExitStack):
                 print(f"note: --init-from {path} has no effect: the run started from {began}")
 
     def _refuse_loss(self, resume: Path, episode: int) -> None:
-        """Refuse an earlier checkpoint of this folder, from which the run would be overwritten."""
+        """Refuse an earlier checkpoint of this folder: later episodes would be overwritten."""
         last, seen = self.ckpt(LAST), [episode]
         if resume.resolve().parent != last.resolve().parent or resume.name == LAST:
             return
@@ -121,7 +121,7 @@ class RunFolder(contextlib.ExitStack):
         return sorted(self.ckpt("").glob("*.pth.tar"), key=lambda p: p.stat().st_mtime)
 
     def how_to_continue(self) -> str:
-        """The first words of an advice to continue the folder's run, if it holds one."""
+        """The beginning of the advice on how to continue the run that the folder holds, if any."""
         if held := self._held():
             which = "auto" if self.ckpt(LAST) in held else held[-1]
             return f"continue it with --resume {which}, or give "

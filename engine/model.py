@@ -14,9 +14,10 @@ from metalearner import UpdateRule
 
 
 class Trainable(Protocol):
-    """What training and test need of a model: ``Model``, or a baseline without an inner loop.
+    """Interface of a model for training and test: ``Model``, or a baseline without an inner loop.
 
-    All are NamedTuples.
+    All are NamedTuples. ``gradient`` and ``evaluate`` get one of ``learners``' copies and an
+    episode of images on the model's device; what they return stays there.
     """
 
     @property

@@ -53,15 +53,17 @@ def make_train_step(
     ranks: Ranks,
     averaged: Trainable | None = None,
 ) -> TrainStep:
-    """Make the function (n, batch) -> losses, accuracies, skipped that trains on one batch.
-
-    ``n`` is the number of episodes seen after the update; ``batch`` is this rank's share of its
-    ``--meta-batch`` episodes, which run side by side. Losses and accuracies are [] or, for M > 1,
-    [M], of all ranks' episodes; then the bits are the same for any number of ranks and, with
-    ``fast/`` on a CPU, of cores.
+    """Make the function that trains on one batch: train_step(n, batch).
 
     Args:
         averaged: ``ema.averaged_copy(args, model)``, which follows the model.
+
+    Returns:
+        train_step. Its ``n`` is the number of episodes seen after the update; ``batch`` is this
+        rank's share of the update's ``--meta-batch`` M episodes. It returns losses, accuracies in
+        percent and whether the update was skipped: [], or for M > 1 losses and accuracies [M] of
+        all ranks' episodes. With M > 1 the bits are the same for any number of ranks and, with
+        ``fast/`` on a CPU, of cores.
     """
 
     def update(gradients: Tensor, losses: Tensor) -> Tensor:

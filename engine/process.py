@@ -72,7 +72,7 @@ def lower_priority() -> None:
 
 
 def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
-    """Run a command; its exit code, or 2 and one line on stderr for what the user can mend."""
+    """Run a command; its exit code, or 2 and one line on stderr for what the user can fix."""
     try:
         return main(argv) or 0
     except UserError as error:
@@ -107,7 +107,7 @@ def check_packages(names: list[str]) -> None:
 
 
 class Signals:
-    """Notes the signals that arrive; the training looks at them between two episodes.
+    """Notes the signals that arrive; training looks at them between two episodes.
 
     SIGTERM, SIGINT and SIGHUP ask for a snapshot and the end, SIGUSR1 (Slurm, before it preempts)
     for a snapshot. A second SIGINT ends the process at once. A signal that is ignored from the
@@ -133,7 +133,7 @@ class Signals:
             self.stop = signal.Signals(number)
 
     def restore(self) -> None:
-        """Give the signals back to their former handlers."""
+        """Restore the former handlers."""
         for s, handler in self._before.items():
             signal.signal(s, handler)
 

@@ -1,4 +1,4 @@
-"""A training that survives being killed: it logs, validates, and writes snapshots.
+"""A training run that can be killed and resumed: it logs, validates, and writes snapshots.
 
 ``meta-learner-last.pth.tar`` is the snapshot: all that the next episode depends on, and the length
 of the logs, so that a resumed run cuts off what a killed one wrote after its last snapshot. A run
@@ -40,9 +40,9 @@ MAX_SKIPPED = 20  # updates in a row whose loss or gradient is not finite
 
 
 class Run(contextlib.ExitStack):
-    """Restores a training from its folder's checkpoint, if there is one, and records it.
+    """Restores a training run from its folder's checkpoint, if there is one, and records it.
 
-    A context manager: it closes the logs and gives the signals back.
+    A context manager: it closes the logs and restores the signal handlers.
 
     Args:
         folder: locked, with flags and checkpoint.

@@ -1,10 +1,9 @@
 """Test-time augmentation: predictions averaged over several adaptations to one support set.
 
-In cI, the learner's initial weights, the outputs differ, so a prediction depends on which class
-gets which output: two random permutations disagree on a fifth of the images (5-way 5-shot
-mini-ImageNet). ``--tta-permutations`` adapts to each of several permutations of the labels and
-averages the probabilities. With the n cyclic ones, 2 to 4 % of the predictions still depend on the
-order of the classes; with all n!, none does. ``--tta-flip`` does the same with flipped images.
+The outputs of cI, the learner's initialisation, differ, so predictions depend on which class is
+assigned to which output. ``--tta-permutations`` adapts to each of several permutations of the
+labels and averages the probabilities; with all n! of n classes, predictions do not depend on the
+order of the classes. ``--tta-flip`` does the same with flipped images.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def adapt_view(
     Args:
         support: the learner's inputs, one of ``views``.
         permutation: [n] int64, on the episode's device: the output of each class.
-        The others are ``evaluate_episode``'s.
+        Others: see ``episode.evaluate_episode``.
     """
     seen = episode._replace(support=support, support_y=permutation[episode.support_y])
     learner_wo_grad.train(transductive)
@@ -91,7 +90,7 @@ def evaluate_tta(
     Args:
         permutations: from ``class_permutations``, on the episode's device.
         flip: whether flipped images are averaged over, too.
-        The others are ``evaluate_episode``'s.
+        Others: see ``episode.evaluate_episode``.
 
     Returns:
         Query loss [] and query accuracy [] in percent, still on the device.

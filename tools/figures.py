@@ -103,13 +103,16 @@ def layer_name(layer: str) -> str:
 
 
 def smooth(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each value and its neighbours, ``width`` in all.
+    """Centred moving mean and standard deviation over ``width`` values.
 
-    Near the start there are fewer, but as many on either side: the first value, where curves are
-    steep, stays as it is. Near the end those on the right are missing.
+    The window shrinks symmetrically at the start, where curves are steep; at the end only its right
+    half is cut.
 
     Args:
         values: [N], NaN where nothing finite was logged.
+
+    Returns:
+        Two arrays [N].
     """
     reach = [min(width // 2, k) for k in range(len(values))]
     windows = [values[k - r : k + r + 1] for k, r in enumerate(reach)]

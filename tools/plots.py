@@ -32,7 +32,7 @@ def load_figures() -> ModuleType:
 
 def plot_mode(cli_args: dict[str, object], load_model: Callable[..., tuple]) -> None:
     """Draw the run that ``--resume``, or else ``--save`` and ``--seed``, names. Given the data,
-    also the updates of one that has no record of them, or an older one than its last checkpoint.
+    first record its trace, if that is missing or older than its last checkpoint.
 
     Args:
         load_model: ``main.load_model``.

@@ -36,6 +36,11 @@ class Predictor:
 
     Images are PIL images, or tensors [3, H, W]: uint8, or floats from 0 to 1. Any size will do.
 
+    Args:
+        args: the flags of ``--mode predict``.
+        model: on the backend's device.
+        trained_on: images per class in training.
+
     Attributes:
         classes: the labels, in the order of the columns of ``predict``; empty before ``adapt``.
         adapted: the permutations that ``predict`` averages over, each with its adapted learner.

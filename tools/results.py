@@ -37,7 +37,7 @@ _TRAINING = {
     "started_from?": _ORIGIN,
     "resumed_from?": _ORIGIN,
 }
-# two tests that agree in all others are of the same thing: the later one replaces the other
+# two tests that agree in all others describe the same test: the later one replaces the other
 _FOUND = {"accuracies", "losses", "about", "training_length", "validation", "mini_imagenet"}
 _KEY = _FORM.keys() - _FOUND
 # hyper-parameters that a test does not use

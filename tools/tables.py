@@ -27,7 +27,6 @@ _TESTED = "after {} of 50,000 episodes"
 PUBLISHED = {
     5: [
         ("paper", "", "", "60.60 ± 0.71"),
-        ("the authors' code as the port's writer ran it", "", "", "about 53"),
         ("the port, seed 719", _TESTED.format("41,000"), "59.08 (std 9.9)", "57.76 (std 8.6)"),
         ("the port, seed 53", _TESTED.format("44,000"), "58.04 (std 9.1)", "58.14 (std 8.5)"),
     ],
@@ -104,7 +103,7 @@ class Row:
 
     Attributes:
         table: what the rows of a table share, which sorts the tables.
-        kind: "best", the best of so many episodes; "last", the last of them; or "checkpoint".
+        kind: the checkpoint that was tested: "best", "last", or "checkpoint" for another.
         seen: episodes that the run had seen when it was tested, or None if that is unknown.
         asked: episodes that it was to see.
         group: what rows share that differ in their seed only: name, kind, episodes seen

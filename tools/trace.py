@@ -85,14 +85,16 @@ def record(
     """Follow all episodes of a data set update by update; overwrites the model's learners.
 
     Returns:
-        E episodes, T updates, L layers:
-        ``layers``: [L] their names; ``forget``, ``input``: [E, T, L, 6] float32, the gates after
-        the sigmoid: mean over the layer's coordinates, then ``QUANTILES``; ``moved``: [E, T, L],
-        |c_t - cI| / |cI| of the layer; ``support``, ``query``: [E, T + 1], accuracy in percent of
-        the learner on either set, with the running statistics; entry 0 is cI's, with the
-        statistics of the first minibatch. And, of the last episode, ``classes`` [n-way] their
-        names, ``images`` [Q, S, S, 3] uint8 and ``confusion`` [Q, 2] int64, true and predicted
-        class of each query image.
+        Of E episodes, T updates, L layers:
+        ``layers`` [L], their names;
+        ``forget``, ``input`` [E, T, L, 6] float32, the gates after the sigmoid: mean over the
+        layer's coordinates, then ``QUANTILES``;
+        ``moved`` [E, T, L], |c_t - cI| / |cI| of the layer;
+        ``support``, ``query`` [E, T + 1], accuracy in percent on either set, with the running
+        statistics; entry 0 is cI's, with the statistics of the first minibatch.
+        Of the last episode, with Q query images of S pixels:
+        ``classes`` [n-way], their names; ``images`` [Q, S, S, 3] uint8;
+        ``confusion`` [Q, 2] int64, true and predicted class.
     """
     w_grad, wo_grad = model.learners
     wo_grad.eval()

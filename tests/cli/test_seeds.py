@@ -275,7 +275,7 @@ wait $!"""
     executable(place / "scancel", log + f'kill -TERM $(cat "{place}/step")')
     executable(place / "scontrol", log + 'if [ "$2" = hostnames ]; then echo node7; echo node8; fi')
     environment(environ, 'case "$*" in *distributed*) exit 0 ;; esac')
-    script = shutil.copy(ROOT / "scripts" / "slurm_5s_5c.sh", place / "slurm_script")  # as it does
+    script = shutil.copy(ROOT / "scripts" / "slurm.sh", place / "slurm_script")  # as it does
     env = {"SLURM_SUBMIT_DIR": str(clone[0]), "SLURM_JOB_ID": "31", "SLURM_ARRAY_TASK_ID": "53"}
     env |= {"VIRTUAL_ENV": str(environ), "PATH": f"{place}{os.pathsep}{os.environ['PATH']}"}
     return script, env, lambda: (place / "calls").read_text().splitlines()
@@ -283,11 +283,12 @@ wait $!"""
 
 def test_a_job_trains_and_tests_its_seed(clone, slurm):
     (root, calls), (script, env, called) = clone, slurm
-    run = bash(script, "--data-root", "my images", **env, SLURM_GPUS_ON_NODE="1")
+    flags = ("--recipe", "train_5s_5c_first_order", "--data-root", "my images")
+    run = bash(script, *flags, **env, SLURM_GPUS_ON_NODE="1")
     assert run.returncode == 0, run.stderr
     assert modes(calls()) == [("train", 53), ("test", 53)]
     assert all(resolve(parse(call[1:])).data_root == Path("my images") for call in calls())
-    assert (root / "logs-53" / "results.json").exists()
+    assert (root / "logs-first-order-53" / "results.json").exists()
     assert [line.split()[0] for line in called()] == ["srun", "srun"]
     # a training that fails is neither tested nor queued again
     assert bash(script, **env | {"SLURM_ARRAY_TASK_ID": "13"}).returncode == 7
@@ -325,8 +326,11 @@ def test_a_job_whose_time_is_nearly_over_is_queued_again(clone, slurm, number, c
     assert called().count("scontrol requeue 31") == (number == signal.SIGUSR1)
 
 
-def test_what_a_job_refuses(tmp_path):
-    script = ROOT / "scripts" / "slurm_5s_5c.sh"
+def test_what_a_job_refuses(tmp_path, slurm):
+    script, env, _ = slurm
+    for flag in ("--recipe", "--recipe=none", "--recipe=pretrain"):
+        refused(bash(script, flag, **env), "--recipe")
+    script = ROOT / "scripts" / "slurm.sh"
     run = bash(script)
     assert run.returncode != 0
     assert "sbatch" in run.stderr
@@ -335,7 +339,7 @@ def test_what_a_job_refuses(tmp_path):
 
 def test_slurm_reads_its_flags():
     """They stand before the first command."""
-    text = (ROOT / "scripts" / "slurm_5s_5c.sh").read_text()
+    text = (ROOT / "scripts" / "slurm.sh").read_text()
     head = text.partition("\nset ")[0]
     flags = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(\S*)$", head, re.MULTILINE))
     assert len(flags) == text.count("#SBATCH")

@@ -10,16 +10,21 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%A_%a.out
-# Train and test 5-way 5-shot under Slurm: each number of the array is a seed. From the repository:
-#   sbatch [--array=1,2,3 --partition=NAME ...] scripts/slurm_5s_5c.sh [flags of main.py]
+# Train and test a recipe under Slurm: each number of the array is a seed. From the repository:
+#   sbatch [--array=1,2,3 --partition=NAME ...] scripts/slurm.sh [--recipe train_5s_5c] [flags of main.py]
 # Two minutes before its time limit a job writes a checkpoint, stops and requeues itself; after
-# preemption Slurm requeues it. Several GPUs (--gpus-per-node=8 --nodes=2) share the episodes of an
-# update equally: one per GPU, unless --meta-batch says otherwise.
+# preemption Slurm requeues it. Several GPUs (--gpus-per-node=8 --nodes=2) share each update's
+# episodes, one per GPU unless --meta-batch says otherwise.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?only sbatch runs this script}" # Slurm runs a copy of it from elsewhere
 [ -f scripts/env.sh ] || { echo "error: $PWD is not the repository; submit from there" >&2 && exit 2; }
 # shellcheck source=env.sh
 source scripts/env.sh
+recipe=train_5s_5c
+if [[ ${1-} == --recipe=* ]]; then set -- --recipe "${1#*=}" "${@:2}"; fi
+if [ "${1-}" = --recipe ]; then recipe=${2-} && shift $(($# > 1 ? 2 : 1)); fi
+train=scripts/$recipe.sh test=scripts/eval_${recipe#train_}.sh
+for file in "$train" "$test"; do [ -f "$file" ] || fail "--recipe $recipe: there is no $file"; done
 use_python requirements.txt
 
 seed=${SLURM_ARRAY_TASK_ID:-719} nodes=${SLURM_JOB_NUM_NODES:-1} gpus=${SLURM_GPUS_ON_NODE:-1}
@@ -57,5 +62,5 @@ if [ $((nodes * gpus)) -gt 1 ]; then
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "${hosts%%$'\n'*}:$((20000 + SLURM_JOB_ID % 20000))")
   set -- --meta-batch $((nodes * gpus)) "$@"
 fi
-run srun --ntasks-per-node=1 --kill-on-bad-exit=1 ${ranks[@]+"${ranks[@]}"} scripts/train_5s_5c.sh --seed "$seed" "$@"
-run srun --nodes=1 --ntasks=1 scripts/eval_5s_5c.sh --seed "$seed" "$@"
+run srun --ntasks-per-node=1 --kill-on-bad-exit=1 ${ranks[@]+"${ranks[@]}"} "$train" --seed "$seed" "$@"
+run srun --nodes=1 --ntasks=1 "$test" --seed "$seed" "$@"
