@@ -10,7 +10,6 @@ may change between NumPy releases.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,12 +107,6 @@ class EpisodeDataset(Dataset):
 
     def __len__(self) -> int:
         return self.length
-
-    def first(self, n: int) -> EpisodeDataset:
-        """The first ``n`` episodes."""
-        some = copy.copy(self)
-        some.length = n
-        return some
 
     def indices(self, index: int) -> np.ndarray:
         """Indices in ``files`` of an episode's images, support set first.

@@ -18,7 +18,6 @@ from engine.backend import Backend
 from engine.checkpoint import load_init, load_weights
 from engine.flags import PRETRAINED, essence, spelled
 from engine.model import Trainable
-from engine.stream import episodes
 from learner import N_BLOCKS
 from utils import UserError
 
@@ -91,9 +90,10 @@ def measure_statistics(network: nn.Module, train_set: EpisodeDataset) -> None:
     norms = [network.get_submodule(f"norm{b}") for b in range(1, N_BLOCKS + 1)]
     momentum = norms[0].momentum
     network.train()
-    for k, episode in enumerate(episodes(train_set.first(MEASURED), 0, 0, device, False), 1):
+    for k in range(MEASURED):
+        episode = train_set.deliver(train_set[k], device)
         for norm in norms:
-            norm.momentum = 1 / k  # a plain average over the batches
+            norm.momentum = 1 / (k + 1)  # a plain average over the batches
         network(torch.cat((episode.support, episode.query)))
     for norm in norms:
         norm.momentum = momentum

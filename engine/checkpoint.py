@@ -204,11 +204,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, content: dict, path: Path) 
         pairs = zip(stored["param_groups"], own, strict=True)
         groups = [{**theirs, **mine, "params": theirs["params"]} for theirs, mine in pairs]
         optimizer.load_state_dict({**stored, "param_groups": groups})
-        for p, state in optimizer.state.items():
-            if state["exp_avg"].shape != p.shape or state["exp_avg_sq"].shape != p.shape:
-                raise ValueError("moments of another shape")
-        if len(optimizer.state) not in (0, len(optimizer.param_groups[0]["params"])):
-            raise ValueError("moments of other parameters")
     except Exception as e:  # damaged or foreign content raises nearly anything
         why = f"its optimiser's state does not fit ({type(e).__name__}: {e})"
         raise UserError(f"{path}: {why}; it can only be tested") from e

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dataloader import EpisodeDataset
 from engine.model import Model, Trainable
-from engine.stream import episodes
 from episode import accuracy, query_loss, updates
 from learner import FlatModule
 from metalearner import MetaLearner
@@ -37,7 +36,7 @@ def write_trace(
     gates = isinstance(model, Model) and isinstance(model.metalearner, MetaLearner)
     if dataset is None or not gates:
         return
-    arrays = record(dataset.first(N_EPISODES), model, batch_size, device)
+    arrays = record(dataset, model, batch_size, device)
     if not (folder / "ckpts").is_dir():
         del arrays["images"]
     with atomic_write(folder / NAME) as file:
@@ -82,7 +81,7 @@ def layers(learner: FlatModule) -> dict[str, slice]:
 def record(
     dataset: EpisodeDataset, model: Model, batch_size: int, device: torch.device
 ) -> dict[str, np.ndarray]:
-    """Follow all episodes of a data set update by update; overwrites the model's learners.
+    """Follow the first ``N_EPISODES`` update by update; overwrites the model's learners.
 
     Returns:
         Of E episodes, T updates, L layers:
@@ -100,7 +99,8 @@ def record(
     wo_grad.eval()
     cI, places = model.metalearner.metalstm.cI, layers(w_grad)
     found: dict[str, list] = {k: [] for k in ("forget", "input", "moved", "support", "query")}
-    for images in episodes(dataset, 0, 0, device, False):
+    for index in range(N_EPISODES):
+        images = dataset.deliver(dataset[index], device)
         episode = model.embed(images)
         rows: dict[str, list] = {k: [] for k in found}
         for _, state in updates(episode, w_grad, model.metalearner, batch_size):
@@ -121,7 +121,7 @@ def record(
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     pixels = ((x - low) / (high - low).clamp_min(1e-6) * 255).round().byte().permute(0, 2, 3, 1)
     confusion = torch.stack((episode.query_y, logits.argmax(1)), dim=1)
-    shown = dataset.indices(len(dataset) - 1)[: dataset.n_class * dataset.n_shot : dataset.n_shot]
+    shown = dataset.indices(index)[: dataset.n_class * dataset.n_shot : dataset.n_shot]
     names = {"layers": list(places), "classes": [dataset.files[k].parent.name for k in shown]}
     arrays |= {k: np.array(v, dtype=np.str_) for k, v in names.items()}
     return arrays | {"images": pixels.cpu().numpy(), "confusion": confusion.cpu().numpy()}
