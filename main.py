@@ -33,7 +33,7 @@ from engine.checkpoint import load_for_test, load_weights, trained_shots
 from engine.distributed import SINGLE_PROCESS, Ranks
 from engine.ema import averaged_copy, chosen_weights, saved_modules
 from engine.evaluation import Evaluator, run_test
-from engine.folder import RunFolder
+from engine.folder import locked
 from engine.model import Model, Trainable
 from engine.parallel import make_train_step
 from engine.run import Run
@@ -54,7 +54,7 @@ def build(args: argparse.Namespace, backend: Backend) -> Trainable:
 
 def train(cli_args: dict[str, object], ranks: Ranks) -> None:
     """Algorithm 1: train the meta-learner for ``--episode`` episodes."""
-    with RunFolder(cli_args, ranks) as folder:
+    with locked(cli_args, ranks) as folder:
         args = folder.args
         if folder.finished():
             return

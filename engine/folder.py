@@ -24,10 +24,10 @@ START_ONLY = {"bn_scale", "lstm_init", "bf_init", "bi_init"}
 START_ONLY |= {"method", "bn_shift", "classifier", "learner"}
 
 
-class RunFolder(contextlib.ExitStack):
+class RunFolder:
     """A training's folder, the checkpoint that it continues, and its flags.
 
-    A context manager: the folder is locked until it closes. Of several ranks only rank 0 uses it.
+    Of several ranks only rank 0 uses it.
 
     Args:
         cli_args: the flags that are given, from ``flags.parse``.
@@ -48,30 +48,25 @@ class RunFolder(contextlib.ExitStack):
     """
 
     def __init__(self, cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS):
-        super().__init__()
         args = flags.resolve(cli_args)
         self.ranks, self.path = ranks, flags.run_folder(args)
-        with contextlib.ExitStack() as stack:  # closed here after an error, else by with
-            if ranks.rank == 0:
-                stack.enter_context(_exclusive(self.path))
-            found = self._load(args) if ranks.rank == 0 else None
-            resume, self.checkpoint, self.origin = ranks.exchange(found)[0]
-            checkpoint, default = self.checkpoint or {}, flags.DEFAULTS
-            stored = flags.completed(checkpoint.get("hyper_parameters", {}))
-            own = (self.path / "ckpts").resolve()
-            self.continues = resume is not None and Path(resume).resolve().parent == own
-            free = {"val_freq"} if stored.get("lr_decay") else {"val_freq", "episode"}
-            run_flags = checkpoint.get("run_flags", {})
-            if self.continues and run_flags:
-                stored = stored | {k: default[k] for k in flags.RUN_FLAGS} | run_flags
-            elif stored.get("lr_decay") and "episode" in run_flags:  # on which the rate depends
-                stored = stored | {"episode": run_flags["episode"]}
-            given = {k: v for k, v in cli_args.items() if k in stored.keys() - free}
-            self.changed = {k: v for k, v in given.items() if essence(stored[k]) != essence(v)}
-            self._refuse_changes(str(resume), stored)
-            self.args = flags.resolve({**cli_args, "resume": resume}, stored)
-            _check_meta_batch(self.args, checkpoint.get("episode", 0), ranks.size)
-            self.callback(stack.pop_all().close)
+        found = self._load(args) if ranks.rank == 0 else None
+        resume, self.checkpoint, self.origin = ranks.exchange(found)[0]
+        checkpoint, default = self.checkpoint or {}, flags.DEFAULTS
+        stored = flags.completed(checkpoint.get("hyper_parameters", {}))
+        own = (self.path / "ckpts").resolve()
+        self.continues = resume is not None and Path(resume).resolve().parent == own
+        free = {"val_freq"} if stored.get("lr_decay") else {"val_freq", "episode"}
+        run_flags = checkpoint.get("run_flags", {})
+        if self.continues and run_flags:
+            stored = stored | {k: default[k] for k in flags.RUN_FLAGS} | run_flags
+        elif stored.get("lr_decay") and "episode" in run_flags:  # on which the rate depends
+            stored = stored | {"episode": run_flags["episode"]}
+        given = {k: v for k, v in cli_args.items() if k in stored.keys() - free}
+        self.changed = {k: v for k, v in given.items() if essence(stored[k]) != essence(v)}
+        self._refuse_changes(str(resume), stored)
+        self.args = flags.resolve({**cli_args, "resume": resume}, stored)
+        _check_meta_batch(self.args, checkpoint.get("episode", 0), ranks.size)
 
     def _load(self, args: argparse.Namespace) -> tuple[str | None, dict | None, tuple | None]:
         resume, init_from, checkpoint, origin = args.resume, args.init_from, None, None
@@ -171,14 +166,18 @@ def _check_meta_batch(args: argparse.Namespace, seen: int, n_ranks: int) -> None
 
 
 @contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
+def locked(cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS) -> Iterator[RunFolder]:
     """Lock a run folder; if nothing was put into it, remove it at the end."""
+    folder = flags.run_folder(flags.resolve(cli_args))
+    if ranks.rank > 0:
+        yield RunFolder(cli_args, ranks)
+        return
     try:
         made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with file_lock(folder / "lock"):
             try:
-                yield
+                yield RunFolder(cli_args, ranks)
             finally:
                 if os.listdir(folder) == ["lock"]:
                     (folder / "lock").unlink()

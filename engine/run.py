@@ -79,16 +79,11 @@ class Run(contextlib.ExitStack):
         if folder.checkpoint is not None:
             self._restore(folder.checkpoint, Path(self.args.resume), data)
         self.state.asked_for, self.state.data = self.args.episode, data
+        self.ranks.begin({f"{split} images": value for split, value in data.items()})
+        if self.ranks.rank == 0:
+            self._open_logs()
         self.signals, self.saved_at = Signals(), time.monotonic()
-        # of rank 0 only
-        self.logger: Any = None
-        self.bar: Any = None
-        with contextlib.ExitStack() as stack:  # closed here after an error, else by with
-            stack.callback(self.signals.restore)
-            self.ranks.begin({f"{split} images": value for split, value in data.items()})
-            if self.ranks.rank == 0:
-                self._open_logs(stack)
-            self.callback(stack.pop_all().close)
+        self.callback(self.signals.restore)
         self.began = self.logged = self.state.episode
         self.since = time.perf_counter()
 
@@ -116,13 +111,13 @@ class Run(contextlib.ExitStack):
         about["resumed_from"] = {"checkpoint": short_name(path), "episode": n}
         self.about |= about | {"changed": self.folder.changed}
 
-    def _open_logs(self, stack: contextlib.ExitStack) -> None:
+    def _open_logs(self) -> None:
         args, state, folder = self.args, self.state, self.folder
         if not folder.continues and (advice := folder.how_to_continue()):
             raise UserError(f"{folder.path}: holds a run already; {advice}another --save or --seed")
         ends = state.logs_end_at or dict.fromkeys(Logger.NAMES, 0)
         logger = Logger(folder.path, ends, args.tensorboard, state.episode)
-        self.logger = stack.enter_context(contextlib.closing(logger))
+        self.logger = self.enter_context(contextlib.closing(logger))
         for left in folder.ckpt("").glob(".*.tmp"):  # by a process that was killed while writing
             left.unlink(missing_ok=True)
         if state.episode == 0:
@@ -130,7 +125,7 @@ class Run(contextlib.ExitStack):
         else:  # not in the log, which equals that of an undisturbed run
             print(f"resuming after episode {state.episode} of {args.episode}, in {folder.path}")
         bar = tqdm(total=args.episode, initial=state.episode, desc="train", unit="ep", disable=None)
-        self.bar = stack.enter_context(bar)
+        self.bar = self.enter_context(bar)
 
     def _description(self) -> str:
         args = self.args

@@ -6,7 +6,7 @@ from conftest import metrics, refused, succeeded, tensors, train, training
 
 from engine.checkpoint import LAST
 from engine.flags import parse
-from engine.folder import RunFolder
+from engine.folder import locked
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_another_folder_may_change_them(master, trained, tmp_path):
 def test_another_folder_keeps_the_length_that_the_rate_depends_on(master, trained, tmp_path):
     words = training(master, tmp_path / "new", "--resume", f"{trained}-719")
     at = words.index("--episode")
-    with RunFolder(parse(words[:at] + words[at + 2 :])) as folder:
+    with locked(parse(words[:at] + words[at + 2 :])) as folder:
         assert folder.args.episode == 2
 
 

@@ -36,7 +36,7 @@ from torch.distributed import TCPStore
 from engine import checkpoint, distributed
 from engine import model as models
 from engine.flags import parse
-from engine.folder import RunFolder
+from engine.folder import locked
 from engine.run import Run
 from fast import images
 from utils import UserError
@@ -378,7 +378,7 @@ def test_refusals_for_the_sake_of_one(master, short, data, tmp_path, case, mode)
 def test_a_folder_in_use_is_refused_by_rank_0(master, short, tmp_path):
     """And a mode for one process by all."""
     argv = training(master, tmp_path / "logs", "--meta-batch", "2")
-    with RunFolder(parse(["--save", str(tmp_path / "logs")])):
+    with locked(parse(["--save", str(tmp_path / "logs")])):
         all_refused(together(tmp_path / "a", 2, argv), "rank 0", "logs-719")
     argv = ["--mode", "plot", "--save", str(short)]
     all_refused(together(tmp_path / "b", 2, argv), "--mode plot")

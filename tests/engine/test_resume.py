@@ -39,7 +39,7 @@ from engine import logger, run
 from engine import model as models
 from engine.checkpoint import BEST, LAST
 from engine.flags import parse
-from engine.folder import RunFolder
+from engine.folder import locked
 from fast import images
 
 LONG = {"episode": 12, "val_freq": 4}
@@ -249,7 +249,7 @@ def test_a_signal_saves_and_ends(master, trained, tmp_path, monkeypatch, number,
 
 def test_one_process_a_folder(master, tmp_path):
     save = tmp_path / "logs"
-    with RunFolder(parse(["--save", str(save)])):
+    with locked(parse(["--save", str(save)])):
         refused(train(master, save), "logs-719", os.getpid())
         assert (tmp_path / "logs-719" / "lock").exists()
     assert not (tmp_path / "logs-719").exists()  # nothing was put into it
