@@ -59,17 +59,9 @@ class FlatModule(nn.Module):
         return named
 
     def slices(self, flat: Tensor) -> list[Tensor]:
-        """Cut a flat vector [P] or [P, 1] into views with the parameters' shapes.
-
-        Raises:
-            ValueError: its length is not P.
-        """
+        """Cut a flat vector [P] or [P, 1] into views with the parameters' shapes."""
         shapes = [shape for _, _, shape in self.slots]
-        sizes = [shape.numel() for shape in shapes]
-        n, size = flat.numel(), sum(sizes)
-        if n != size:
-            raise ValueError(f"the flat vector has {n} numbers, but this learner has {size}")
-        parts = flat.reshape(-1).split(sizes)
+        parts = flat.reshape(-1).split([shape.numel() for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def size(self) -> int:

@@ -56,7 +56,7 @@ def test_transferred_parameters_are_slices_of_the_cell_state(backend):
 def test_what_does_not_fit_is_refused(backend):
     with pytest.raises(ValueError, match="16"):
         LEARNERS[backend](15, 1e-3, 0.95, 5)
-    with pytest.raises(ValueError, match="7"):
+    with pytest.raises(RuntimeError, match="7"):
         LEARNERS[backend](**SHAPE).copy_flat_params(torch.zeros(7))
 
 
