@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from paired import difference, interval
-from runs import load_run, runs_parser
+from runs import difference, interval, load_run, runs_parser
 from torch import Tensor
 
 from data.layout import scan_split

@@ -1,4 +1,4 @@
-"""The runs that a benchmark compares: their names on the command line, and loading."""
+"""The runs that a benchmark compares: their names on the command line, loading, and differences."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from engine.backend import Backend
 from engine.checkpoint import trained_shots
 from engine.evaluation import schedule
 from engine.flags import Parser, spelled, typed
+from engine.logger import summary
 from engine.model import Trainable
 from main import load_model
 from utils import UserError
@@ -41,3 +42,14 @@ def load_run(run: str, flags: dict[str, object]) -> tuple[Namespace, dict, Backe
     how = schedule(args, trained_shots(checkpoint, args), args.n_class * args.n_shot)
     args.batch_size, model.metalearner.grad_divisor = how
     return args, checkpoint, backend, model
+
+
+def interval(accuracies: list[float], sign: str = "") -> str:
+    """Mean ± half-width of the 95 % interval over episodes."""
+    found = summary(accuracies)
+    return f"{found['mean']:{sign}.2f} ± {found['ci95']:.2f}"
+
+
+def difference(accuracies: list[float], first: list[float]) -> str:
+    """The mean difference from ``first``, episode by episode, and its interval."""
+    return interval([a - b for a, b in zip(accuracies, first, strict=True)], "+")

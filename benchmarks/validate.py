@@ -14,8 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from paired import difference, interval
-from runs import load_run, runs_parser
+from runs import difference, interval, load_run, runs_parser
 
 from data.layout import scan_split
 from engine.backend import dataset
