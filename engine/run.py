@@ -139,9 +139,7 @@ class Run(contextlib.ExitStack):
             f"parameters; {data_name(args)}: {classes} classes; {counted(args.episode, 'episode')}"
         )
 
-    def batches(
-        self, evaluate: Evaluation = lambda: ([], [])
-    ) -> Iterator[tuple[int, list[Episode]]]:
+    def batches(self, evaluate: Evaluation) -> Iterator[tuple[int, list[Episode]]]:
         """Yield (n, batch) for each update: the number of episodes seen once it is done, and this
         rank's share of its episodes.
 
@@ -149,8 +147,7 @@ class Run(contextlib.ExitStack):
         while it validated.
 
         Args:
-            evaluate: gives the losses and accuracies of the validation episodes, of none by
-                default.
+            evaluate: gives the losses and accuracies of the validation episodes.
         """
         args, ranks, state = self.args, self.ranks, self.state
         where = (args.n_workers, self.device, args.pin_mem)
