@@ -18,7 +18,7 @@ from engine.flags import check, parse, resolve
 from utils import UserError, counted
 
 if __name__ == "__main__":
-    process.begin_process()
+    process.Terminal.take_over()
     if code := process.run_main(check, sys.argv[1:]):  # before the slow imports
         sys.exit(code)
     process.announce("importing PyTorch")

@@ -24,11 +24,11 @@ if __name__ == "__main__":
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository
 
 from engine.flags import Parser, int_range, path
-from engine.process import begin_process, check_packages, run_main
+from engine.process import Terminal, check_packages, run_main
 from utils import SPLITS, UserError
 
 if __name__ == "__main__":
-    begin_process()
+    Terminal.take_over()
 if code := run_main(check_packages, ["numpy", "PIL.Image", "tqdm.std", "matplotlib.ft2font"]):
     sys.exit(code)
 

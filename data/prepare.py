@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 from engine.flags import Parser, int_range
 from engine.flags import path as home_path
-from engine.process import begin_process, check_packages, run_main
+from engine.process import Terminal, check_packages, run_main
 from utils import SPLITS, UserError
 
 if __name__ == "__main__":
-    begin_process()
+    Terminal.take_over()
 if code := run_main(check_packages, ["numpy", "PIL.Image", "tqdm.std"]):
     sys.exit(code)
 

@@ -54,23 +54,6 @@ def announce(text: str) -> None:
         print(f"{text}\033[K", end="\r", file=sys.stderr, flush=True)
 
 
-def begin_process() -> None:
-    """What a command line does first, before PyTorch starts threads."""
-    Terminal.take_over()
-    lower_priority()
-
-
-def lower_priority() -> None:
-    """Under ``nice -n 10`` or more, run only when nothing else wants the processor (SCHED_IDLE).
-
-    Threads that often wait for each other lose a third of their speed to a niced process, which
-    Linux lets finish its time slice; an idle one is interrupted at once.
-    """
-    if hasattr(os, "SCHED_IDLE") and os.getpriority(os.PRIO_PROCESS, 0) >= 10:
-        with contextlib.suppress(OSError):  # a sandbox may forbid it
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-
-
 def run_main(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     """Run a command; its exit code, or 2 and one line on stderr for what the user can fix."""
     try:

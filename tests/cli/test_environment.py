@@ -52,16 +52,6 @@ def test_help_and_wrong_flags_come_before_pytorch():
     refused(python(*command, "--lr", "7"), "--lr")
 
 
-@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux only")
-@pytest.mark.parametrize(("nice", "policy"), [(0, "SCHED_OTHER"), (10, "SCHED_IDLE")])
-def test_a_niced_run_steps_aside_for_all_others(nice, policy):
-    if os.getpriority(os.PRIO_PROCESS, 0) > 0 or os.sched_getscheduler(0) != os.SCHED_OTHER:
-        pytest.skip("the tests are niced themselves")
-    code = AS_MAIN + "os.write(2, b'%d' % os.sched_getscheduler(0))"
-    done = completed(["nice", "-n", str(nice), sys.executable, "-c", code, "--help"], cwd=ROOT)
-    assert int(done.stderr) == getattr(os, policy)
-
-
 # ---- Outputs and signals ----
 
 
@@ -90,11 +80,10 @@ def test_closed_outputs(master, tmp_path):
 
 
 def test_what_windows_lacks(tmp_path, monkeypatch):
-    for name in ("signal.SIGHUP", "signal.SIGUSR1", "os.SCHED_IDLE", "os.getpriority"):
+    for name in ("signal.SIGHUP", "signal.SIGUSR1"):
         monkeypatch.delattr(name)
     windows = runpy.run_path(str(ROOT / "engine" / "process.py"))
     assert [s.name for s in windows["HANDLED"]] == ["SIGTERM", "SIGINT"]
-    windows["lower_priority"]()
     monkeypatch.setattr(utils, "fcntl", None)
     with utils.file_lock(tmp_path / "lock"):
         pass
