@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import unicodedata
 from collections.abc import Iterable, Sequence
-
-import numpy as np
 
 from engine.flags import ROOT
 
@@ -28,18 +25,10 @@ def printable(text: str) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """Words that a picture can hold: printable, and if too long, without their middle.
-
-    Args:
-        width: the most characters; wide ones, such as Chinese, count twice.
-    """
+    """Words that a picture can hold: printable, and if longer than ``width``, without their middle."""
     text = "".join(c if c.isprintable() else "?" for c in printable(text))
-    sizes = [1 + (unicodedata.east_asian_width(c) in "WF") for c in text]
-    if sum(sizes) <= width:
-        return text
-    left, right = np.cumsum(sizes), np.cumsum(sizes[::-1])
-    head, tail = (left <= width // 2).sum(), (right <= width - width // 2 - 1).sum()
-    return text[:head] + "…" + text[len(text) - tail :]
+    half = width // 2
+    return text if len(text) <= width else f"{text[:half]}…{text[half + 1 - width :]}"
 
 
 def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
