@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from utils import SPLITS, UserError, file_lock
 
-from . import DATA
 from .check import RECORD, examine, placed, print_report, read_record
 from .sources import Source, some
 
@@ -48,12 +47,8 @@ def is_built(dest: Path, settings: dict[str, Any]) -> bool:
     """Whether ``dest`` was made with these settings; False if it is missing or empty.
 
     Raises:
-        UserError: something else is there, images are missing from it, or it is a folder of code.
+        UserError: something else is there, or images are missing from it.
     """
-    place = Path(os.path.realpath(dest))
-    for folder in (DATA / "formats", DATA / "splits"):
-        if folder in (place, *place.parents):
-            raise UserError(f"--dest {dest}: must not be in {folder}, which holds code")
     if not os.path.lexists(dest) or (dest.is_dir() and not any(dest.iterdir())):
         return False
     record = read_record(dest) if dest.is_dir() else {}
