@@ -13,7 +13,6 @@ Two instances of one network play two parts:
 
 from __future__ import annotations
 
-import copy
 import functools
 
 import torch
@@ -96,16 +95,6 @@ class FlatModule(nn.Module):
         for (m, name, _), value in zip(self.slots, self.slices(c), strict=True):
             m._parameters.pop(name, None)
             setattr(m, name, value)
-
-    def __deepcopy__(self, memo: dict) -> FlatModule:
-        """Copy any learner; PyTorch refuses learner_wo_grad's weights, which have a ``grad_fn``."""
-        for m, name, _ in self.__dict__.get("slots", ()):
-            weight = getattr(m, name)
-            if not weight.is_leaf:
-                memo[id(weight)] = weight.detach().clone()
-        twin = memo[id(self)] = self.__new__(type(self))
-        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return twin
 
     @torch.no_grad()
     def copy_buffers(self, other: FlatModule) -> None:
