@@ -25,8 +25,8 @@ if __name__ == "__main__":
 if code := process.run_main(process.check_packages, process.PACKAGES):
     sys.exit(code)
 
-from baselines.methods import BUILDERS, load_start, training_split
-from baselines.pretrain import pretrain
+from baselines.methods import BUILDERS, load_start, training_splits
+from baselines.pretrain import with_all_classes
 from data.layout import check_splits, scan_split
 from engine.backend import Backend, adam, dataset, make_learner, make_metalearner, select_backend
 from engine.checkpoint import load_for_test, load_weights, trained_shots
@@ -44,8 +44,9 @@ from tools.predictor import Predictor
 
 def build(args: argparse.Namespace, backend: Backend) -> Trainable:
     """Line 1 of algorithm 1: make both learners and the meta-learner, whose cI starts as theirs."""
-    if args.method != "lstm":
-        return BUILDERS[args.method](args, backend)
+    kind = args.method if args.mode != "pretrain" else "pretrain"
+    if kind != "lstm":
+        return BUILDERS[kind](args, backend)
     learner_w_grad = make_learner(args, backend)
     learner_wo_grad = copy.deepcopy(learner_w_grad)
     metalearner = make_metalearner(args, backend, learner_w_grad)
@@ -63,11 +64,9 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
         ranks.compare({"device": backend.description})
         seen_classes = folder.origin[1].get("classes", ()) if folder.origin else ()
         check_splits(args.data_root, seen_classes, ("val", "test"))
-        lengths, source = {"train": args.episode}, training_split(args.method)
-        if args.val_freq and source != "val":
-            lengths["val"] = args.episode_val
-        splits = {k: scan_split(args.data_root, source if k == "train" else k) for k in lengths}
-        sets = {k: dataset(args, backend, splits[k], n) for k, n in lengths.items()}
+        splits = {k: scan_split(args.data_root, of) for k, of in training_splits(args).items()}
+        n, in_order = {"train": args.episode, "val": args.episode_val}, args.mode == "pretrain"
+        sets = {k: dataset(args, backend, split, n[k], in_order) for k, split in splits.items()}
         model = build(args, backend)
         optimizer = adam(args, backend, learned(model.metalearner))
         if folder.checkpoint is None:
@@ -119,7 +118,7 @@ def load_predictor(cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS) -
 MODES = {
     "train": train,
     "test": test,
-    "pretrain": pretrain,
+    "pretrain": lambda cli_args, ranks: train(with_all_classes(cli_args), ranks),
     "predict": lambda *args: predict.predict(load_predictor(*args)),
     "plot": lambda cli_args, _: plots.plot_mode(cli_args, load_model),
     "results": lambda cli_args, _: tables.results_mode(resolve(cli_args)),

@@ -12,15 +12,17 @@ from torch import nn
 
 from baselines import descent, episodic, finetune, linear_head, matching
 from baselines.nearest import NearestModel, NearestNeighbour
+from baselines.pretrain import PretrainModel
 from baselines.protonet import PrototypicalNetwork
 from dataloader import EpisodeDataset
-from engine.backend import Backend
+from engine.backend import Backend, make_learner
 from engine.checkpoint import load_init, load_weights
 from engine.flags import PRETRAINED, essence, spelled
 from engine.model import Trainable
 from learner import N_BLOCKS
 from utils import UserError
 
+# by --method, and of --mode pretrain
 BUILDERS: dict[str, Callable[[argparse.Namespace, Backend], Trainable]] = {
     "sgd": descent.build,
     "meta-sgd": descent.build,
@@ -30,14 +32,20 @@ BUILDERS: dict[str, Callable[[argparse.Namespace, Backend], Trainable]] = {
     "matching": partial(episodic.build, matching.MatchingNetwork),
     "matching-fce": partial(episodic.build, matching.with_context),
     "protonet": partial(episodic.build, PrototypicalNetwork),
+    "pretrain": lambda args, backend: PretrainModel(make_learner(args, backend)),
 }
 MEASURED = 20  # training episodes whose images' batch statistics are averaged
 SAME = ("image_size", "filters", "pixels", "learner")  # as in the training that --init-from names
 
 
-def training_split(method: str) -> str:
-    """The split that training episodes come from: fine-tuning only chooses its rate."""
-    return "val" if method == "finetune" else "train"
+def training_splits(args: argparse.Namespace) -> dict[str, str]:
+    """The splits that training and validation read; fine-tuning only chooses its rate, and
+    pre-training is not validated.
+    """
+    if args.method == "finetune":
+        return {"train": "val"}
+    validated = args.val_freq and args.mode != "pretrain"
+    return {"train": "train"} | ({"val": "val"} if validated else {})
 
 
 def load_start(

@@ -18,13 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.episodic import EpisodicModel, classification
-from data.layout import check_splits, scan_split
-from engine.backend import adam, dataset, make_learner, select_backend
-from engine.distributed import Ranks
+from data.layout import scan_split
 from engine.flags import resolve
-from engine.folder import RunFolder
-from engine.parallel import make_train_step
-from engine.run import Run
 from episode import Episode
 from utils import UserError
 
@@ -51,29 +46,14 @@ class PretrainModel(EpisodicModel):
         return classification(network, COSINE_SCALE * F.linear(features, classes), y)
 
 
-def pretrain(cli_args: dict[str, object], ranks: Ranks) -> None:
-    """Train for ``--episode`` batches (``--mode pretrain``).
+def with_all_classes(cli_args: dict[str, object]) -> dict[str, object]:
+    """The flags of ``--mode pretrain``, whose n-way is all training classes.
 
     Raises:
-        UserError: a flag is not for pre-training.
+        UserError: ``--n-class`` is another number.
     """
     args = resolve(cli_args)
-    check_splits(args.data_root)
-    train_files = scan_split(args.data_root, "train")
-    n_classes = len(train_files.classes)
-    if cli_args.get("n_class", n_classes) != n_classes:
-        raise UserError(f"--n-class {args.n_class}: --mode pretrain takes all {n_classes} classes")
-    with RunFolder({**cli_args, "n_class": n_classes}, ranks) as folder:
-        args = folder.args
-        if folder.finished():
-            return
-        backend = select_backend(args, ranks.local)
-        print(f"{backend.description}\npre-training on {args.data_root}, into {folder.path}")
-        train_set = dataset(args, backend, train_files, args.episode, in_order=True)
-        model = PretrainModel(make_learner(args, backend))
-        optimizer = adam(args, backend, list(model.metalearner.parameters()))
-        train_step = make_train_step(args, backend, model, optimizer, ranks)
-        with Run(folder, model.saved, optimizer, {"train": train_set}, backend.device) as run:
-            for n, batch in run.batches():
-                run.log(n, *train_step(n, batch))
-            run.finish()
+    n = len(scan_split(args.data_root, "train").classes)
+    if cli_args.get("n_class", n) != n:
+        raise UserError(f"--n-class {args.n_class}: --mode pretrain takes all {n} classes")
+    return {**cli_args, "n_class": n}
