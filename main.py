@@ -50,7 +50,7 @@ def build(args: argparse.Namespace, backend: Backend) -> Trainable:
     learner_w_grad = make_learner(args, backend)
     learner_wo_grad = copy.deepcopy(learner_w_grad)
     metalearner = make_metalearner(args, backend, learner_w_grad)
-    return Model(learner_w_grad, learner_wo_grad, metalearner)
+    return Model(metalearner, (learner_w_grad, learner_wo_grad))
 
 
 def train(cli_args: dict[str, object], ranks: Ranks) -> None:

@@ -55,4 +55,4 @@ def build(args: argparse.Namespace, backend: Backend) -> Model:
     size = learner.size()
     n_rates = size if args.method == "meta-sgd" else 1
     rule = GradientDescent(size, n_rates, tuple(args.bi_init))
-    return Model(learner, copy.deepcopy(learner), prepare_rule(rule, args, backend, learner))
+    return Model(prepare_rule(rule, args, backend, learner), (learner, copy.deepcopy(learner)))

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.backend import Backend, make_learner
+from engine.model import Trainable
 from episode import Episode, accuracy, learned
 from learner import FlatModule, flat_gradient
 
 
-class EpisodicModel(NamedTuple):
+class EpisodicModel(Trainable):
     """A module ``forward(episode) -> logits`` [n_class * n_eval, n_class], trained by episodes.
 
     It stands in ``metalearner``'s place: it is what the optimiser trains and a checkpoint holds.
     """
-
-    metalearner: nn.Module
-    learners: tuple[FlatModule, ...] = ()
-
-    @property
-    def saved(self) -> dict[str, nn.Module]:
-        """The modules that a checkpoint holds, by their key in it."""
-        return {"metalearner": self.metalearner}
 
     def gradient(self, args: argparse.Namespace, episode: Episode) -> tuple[Tensor, ...]:
         """See ``engine.model.Trainable``; in train mode."""

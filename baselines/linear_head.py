@@ -36,4 +36,5 @@ def build(args: argparse.Namespace, backend: Backend) -> Model:
     """Make the pair of heads, their meta-learner, and a backbone with random weights."""
     backbone = make_embedding(args, backend).eval().requires_grad_(False)
     head = LinearHead(backbone.n_features, args.n_class).to(backend.device)
-    return Model(head, copy.deepcopy(head), make_metalearner(args, backend, head), backbone)
+    metalearner = make_metalearner(args, backend, head)
+    return Model(metalearner, (head, copy.deepcopy(head)), backbone)

@@ -33,7 +33,6 @@ from data.layout import scan_split
 from engine.backend import adam, dataset, select_backend
 from engine.distributed import SINGLE_PROCESS
 from engine.flags import Parser, resolve
-from engine.model import Model
 from engine.parallel import make_train_step
 from engine.process import run_main
 from episode import learned
@@ -139,7 +138,9 @@ def parts(n_shot: int, folder: Path) -> dict[str, Callable[[], object]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (84, 84)).save(path)
     on_cpu = select_backend(args)
-    model = Model(*(m if m is None else m.to(META) for m in build(args, on_cpu)))
+    model = build(args, on_cpu)
+    metalearner, (w_grad, wo_grad) = model.metalearner.to(META), model.learners
+    w_grad.to(META), wo_grad.to(META)
     backend = on_cpu._replace(
         device=META,
         dataset=partial(FastEpisodeDataset, device=META, cache_dir=folder),
@@ -151,7 +152,6 @@ def parts(n_shot: int, folder: Path) -> dict[str, Callable[[], object]]:
     train_step = make_train_step(args, backend, model, optimizer, SINGLE_PROCESS)
     drawn = train_set[0]
     episode = train_set.assemble(drawn, META)
-    w_grad, wo_grad, metalearner, _ = model
     x, y = episode.support[: args.batch_size], episode.support_y[: args.batch_size]
     loss, grad = torch.empty((), device=META), torch.empty(w_grad.size(), 1, device=META)
 

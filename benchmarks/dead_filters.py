@@ -40,7 +40,7 @@ def dead_filters(run: str, flags: dict[str, object]) -> list[str]:
     args, checkpoint, backend, model = load_run(run, {**flags, "plain": True})
     if not isinstance(model, Model) or model.backbone is not None or args.learner != "conv4":
         raise UserError(f"{run}: its learner is not a trained Conv4; name other runs")
-    net = model.learner_w_grad
+    net = model.learners[0]
     net.copy_flat_params(model.metalearner.initial_state().c)
     norms = [net.get_submodule(f"norm{b}") for b in range(1, N_BLOCKS + 1)]
     largest = [torch.full([args.filters], -torch.inf) for _ in norms]  # before ReLU

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
@@ -70,7 +71,7 @@ class FixedGates(UpdateRule):
 @torch.no_grad()
 def mean_gates(model: Model, val_set: EpisodeDataset, batch_size: int, device) -> Tensor:
     """Average f and i over a data set's episodes and each parameter tensor: [2, T, P, 1]."""
-    learner, rule = model.learner_w_grad, model.metalearner
+    learner, rule = model.learners[0], model.metalearner
     sizes = [shape.numel() for _, _, shape in learner.slots]
     total: Any = 0
     for episode in episodes(val_set, 0, 0, device, False):
@@ -109,7 +110,7 @@ def rules(
     yield f"{frozen}, by update", FixedGates(trained, f, i)
     f, i = (gate.mean(0, keepdim=True) for gate in (f, i))
     yield f"{frozen} and all updates", FixedGates(trained, f, i)
-    places, one = layers(model.learner_w_grad), torch.ones_like(i)
+    places, one = layers(model.learners[0]), torch.ones_like(i)
 
     def descent(steps: list[float]) -> FixedGates:
         sizes = torch.tensor([place.stop - place.start for place in places.values()])
@@ -117,7 +118,7 @@ def rules(
         return FixedGates(trained, one, values)
 
     def score(steps: list[float]) -> float:
-        rule = model._replace(metalearner=descent(steps))
+        rule = replace(model, metalearner=descent(steps))
         return summary(Evaluator(args, backend, rule)(val_set)[1])["mean"]
 
     everything = list(range(len(places)))
@@ -143,7 +144,7 @@ def compare(run: str, flags: dict) -> tuple[str, list[tuple[str, list[float]]]]:
     )
     found = []
     for name, rule in rules(model, args, backend, val_set):
-        tested = Evaluator(args, backend, model._replace(metalearner=rule))(test_set)[1]
+        tested = Evaluator(args, backend, replace(model, metalearner=rule))(test_set)[1]
         found.append((name, tested))
         print(f"{args.n_shot}-shot: {name}: {interval(tested)}", file=sys.stderr)
     title = f"{Path(run).name}, {args.n_class}-way {args.n_shot}-shot, {len(tested)} test episodes"

@@ -164,7 +164,7 @@ def parts(args: argparse.Namespace, device: torch.device) -> str:
 
     def functions(plain: bool) -> dict[str, Callable[[], object]]:
         model = Timed(device, plain, data_root=args.data_root)
-        learner, _, metalearner, _ = model.networks
+        metalearner, (learner, _) = model.networks.metalearner, model.networks.learners
         learner.train()
         data, index = model.dataset("train", 10**6), count()
         episode = synthetic(device, model.args)
@@ -245,7 +245,7 @@ def scaling(args: argparse.Namespace, device: torch.device) -> str:
         name = ", ".join(f"{k} {v}" for k, v in variant.items()) or "the recipe"
         if "filters" in variant and device.type == "cpu":
             name += " (PyTorch's code: the kernels are for 32)"
-        n_params = models["fast"].networks.learner_w_grad.size()
+        n_params = models["fast"].networks.learners[0].size()
         times = [spent["plain"] * 1e3, spent["fast"] * 1e3, spent["plain"] / spent["fast"]]
         rows.append([name, n_params, *times])
     header = ["training without data", "learner parameters", "plain, ms", "fast, ms"]

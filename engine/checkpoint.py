@@ -233,7 +233,7 @@ def load_init(model: Model, content: dict, path: Path) -> None:
     if content.get("mode") != "pretrain":
         load_weights({"metalearner": model.metalearner}, content, path)
         return
-    learner, network = model.learner_w_grad, dict(content["network"])
+    learner, network = model.learners[0], dict(content["network"])
     for name, tensor in learner.state_dict().items():
         stored = network[name] if name.startswith("cls.") and name in network else tensor
         # a classifier of the same features, but of another number of classes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from argparse import Namespace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -23,8 +24,7 @@ def averaged_copy(args: Namespace, model: Trainable) -> Trainable:
     """The model that is validated and saved: with ``--ema`` it has a copy of the meta-learner."""
     if not args.ema:
         return model
-    own = copy.deepcopy(model.metalearner)
-    return model._replace(metalearner=own)  # type: ignore[attr-defined]
+    return replace(model, metalearner=copy.deepcopy(model.metalearner))
 
 
 def saved_modules(model: Trainable, averaged: Trainable) -> dict[str, nn.Module]:

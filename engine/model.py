@@ -3,69 +3,63 @@
 from __future__ import annotations
 
 import argparse
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from episode import Episode, evaluate_episode, meta_gradient
 from learner import FlatModule
-from metalearner import UpdateRule
 
 
-class Trainable(Protocol):
+@dataclass(frozen=True)
+class Trainable:
     """Interface of a model for training and test: ``Model``, or a baseline without an inner loop.
 
-    All are NamedTuples. ``gradient`` and ``evaluate`` get one of ``learners``' copies and an
-    episode of images on the model's device; what they return stays there.
+    ``gradient`` and ``evaluate`` get an episode of images on the model's device, where their
+    results stay, and one copy of ``learners``.
+
+    Attributes:
+        metalearner: the module whose parameters are trained.
+        learners: networks that an episode overwrites; parallel episodes have a copy each.
     """
 
-    @property
-    def metalearner(self) -> nn.Module:
-        """The module whose parameters are trained."""
-
-    @property
-    def learners(self) -> tuple[FlatModule, ...]:
-        """Networks that an episode overwrites; parallel episodes have a copy each."""
+    metalearner: nn.Module
+    learners: tuple[FlatModule, ...] = ()
 
     @property
     def saved(self) -> dict[str, nn.Module]:
         """The modules that a checkpoint holds, by their key in it."""
+        return {"metalearner": self.metalearner}
 
     def gradient(
         self, args: argparse.Namespace, episode: Episode, *learners: FlatModule
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient [G] of ``metalearner``, query loss [], query accuracy [] in percent."""
+        raise NotImplementedError
 
     def evaluate(
         self, args: argparse.Namespace, episode: Episode, *learners: FlatModule
     ) -> tuple[Tensor, Tensor]:
         """Query loss [] and query accuracy [] in percent."""
+        raise NotImplementedError
 
 
-class Model(NamedTuple):
-    """A pair of learners and the update rule that trains them in each episode.
+@dataclass(frozen=True)
+class Model(Trainable):
+    """The learners (learner_w_grad, learner_wo_grad), and an ``UpdateRule`` as meta-learner.
 
     Attributes:
         backbone: frozen network that turns images into the learner's inputs; None for the paper's
             method, whose learner reads the images.
     """
 
-    learner_w_grad: FlatModule
-    learner_wo_grad: FlatModule
-    metalearner: UpdateRule
     backbone: nn.Module | None = None
 
     @property
-    def learners(self) -> tuple[FlatModule, FlatModule]:
-        """The pair (learner_w_grad, learner_wo_grad)."""
-        return self.learner_w_grad, self.learner_wo_grad
-
-    @property
     def saved(self) -> dict[str, nn.Module]:
-        """The modules that a checkpoint holds, by their key in it."""
-        backbone = {} if self.backbone is None else {"backbone": self.backbone}
-        return {"metalearner": self.metalearner, **backbone}
+        """See ``Trainable.saved``."""
+        return super().saved | ({} if self.backbone is None else {"backbone": self.backbone})
 
     @torch.no_grad()
     def inputs(self, images: Tensor) -> Tensor:

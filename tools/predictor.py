@@ -87,9 +87,10 @@ class Predictor:
         episode = Episode(support[0], y, nothing, nothing, torch.from_numpy(drawn).to(device))
         size, model.metalearner.grad_divisor = schedule(args, self.trained_on, len(y))
         self.classes, self.adapted = classes, []
+        w_grad, wo_grad = model.learners
         for permutation, x in product(permutations, support):
-            learner = copy.deepcopy(model.learner_wo_grad)
-            adapt_view(episode, x, permutation, model.learner_w_grad, learner, model, size)
+            learner = copy.deepcopy(wo_grad)
+            adapt_view(episode, x, permutation, w_grad, learner, model, size)
             self.adapted.append((permutation, learner))
 
     @reproducible()

@@ -208,7 +208,7 @@ def test_descent_and_its_gradient(method):
     args, model = made(method, "--n-shot", 2, "--grad-divisor", 3, "--bi-init", -1, 1)
     episode, rule = episode_of(args), model.metalearner
     assert rule.bI.numel() == (rule.cI.numel() if method == "meta-sgd" else 1)
-    network = copy.deepcopy(model.learner_w_grad).train()
+    network = copy.deepcopy(model.learners[0]).train()
 
     def loss_and_grad(x, y):
         torch.nn.utils.vector_to_parameters(theta, network.parameters())
@@ -222,7 +222,7 @@ def test_descent_and_its_gradient(method):
         grad = loss_and_grad(episode.support, episode.support_y)[1] / 3
         theta, total = theta - steps * grad, total + grad
     with torch.no_grad():
-        c, losses = adapt(episode, model.learner_w_grad, rule, 25)
+        c, losses = adapt(episode, model.learners[0], rule, 25)
     assert torch.allclose(c[:, 0], theta, rtol=1e-9)
     assert len(losses) == args.epoch
     loss, grad = loss_and_grad(episode.query, episode.query_y)

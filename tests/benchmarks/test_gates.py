@@ -22,7 +22,7 @@ def test_the_mean_of_constant_gates_is_the_rule_itself(monkeypatch):
         meta.metalstm.WI.zero_()
     drawn = [new_episode(dtype=torch.float64) for _ in range(3)]
     monkeypatch.setattr(gates, "episodes", lambda episodes, *_: episodes)
-    f, i = gates.mean_gates(Model(w_grad, wo_grad, meta), drawn, 3, "cpu")
+    f, i = gates.mean_gates(Model(meta, (w_grad, wo_grad)), drawn, 3, "cpu")
     assert f.shape == i.shape == (4, w_grad.size(), 1)  # 2 passes of 2 minibatches
     assert torch.allclose(i, meta.metalstm.bI.sigmoid().double().expand_as(i))
     with torch.no_grad():
@@ -36,7 +36,7 @@ def test_means_are_taken_over_a_tensor_not_over_all(monkeypatch):
     _, w_grad, wo_grad, meta = make("plain", dtype=torch.float64)
     drawn = [new_episode(dtype=torch.float64)]
     monkeypatch.setattr(gates, "episodes", lambda episodes, *_: episodes)
-    _, i = gates.mean_gates(Model(w_grad, wo_grad, meta), drawn, 6, "cpu")
+    _, i = gates.mean_gates(Model(meta, (w_grad, wo_grad)), drawn, 6, "cpu")
     with torch.no_grad():
         steps = list(gates.updates(drawn[0], w_grad, meta, 6))
     for t, (_, state) in enumerate(steps):

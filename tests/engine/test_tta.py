@@ -46,7 +46,7 @@ def make_model(method, args):
         learner, backbone = backend.learner(16, 1e-3, 0.95, 3), None
     meta = backend.metalearner(4, 4, learner.size(), (-2.0, -1.0))
     meta.init_cI(learner.get_flat_params())
-    return Model(learner, copy.deepcopy(learner), meta, backbone)
+    return Model(meta, (learner, copy.deepcopy(learner)), backbone)
 
 
 @pytest.fixture(params=["plain", "fast", "linear-head"])
