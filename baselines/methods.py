@@ -16,7 +16,7 @@ from baselines.pretrain import PretrainModel
 from baselines.protonet import PrototypicalNetwork
 from dataloader import EpisodeDataset
 from engine.backend import Backend, make_learner
-from engine.checkpoint import load_init, load_weights
+from engine.checkpoint import load_weights
 from engine.flags import PRETRAINED, essence, spelled
 from engine.model import Trainable
 from learner import N_BLOCKS
@@ -69,7 +69,14 @@ def load_start(
         if stored is not None and essence(stored) != essence(value):
             raise UserError(f"{spelled(name)} {value}: {path} was trained with {stored}; give that")
     if args.method not in PRETRAINED:
-        load_init(model, content, path)
+        if content.get("mode") != "pretrain":
+            load_weights({"metalearner": model.metalearner}, content, path)
+            return
+        learner = model.learners[0]
+        _load_convolutions(learner, content, path, args.method)
+        for parameter in learner.cls.parameters():  # of other classes
+            nn.init.zeros_(parameter)
+        model.metalearner.init_cI(learner.get_flat_params())
         return
     network = model.backbone if args.method == "linear-head" else model.metalearner.network
     _load_convolutions(network, content, path, args.method)

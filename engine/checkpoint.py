@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from engine.distributed import Ranks
 from engine.ema import TRAINED
 from engine.flags import check_stored, resolve, run_folder
-from engine.model import Model
 from engine.schema import finite, fits
 from utils import UserError, atomic_write, first_line
 
@@ -219,25 +218,3 @@ def load_for_test(cli_args: dict[str, object], ranks: Ranks) -> tuple[Namespace,
     if not {"data", "data_root"} & cli_args.keys() and "data_root" in checkpoint:
         args.data_root = Path(checkpoint["data_root"])
     return args, checkpoint
-
-
-def load_init(model: Model, content: dict, path: Path) -> None:
-    """Start from another training's weights (``--init-from``).
-
-    Of a pre-training, cI takes the network's parameters; a classifier of another number of classes
-    starts at zero.
-
-    Raises:
-        UserError: they do not fit.
-    """
-    if content.get("mode") != "pretrain":
-        load_weights({"metalearner": model.metalearner}, content, path)
-        return
-    learner, network = model.learners[0], dict(content["network"])
-    for name, tensor in learner.state_dict().items():
-        stored = network[name] if name.startswith("cls.") and name in network else tensor
-        # a classifier of the same features, but of another number of classes
-        if stored.shape[:1] != tensor.shape[:1] and stored.shape[1:] == tensor.shape[1:]:
-            network[name] = torch.zeros_like(tensor)
-    load_weights({"network": learner}, {"network": network}, path)
-    model.metalearner.init_cI(learner.get_flat_params())
