@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import importlib.util
 import io
 import multiprocessing
 import os
@@ -15,9 +14,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from utils import UserError, first_line, load_package, out_of_memory, pip_install, release_locks
+from utils import UserError, first_line, load_package, out_of_memory, release_locks
 
-PACKAGES = ["numpy", "PIL.Image", "tqdm.std", "torch", "torchvision"]  # that main.py needs
+PACKAGES = ["numpy", "PIL.Image", "tqdm.std", "torch"]  # that main.py needs
 _NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 HANDLED = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
@@ -79,14 +78,9 @@ def print_error(error: object) -> int:
 
 
 def check_packages(names: list[str]) -> None:
-    """``load_package`` for each; torchvision is only located, for it takes a second to load, and
-    fast/ mostly works without.
-    """
+    """``load_package`` for each."""
     for name in names:
-        if name != "torchvision":
-            load_package(name)
-        elif importlib.util.find_spec(name) is None:
-            raise UserError(f"{name} is missing; run: {pip_install()}")
+        load_package(name)
 
 
 class Signals:
