@@ -33,7 +33,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 SPLITS = ("train", "val", "test")
-REQUIREMENTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "requirements.txt")
+ROOT = Path(__file__).resolve().parent
 
 
 class UserError(Exception):
@@ -61,7 +61,7 @@ def out_of_memory(error: BaseException) -> bool:
     return no_memory or (isinstance(error, RuntimeError) and any(word in text for word in words))
 
 
-def pip_install(what: str = f"-r {shlex.quote(REQUIREMENTS)}") -> str:
+def pip_install(what: str = f"-r {shlex.quote(str(ROOT / 'requirements.txt'))}") -> str:
     """The command that installs packages."""
     return f"{shlex.quote(sys.executable)} -m pip install {what}"
 

@@ -15,10 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils import UserError
+from utils import ROOT, UserError
 
 MIN_IMAGE_SIZE, INPUT_SIZE = 16, 4  # learner.py's and metalearner.py's, which import PyTorch
-ROOT = Path(__file__).resolve().parent.parent
 # which a checkpoint carries for a resumed run: its length, and what its validations depend on
 RUN_FLAGS = ("episode", "val_freq", "episode_val", "transductive", "tta_permutations", "tta_flip")
 MODES = {

@@ -3,6 +3,6 @@
 `sources` opens folders and unpacks archives, `detect` finds the format and makes a manifest,
 `build` writes the images of the manifest, `check` examines the result."""
 
-from pathlib import Path
+from utils import ROOT
 
-DATA = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data"
