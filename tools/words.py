@@ -25,7 +25,7 @@ def printable(text: str) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """Words that a picture can hold: printable, and if longer than ``width``, without their middle."""
+    """Words that a picture can hold: printable, and ``width`` characters without their middle."""
     text = "".join(c if c.isprintable() else "?" for c in printable(text))
     half = width // 2
     return text if len(text) <= width else f"{text[:half]}…{text[half + 1 - width :]}"
