@@ -62,15 +62,18 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def pip_install(what: str = f"-r {shlex.quote(str(ROOT / 'requirements.txt'))}") -> str:
-    """The command that installs packages."""
-    return f"{shlex.quote(sys.executable)} -m pip install {what}"
+    """The command that installs packages; outside an environment it makes one."""
+    python, first = shlex.quote(sys.executable or "python"), ""
+    if sys.prefix == sys.base_prefix and "CONDA_PREFIX" not in os.environ:
+        python, first = ".venv/bin/python", "python3 -m venv .venv && "
+    return f"{first}{python} -m pip install {what}"
 
 
 def load_package(name: str, package: str = "") -> ModuleType:
     """Import a module of another package.
 
     Args:
-        package: what to install, if that is not in requirements.txt.
+        package: what to install, if that is not in requirements.txt or has another name.
 
     Raises:
         UserError: the package, or one that it imports, is missing or broken; how to install it.
@@ -78,8 +81,12 @@ def load_package(name: str, package: str = "") -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as e:  # a broken package raises nearly anything
-        advice = pip_install(package) if package else pip_install()
-        raise UserError(f"{name} cannot be loaded ({first_line(e)}); run: {advice}") from e
+        if isinstance(e, ModuleNotFoundError) and "." not in (e.name or "."):
+            advice = pip_install(package) if package else pip_install()
+            raise UserError(f"{e.name} is missing; run: {advice}") from e
+        package = package or name.partition(".")[0].replace("PIL", "pillow")
+        advice = pip_install(f"--force-reinstall {package}")
+        raise UserError(f"{package} cannot be loaded ({first_line(e)}); run: {advice}") from e
 
 
 # ---- Files ----

@@ -111,6 +111,7 @@ def test_a_broken_package(tmp_path, monkeypatch, fault):
     with pytest.raises(UserError, match=words) as e:
         load_package("fragile")
     assert f"{sys.executable} -m pip install" in str(e.value)
+    assert (" fragile" in str(e.value)) == (fault not in ("missing", "of another"))
 
 
 @pytest.mark.parametrize(
@@ -170,6 +171,16 @@ def test_tensorboard_gets_the_log(master, tmp_path):
     steps = {tag: [e.step for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
     of_kind = {"train": [1, 2, 3, 4], "val": [2, 4]}
     assert steps == {f"{k}/{what}": n for k, n in of_kind.items() for what in ("loss", "accuracy")}
+
+
+def test_the_advice_outside_an_environment_makes_one(monkeypatch):
+    monkeypatch.delenv("CONDA_PREFIX", raising=False)
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    assert pip_install("x").startswith("python3 -m venv .venv && .venv/bin/python -m pip")
+    monkeypatch.setenv("CONDA_PREFIX", "/opt/conda")
+    assert pip_install("x") == f"{sys.executable} -m pip install x"
+    with pytest.raises(UserError, match=r"requirements\.txt"):
+        load_package("nowhere_at_all")
 
 
 # ---- Threads, silence, parents ----
