@@ -65,8 +65,9 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
         seen_classes = folder.origin[1].get("classes", ()) if folder.origin else ()
         check_splits(args.data_root, seen_classes, ("val", "test"))
         splits = {k: scan_split(args.data_root, of) for k, of in training_splits(args).items()}
-        n, in_order = {"train": args.episode, "val": args.episode_val}, args.mode == "pretrain"
-        sets = {k: dataset(args, backend, split, n[k], in_order) for k, split in splits.items()}
+        lengths = {"train": args.episode, "val": args.episode_val}
+        in_order = args.mode == "pretrain"
+        sets = {k: dataset(args, backend, of, lengths[k], in_order) for k, of in splits.items()}
         model = build(args, backend)
         optimizer = adam(args, backend, learned(model.metalearner))
         if folder.checkpoint is None:

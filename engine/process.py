@@ -78,7 +78,7 @@ def print_error(error: object) -> int:
 
 
 def check_packages(names: list[str]) -> None:
-    """``load_package`` for each."""
+    """Check that the packages can be imported, see ``load_package``."""
     for name in names:
         load_package(name)
 

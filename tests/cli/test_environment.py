@@ -16,7 +16,7 @@ from conftest import ONE_THREAD, ROOT, completed, refused, succeeded, train, tra
 
 import utils
 from engine.flags import parse
-from utils import UserError, load_package
+from utils import UserError, load_package, pip_install
 
 
 def python(*words, **env):
