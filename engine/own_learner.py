@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from engine.flags import DEFAULTS, split_learner, with_digest
 from learner import FlatModule
@@ -103,6 +104,8 @@ def _fault(network: object, args: Namespace) -> str | None:
     if not named:
         return "has no parameters, so there is nothing to learn"
     for name, parameter in named.items():
+        if is_lazy(parameter):
+            return f"{name} has no shape yet; use layers that are not lazy"
         if parameter.dtype != torch.float32:
             return f"{name} is {parameter.dtype}, but should be torch.float32"
         if not parameter.requires_grad:
