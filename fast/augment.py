@@ -116,7 +116,8 @@ def _shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     red, green = r == top, g == top
     hue = torch.where(green, ((b - r) * unit).add_(85), ((r - g) * unit).add_(170))
     hue = torch.where(red, (g - b) * unit, hue)
-    hue = hue.floor_().add_((turns * 255).trunc().view(-1, 1, 1)).remainder_(255).mul_(6 / 255)
+    hue = hue.floor_().remainder_(255)  # a byte in Pillow, so the sum wraps at 256
+    hue = hue.add_((turns * 255).trunc().view(-1, 1, 1)).remainder_(256).mul_(6 / 255)
     out = torch.empty_like(x)
     torch.addcmul(bottom, chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1), out=out[:, 0])
     torch.addcmul(bottom, chroma, (hue - 2).abs_().neg_().add_(2).clamp_(0, 1), out=out[:, 1])

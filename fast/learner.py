@@ -43,10 +43,10 @@ class FastConv4(Conv4):
     def block(self, b: int, x: Tensor) -> Tensor:
         """See ``Conv4.block``."""
         conv, norm = self._block(b)
-        x, moments = self._prepared(x) if b == 1 else (x, None)
+        x = x.to(self.conv_dtype or x.dtype)
         if self._twice:
-            return _train_block(x, conv, norm)
-        return train_block(x, conv, norm, moments) if norm.training else eval_block(x, conv, norm)
+            return (_train_block if norm.training else _eval_block)(x, conv, norm)
+        return (train_block if norm.training else eval_block)(x, conv, norm)
 
     def _block(self, b: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
         return getattr(self, f"conv{b}"), getattr(self, f"norm{b}")
@@ -75,13 +75,12 @@ class FastConv4(Conv4):
         """The images in ``conv_dtype`` and, for the CPU kernels, their moments; kept for the next
         update with the same images.
         """
-        last = self._last  # read once: threads share a frozen backbone, and another may replace it
-        if last is None or last[0] is not x or last[1] != x._version:
+        if self._last is None or self._last[0] is not x or self._last[1] != x._version:
             images, moments = x.to(self.conv_dtype or x.dtype), None
-            if self.norm1.training and native.handles_block(images, self.conv1.weight):
+            if native.handles_block(images, self.conv1.weight):
                 moments = native.PatchMoments.of(images)
-            last = self._last = x, x._version, images, moments
-        return last[2:]
+            self._last = x, x._version, images, moments
+        return self._last[2:]
 
     def loss_and_grad(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """See ``FlatModule.loss_and_grad``."""
@@ -92,7 +91,7 @@ class FastConv4(Conv4):
             return self._in_one_call(images, y, moments, self._own_parameters())[:2]
         if self._blocks_run_in_triton(images):
             return self._by_triton(images, y, self._own_parameters())[:2]
-        return super().loss_and_grad(x, y)
+        return super().loss_and_grad(images, y)
 
     def loss_and_grad_at(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """See ``FlatModule.loss_and_grad_at``; the kernels take a difference of gradients."""
@@ -101,7 +100,7 @@ class FastConv4(Conv4):
         images, moments = self._prepared(x)
         if moments is not None and native.handles(images):
             at = partial(self._in_one_call, images, y, moments)
-            return native.LossAndGrad.apply(c, lambda c, frozen: at(self.slices(c), frozen))
+            return native.LossAndGrad.apply(c, x, lambda c, frozen: at(self.slices(c), frozen))
         kernel, eager = FastConv4._differences, FastConv4._differentiated_twice
         results = partial(self._hessian_product, images, y, c)
         if (
@@ -110,12 +109,13 @@ class FastConv4(Conv4):
             and gpu.works(kernel, eager, 5e-2, self.conv1.weight, results)
         ):
             return self._differences(images, y, c)
-        return self._differentiated_twice(x, y, c)
+        return self._differentiated_twice(images, y, c)
 
     def _differences(self, images: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Second order by Triton's kernels."""
         at = partial(self._by_triton, images, y)
-        return native.LossAndGrad.apply(c, lambda c, frozen: at(self._arranged_slices(c), frozen))
+        function = lambda c, frozen: at(self._arranged_slices(c), frozen)  # noqa: E731
+        return native.LossAndGrad.apply(c, images, function)
 
     def _differentiated_twice(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Second order by PyTorch's operations, which alone can be differentiated twice."""
@@ -213,13 +213,12 @@ class FastConv4(Conv4):
     @torch.no_grad()
     def copy_buffers(self, other: FlatModule) -> None:
         """See ``FlatModule.copy_buffers``."""
-        self._last = None  # as above, for the query set
+        if not isinstance(other, FastConv4):
+            return super().copy_buffers(other)
         torch._foreach_copy_(self._running(), other._running())
 
 
-def train_block(
-    x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, moments: native.PatchMoments | None = None
-) -> Tensor:
+def train_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """Convolution, batch norm by the batch's own statistics, ReLU and 2x2 max-pooling.
 
     Pooling comes before ReLU, which is the same function on a quarter of the numbers.
@@ -228,13 +227,12 @@ def train_block(
         x: [B, C, H, W], float.
         conv, norm: the block's layers, whose weights may be slices of a cell state; ``norm``'s
             running statistics are updated.
-        moments: of ``x`` if it is the images themselves, see ``native.PatchMoments``.
 
     Returns:
         [B, filters, H // 2, W // 2].
     """
     if native.handles_block(x, conv.weight):
-        return native.train_block(x, conv, norm, moments)
+        return native.train_block(x, conv, norm)
     return _triton_or(_train_block, blocks.train_block, x, conv, norm)(x, conv, norm)
 
 

@@ -52,7 +52,8 @@ class Library:
             one = "" if parallel else " without OpenMP: one thread an episode"
             self.state = f"kernels compiled by {Path(compiler).name}{one}"
         except (OSError, ValueError, subprocess.SubprocessError) as e:
-            lines = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
+            text = getattr(e, "stderr", None) or str(e)  # of a timeout it is bytes
+            lines = (os.fsdecode(text) if isinstance(text, bytes) else text).strip().splitlines()
             first = lines[0] if lines else type(e).__name__
             error = next((line for line in lines if "error" in line), first)
             self.state = f"{SLOWER} ({compiler} cannot compile kernels/: {error})"
@@ -61,7 +62,7 @@ class Library:
 def _function(library: ctypes.CDLL, name: str) -> Callable:
     letters = ctypes.c_char_p.in_dll(library, f"{name}_arguments").value.decode()
     address = ctypes.c_void_p.in_dll(library, f"{name}_address").value
-    return ctypes.CFUNCTYPE(None, *(_TYPES[letter] for letter in letters))(address)
+    return ctypes.CFUNCTYPE(ctypes.c_int, *(_TYPES[letter] for letter in letters))(address)
 
 
 def _openmp() -> list[str]:
@@ -88,8 +89,7 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
 
     The cache is ``lstm-meta-learner`` under $XDG_CACHE_HOME or ~/.cache. A file's name holds a hash
     of all that the machine code depends on: sources, flags, compiler, system, processor and OpenMP
-    runtime. Where there is no home folder, or it cannot be written, each process compiles for
-    itself.
+    runtime. Where there is no home folder, or it cannot be used, each process compiles for itself.
     """
     run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
     version = run([*compiler, "--version"], timeout=60).stdout
@@ -109,7 +109,15 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
             folder.mkdir(parents=True, exist_ok=True)
         cached = os.access(folder, os.W_OK)
     print("compiling the kernels, which takes about ten seconds" + " once" * cached, flush=True)
-    with tempfile.TemporaryDirectory(prefix=".compile-", dir=folder if cached else None) as work:
+    if cached:
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # full, or noexec
+            return _compile(run, compiler, openmp, folder, path)
+    return _compile(run, compiler, openmp)
+
+
+def _compile(run: Callable, compiler: list[str], openmp: list[str], *cache: Path) -> ctypes.CDLL:
+    """Compile and load the kernels; ``cache`` are the folder and path to store them at, if any."""
+    with tempfile.TemporaryDirectory(prefix=".compile-", dir=next(iter(cache), None)) as work:
         compiled, linked = f"{work}/kernels.o", f"{work}/kernels.so"
         for more in (GCC_FLAGS, []):
             try:
@@ -120,10 +128,10 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
             except (OSError, subprocess.CalledProcessError):
                 if not more:
                     raise
-        with open(linked, "r+b") as file:  # the loader ignores what follows the library
-            file.write(hashlib.sha256(file.read()).digest())
-        if cached:
-            os.replace(linked, path)
+        if cache:
+            with open(linked, "r+b") as file:  # the loader ignores what follows the library
+                file.write(hashlib.sha256(file.read()).digest())
+            os.replace(linked, cache[1])
         return library
 
 

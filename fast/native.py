@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,8 @@ def _call(name: str, *arguments: Tensor | float | ctypes.Array | None) -> None:
     """Call a kernel, which trusts all sizes, dtypes and layouts."""
     # not under the name of the tensors, which must live as long as the kernel runs
     pointers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    library().functions[name](*pointers, torch.get_num_threads())
+    if not library().functions[name](*pointers, torch.get_num_threads()):
+        raise MemoryError(f"the kernel {name} finds no memory")
 
 
 # ---- Augmentation ----
@@ -89,9 +91,9 @@ def augment(
     """
     n, _, height, width = pixels.shape
     size = out.shape[2]
-    _checked(out, (n, 3, size, size))
-    if not out.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError("out must be contiguous in channels_last format")
+    fits = out.shape == (n, 3, size, size) and out.dtype == torch.float32 and out.is_cpu
+    if not (fits and out.is_contiguous(memory_format=torch.channels_last)):
+        raise ValueError("out must be [B, 3, size, size] float32 on the CPU, channels_last")
     pixels = _checked(pixels, (n, 3, height, width), torch.uint8)
     flip = _checked(flip, (n,), torch.bool)
     windows = _checked(windows, (4, n, 2), torch.int64)
@@ -203,14 +205,12 @@ class Block(torch.autograd.Function):
         return grad_x, _filters_gradient(y, x, weight), *grads, None, None
 
 
-def train_block(
-    x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, moments: PatchMoments | None
-) -> Tensor:
+def train_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """See ``learner.train_block``; only for what ``handles_block`` accepts. README.md says why
     pooling comes first, and what the moments are for.
     """
-    moments, count = moments or PatchMoments.of(x), math.prod(_size(x))
-    out, mean, var = Block.apply(x, conv.weight, norm.weight, norm.bias, norm.eps, moments)
+    weights, count = (conv.weight, norm.weight, norm.bias), math.prod(_size(x))
+    out, mean, var = Block.apply(x, *weights, norm.eps, PatchMoments.of(x))
     with torch.no_grad():
         norm.running_mean.lerp_(mean + conv.bias, norm.momentum)
         norm.running_var.lerp_(var * (count / max(count - 1, 1)), norm.momentum)
@@ -260,13 +260,15 @@ def loss_and_grad(
         The loss [], its gradient [P, 1], and the switches of poolings and ReLUs, see blocks.h.
 
     Raises:
-        ValueError: the images' size is not the classifier's.
+        ValueError: the images' size is not the classifier's, or a layer is not Conv4's.
     """
     n_images, n_classes = len(x), len(parameters[-1])
     n_features = N_FILTERS * math.prod(n // 2**N_BLOCKS for n in x.shape[2:])
-    _checked(parameters[-2], (n_classes, n_features))
     x, y = _channels_last(x), _checked(y, (n_images,), torch.int64)
-    parameters = [_checked(p, p.shape) for p in parameters]
+    shapes = [((N_FILTERS, n, 3, 3), *3 * [(N_FILTERS,)]) for n in (3, *3 * [N_FILTERS])]
+    shapes = [*chain(*shapes), (n_classes, n_features), (n_classes,)]
+    parameters = [_checked(p, shape) for p, shape in zip(parameters, shapes, strict=True)]
+    running = [_checked(t, (N_FILTERS,)) for t in running]
     loss, grad = x.new_empty(()), x.new_empty(sum(p.numel() for p in parameters), 1)
     name, switches = "learner_gradient_frozen", frozen
     if switches is None:
@@ -283,9 +285,10 @@ def loss_and_grad(
 
 
 class LossAndGrad(torch.autograd.Function):
-    """``FlatModule.loss_and_grad_at``: (cell state c [P, 1], function) -> loss [], gradient [P, 1].
+    """``FlatModule.loss_and_grad_at``: (cell state c [P, 1], images x, function) -> loss [],
+    gradient [P, 1].
 
-    ``function``: (c, switches or None) -> ``loss_and_grad`` at c.
+    ``function``: (c, switches or None) -> ``loss_and_grad`` of x at c.
 
     The backward pass multiplies the Hessian by a vector v: (g(c + r v) - g(c)) / r. Where a maximum
     or a ReLU switched between the two points, the difference would be a jump's, so both take the
@@ -293,19 +296,20 @@ class LossAndGrad(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, c, function):
+    def forward(ctx, c, x, function):
         loss, grad, switches = function(c, None)
-        ctx.save_for_backward(c, grad)
+        ctx.save_for_backward(c, grad, x)  # x: so that PyTorch notices if it is overwritten
         ctx.function, ctx.switches = function, switches
         return loss, grad
 
     @staticmethod
     @once_differentiable
     def backward(ctx, of_loss, v):
-        c, grad = ctx.saved_tensors
-        r = STEP * c.norm() / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
+        c, grad, _ = ctx.saved_tensors
+        size = v.norm(dtype=torch.float64).clamp_min(torch.finfo(v.dtype).tiny)
+        r = (STEP * c.norm() / size).to(v.dtype)
         after = ctx.function(c + r * v, ctx.switches)[1]
-        return of_loss * grad + (after - grad) / r, None
+        return of_loss * grad + (after - grad) / r, None, None
 
 
 # ---- The meta-learner ----

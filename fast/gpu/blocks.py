@@ -118,8 +118,8 @@ def _block_forward(
     TRAIN: tl.constexpr, FROZEN: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Normalisation, pooling, ReLU. The first program also updates the running statistics, which
-    include the convolution's ``bias``.
+    """Normalisation, pooling, ReLU. Unless FROZEN, the first program also updates the running
+    statistics, which include the convolution's ``bias``.
     """
     program, channel = tl.program_id(0), tl.arange(0, C)
     if TRAIN:
@@ -130,10 +130,11 @@ def _block_forward(
         mean, squares = _merged(n, mean, squares)
         inverse = 1 / tl.sqrt_rn(squares / P + eps)
         if program == 0:
-            old_mean, old_var = tl.load(running_mean + channel), tl.load(running_var + channel)
-            new_mean, new_var = mean + tl.load(bias + channel), squares / (P - 1)
-            tl.store(running_mean + channel, momentum * new_mean + (1 - momentum) * old_mean)
-            tl.store(running_var + channel, momentum * new_var + (1 - momentum) * old_var)
+            if not FROZEN:
+                old_mean, old_var = tl.load(running_mean + channel), tl.load(running_var + channel)
+                new_mean, new_var = mean + tl.load(bias + channel), squares / (P - 1)
+                tl.store(running_mean + channel, momentum * new_mean + (1 - momentum) * old_mean)
+                tl.store(running_var + channel, momentum * new_var + (1 - momentum) * old_var)
             tl.store(used + channel, mean)
             tl.store(used + C + channel, inverse)
     else:

@@ -39,9 +39,10 @@ def _adjust(r, g, b, step, factor, mean):
         r == top, (g - b) * unit, tl.where(g == top, (b - r) * unit + 85, (r - g) * unit + 170)
     )
     turn = factor * 255
-    hue = tl.floor(hue) + tl.where(turn < 0, tl.ceil(turn), tl.floor(turn))
-    hue = tl.where(hue < 0, hue + 255, hue)
-    hue = tl.where(hue >= 255, hue - 255, hue) * (6 / 255)
+    hue = tl.floor(hue)
+    hue = tl.where(hue < 0, hue + 255, hue) + tl.where(turn < 0, tl.ceil(turn), tl.floor(turn))
+    hue = tl.where(hue < 0, hue + 256, hue)  # a byte in Pillow
+    hue = tl.where(hue >= 256, hue - 256, hue) * (6 / 255)
     is_hue = step == 3
     r = tl.where(is_hue, bottom + chroma * _clamp(tl.abs(hue - 3) - 1), _lerp(target, r, factor))
     g = tl.where(is_hue, bottom + chroma * _clamp(2 - tl.abs(hue - 2)), _lerp(target, g, factor))

@@ -50,6 +50,7 @@ def _classify(
     power = tl.exp(logits - largest)
     norm = tl.sum(power, 0)
     of_label = tl.sum(tl.where(k == label, logits, 0.0), 0)
+    of_label = tl.where((label >= 0) & (label < K), of_label, float("nan"))
     tl.store(losses + image, tl.log(norm) + largest - of_label)
     d = (power / norm - tl.where(k == label, 1.0, 0.0)) / N
     tl.store(d_logits + image * K + k, d, k < K)
@@ -153,9 +154,8 @@ def loss_and_grad(
         weight, bias, *affine = parameters[4 * b : 4 * b + 4]
         x = x.contiguous(memory_format=torch.channels_last)
         filters = kernels_order(weight).contiguous()  # no copy if they lie so
-        momentum = 0.0 if frozen else norm.momentum
         z = convolve(x, filters)
-        running = norm.running_mean, norm.running_var, momentum, norm.eps
+        running = norm.running_mean, norm.running_var, norm.momentum, norm.eps
         chosen = frozen[b] if frozen else None
         out, used = normalised(z, *affine, bias, *running, train=True, frozen=chosen)
         kept.append((x, filters, chosen))

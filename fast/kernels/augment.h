@@ -113,8 +113,9 @@ INLINE void turn_hue(vec& r, vec& g, vec& b, float turns) {
   const vec high = r > g ? r : g, top = high > b ? high : b, low = r < g ? r : g, bottom = low < b ? low : b;
   const vec chroma = top - bottom, unit = (255.0f / 6) / at_least(chroma, 1e-6f);
   vec hue = r == top ? (g - b) * unit : (g == top ? (b - r) * unit + 85.0f : (r - g) * unit + 170.0f);
-  hue = whole(hue) + std::trunc(turns * 255);
-  hue = (hue - 255.0f * whole(hue / 255.0f)) * (6.0f / 255);
+  hue = whole(hue);  // 0 to 254 for Pillow, whose bytes then wrap at 256
+  hue = (hue < 0.0f ? hue + 255.0f : hue) + std::trunc(turns * 255);
+  hue = (hue - 256.0f * whole(hue / 256.0f)) * (6.0f / 255);
   r = bottom + chroma * clamp(absolute(hue - 3.0f) - 1.0f, 0, 1);
   g = bottom + chroma * clamp(2.0f - absolute(hue - 2.0f), 0, 1);
   b = bottom + chroma * clamp(2.0f - absolute(hue - 4.0f), 0, 1);

@@ -2,7 +2,8 @@
 // library.py compiles and loads them; native.py checks the arguments and calls them.
 //
 // Tensors are contiguous. Images and activations are channels last: [images, height, width, channels]. Sums are float
-// over a few rows and double beyond, always in the same order, so the number of threads changes no bit.
+// over a few rows (the moments' over one image) and double beyond, always in the same order, so the number of threads changes no
+// bit.
 
 #include <type_traits>
 
@@ -22,10 +23,26 @@ const char* letters(void (*)(A...)) {
 
 }  // namespace
 
+// Calls a function; 0 if there is no memory for it: an exception cannot pass through Python's caller.
+template <auto function, class... A>
+int guarded(A... arguments) {
+  try {
+    function(arguments...);
+    return 1;
+  } catch (const std::bad_alloc&) {
+    return 0;
+  }
+}
+
+template <auto function, class... A>
+void* address(void (*)(A...)) {
+  return reinterpret_cast<void*>(&guarded<function, A...>);
+}
+
 // Exports a function's address and the types of its arguments (p: pointer, f: float, l: 64-bit integer) for library.py.
 #define EXPORT(name, function)                             \
   extern "C" {                                             \
-  void* name##_address = reinterpret_cast<void*>(function); \
+  void* name##_address = address<function>(function);       \
   const char* name##_arguments = letters(function);         \
   }
 

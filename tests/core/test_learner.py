@@ -51,6 +51,14 @@ def test_transferred_parameters_are_slices_of_the_cell_state(backend):
     assert cI.grad.abs().sum() > 0
 
 
+def test_statistics_go_from_either_class_to_the_other(backend):
+    for other in LEARNERS.values():
+        source, target = other(**SHAPE), LEARNERS[backend](**SHAPE)
+        source.train()(torch.randn(4, 3, 21, 21))
+        target.copy_buffers(source)
+        assert torch.equal(target.norm3.running_var, source.norm3.running_var)
+
+
 def test_what_does_not_fit_is_refused(backend):
     with pytest.raises(ValueError, match="16"):
         LEARNERS[backend](15, 1e-3, 0.95, 5)

@@ -275,6 +275,29 @@ def test_convolution_matches_pytorch(channels, size, monkeypatch):
         assert_close(half, expected, 3e-2)
 
 
+@in_interpreter
+@pytest.mark.parametrize("n_classes", [5, 8])
+def test_a_wrong_label_matches_pytorch(n_classes):
+    """PyTorch raises an error; here, where the host does not look, the loss is NaN."""
+    x, bias = channels_last(2, 32, 2, 2), torch.randn(n_classes)
+    weight = torch.randn(n_classes, 128)
+    for label in (n_classes, 100, -1, -100):
+        y, grads = torch.tensor([0, label]), (torch.empty_like(weight), torch.empty_like(bias))
+        assert update.classifier(x, y, weight, bias, *grads)[0].isnan()
+
+
+@in_interpreter
+def test_a_frozen_call_of_infinite_inputs_matches_pytorch():
+    """The running statistics stay as they are."""
+    affine, mean, var = (torch.ones(32), torch.zeros(32)), torch.zeros(32), torch.ones(32)
+    y, bias, running = channels_last(2, 32, 6, 6), torch.zeros(32), (mean, var, 0.9, 1e-3)
+    _, used = blocks.normalised(y, *affine, bias, *running, True)
+    before, frozen = (mean.clone(), var.clone()), (y, used, *affine)
+    blocks.normalised(y + float("inf"), *affine, bias, *running, True, frozen=frozen)
+    assert torch.equal(mean, before[0])
+    assert torch.equal(var, before[1])
+
+
 @on_both
 def test_nonfinite_convolution_matches_pytorch():
     x, weight = channels_last(2, 32, 5, 6), torch.randn(32, 32, 3, 3, device=DEVICE)

@@ -71,6 +71,42 @@ def test_a_product_with_zero_is_zero():
 
 
 @needs_kernels
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e18, 1e20])
+def test_vectors_of_any_size(scale):
+    fast, exact = learners(20)
+    x, y, c = torch.randn(5, 3, 20, 20), torch.arange(5), fast.get_flat_params().unsqueeze(1)
+    v, products = scale * torch.randn(fast.size(), 1), []
+    for learner, images in ((fast, x), (exact, x.double())):
+        at = c.to(images.dtype).requires_grad_()
+        _, grad = learner.loss_and_grad_at(images, y, at)
+        products += torch.autograd.grad((v.to(images.dtype) * grad).sum(), at)
+    assert relative(*products) < 0.02
+
+
+@needs_kernels
+def test_images_that_are_overwritten_before_the_backward_pass():
+    fast, _ = learners(20)
+    x, y, c = torch.randn(5, 3, 20, 20), torch.arange(5), fast.get_flat_params().unsqueeze(1)
+    _, grad = fast.loss_and_grad_at(x, y, c.requires_grad_())
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(grad.sum(), c)
+
+
+def test_running_statistics_in_evaluation():
+    """They normalise, and stay as they are."""
+    fast, exact = learners(20)
+    for of_fast, of_exact in zip(statistics(fast), statistics(exact), strict=True):
+        of_exact.copy_(of_fast.uniform_(0.5, 1.5))
+    before = [t.clone() for t in statistics(fast)]
+    x, y, c = torch.randn(5, 3, 20, 20), torch.arange(5), fast.get_flat_params().unsqueeze(1)
+    found = product(fast.eval(), x, y, c, torch.ones_like(c))
+    expected = product(exact.eval(), x.double(), y, c, torch.ones_like(c))
+    assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) < 1e-3
+    assert all(map(torch.equal, before, statistics(fast)))
+
+
+@needs_kernels
 @pytest.mark.parametrize(("n_shot", "batch_size"), [(2, 6), (2, 4), (1, 3)])
 def test_a_whole_episode(n_shot, batch_size):
     """The kernels' error is small beside what second order changes."""

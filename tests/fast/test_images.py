@@ -14,12 +14,13 @@ import pytest
 import torch
 from conftest import CPU, dataset, photograph, same
 from PIL import Image
+from torchvision.transforms.functional import adjust_hue, pil_to_tensor
 
 from data.imagefiles import load_image
 from data.layout import scan_split
 from data.transforms import PIXELS
 from engine.stream import episodes
-from fast import images, native
+from fast import augment, images, native
 from fast.images import FOLDER, DecodedSplit, decoded, reduced_size
 from fast.library import library
 from utils import UserError
@@ -196,6 +197,17 @@ def test_episodes_match_plain_ones(request, root, pixels, split, augment, mean_d
     differences = torch.cat(differences)
     assert differences.mean() < mean_difference
     assert differences.max() < (4 if augment == "port" and split == "train" else 1)
+
+
+@pytest.mark.parametrize("turns", [0.2, -0.2, 0.05])
+def test_hue_wraps_as_pillows(turns):
+    """Mean error in grey levels: what Pillow's rounding leaves, also where the hue wraps."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8))
+    x = pil_to_tensor(image).float().unsqueeze(0)
+    found = augment._shift_hue(x, torch.tensor(turns).view(1, 1, 1, 1))
+    difference = (found[0] - pil_to_tensor(adjust_hue(image, turns))).abs()
+    assert difference.mean() < 0.25
+    assert difference.max() < 8
 
 
 @pytest.mark.skipif(not library().functions, reason="no compiled kernels")

@@ -89,6 +89,35 @@ def test_compiled_once_and_again_if_damaged(load, tmp_path):
 
 
 @needs_compiler
+def test_a_cache_from_which_nothing_can_be_loaded(load, tmp_path, monkeypatch):
+    """As on a file system that is mounted noexec: each process compiles for itself."""
+    loads = library.ctypes.CDLL
+
+    def refuse(path):
+        if path.startswith(str(tmp_path / "cache")):
+            raise OSError("failed to map segment from shared object")
+        return loads(path)
+
+    monkeypatch.setattr(library.ctypes, "CDLL", refuse)
+    for _ in range(2):
+        exists, state = load()
+        assert exists, state
+
+
+def test_a_compiler_that_hangs(load, tmp_path, monkeypatch):
+    lines = "[ $1 = --version ] && exit", "echo a warning >&2", "exec sleep 30"
+    run = library.subprocess.run
+
+    def hasty(command, **kwargs):
+        return run(command, **{**kwargs, "timeout": min(1, kwargs["timeout"])})
+
+    monkeypatch.setattr(library.subprocess, "run", hasty)
+    exists, state = load(executable(tmp_path / "c++", *lines))
+    assert not exists
+    assert "a warning" in state
+
+
+@needs_compiler
 def test_a_compiler_behind_another_command(load, tmp_path):
     """As ``CXX="ccache g++"``."""
     wrapper = executable(tmp_path / "my wrapper", 'exec "$@"')

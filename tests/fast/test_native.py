@@ -4,13 +4,14 @@ import copy
 import functools
 import platform
 import shutil
+import sys
 import weakref
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Model, new_episode
+from conftest import ROOT, Model, completed, new_episode
 
 from fast import augment, library, native
 from fast.learner import FastConv4, eval_block, train_block
@@ -60,7 +61,7 @@ def calls(compiled):
     def counted(name, kernel):
         def call(*args):
             counts[name] += 1
-            kernel(*args)
+            return kernel(*args)
 
         return call
 
@@ -102,8 +103,7 @@ def channels_last(*shape):
 
 
 def train(x, conv, norm):
-    """``train_block``, for images with their moments."""
-    return train_block(x, conv, norm, PatchMoments.of(x.detach()) if x.shape[1] == 3 else None)
+    return train_block(x, conv, norm)
 
 
 def spread(parameter):
@@ -208,7 +208,7 @@ def test_nonfinite_numbers_stay_so(compiled, bad):
 
 def test_a_temporary_argument_lives_as_long_as_the_kernel_runs(monkeypatch):
     seen = []
-    probe = {"probe": lambda *_: seen.append(made() is not None)}
+    probe = {"probe": lambda *_: seen.append(made() is not None) or 1}
     monkeypatch.setattr(native, "library", lambda: SimpleNamespace(functions=probe))
 
     def temporary():
@@ -328,6 +328,42 @@ def test_loss_and_grad_of_misfits(compiled):
             plain(compiled, lambda args=args: learner.loss_and_grad(*args))
 
 
+def test_layers_that_the_kernels_do_not_know_are_refused(compiled):
+    learner, x, y = FastConv4(32, 1e-3, 0.9, 5), channels_last(2, 3, 32, 32), torch.tensor([0, 4])
+    learner.conv2 = torch.nn.Conv2d(32, 32, 1)
+    with pytest.raises(ValueError, match="32, 3, 3"):
+        learner.loss_and_grad(x, y)
+
+
+def test_inference_mode(compiled):
+    """Its tensors have no version."""
+    learner = FastConv4(16, 1e-3, 0.9, 3).eval()
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = learner(x)
+    with torch.inference_mode():
+        assert torch.equal(learner(torch.empty_like(x).copy_(x)), expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_memory_that_is_exhausted(compiled):
+    """An exception, not the end of the process."""
+    code = """import re, resource, torch
+from fast.learner import FastConv4
+torch.set_num_threads(1)
+net, x, y = FastConv4(84, 1e-3, .9, 5), torch.rand(100, 3, 84, 84), torch.arange(100) % 5
+net.loss_and_grad(x[:5], y[:5])
+used = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 50 * 2**20, -1))
+try:
+    net.loss_and_grad(x, y)
+except (MemoryError, RuntimeError) as e:
+    print(type(e).__name__)
+"""
+    done = completed([sys.executable, "-c", code.replace("\\\\", "\\")], cwd=ROOT)
+    assert done.stdout.split()[-1] == "MemoryError", done.stderr
+
+
 def test_threads_change_no_bit(compiled):
     (conv, norm), (conv2, norm2) = layers(3), layers(32)
     learner, x, y = FastConv4(42, 1e-3, 0.9, 4), channels_last(12, 3, 42, 42), torch.arange(12) % 4
@@ -387,7 +423,7 @@ def test_blocks_left_to_pytorch(compiled, calls, x, layers, mode):
         block = x, copy.deepcopy(conv), copy.deepcopy(norm)
         try:
             if mode == "train":
-                return train_block(*block, PatchMoments.of(x))
+                return train_block(*block)
             return torch.no_grad()(eval_block)(*block)
         except (RuntimeError, ValueError, NotImplementedError) as e:
             return type(e)
