@@ -113,6 +113,8 @@ def test(cli_args: dict[str, object], ranks: Ranks) -> None:
 def load_predictor(cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS) -> Predictor:
     """Load a model that adapts to the user's examples and classifies images."""
     args, checkpoint, backend, model = load_model(cli_args, ranks)
+    for note in results.contradiction_notes(args, checkpoint):
+        print(note)
     return Predictor(args, backend, model, trained_shots(checkpoint, args))
 
 

@@ -16,7 +16,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import IO
@@ -131,14 +131,18 @@ _locks: list[IO[bytes]] = []  # held by this process
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, wait: bool = False) -> Iterator[None]:
+def file_lock(path: Path, wait: bool = False) -> Iterator[Callable[[], bool]]:
     """Hold a lock file, made if missing, for this process alone. The system releases it however the
     process ends.
 
     A file system without locks (or Windows) gives none: then nothing keeps two processes apart.
 
     Args:
-        wait: wait for another holder instead of raising.
+        wait: wait for another holder instead of raising, and say so.
+
+    Yields:
+        A function that tells whether the file is still at ``path``: its folder may be removed or
+        moved, and another made in its place.
 
     Raises:
         UserError: another process holds it; the message says which.
@@ -147,22 +151,31 @@ def file_lock(path: Path, wait: bool = False) -> Iterator[None]:
     with path.open("a+b", buffering=0) as file:
         try:
             if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             file.seek(0)
             holder = file.read().decode(errors="replace").strip() or "another process"
-            raise UserError(
-                f"{path.parent}: in use by {holder}; wait for it, or choose another folder"
-            ) from e
+            if not wait:
+                advice = "wait for it, or choose another folder"
+                raise UserError(f"{path.parent}: in use by {holder}; {advice}") from e
+            print(f"waiting for {holder}, which holds {path}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
             pass
         with contextlib.suppress(OSError):  # on a full disk the next write that matters fails
             file.truncate(0)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
+        own = os.fstat(file.fileno())
+
+        def still_there() -> bool:
+            with contextlib.suppress(OSError):
+                return os.path.samestat(own, os.stat(path))
+            return False
+
         _locks.append(file)
         try:
-            yield
+            yield still_there
         finally:
             _locks.remove(file)
 

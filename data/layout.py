@@ -29,8 +29,9 @@ class Split:
         return [path for of_class in self.files for path in of_class]
 
     @functools.cached_property
-    def stats(self) -> list[tuple[str, int, int]]:
-        """Each image's path within ``root``, size in bytes and modification time in ns.
+    def stats(self) -> list[tuple[str, int, int, int]]:
+        """Each image's path within ``root``, size in bytes, and times in ns of the last change of
+        content (which a copy may keep) and of status.
 
         Raises:
             UserError: an image cannot be read; it is named.
@@ -43,13 +44,15 @@ class Split:
         except OSError as e:
             why = f"cannot be read ({e.strerror}); remove or replace it"
             raise UserError(f"{e.filename}: {why}") from e
-        return [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats, strict=True)]
+        return [
+            (n, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in zip(names, stats, strict=True)
+        ]
 
     @property
     def fingerprint(self) -> str:
         """16 hex digits that identify the images by their names, classes and sizes."""
         digest = hashlib.sha256()
-        for name, size, _ in self.stats:
+        for name, size, *_ in self.stats:
             digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:16]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -54,12 +55,15 @@ def make_reproducible(seed: int) -> None:
         setattr(module, name, value)
 
 
+_reproducible = threading.RLock()  # the settings are the whole process's
+
+
 @contextlib.contextmanager
 def reproducible() -> Iterator[None]:
     """``make_reproducible`` without a seed, and PyTorch's default modes, dtype and device; the
     caller's settings are restored on exit.
     """
-    with contextlib.ExitStack() as stack:
+    with _reproducible, contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         for device in ("cpu", "cuda"):

@@ -24,11 +24,13 @@ from engine.stream import episodes
 from engine.tta import class_permutations, evaluate_tta
 from episode import Episode
 from learner import FlatModule
+from utils import counted
 
 
 def schedule(args: Namespace, trained_on: int, n_support: int) -> tuple[int, int]:
-    """Choose minibatches and divisor for ``n_support`` images so that the number and the size of
-    the updates equal training's. A note says if it was trained on another number of images.
+    """Choose minibatches and divisor for ``n_support`` images so that the size of the updates
+    equals training's, and their number, too, where it can. A note says if it was trained on
+    another number of images.
 
     Args:
         trained_on: images per class.
@@ -39,10 +41,14 @@ def schedule(args: Namespace, trained_on: int, n_support: int) -> tuple[int, int
     usual = args.n_class * trained_on
     if n_support == usual:
         return args.batch_size, args.grad_divisor
-    what = "number and size of the updates stay as in training"
-    print(f"note: {n_support} support images here, {usual} in training; {what}")
     n_minibatches = -(-usual // args.batch_size)
-    return -(-n_support // n_minibatches), args.grad_divisor or min(args.batch_size, usual)
+    size = -(-n_support // n_minibatches)
+    found = -(-n_support // size)
+    what = "number and size of the updates stay as in training"
+    if found != n_minibatches:
+        what = f"{counted(found, 'update')} a pass, {n_minibatches} in training, of the same size"
+    print(f"note: {n_support} support images here, {usual} in training; {what}")
+    return size, args.grad_divisor or min(args.batch_size, usual)
 
 
 class Evaluator:

@@ -377,13 +377,16 @@ def resolve(
         (of_loop, loop, not_here),
         ("hidden_size lstm_init bf_init", lstm, not_here),
         ("lr lr_decay grad_clip ema", method not in ("nearest", "finetune"), not_here),
-        ("batch_size", loop or method == "finetune", not_here),
+        ("batch_size epoch shuffle", loop or method == "finetune", not_here),
+        ("episode_val", training, not_here),
         ("mode", loop or mode != "predict", f"is not for --method {method}"),
         ("init_from", loop or method in PRETRAINED, f"--method {method} starts from scratch"),
         ("shots", method != "finetune", "is tuned for one number of shots; leave it out"),
         ("transductive", mode != "predict", "a prediction must not depend on the other images"),
     ]
-    for names, allowed, why in rules:
+    # tests and predictions learn the method and the learner from the checkpoint
+    final = mode in ("train", "pretrain") or checkpoint_args is not None
+    for names, allowed, why in rules if final else rules[-1:]:
         for name in names.split():
             if not allowed and (value := getattr(args, name)) != DEFAULTS[name]:
                 raise UserError(f"{spelled(name)} {typed(value)}: {why}")

@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from engine import checkpoint as checkpoints
@@ -17,6 +17,7 @@ from engine import flags
 from engine.checkpoint import BEST, LAST
 from engine.distributed import SINGLE_PROCESS, Ranks
 from engine.flags import essence
+from engine.logger import METRICS
 from utils import UserError, file_lock
 
 # hyper-parameters that shape the first episode, and cannot change after it
@@ -32,6 +33,7 @@ class RunFolder:
     Args:
         cli_args: the flags that are given, from ``flags.parse``.
         ranks: that train together.
+        still_there: whether the path still leads to the folder, see ``utils.file_lock``.
 
     Attributes:
         path: the folder.
@@ -47,9 +49,14 @@ class RunFolder:
             that cannot be continued with these flags.
     """
 
-    def __init__(self, cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS):
+    def __init__(
+        self,
+        cli_args: dict[str, object],
+        ranks: Ranks = SINGLE_PROCESS,
+        still_there: Callable[[], bool] = lambda: True,
+    ):
         args = flags.resolve(cli_args)
-        self.ranks, self.path = ranks, flags.run_folder(args)
+        self.ranks, self.path, self._still_there = ranks, flags.run_folder(args), still_there
         found = self._load(args) if ranks.rank == 0 else None
         resume, self.checkpoint, self.origin = ranks.exchange(found)[0]
         checkpoint, default = self.checkpoint or {}, flags.DEFAULTS
@@ -120,7 +127,21 @@ class RunFolder:
         if held := self._held():
             which = "auto" if self.ckpt(LAST) in held else held[-1]
             return f"continue it with --resume {which}, or give "
-        return "give " if any(self.path.glob("meta-learner*.pth.tar")) else ""  # an exported one
+        names = ("meta-learner*.pth.tar", "results.json", "trace.npz")  # exported, or lost ckpts/
+        left = any(any(self.path.glob(name)) for name in names)
+        metrics = self.path / METRICS  # a validation follows a checkpoint
+        left = left or (metrics.is_file() and b'"event": "val"' in metrics.read_bytes())
+        return "give " if left else ""
+
+    def check_place(self) -> None:
+        """Check that the path still leads to this folder, before something is written there.
+
+        Raises:
+            UserError: it was moved or removed.
+        """
+        if not self._still_there():
+            what = "was moved or removed while its training ran, which ends here"
+            raise UserError(f"{self.path}: {what}; continue from where its ckpts/ are now")
 
     def _refuse_changes(self, resume: str, stored: dict[str, object]) -> None:
         fixed = sorted(k for k in self.changed if self.continues or k in START_ONLY)
@@ -137,7 +158,9 @@ class RunFolder:
         state, n = self.checkpoint or {}, self.args.episode
         done = state.get("episode") == n == state.get("run", {}).get("validated")
         if done:
-            print(f"{self.args.resume}: has seen all {n} episodes; nothing to do")
+            data, asked = state.get("data_root"), str(self.args.data_root.resolve())
+            of = "" if data in (None, asked) else f" of {data}, not of {asked}"
+            print(f"{self.args.resume}: has seen all {n} episodes{of}; nothing to do")
         return done
 
     def ckpt(self, name: str) -> Path:
@@ -175,11 +198,11 @@ def locked(cli_args: dict[str, object], ranks: Ranks = SINGLE_PROCESS) -> Iterat
     try:
         made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        with file_lock(folder / "lock"):
+        with file_lock(folder / "lock") as still_there:
             try:
-                yield RunFolder(cli_args, ranks)
+                yield RunFolder(cli_args, ranks, still_there)
             finally:
-                if os.listdir(folder) == ["lock"]:
+                if still_there() and os.listdir(folder) == ["lock"]:
                     (folder / "lock").unlink()
                     with contextlib.suppress(OSError):  # somebody has put something there
                         for empty in made or [folder]:

@@ -286,6 +286,7 @@ class Run(contextlib.ExitStack):
         self.saved_at = time.monotonic()
         if self.ranks.rank > 0:  # which has nothing that rank 0 lacks
             return
+        self.folder.check_place()
         self._to_floats()
         self.state.logs_end_at = self.logger.position()
         content = {

@@ -3,9 +3,9 @@
 At first use a split becomes one array of bytes on disk, which later runs map into memory. Such a
 cache is a folder ``<split>-<limit of the shorter side>-<key>`` with ``pixels.bin`` (each image as
 [3, height, width] uint8, one after another) and ``index.npz`` (sizes, checksum). The key is a hash
-of all that the pixels depend on: names, sizes and modification times of the files, Pillow's
-version, and the settings below. The folder is filled under another name and then renamed, so it is
-either complete or absent. A lock makes one of several processes build it while the others wait.
+of all that the pixels depend on: names, sizes and times of the files, Pillow's version, and the
+settings below. The folder is filled under another name and then renamed, so it is either complete
+or absent. A lock makes one of several processes build it while the others wait.
 
 Images whose shorter side is at most twice ``image_size`` keep every pixel; mini-ImageNet's usual 84
 px are among them. Larger ones are downscaled to that once. A random crop covers half of an image on
@@ -92,8 +92,8 @@ class DecodedSplit:
 
 def _key(split: Split, image_size: int) -> str:
     digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {image_size}".encode())
-    for name, size, mtime in split.stats:
-        digest.update(f"\0{name}\0{size}\0{mtime}".encode("utf-8", "surrogateescape"))
+    for of_image in split.stats:
+        digest.update("\0".join(map(str, ("", *of_image))).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 
 

@@ -2,7 +2,7 @@
 # Fine-tuning; run baseline_pretrain.sh first, with the same seed. A "training episode" draws from the
 # validation classes and tries all learning rates and decays. 1-shot: --n-shot 1 --save OTHER.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
-source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh" || exit 2
 
 run_main --mode train \
   --n-shot 5 \

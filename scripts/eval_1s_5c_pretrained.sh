@@ -2,7 +2,7 @@
 # Test the checkpoint of train_1s_5c_pretrained.sh that is best in validation, with test-time
 # augmentation over flipped images (--tta-flip).
 # --seed, --resume and other flags: see eval_5s_5c.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh" || exit 2
 
 run_main --mode test \
   --save logs-1shot-pretrained \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Test the checkpoint of train_1s_5c_second_order.sh that is best in validation.
 # --seed, --resume and other flags: see eval_5s_5c.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh" || exit 2
 
 run_main --mode test \
   --save logs-1shot-second-order \

@@ -2,7 +2,7 @@
 # Pre-training for train_5s_5c_pretrained.sh and train_1s_5c_pretrained.sh: the learner classifies
 # all training classes. Each "episode" is a batch with n-shot + n-eval images of each class.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
-source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh" || exit 2
 
 run_main --mode pretrain \
   --n-shot 1 \

@@ -2,7 +2,7 @@
 # A first try without downloading data: install missing packages, make a data set of rendered
 # characters in mini-ImageNet's layout, train on it, and test on 20 unseen classes. A second call keeps
 # the data and the finished training, and tests again.
-source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh" || exit 2
 [ $# = 0 ] || fail "quickstart.sh takes no flags, but got $*; see scripts/train_5s_5c.sh for your own training"
 use_python requirements.txt
 

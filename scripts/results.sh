@@ -3,7 +3,7 @@
 # tables between the lines <!-- results --> and <!-- /results --> of FILE.
 #   bash scripts/results.sh logs-*
 #   bash scripts/results.sh --write docs/results.md            # all runs of results/
-source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh" || exit 2
 use_python requirements.txt
 
 file=''
@@ -19,6 +19,17 @@ fi
 [ -n "$file" ] || exec "$PYTHON" "$ROOT/main.py" --mode results --runs "$@"
 tables=$("$PYTHON" "$ROOT/main.py" --mode results --runs "$@")
 "$PYTHON" -c 'import pathlib, re, sys
-path, (begin, end) = pathlib.Path(sys.argv[1]), ("<!-- results -->\n", "<!-- /results -->\n")
-text, n = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}{sys.argv[2]}\n{end}", path.read_text("utf-8"), flags=re.S)
-sys.exit(n != 1 or not path.write_text(text, "utf-8"))' "$file" "$tables" || fail "$file lacks the two marker lines"
+sys.path[0] = sys.argv[1]
+from engine.process import run_main
+from utils import UserError, atomic_write
+def main(argv):
+    path, (begin, end) = pathlib.Path(argv[0]), ("<!-- results -->\n", "<!-- /results -->\n")
+    try:
+        text, n = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}{argv[1]}\n{end}", path.read_text("utf-8"), flags=re.S)
+    except UnicodeDecodeError:
+        raise UserError(f"--write {path}: is no UTF-8; choose another file")
+    if n != 1:
+        raise UserError(f"--write {path}: lacks the two marker lines, or has them twice; add them where the tables belong")
+    with atomic_write(path) as file:
+        file.write(text.encode())
+sys.exit(run_main(main, sys.argv[2:]))' "$ROOT" "$file" "$tables"

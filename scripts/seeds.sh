@@ -5,7 +5,7 @@
 # finished seeds. Further flags go to main.py, for training and testing.
 #   bash scripts/seeds.sh 719 53 1 [--recipe train_5s_5c_authors] [--per-gpu N] [--data-root DIR ...]
 # Before --recipe train_5s_5c_pretrained, run --recipe pretrain, which tests nothing.
-source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh" || exit 2
 
 recipes=train_5s_5c per_gpu=1 minutes='' save='' seeds=() flags=() gpus=()
 while [[ ${1-} =~ ^0*([0-9]+)$ ]]; do seeds+=("${BASH_REMATCH[1]}") && shift; done

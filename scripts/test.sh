@@ -3,7 +3,7 @@
 # pytest and choose the tests instead; their paths may be relative to your working directory.
 #   bash scripts/test.sh [--all]
 #   bash scripts/test.sh tests/core -k golden
-source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh" || exit 2
 use_python requirements-dev.txt
 
 tests='not slow and not gpu'

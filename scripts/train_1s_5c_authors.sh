@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # 5-way 1-shot, the authors' recipe: no augmentation, pixels from 0 to 1, and their initialisation.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
-source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh" || exit 2
 
 run_main --mode train \
   --n-shot 1 \

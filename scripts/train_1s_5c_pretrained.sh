@@ -3,7 +3,7 @@
 # same working directory and with the same seed. A step is at most the whole gradient
 # (--grad-divisor), and about a fifth of it at the start (--bi-init).
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
-source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh" || exit 2
 
 run_main --mode train \
   --n-shot 1 \

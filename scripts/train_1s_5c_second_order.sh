@@ -4,7 +4,7 @@
 # divided again; --ema, whose averaged weights are tested; 5 updates, flipped images and 40,000 episodes;
 # and --final-stats, without which 5 updates lost 6 points in validation after 3,000 episodes.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
-source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh" || exit 2
 
 run_main --mode train \
   --n-shot 1 \

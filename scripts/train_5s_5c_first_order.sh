@@ -3,7 +3,7 @@
 # (train_5s_5c_authors.sh): --hidden-size 1; --grad-divisor 1, so the mean gradient is not divided again;
 # --bn-scale one, so that fewer filters die; random flips; and --ema, whose averaged weights are tested.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
-source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh" || exit 2
 
 run_main --mode train \
   --n-shot 5 \

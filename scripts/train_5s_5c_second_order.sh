@@ -4,7 +4,7 @@
 # so the mean gradient is not divided again; random flips; --ema, whose averaged weights are tested; and
 # 15,000 episodes.
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
-source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh" || exit 2
 
 run_main --mode train \
   --n-shot 5 \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # 5-way 1-shot on Omniglot, in images of 28 px. The first run downloads it (torchvision, about 15 MB).
 # Edit the flags below; flags given to this script override them. All others: python main.py --help
-source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh" || exit 2
 use_python requirements.txt
 
 # Write data/omniglot: 1,028 characters for training, 172 for validation, 423 for testing,

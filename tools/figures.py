@@ -6,6 +6,7 @@ print.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -33,7 +34,7 @@ from tools.results import NAME as RESULTS
 from tools.results import read_results, variant
 from tools.trace import QUANTILES
 from tools.words import display_name, shorten
-from utils import UserError, explained
+from utils import UserError, atomic_write
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 STYLE = {
@@ -142,10 +143,11 @@ def save(figure: Figure, path: Path) -> None:
         UserError: it cannot be written.
     """
     try:
-        with explained(path.parent, advice="free some space"):
-            path.parent.mkdir(exist_ok=True)
-            figure.savefig(path, dpi=150)
-            figure.savefig(path.with_suffix(".svg"), dpi=150, metadata={"Date": None})
+        for kind, metadata in (("png", {}), ("svg", {"Date": None})):
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format=kind, dpi=150, metadata=metadata)
+            with atomic_write(path.with_suffix(f".{kind}")) as file:
+                file.write(drawn.getvalue())
     finally:
         plt.close(figure)
 

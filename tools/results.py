@@ -62,7 +62,7 @@ def contradiction_notes(args: Namespace, checkpoint: dict) -> list[str]:
     """A note on each of ``contradictions``."""
     stored = completed(checkpoint.get("hyper_parameters", {}))
     return [
-        f"note: tested with {spelled(k)} {typed(value)}, but trained with {typed(stored[k])}"
+        f"note: {spelled(k)} {typed(value)} is given, but training had {typed(stored[k])}"
         for k, value in contradictions(args, stored).items()
     ]
 

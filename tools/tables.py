@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from argparse import Namespace
 from collections.abc import Iterable
 from itertools import groupby
@@ -70,7 +71,7 @@ def tables(folders: list[Path]) -> str:
 
     A row is one tested checkpoint. Three or more runs that differ in their seed only, tested after
     as many episodes, are followed by a row with their mean.
-    A folder without a test is skipped, with a note.
+    A folder without a test is skipped, with a note on stderr.
 
     Raises:
         UserError: nothing in these folders has been tested.
@@ -87,7 +88,9 @@ def tables(folders: list[Path]) -> str:
         raise UserError("; ".join(notes) or "no run folders given; name some with --runs")
     by_table = attrgetter("table")
     parts = [_table(*part) for part in groupby(sorted(rows, key=by_table), by_table)]
-    return "\n\n".join(parts + [f"skipped {note}" for note in notes])
+    for note in notes:
+        print(f"skipped {note}", file=sys.stderr)
+    return "\n\n".join(parts)
 
 
 class Row:

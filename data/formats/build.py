@@ -50,6 +50,9 @@ def is_built(dest: Path, settings: dict[str, Any]) -> bool:
         UserError: something else is there, or images are missing from it.
     """
     if not os.path.lexists(dest) or (dest.is_dir() and not any(dest.iterdir())):
+        if dest.is_symlink() or os.path.ismount(dest):
+            why = "a link or a mount point, which a folder cannot replace; name a folder inside"
+            raise UserError(f"--dest {dest}: is {why}")
         return False
     record = read_record(dest) if dest.is_dir() else {}
     if record.get("settings") == settings:

@@ -16,7 +16,7 @@ RECIPES = [path.stem.removeprefix("eval_") for path in SCRIPTS if path.stem.star
 # what the script of the port of 2019 lists, in its order; the data set's folder is that of --data
 PORT = "n-shot n-eval n-class input-size hidden-size lr episode episode-val epoch batch-size "
 PORT += "image-size grad-clip bn-momentum bn-eps data pin-mem log-freq val-freq"
-HEAD = 'source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"\n'
+HEAD = 'source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh" || exit 2\n'
 USE = 'set -euo pipefail; source "$0"; use_python requirements.txt; echo "python: $PYTHON"'
 
 
@@ -228,6 +228,8 @@ def test_recipes_fit_together():
 
 def test_results_are_written_between_two_markers(repository, tmp_path, active):
     log = stub(repository, then="print('| a \\\\1 |\\n| b |')\n")
+    shutil.copytree(ROOT / "engine", repository / "engine")
+    shutil.copy(ROOT / "utils.py", repository)
     run = repository / "results" / "a-719"
     (run.parent / "trials").mkdir(parents=True)  # not tested
     run.mkdir()
@@ -245,10 +247,15 @@ def test_results_are_written_between_two_markers(repository, tmp_path, active):
         assert page.read_text() == tables.format("| a \\1 |\n| b |")
     argv = log.read_text().splitlines()[0].split("\t")[1:]
     assert argv == ["--mode", "results", "--runs", str(run)]
-    page.write_text("no markers")
-    for name in ("page.md", "gone.md"):
-        refused(write(name), name)
-    assert page.read_text() == "no markers"
+    for content in (b"no markers", tables.format("\xe9").encode("latin-1")):
+        page.write_bytes(content)
+        for name in ("page.md", "gone.md"):
+            refused(write(name), name)
+        assert page.read_bytes() == content
+    page.write_text(full := tables.format("old" * 1000))
+    script = f'ulimit -f 1; bash "{repository}/scripts/results.sh" --write page.md'
+    refused(bash("-c", script, cwd=tmp_path, **active), "page.md")
+    assert page.read_text() == full
 
 
 def test_quickstart_twice(repository, tmp_path, active):
@@ -305,7 +312,7 @@ def test_scripts_fail_at_the_first_error():
     for path in [*SCRIPTS, ROOT / ".ci" / "run"]:
         assert bash("-n", path).returncode == 0
         if path.name != "env.sh":
-            strict = r'^(set -euo pipefail|source .*/env\.sh")$'  # env.sh sets it, too
+            strict = r'^(set -euo pipefail|source .*/env\.sh" \|\| exit 2)$'  # env.sh sets it, too
             assert re.search(strict, path.read_text(), re.MULTILINE), path
             assert os.access(path, os.X_OK), path
 

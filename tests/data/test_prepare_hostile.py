@@ -310,6 +310,9 @@ def test_flags_and_destinations_that_do_not_fit_the_source(tmp_path, refused):
     formats.write(tmp_path, {"dest/train/cat/1.jpg": b"mine", "file": b"mine"})
     os.symlink("loop", tmp_path / "loop")
     os.symlink("gone", tmp_path / "link")
+    (tmp_path / "empty").mkdir()
+    os.symlink("empty", tmp_path / "to empty")
+    assert "--dest" in refused(source, dest=tmp_path / "to empty")
     for name in ("dest", "file", "file/below", "loop", "link"):
         assert str(tmp_path / name.split("/")[0]) in refused(source, dest=tmp_path / name)
     assert "/proc" in refused(source, dest="/proc/nowhere/out")

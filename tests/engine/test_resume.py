@@ -258,6 +258,36 @@ def test_one_process_a_folder(master, tmp_path):
     succeeded(train(master, save))
 
 
+@pytest.mark.parametrize("then", ["gone", "another's"])
+def test_a_folder_that_is_removed_while_it_trains(master, tmp_path, monkeypatch, then):
+    """The training ends; whoever has made the folder anew keeps all that is in it."""
+    folder = tmp_path / "logs-719"
+
+    def remove(n):
+        if n == 2:
+            shutil.rmtree(folder)
+            if then == "another's":
+                folder.mkdir()
+                (folder / "lock").write_text("process 1")
+
+    before_call(monkeypatch.setattr, run, "summary", remove)
+    refused(train(master, tmp_path / "logs", **LONG), folder, "removed")
+    left = [path.name for path in folder.iterdir()] if folder.exists() else []
+    assert left == ["lock"] * (then != "gone")
+
+
+@pytest.mark.parametrize("tested", [False, True])
+def test_a_run_without_its_checkpoints_is_not_overwritten(data, tmp_path, tested):
+    save = tmp_path / "logs"
+    succeeded(train(data, save))
+    before = metrics(save)
+    shutil.rmtree(f"{save}-719/ckpts")
+    if tested:
+        Path(f"{save}-719", "results.json").write_text("{}")
+    refused(train(data, save, "--resume", "auto"), "logs-719", "holds a run already")
+    assert metrics(save) == before
+
+
 def test_a_folder_is_not_silently_continued(data, tmp_path):
     save, again = tmp_path / "logs", ("--resume", "auto")
     succeeded(train(data, save))

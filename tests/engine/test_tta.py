@@ -185,11 +185,14 @@ def test_other_shots_keep_the_size_of_a_step(master, capsys):
     assert capsys.readouterr().out.count("note: ") == 3
 
 
-def test_the_schedule_for_other_numbers_of_examples():
-    """Training with 3 x 2 images in one minibatch, or in two."""
+def test_the_schedule_for_other_numbers_of_examples(capsys):
+    """Training with 3 x 2 images in one minibatch, or in two; with 3 x 5 in four."""
     one, two = make_args("--batch-size", "25"), make_args("--batch-size", "3")
     assert [schedule(one, 2, n) for n in (3, 6, 12)] == [(3, 6), (25, 0), (12, 6)]
     assert [schedule(two, 2, n) for n in (3, 6, 12)] == [(2, 3), (3, 0), (6, 3)]
+    assert capsys.readouterr().out.count("stay as in training") == 4
+    assert schedule(make_args("--batch-size", "4"), 5, 6) == (2, 4)
+    assert "3 updates a pass, 4 in training" in capsys.readouterr().out
 
 
 def test_the_classes_decide_what_is_mini_imagenet():

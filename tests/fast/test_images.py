@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -16,6 +17,7 @@ from conftest import CPU, dataset, photograph, same
 from PIL import Image
 from torchvision.transforms.functional import adjust_hue, pil_to_tensor
 
+import utils
 from data.imagefiles import load_image
 from data.layout import scan_split
 from data.transforms import PIXELS
@@ -144,6 +146,18 @@ def test_a_damaged_offset_is_built_again(data, monkeypatch, capsys):
     monkeypatch.setattr(np, "load", mock.Mock(side_effect=[error, error, mock.DEFAULT], wraps=load))
     build(data)
     assert "building it again" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(utils.fcntl is None, reason="no locks")
+def test_who_is_waited_for(tmp_path, capsys):
+    lock = tmp_path / "lock"
+    with lock.open("w") as other:
+        other.write("process 7")
+        other.flush()
+        utils.fcntl.flock(other, utils.fcntl.LOCK_EX)
+        threading.Timer(0.3, other.close).start()
+        with utils.file_lock(lock, wait=True):
+            assert "process 7" in capsys.readouterr().out
 
 
 def test_broken_image_leaves_nothing_behind(data):

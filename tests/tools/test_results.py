@@ -164,7 +164,7 @@ def test_contradictions_are_named():
 def test_untested_folders_are_skipped_or_refused(tmp_path, capsys):
     runs = [str(with_test(tmp_path / "a")), str(tmp_path / "nowhere")]
     results_mode(Namespace(runs=runs))
-    assert "nowhere" in capsys.readouterr().out.splitlines()[-1]
+    assert "nowhere" in capsys.readouterr().err.splitlines()[-1]
     (tmp_path / "cat.jpg").write_text("")
     for name in ("nowhere", "cat.jpg"):
         with pytest.raises(UserError, match=f"{name}: is not a run folder"):
