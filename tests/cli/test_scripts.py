@@ -252,10 +252,6 @@ def test_results_are_written_between_two_markers(repository, tmp_path, active):
         for name in ("page.md", "gone.md"):
             refused(write(name), name)
         assert page.read_bytes() == content
-    page.write_text(full := tables.format("old" * 1000))
-    script = f'ulimit -f 1; bash "{repository}/scripts/results.sh" --write page.md'
-    refused(bash("-c", script, cwd=tmp_path, **active), "page.md")
-    assert page.read_text() == full
 
 
 def test_quickstart_twice(repository, tmp_path, active):
