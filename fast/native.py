@@ -307,7 +307,7 @@ class LossAndGrad(torch.autograd.Function):
     def backward(ctx, of_loss, v):
         c, grad, _ = ctx.saved_tensors
         size = v.norm(dtype=torch.float64).clamp_min(torch.finfo(v.dtype).tiny)
-        r = (STEP * c.norm() / size).to(v.dtype)
+        r = STEP * c.norm() / size  # [], so r * v keeps v's dtype
         after = ctx.function(c + r * v, ctx.switches)[1]
         return of_loss * grad + (after - grad) / r, None, None
 
