@@ -114,7 +114,10 @@ class FastConv4(Conv4):
     def _differences(self, images: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Second order by Triton's kernels."""
         at = partial(self._by_triton, images, y)
-        function = lambda c, frozen: at(self._arranged_slices(c), frozen)  # noqa: E731
+
+        def function(c: Tensor, frozen: update.Switches | None) -> tuple:
+            return at(self._arranged_slices(c), frozen)
+
         return native.LossAndGrad.apply(c, images, function)
 
     def _differentiated_twice(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
