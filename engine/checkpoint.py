@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import zipfile
 from argparse import Namespace
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +48,28 @@ class TrainingState:
         return cls(episode=content["episode"], best=content.get("best"), **content.get("run", {}))
 
 
-_RUN = {field.name for field in fields(TrainingState)} - {"episode", "best"}
+def _count(value: object) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+_RUN = {
+    **dict.fromkeys(("validated", "skipped_in_a_row", "asked_for"), _count),
+    **{key: [lambda x: isinstance(x, float)] for key in ("losses", "accuracies", "skipped")},
+    **{"data": {str: str}, "logs_end_at": {str: _count}},
+}
+
+
+def _is_run(run: Any) -> bool:
+    known = fits(run, _RUN) and run.keys() == _RUN.keys()
+    return run == {} or (known and len(run["losses"]) == len(run["accuracies"]))
+
+
 _FORM = {  # of a checkpoint, beside its weights
     **{key: {str: object} for key in ("hyper_parameters", "run_flags", "about")},
     "classes": [str],
     "data_root": str,
     "best": ({"episode": int, "accuracy": finite}, None),
-    "run": lambda run: isinstance(run, dict) and set(run) in (set(), _RUN),
+    "run": _is_run,
 }
 
 
