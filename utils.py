@@ -106,9 +106,12 @@ def explained(
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, new: bool = False) -> Iterator[IO[bytes]]:
     """Open a temporary file beside ``path`` for binary writing; it takes the name only when it is
     complete and on disk.
+
+    Args:
+        new: nothing may be at ``path``.
 
     Raises:
         UserError: it cannot be written; whatever was at ``path`` is still there.
@@ -121,6 +124,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+            if new:
+                path.open("xb").close()
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):

@@ -115,8 +115,14 @@ def _targets(out: str) -> tuple[Path, Path]:
     stem = re.sub(r"\.(csv|png)$", "", out, flags=re.IGNORECASE)
     targets = Path(f"{stem}.csv"), Path(f"{stem}.png")
     for path in targets:
-        if path.exists():
-            raise UserError(f"{path}: exists already; give another --out, or remove it")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("xb").close()
+            path.unlink()
+        except FileExistsError as e:
+            raise UserError(f"{path}: exists already; give another --out, or remove it") from e
+        except OSError as e:
+            raise UserError(f"--out {path}: cannot be written ({e.strerror}); give another") from e
     return targets
 
 
@@ -155,11 +161,11 @@ def predict(predictor: Predictor) -> None:
     shown = {c: c if display_name(c) == c else f"{c} ({display_name(c)})" for c in classes}
     for name, row in zip(names, shares, strict=True):
         print(f"{name:<{width}}  {shown[classes[row.argmax()]]}, {row.max():.2f}")
-    with atomic_write(csv_path) as file:
+    with atomic_write(csv_path, new=True) as file:
         file.write(table(classes, read, shares))
     print(f"written to {csv_path}")
     with optional():
         drawn = picture(classes, support, read, shares)
-        with atomic_write(png_path) as file:
+        with atomic_write(png_path, new=True) as file:
             file.write(drawn)
         print(f"written to {png_path}")

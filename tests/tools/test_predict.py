@@ -48,6 +48,19 @@ def test_predictions_are_written_and_not_replaced(answers, monkeypatch):
         Path(left).unlink()
 
 
+def test_answers_are_printed_even_if_they_cannot_be_written(answers, monkeypatch, capsys):
+    write = partial(Path("answer.csv").write_text, "another's")
+    before_call(monkeypatch.setattr, Predictor, "predict", lambda _: write() and None)
+    with pytest.raises(UserError, match=r"answer\.csv"):
+        answers()
+    assert "test class 1, " in capsys.readouterr().out
+    assert Path("answer.csv").read_text(encoding="utf-8") == "another's"
+    monkeypatch.setattr(Predictor, "adapt", lambda *_: 1 / 0)  # refused before the work begins
+    for out in ("x" * 300, "answer.csv/x"):
+        with pytest.raises(UserError, match="--out"):
+            answers(out=out)
+
+
 @pytest.mark.parametrize(
     ("out", "written"),
     [
