@@ -381,11 +381,13 @@ def resolve(
         ("mode", loop or mode != "predict", f"is not for --method {method}"),
         ("init_from", loop or method in PRETRAINED, f"--method {method} starts from scratch"),
         ("shots", method != "finetune", "is tuned for one number of shots; leave it out"),
-        ("transductive", mode != "predict", "a prediction must not depend on the other images"),
     ]
-    # tests and predictions learn the method and the learner from the checkpoint
-    final = mode in ("train", "pretrain") or checkpoint_args is not None
-    for names, allowed, why in rules if final else rules[-1:]:
+    if mode not in ("train", "pretrain") and checkpoint_args is None:
+        rules = []  # method and learner come from the checkpoint, which is not read yet
+    rules.append(
+        ("transductive", mode != "predict", "a prediction must not depend on the other images")
+    )
+    for names, allowed, why in rules:
         for name in names.split():
             if not allowed and (value := getattr(args, name)) != DEFAULTS[name]:
                 raise UserError(f"{spelled(name)} {typed(value)}: {why}")

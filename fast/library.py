@@ -111,13 +111,16 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
     print("compiling the kernels, which takes about ten seconds" + " once" * cached, flush=True)
     if cached:
         with contextlib.suppress(OSError, subprocess.CalledProcessError):  # full, or noexec
-            return _compile(run, compiler, openmp, folder, path)
+            return _compile(run, compiler, openmp, path)
     return _compile(run, compiler, openmp)
 
 
-def _compile(run: Callable, compiler: list[str], openmp: list[str], *cache: Path) -> ctypes.CDLL:
-    """Compile and load the kernels; ``cache`` are the folder and path to store them at, if any."""
-    with tempfile.TemporaryDirectory(prefix=".compile-", dir=next(iter(cache), None)) as work:
+def _compile(
+    run: Callable, compiler: list[str], openmp: list[str], cache: Path | None = None
+) -> ctypes.CDLL:
+    """Compile and load the kernels; ``cache`` is the path to store them at, if any."""
+    folder = cache.parent if cache else None
+    with tempfile.TemporaryDirectory(prefix=".compile-", dir=folder) as work:
         compiled, linked = f"{work}/kernels.o", f"{work}/kernels.so"
         for more in (GCC_FLAGS, []):
             try:
@@ -131,7 +134,7 @@ def _compile(run: Callable, compiler: list[str], openmp: list[str], *cache: Path
         if cache:
             with open(linked, "r+b") as file:  # the loader ignores what follows the library
                 file.write(hashlib.sha256(file.read()).digest())
-            os.replace(linked, cache[1])
+            os.replace(linked, cache)
         return library
 
 
