@@ -3,9 +3,11 @@
 import csv
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import before_call
 from PIL import Image
 
 from engine.flags import parse
