@@ -115,7 +115,7 @@ def accuracy(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(dim=1) == y).float().mean() * 100.0
 
 
-def learned(metalearner: torch.nn.Module) -> list[Tensor]:
+def trainable_parameters(metalearner: torch.nn.Module) -> list[Tensor]:
     """The meta-learner's trainable parameters, in the order of its gradient."""
     return [p for p in metalearner.parameters() if p.requires_grad]
 
@@ -132,13 +132,14 @@ def meta_gradient(
     Overwrites both learners; leaves the meta-learner as it is.
 
     Returns:
-        The gradient [G], all of ``learned(metalearner)`` one after the other; the query loss [];
+        The gradient [G], of all ``trainable_parameters`` one after the other; the query loss [];
         the query accuracy [] in percent. They are detached and still on the device.
     """
     learner_wo_grad.train()
     c, _ = adapt(episode, learner_w_grad, metalearner, batch_size)
     loss, logits = query_loss(episode, learner_w_grad, learner_wo_grad, c)
-    grads = torch.autograd.grad(loss, learned(metalearner))  # an unused parameter is an error
+    parameters = trainable_parameters(metalearner)
+    grads = torch.autograd.grad(loss, parameters)  # an unused parameter is an error
     gradient = torch.cat([g.reshape(-1) for g in grads])
     return gradient, loss.detach(), accuracy(logits, episode.query_y)
 
@@ -170,7 +171,7 @@ def update_metalearner(
         Whether the update was skipped [], bool, because a loss or the gradient was not finite;
         still on the device.
     """
-    parameters = learned(metalearner)
+    parameters = trainable_parameters(metalearner)
     mean = reduce(torch.add, gradients) / len(gradients)
     for p, grad in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
         p.grad = grad.view_as(p)

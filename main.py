@@ -37,7 +37,7 @@ from engine.folder import locked
 from engine.model import Model, Trainable
 from engine.parallel import make_train_step
 from engine.run import Run
-from episode import learned
+from episode import trainable_parameters
 from tools import export, plots, predict, results, tables, trace
 from tools.predictor import Predictor
 
@@ -69,7 +69,7 @@ def train(cli_args: dict[str, object], ranks: Ranks) -> None:
         in_order = args.mode == "pretrain"
         sets = {k: dataset(args, backend, of, lengths[k], in_order) for k, of in splits.items()}
         model = build(args, backend)
-        optimizer = adam(args, backend, learned(model.metalearner))
+        optimizer = adam(args, backend, trainable_parameters(model.metalearner))
         if folder.checkpoint is None:
             load_start(args, model, folder.origin, sets["train"])
         averaged = averaged_copy(args, model)

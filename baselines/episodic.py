@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from engine.backend import Backend, make_learner
 from engine.model import Trainable
-from episode import Episode, accuracy, learned
+from episode import Episode, accuracy, trainable_parameters
 from learner import FlatModule, flat_gradient
 
 
@@ -40,7 +40,7 @@ def classification(module: nn.Module, logits: Tensor, y: Tensor) -> tuple[Tensor
         accuracy [] in percent. They are detached.
     """
     loss = F.cross_entropy(logits, y)
-    return flat_gradient(loss, learned(module)), loss.detach(), accuracy(logits, y)
+    return flat_gradient(loss, trainable_parameters(module)), loss.detach(), accuracy(logits, y)
 
 
 def make_embedding(args: argparse.Namespace, backend: Backend) -> FlatModule:

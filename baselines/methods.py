@@ -17,7 +17,7 @@ from baselines.protonet import PrototypicalNetwork
 from dataloader import EpisodeDataset
 from engine.backend import Backend, make_learner
 from engine.checkpoint import load_weights
-from engine.flags import PRETRAINED, essence, spelled
+from engine.flags import PRETRAINED, comparable, flag_name
 from engine.model import Trainable
 from learner import N_BLOCKS
 from utils import UserError
@@ -66,8 +66,9 @@ def load_start(
     path, content = origin
     for name in SAME:
         value, stored = getattr(args, name), content.get("hyper_parameters", {}).get(name)
-        if stored is not None and essence(stored) != essence(value):
-            raise UserError(f"{spelled(name)} {value}: {path} was trained with {stored}; give that")
+        if stored is not None and comparable(stored) != comparable(value):
+            flag = f"{flag_name(name)} {value}"
+            raise UserError(f"{flag}: {path} was trained with {stored}; give that")
     if args.method not in PRETRAINED:
         if content.get("mode") != "pretrain":
             load_weights({"metalearner": model.metalearner}, content, path)

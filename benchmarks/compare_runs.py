@@ -21,7 +21,7 @@ from runs import difference, interval
 
 from engine import checkpoint as checkpoints
 from engine.checkpoint import BEST, LAST, find_checkpoint
-from engine.flags import DEFAULTS, HYPER_PARAMETERS, Parser, completed, int_range, spelled
+from engine.flags import DEFAULTS, HYPER_PARAMETERS, Parser, completed, flag_name, int_range
 from engine.logger import read_metrics
 from engine.process import run_main
 from tools.recipes import text
@@ -79,7 +79,7 @@ def compare(folders: list[Path], at: int | None = None) -> str:
         paired = folder != folders[0] and all(stored.get(k) == first.get(k) for k in EPISODES)
         paired = paired and images in (None, first_images)
         apart = [k for k in (*HYPER_PARAMETERS, *VALIDATION) if stored.get(k) != first.get(k)]
-        changes = ", ".join(f"`{spelled(k)} {text(stored.get(k))}`" for k in apart)
+        changes = ", ".join(f"`{flag_name(k)} {text(stored.get(k))}`" for k in apart)
         last = max(e["episode"] for e in events if e["event"] in ("train", "val"))
         seen = f"{val['episode']:,} of {last:,}"
         cells = [folder.name, begins_with.split("/")[0], changes, seen]

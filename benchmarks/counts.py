@@ -35,7 +35,7 @@ from engine.distributed import SINGLE_PROCESS
 from engine.flags import Parser, resolve
 from engine.parallel import make_train_step
 from engine.process import run_main
-from episode import learned
+from episode import trainable_parameters
 from fast import gpu
 from fast.images import FastEpisodeDataset
 from main import build
@@ -148,7 +148,7 @@ def parts(n_shot: int, folder: Path) -> dict[str, Callable[[], object]]:
         step=lambda *_: None,
     )
     train_set = dataset(args, backend, scan_split(folder, "train"), 1)
-    optimizer = adam(args, backend, learned(model.metalearner))
+    optimizer = adam(args, backend, trainable_parameters(model.metalearner))
     train_step = make_train_step(args, backend, model, optimizer, SINGLE_PROCESS)
     drawn = train_set[0]
     episode = train_set.assemble(drawn, META)
@@ -166,7 +166,7 @@ def parts(n_shot: int, folder: Path) -> dict[str, Callable[[], object]]:
 
     def meta_update() -> None:
         state = metalearner(loss, grad, metalearner.initial_state())
-        torch.autograd.grad(sum(t.sum() for t in state), learned(metalearner))
+        torch.autograd.grad(sum(t.sum() for t in state), trainable_parameters(metalearner))
 
     return {
         AUGMENTATION: lambda: train_set.assemble(drawn, META),

@@ -36,7 +36,7 @@ from engine.parallel import make_train_step
 from engine.process import run_main
 from engine.provenance import commit, cpu_name
 from engine.stream import episodes
-from episode import Episode, learned
+from episode import Episode, trainable_parameters
 from fast import native
 from fast.graphs import CHECKED, WARM_UP
 from fast.library import library
@@ -70,7 +70,7 @@ class Timed:
         self.networks = build(args, self.backend)
         how = (args, self.backend, self.networks)
         self.evaluate = Evaluator(*how).evaluate
-        optimizer = adam(args, self.backend, learned(self.networks.metalearner))
+        optimizer = adam(args, self.backend, trainable_parameters(self.networks.metalearner))
         self._train_step = make_train_step(*how, optimizer, SINGLE_PROCESS)
 
     def train(self, episode: Episode) -> tuple[torch.Tensor, ...]:

@@ -8,7 +8,7 @@ from data.layout import check_splits
 from engine.backend import Backend
 from engine.checkpoint import trained_shots
 from engine.evaluation import schedule
-from engine.flags import Parser, spelled, typed
+from engine.flags import Parser, flag_name, flag_value
 from engine.logger import summary
 from engine.model import Trainable
 from main import load_model
@@ -35,7 +35,7 @@ def load_run(run: str, flags: dict[str, object]) -> tuple[Namespace, dict, Backe
     """
     for name in ("mode", "resume", "save", "shots"):
         if name in flags:
-            flag = f"{spelled(name)} {typed(flags[name])}"
+            flag = f"{flag_name(name)} {flag_value(flags[name])}"
             raise UserError(f"{flag}: is not for comparisons; leave it out, and name runs alone")
     args, checkpoint, backend, model = load_model({**flags, "resume": run})
     check_splits(args.data_root, checkpoint.get("classes", ()), ("val", "test"))

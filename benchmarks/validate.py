@@ -20,7 +20,7 @@ from data.layout import scan_split
 from engine.backend import dataset
 from engine.checkpoint import short_name
 from engine.evaluation import Evaluator
-from engine.flags import DEFAULTS, parse, spelled
+from engine.flags import DEFAULTS, flag_name, parse
 from engine.process import run_main
 from tools.words import markdown_table
 from utils import UserError
@@ -42,7 +42,7 @@ def compare(runs: list[str], flags: dict[str, object]) -> str:
     for run in runs:
         args, checkpoint, backend, model = load_run(run, flags)
         split = scan_split(args.data_root, "val")
-        kind = {spelled(name): getattr(args, name) for name in EPISODES}
+        kind = {flag_name(name): getattr(args, name) for name in EPISODES}
         kind["hash of the validation images"] = split.fingerprint
         first_kind = first_kind or kind
         for name, value in kind.items():

@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from engine.flags import ROOT, spelled
+from engine.flags import ROOT, flag_name
 from engine.process import end_with_parent, print_error
 from utils import UserError, first_line, out_of_memory
 
@@ -54,10 +54,14 @@ class Ranks(contextlib.AbstractContextManager):
         """Read torchrun's environment variables, and connect with the other ranks.
 
         Raises:
-            UserError: the variables are incomplete, or the others cannot be reached.
+            UserError: the variables are incomplete or no numbers, or the others cannot be reached.
         """
         names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-        rank, size, *local = (int(os.environ.get(name, alone)) for name, alone in names.items())
+        try:
+            rank, size, *local = (int(os.environ.get(name, alone)) for name, alone in names.items())
+        except ValueError as e:
+            advice = "unset it, or start by torchrun"
+            raise UserError(f"{', '.join(names)}: one is no number ({e}); {advice}") from e
         if size == 1:
             return SINGLE_PROCESS
         ranks = cls(rank, size, tuple(local))
@@ -194,7 +198,7 @@ class Ranks(contextlib.AbstractContextManager):
     def compare_start(self, given: dict[str, object]) -> None:
         """Check that all ranks run the same code with the same flags."""
         if self.size > 1:
-            facts = {spelled(k): v for k, v in given.items() if k not in PER_MACHINE}
+            facts = {flag_name(k): v for k, v in given.items() if k not in PER_MACHINE}
             facts["version of PyTorch"] = torch.__version__
             facts["version of this repository"] = _code()
             facts["kind of processor"] = torch.backends.cpu.get_cpu_capability()

@@ -28,7 +28,7 @@ def averaged_copy(args: Namespace, model: Trainable) -> Trainable:
 
 
 def saved_modules(model: Trainable, averaged: Trainable) -> dict[str, nn.Module]:
-    """The modules that a snapshot holds, by their key in it."""
+    """The modules that a checkpoint of the training holds, by their key in it."""
     return averaged.saved | ({} if averaged is model else {TRAINED: model.metalearner})
 
 
@@ -48,7 +48,7 @@ def chosen_weights(args: Namespace, checkpoint: dict) -> dict:
 
 
 @torch.no_grad()
-def follow(average: nn.Module, trained: nn.Module, decay: float, n_updates: int) -> None:
+def update_average(average: nn.Module, trained: nn.Module, decay: float, n_updates: int) -> None:
     """Move the average towards the weights after ``n_updates``, by ``1 - decay`` of the way.
 
     The first updates move it further, 9 / (10 + n) of the way, so that the average of a short run

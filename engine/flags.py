@@ -94,12 +94,12 @@ def boolean(text: str) -> bool:
     return values[text.lower()]
 
 
-def spelled(name: str) -> str:
+def flag_name(name: str) -> str:
     """A flag as one types it: ``n_class`` -> ``--n-class``."""
     return "--" + name.replace("_", "-")
 
 
-def typed(value: object) -> str:
+def flag_value(value: object) -> str:
     """A flag's value as one types it."""
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text.lower() if value in (True, False, None) else text
@@ -125,7 +125,7 @@ def split_learner(learner: str) -> tuple[str, str, str]:
     return file, name, digest
 
 
-def essence(value: object) -> object:
+def comparable(value: object) -> object:
     """A flag's value for comparison; of --learner without FILE, which may have moved."""
     learner = isinstance(value, str) and "@" in value
     return "@".join(split_learner(value)[1:]) if learner else value
@@ -189,7 +189,7 @@ def _group(title: str) -> Callable:
         if "action" not in kwargs and isinstance(default, bool):
             kwargs["type"], metavar = boolean, "BOOL"
         if "action" not in kwargs and default is not None:
-            help += f" (default: {typed(default)})"
+            help += f" (default: {flag_value(default)})"
         if metavar:
             kwargs["metavar"] = metavar
         section.add_argument(name, help=help, **kwargs)
@@ -353,13 +353,13 @@ def resolve(
     args.data_root = Path(args.data_root) if args.data_root else ROOT / "data" / args.data
     for name, modes in HEEDED.items():
         if name in cli_args and args.mode not in modes:
-            flag = f"{spelled(name)} {typed(getattr(args, name))}"
+            flag = f"{flag_name(name)} {flag_value(getattr(args, name))}"
             advice = "name the run by --save and --seed" if name == "resume" else "leave it out"
             raise UserError(f"{flag}: is not for --mode {args.mode}; {advice}")
     for name in ("bi_init", "bf_init"):
         low, high = getattr(args, name)
         if low > high:
-            raise UserError(f"{spelled(name)} {low:g} {high:g}: LOW must not exceed HIGH")
+            raise UserError(f"{flag_name(name)} {low:g} {high:g}: LOW must not exceed HIGH")
     mode, method, conv4 = args.mode, args.method, args.learner == "conv4"
     training, head = mode != "pretrain", method == "linear-head"
     this = f"--method {method}" if training else "--mode pretrain"
@@ -390,7 +390,7 @@ def resolve(
     for names, allowed, why in rules:
         for name in names.split():
             if not allowed and (value := getattr(args, name)) != DEFAULTS[name]:
-                raise UserError(f"{spelled(name)} {typed(value)}: {why}")
+                raise UserError(f"{flag_name(name)} {flag_value(value)}: {why}")
     return args
 
 
@@ -413,7 +413,7 @@ def check_stored(path: Path, content: dict) -> None:
         for name, value in content.get(table, {}).items():
             words = map(str, value if isinstance(value, list) else [value])
             try:
-                parsed = parse([spelled(name), *words]).get(name) if name in known else None
+                parsed = parse([flag_name(name), *words]).get(name) if name in known else None
             except UserError as e:
                 raise UserError(f"{path}: its {name} {value} is invalid: {e}") from e
             if parsed != value:

@@ -16,7 +16,7 @@ from engine import checkpoint as checkpoints
 from engine import flags
 from engine.checkpoint import BEST, LAST
 from engine.distributed import SINGLE_PROCESS, Ranks
-from engine.flags import essence
+from engine.flags import comparable
 from engine.logger import METRICS
 from utils import UserError, file_lock
 
@@ -70,7 +70,7 @@ class RunFolder:
         elif stored.get("lr_decay") and "episode" in run_flags:  # on which the rate depends
             stored = stored | {"episode": run_flags["episode"]}
         given = {k: v for k, v in cli_args.items() if k in stored.keys() - free}
-        self.changed = {k: v for k, v in given.items() if essence(stored[k]) != essence(v)}
+        self.changed = {k: v for k, v in given.items() if comparable(stored[k]) != comparable(v)}
         self._refuse_changes(str(resume), stored)
         self.args = flags.resolve({**cli_args, "resume": resume}, stored)
         _check_meta_batch(self.args, checkpoint.get("episode", 0), ranks.size)
@@ -147,7 +147,7 @@ class RunFolder:
         fixed = sorted(k for k in self.changed if self.continues or k in START_ONLY)
         if fixed:
             changes, began = (
-                ", ".join(f"{flags.spelled(k)} {flags.typed(values[k])}" for k in fixed)
+                ", ".join(f"{flags.flag_name(k)} {flags.flag_value(values[k])}" for k in fixed)
                 for values in (self.changed, stored)
             )
             advice = "leave them out" + ", or give another --save" * self.continues

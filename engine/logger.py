@@ -70,10 +70,10 @@ class Logger:
 
     Args:
         folder: the run's folder.
-        end_at: the files' lengths at the snapshot, from ``position``; what a killed process wrote
-            beyond is cut off.
+        end_at: the files' lengths at the last checkpoint, from ``position``; what a killed process
+            wrote beyond is cut off.
         tensorboard: also write TensorBoard's files.
-        episode: of the snapshot; TensorBoard hides what was written after it.
+        episode: of that checkpoint; TensorBoard hides what was written after it.
 
     Raises:
         UserError: a file cannot be written, or is shorter than ``end_at`` says; or TensorBoard is
@@ -91,7 +91,7 @@ class Logger:
             self._files = {name: (folder / name).open("a", **how) for name in self.NAMES}
             for name, size in self._sizes().items():
                 if size < end_at.get(name, 0):
-                    found = f"{size} bytes, but the snapshot saw {end_at[name]}"
+                    found = f"{size} bytes, but the last checkpoint says {end_at[name]}"
                     raise UserError(f"{folder / name}: {found}; choose another --save")
                 self._files[name].truncate(end_at.get(name, size))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.backend import Backend
 from engine.distributed import Ranks
-from engine.ema import follow
+from engine.ema import update_average
 from engine.model import Trainable
 from episode import Episode, update_metalearner
 from learner import FlatModule
@@ -93,7 +93,7 @@ def make_train_step(
             # [M, G + 2], on one core, for the same bits
             results = next(backend.map(several, [ranks.gather(own)]))
         if averaged is not None and averaged is not model:
-            follow(averaged.metalearner, model.metalearner, args.ema, n // args.meta_batch)
+            update_average(averaged.metalearner, model.metalearner, args.ema, n // args.meta_batch)
         return results
 
     return train_step

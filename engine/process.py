@@ -86,13 +86,13 @@ def check_packages(names: list[str]) -> None:
 class Signals:
     """Notes the signals that arrive; training looks at them between two episodes.
 
-    SIGTERM, SIGINT and SIGHUP ask for a snapshot and the end, SIGUSR1 (Slurm, before it preempts)
-    for a snapshot. A second SIGINT ends the process at once. A signal that is ignored from the
+    SIGTERM, SIGINT and SIGHUP ask for a checkpoint and the end, SIGUSR1 (Slurm, before it preempts)
+    for a checkpoint. A second SIGINT ends the process at once. A signal that is ignored from the
     start, such as SIGHUP under nohup, stays ignored.
 
     Attributes:
         stop: the signal that asks for the end, or None.
-        save: whether a snapshot is asked for.
+        save: whether a checkpoint is asked for.
     """
 
     def __init__(self):
@@ -116,7 +116,7 @@ class Signals:
 
 
 class Stopped(Exception):
-    """A signal ended the run after its snapshot was written."""
+    """A signal ended the run after its checkpoint was written."""
 
     def __init__(self, number: signal.Signals, folder: Path, episode: int):
         super().__init__(
@@ -186,7 +186,7 @@ def exit_process(run: Callable[[], int]) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises an error
         for worker in workers:
             worker.kill()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,8 +1,8 @@
-"""A training run that can be killed and resumed: it logs, validates, and writes snapshots.
+"""A training run that can be killed and resumed: it logs, validates, and writes checkpoints.
 
-``meta-learner-last.pth.tar`` is the snapshot: all that the next episode depends on, and the length
-of the logs, so that a resumed run cuts off what a killed one wrote after its last snapshot. A run
-that is killed at any time and resumed gives the same bits as one that is not, logs included.
+``meta-learner-last.pth.tar`` holds all that the next episode depends on, and the lengths of the
+logs, so that a resumed run cuts off what a killed one wrote after that checkpoint. A run that is
+killed at any time and resumed gives the same bits as one that is not, logs included.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class Run(contextlib.ExitStack):
     def log(self, n: int, losses: Tensor, accuracies: Tensor, skipped: Tensor) -> None:
         """Record the update that ends with episode ``n``.
 
-        Writes a line every ``--log-freq`` episodes, and a snapshot every ``--save-minutes``.
+        Writes a line every ``--log-freq`` episodes, and a checkpoint every ``--save-minutes``.
 
         Args:
             losses, accuracies: of its episodes, [] or [M].
@@ -171,7 +171,7 @@ class Run(contextlib.ExitStack):
 
         Raises:
             UserError: too many updates in a row were skipped.
-            Stopped: a signal asked one of the ranks for it; the snapshot is written.
+            Stopped: a signal asked one of the ranks for it; the checkpoint is written.
             PeerLost: another rank has ended.
         """
         state, args = self.state, self.args
@@ -190,7 +190,7 @@ class Run(contextlib.ExitStack):
         stop, save = self.ranks.largest(int(self.signals.stop or 0), int(self.signals.save))
         if stop or save or time.monotonic() - self.saved_at >= 60 * args.save_minutes:
             self.signals.save = False
-            self.snapshot(LAST)
+            self.save_checkpoint(LAST)
         if stop:
             raise Stopped(signal.Signals(stop), self.folder.path, n)
 
@@ -244,7 +244,7 @@ class Run(contextlib.ExitStack):
         if not due or self.state.validated == n:
             return
         began = time.perf_counter()
-        self.snapshot(LAST)  # a kill while it validates costs no more
+        self.save_checkpoint(LAST)  # a kill while it validates costs no more
         self._log_validation(*evaluate())
         self.since += time.perf_counter() - began
 
@@ -267,22 +267,22 @@ class Run(contextlib.ExitStack):
                 names.insert(0, BEST)
             note = "  best so far" if better else ""
             self.logger.info(result_line("val", losses, accuracies) + note)
-        self.snapshot(*names)
+        self.save_checkpoint(*names)
 
     def heed_signals(self) -> None:
-        """Between two updates: write a snapshot, and end the run, if a signal asks for it.
+        """Between two updates: write a checkpoint, and end the run, if a signal asks for it.
 
         Raises:
             Stopped: a signal asks for it.
         """
         if self.ranks.rank == 0 and (self.signals.stop or self.signals.save):
             self.signals.save = False
-            self.snapshot(LAST)
+            self.save_checkpoint(LAST)
         if self.signals.stop:
             raise Stopped(self.signals.stop, self.folder.path, self.state.episode)
 
-    def snapshot(self, *names: str) -> None:
-        """Write the checkpoint under each name; an old file stays until the new one is whole."""
+    def save_checkpoint(self, *names: str) -> None:
+        """Write a checkpoint under each name; an old file stays until the new one is whole."""
         self.saved_at = time.monotonic()
         if self.ranks.rank > 0:  # which has nothing that rank 0 lacks
             return

@@ -232,6 +232,9 @@ class FastEpisodeDataset(EpisodeDataset):
         self.stream: torch.cuda.Stream | None = None  # of the GPU's augmentation
         self._decoded = decoded(split, self.image_size, cache_dir)
 
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"stream": None}  # workers that are not forked get a pickle
+
     def draw(self, index: int) -> Drawn:
         """Read an episode's images and draw its random numbers."""
         numbers = self.indices(index)

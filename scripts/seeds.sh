@@ -70,7 +70,7 @@ train_and_test() { # RECIPE SEED FOLDER
 
 worker() { # NUMBER of a slot: every n-th job; returns the first failure's status, or 0
   local k recipe seed folder status=0 failed=0 device=${slots[$1]}
-  trap 'exit 143' TERM # the training receives the signal, too, and writes a snapshot first
+  trap 'exit 143' TERM # the training receives the signal, too, and writes a checkpoint first
   if [ ${#slots[@]} -gt 1 ]; then
     if [ -n "$device" ]; then export CUDA_VISIBLE_DEVICES=$device; fi
     export TQDM_DISABLE=1

@@ -7,7 +7,16 @@ import re
 import shlex
 from collections.abc import Iterable
 
-from engine.flags import DEFAULTS, HYPER_PARAMETERS, ROOT, completed, essence, parse, spelled, typed
+from engine.flags import (
+    DEFAULTS,
+    HYPER_PARAMETERS,
+    ROOT,
+    comparable,
+    completed,
+    flag_name,
+    flag_value,
+    parse,
+)
 from utils import UserError
 
 _SCRIPT = re.compile(r"(?:train|baseline)_(\d+)s_5c(?:_(\w+))?\.sh")
@@ -59,7 +68,7 @@ def recipe_name(
     }
     name = min(differ, key=lambda name: ("method" in differ[name], len(differ[name])))
     changes = [
-        f"{spelled(k)[2:]} {text(own[k])}" + f" only after {since:,} episodes" * (k in late)
+        f"{flag_name(k)[2:]} {text(own[k])}" + f" only after {since:,} episodes" * (k in late)
         for k in HYPER_PARAMETERS
         if k in differ[name] | late
     ]
@@ -79,4 +88,6 @@ def _key(name: str, shots: object) -> tuple[str, int] | None:
 
 def text(value: object) -> str:
     """A hyper-parameter's value as one types it after its flag; a learner's without its file."""
-    return " ".join(f"{v:g}" for v in value) if isinstance(value, list) else typed(essence(value))
+    if isinstance(value, list):
+        return " ".join(f"{v:g}" for v in value)
+    return flag_value(comparable(value))

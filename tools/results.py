@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine import checkpoint as checkpoints
 from engine.checkpoint import LAST
-from engine.flags import check_stored, completed, data_name, essence, spelled, typed
+from engine.flags import check_stored, comparable, completed, data_name, flag_name, flag_value
 from engine.logger import read_metrics
 from engine.schema import finite, fits
 from tools.recipes import text
@@ -50,7 +50,7 @@ def contradictions(args: Namespace, stored: dict[str, object]) -> dict[str, obje
     own, stored = vars(args), completed(stored)
     if not stored:
         return {}
-    apart = {k: own[k] for k, v in stored.items() if essence(own[k]) != essence(v)}
+    apart = {k: own[k] for k, v in stored.items() if comparable(own[k]) != comparable(v)}
     if apart.get("ema"):  # which only asks for the average that the checkpoint holds
         del apart["ema"]
     if "port" not in (own["augment"], stored["augment"]):  # the others treat test images alike
@@ -62,8 +62,8 @@ def contradiction_notes(args: Namespace, checkpoint: dict) -> list[str]:
     """A note on each of ``contradictions``."""
     stored = completed(checkpoint.get("hyper_parameters", {}))
     return [
-        f"note: {spelled(k)} {typed(value)} is given, but training had {typed(stored[k])}"
-        for k, value in contradictions(args, stored).items()
+        f"note: {flag_name(k)} {flag_value(v)} is given, but training had {flag_value(stored[k])}"
+        for k, v in contradictions(args, stored).items()
     ]
 
 
@@ -164,7 +164,7 @@ def read_results(folder: Path) -> dict:
 def variant(test: dict) -> str:
     """How a test differs from the plain one: flags, batch norm, the draw of episodes, TTA."""
     apart = {k: v for k, v in test["contradicts_training"].items() if k not in ("n_shot", "seed")}
-    flags = ", ".join(f"{spelled(k)[2:]} {text(v)}" for k, v in apart.items())
+    flags = ", ".join(f"{flag_name(k)[2:]} {text(v)}" for k, v in apart.items())
     tta = test["tta"]
     over = [f"{tta['permutations']} permutations"] * (tta["permutations"] > 1)
     over += ["flips"] * tta["flip"]

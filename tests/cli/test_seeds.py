@@ -28,7 +28,7 @@ if argv[1] == "train":
     os.makedirs(folder + "/ckpts", exist_ok=True)
     open(folder + "/ckpts/meta-learner-last.pth.tar", "a")
     if given.get("--episode") == "100000":  # as long as nothing stops it
-        stop = lambda *_: sys.exit(print("snapshot", file=sys.stderr) or 143)
+        stop = lambda *_: sys.exit(print("checkpoint", file=sys.stderr) or 143)
         signal.signal(signal.SIGTERM, stop)
         open(folder + "/metrics.jsonl", "w").write("{}\\n")
         time.sleep(300)
@@ -182,7 +182,7 @@ def test_an_mps_server_is_started_and_stopped(clone, serves):
     assert not log.exists()
 
 
-def test_after_its_minutes_it_stops_with_snapshots(clone):
+def test_after_its_minutes_it_stops_with_checkpoints(clone):
     run = seeds(clone, "719", "--episode", "100000", "--minutes", "0")
     assert run.returncode == 143
     assert "stopped after 0 minutes" in run.stderr
@@ -252,7 +252,7 @@ def test_a_signal_reaches_all_trainings(clone, gpus, number):
     folders, env = [place / f"logs-{seed}" for seed in begun], with_gpus(clone, gpus)
     code, err = interrupted(number, folders, *command, cwd=place, env=env)
     assert code == 128 + number
-    assert err.count("snapshot") == len(begun)
+    assert err.count("checkpoint") == len(begun)
     assert sorted(modes(clone[1]())) == sorted(("train", seed) for seed in begun)
 
 
@@ -321,7 +321,7 @@ def test_a_job_whose_time_is_nearly_over_is_queued_again(clone, slurm, number, c
     (root, calls), (script, env, called) = clone, slurm
     command = (script, "--episode", "100000")
     found, err = interrupted(number, [root / "logs-53"], *command, cwd=root, env=env)
-    assert (found, err.count("snapshot")) == (code, 1)
+    assert (found, err.count("checkpoint")) == (code, 1)
     assert modes(calls()) == [("train", 53)]
     assert called().count("scontrol requeue 31") == (number == signal.SIGUSR1)
 

@@ -18,7 +18,7 @@ from conftest import (
 from torch import nn
 
 from baselines.linear_head import LinearHead
-from episode import adapt, evaluate_episode, learned, meta_gradient, query_loss
+from episode import adapt, evaluate_episode, meta_gradient, query_loss, trainable_parameters
 from learner import FlatModule
 
 ON = ("--second-order", "true")
@@ -59,8 +59,8 @@ def test_the_gradient_is_that_of_the_episodes_query_loss(backend, network, n_sho
         parts = gradient.split([d.numel() for d in directions])
         return torch.stack([d.view(-1) @ g for d, g in zip(directions, parts, strict=True)])
 
-    directions, slopes, step = [torch.randn_like(p) for p in learned(meta)], [], 1e-5
-    for parameter, direction in zip(learned(meta), directions, strict=True):
+    directions, slopes, step = [torch.randn_like(p) for p in trainable_parameters(meta)], [], 1e-5
+    for parameter, direction in zip(trainable_parameters(meta), directions, strict=True):
         parameter.data += step * direction
         above = value()
         parameter.data -= 2 * step * direction

@@ -24,6 +24,7 @@ from conftest import (
     kill_self,
     metrics,
     poisoned,
+    refused,
     run_cli,
     run_test,
     succeeded,
@@ -299,7 +300,7 @@ def test_an_error_of_one_ends_all(master, tmp_path, prepare, culprit):
 
 
 def test_a_rank_that_dies_during_a_validation_ends_all(master, tmp_path):
-    """At once; the other continues from the snapshot before the validation."""
+    """At once; the other continues from the checkpoint before the validation."""
     prepare = on_rank(1, lambda: setattr(models, "evaluate_episode", lambda *_: os._exit(9)))
     argv = training(master, tmp_path / "logs", *M6[2:], "--meta-batch", "2")
     began = time.monotonic()
@@ -325,6 +326,11 @@ def test_nobody_waits_longer_than_it_says(master, tmp_path):
 
 
 # ---- Refusals ----
+
+
+def test_a_variable_that_is_no_number():
+    command = [sys.executable, ROOT / "main.py", "--mode=results", "--runs", "x"]
+    refused(completed(command, env=ONE_THREAD | {"WORLD_SIZE": "two"}), "WORLD_SIZE", "'two'")
 
 
 other_version = on_rank(2, lambda: setattr(torch, "__version__", "2.0.0"))

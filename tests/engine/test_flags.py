@@ -1,7 +1,7 @@
 import pytest
 from conftest import refused, run_cli, succeeded
 
-from engine.flags import DEFAULTS, HYPER_PARAMETERS, parse, resolve, spelled
+from engine.flags import DEFAULTS, HYPER_PARAMETERS, flag_name, parse, resolve
 
 PUBLISHED = dict(
     n_class=5, n_shot=5, n_eval=15, epoch=8, batch_size=25, image_size=84, filters=32,
@@ -63,6 +63,6 @@ def test_an_empty_path_is_not_a_flag_left_out():
 def test_help_gives_each_flag_its_default():
     text = " ".join(succeeded(run_cli("--help")).split())
     for name, default in DEFAULTS.items():
-        assert spelled(name) in text
+        assert flag_name(name) in text
         if default not in (None, False, True) and not isinstance(default, list):
             assert f"(default: {default})" in text

@@ -16,7 +16,7 @@ from conftest import (
     train,
 )
 
-from episode import learned, update_metalearner
+from episode import trainable_parameters, update_metalearner
 
 M2 = ("--meta-batch", "2", "--log-freq", "3")
 LONG = {"episode": 8, "val_freq": 4}
@@ -24,7 +24,7 @@ LONG = {"episode": 8, "val_freq": 4}
 
 def drawn(meta):
     """Gradients and losses of two episodes."""
-    return torch.randn(2, sum(p.numel() for p in learned(meta))), torch.ones(2)
+    return torch.randn(2, sum(p.numel() for p in trainable_parameters(meta))), torch.ones(2)
 
 
 def test_it_is_the_mean_which_is_clipped(backend):

@@ -43,7 +43,7 @@ from engine.folder import locked
 from fast import images
 
 LONG = {"episode": 12, "val_freq": 4}
-ALWAYS = ("--resume", "auto", "--save-minutes", "0")  # a snapshot after each episode
+ALWAYS = ("--resume", "auto", "--save-minutes", "0")  # a checkpoint after each episode
 slow = pytest.mark.slow
 
 
@@ -96,9 +96,9 @@ def command_line(data, save, *flags):
 
 
 INSTANTS = {  # where -> function, and the call that kills
-    "first snapshot": (os, "replace", 1),
-    "later snapshot": (os, "replace", 7),
-    "writing a snapshot": (torch, "save", 5),
+    "first checkpoint": (os, "replace", 1),
+    "later checkpoint": (os, "replace", 7),
+    "writing a checkpoint": (torch, "save", 5),
     "metrics": (logger, "_append", 9),
     "first validation": (models, "evaluate_episode", 2),
     "end of a validation": (run, "summary", 9),
@@ -205,7 +205,7 @@ def limited(size):
     ("size", "culprit"), [(5_000, "decoded"), (200_000, LAST), (150, "metrics.jsonl")]
 )
 def test_disk_full(data, tmp_path, undisturbed, capfd, size, culprit):
-    """For images, a snapshot or a log: one line, and it goes on once there is room."""
+    """For images, a checkpoint or a log: one line, and it goes on once there is room."""
     if culprit != "decoded":
         succeeded(train(data, tmp_path / "other"))  # decodes the images
     capfd.readouterr()

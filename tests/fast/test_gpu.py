@@ -18,7 +18,7 @@ from conftest import ROOT, networks, new_episode
 
 import dataloader
 from data.transforms import draw_augmentation
-from episode import Episode, adapt, evaluate_episode, learned, meta_gradient
+from episode import Episode, adapt, evaluate_episode, meta_gradient, trainable_parameters
 from fast import augment, gpu, learner, native
 from fast.gpu import blocks, colour, convolution, meta, update
 from fast.learner import FastConv4
@@ -524,7 +524,7 @@ def test_second_order_without_its_kernels(monkeypatch, unchecked):
         metalearner.second_order = True
         metalearner.init_cI(plain.get_flat_params())
         c, _ = adapt(episode, learner_, metalearner, batch_size=6)
-        grads.append(torch.autograd.grad(c.square().sum(), learned(metalearner)))
+        grads.append(torch.autograd.grad(c.square().sum(), trainable_parameters(metalearner)))
     assert_close(grads[1], grads[0], 1e-3)
 
 

@@ -232,9 +232,10 @@ def test_pytorch_agrees_with_the_kernel(photographs):
     assert (grey_levels(data[0].query) - expected).abs().mean() < 0.05
 
 
-def test_a_pickled_data_set_holds_no_pixels(master):
+def test_a_pickled_data_set_holds_no_pixels_and_no_stream(master):
     """What workers get that are not forked."""
     data = dataset("fast", master)
+    data.stream = threading.Lock()  # cannot be pickled, as a GPU's stream
     content = pickle.dumps(data)
     assert len(content) < data._decoded._pixels.size / 4
     assert same(pickle.loads(content)[1], data[1])

@@ -9,7 +9,7 @@ import pytest
 from conftest import CPU
 
 from engine import provenance as provenance_module
-from engine.flags import DEFAULTS, HYPER_PARAMETERS, METHODS, spelled
+from engine.flags import DEFAULTS, HYPER_PARAMETERS, METHODS, flag_name
 from engine.provenance import commit, cpu_name, provenance
 from tools import recipes as recipes_module
 from tools.recipes import recipe_name, recipes, starts_from
@@ -83,7 +83,7 @@ def test_differences_from_a_recipe_are_named():
 def test_every_hyper_parameter_is_part_of_the_name():
     other = recipe_name(dict.fromkeys(HYPER_PARAMETERS, "x"))
     for name in set(HYPER_PARAMETERS) - {"n_class", "n_shot", "seed", "input_size"}:
-        assert f"{spelled(name)[2:]} x" in other
+        assert f"{flag_name(name)[2:]} x" in other
 
 
 def test_a_script_with_an_unknown_flag_is_named(tmp_path, monkeypatch):
