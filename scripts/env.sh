@@ -32,6 +32,12 @@ use_python() {
   )
 }
 
+find_recipe() { # NAME: sets $train and $test, its scripts; a pre-training has no test
+  train=$ROOT/scripts/$1.sh test=$ROOT/scripts/eval_${1#train_}.sh
+  if [ "$1" = pretrain ]; then test=''; fi
+  for file in "$train" ${test:+"$test"}; do [ -f "$file" ] || fail "--recipe $1: there is no $file"; done
+}
+
 run_main() {
   use_python requirements.txt
   exec "$PYTHON" "$ROOT/main.py" "$@"

@@ -32,9 +32,7 @@ IFS=, read -r -a recipes <<<"$recipes"
 [ -z "$save" ] || [ ${#recipes[@]} = 1 ] || fail "--save $save: several recipes need a folder each; leave it out"
 jobs=() folders=() # "RECIPE SEED FOLDER"; the folders of tested runs
 for recipe in "${recipes[@]:-}"; do
-  train=$ROOT/scripts/$recipe.sh test=$ROOT/scripts/eval_${recipe#train_}.sh
-  if [ "$recipe" = pretrain ]; then test=''; fi
-  for file in "$train" ${test:+"$test"}; do [ -f "$file" ] || fail "--recipe $recipe: there is no $file"; done
+  find_recipe "$recipe"
   prefix=${save:-$(sed -n 's/^  --save \(.*\) \\$/\1/p' "$train")}
   for seed in "${seeds[@]}"; do
     [[ " ${jobs[*]-} " != *" $recipe $seed $prefix-$seed "* ]] || continue # named twice

@@ -23,8 +23,7 @@ source scripts/env.sh
 recipe=train_5s_5c
 if [[ ${1-} == --recipe=* ]]; then set -- --recipe "${1#*=}" "${@:2}"; fi
 if [ "${1-}" = --recipe ]; then recipe=${2-} && shift $(($# > 1 ? 2 : 1)); fi
-train=scripts/$recipe.sh test=scripts/eval_${recipe#train_}.sh
-for file in "$train" "$test"; do [ -f "$file" ] || fail "--recipe $recipe: there is no $file"; done
+find_recipe "$recipe"
 use_python requirements.txt
 
 seed=${SLURM_ARRAY_TASK_ID:-719} nodes=${SLURM_JOB_NUM_NODES:-1} gpus=${SLURM_GPUS_ON_NODE:-1}
@@ -63,4 +62,4 @@ if [ $((nodes * gpus)) -gt 1 ]; then
   set -- --meta-batch $((nodes * gpus)) "$@"
 fi
 run srun --ntasks-per-node=1 --kill-on-bad-exit=1 ${ranks[@]+"${ranks[@]}"} "$train" --seed "$seed" "$@"
-run srun --nodes=1 --ntasks=1 "$test" --seed "$seed" "$@"
+if [ -n "$test" ]; then run srun --nodes=1 --ntasks=1 "$test" --seed "$seed" "$@"; fi

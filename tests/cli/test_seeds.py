@@ -290,9 +290,11 @@ def test_a_job_trains_and_tests_its_seed(clone, slurm):
     assert all(resolve(parse(call[1:])).data_root == Path("my images") for call in calls())
     assert (root / "logs-first-order-53" / "results.json").exists()
     assert [line.split()[0] for line in called()] == ["srun", "srun"]
+    assert bash(script, "--recipe", "pretrain", **env).returncode == 0  # which has no test
+    assert modes(calls())[2:] == [("pretrain", 53)]
     # a training that fails is neither tested nor queued again
     assert bash(script, **env | {"SLURM_ARRAY_TASK_ID": "13"}).returncode == 7
-    assert modes(calls())[2:] == [("train", 13)]
+    assert modes(calls())[3:] == [("train", 13)]
     assert not any("requeue" in line for line in called())
 
 
@@ -306,7 +308,7 @@ def test_several_gpus_share_the_episodes_of_an_update(slurm, nodes, gpus):
     train, test = (line for line in called() if line.startswith("srun"))
     srun, _, words = train.partition(" -m torch.distributed.run ")
     assert "--ntasks-per-node=1" in srun
-    args = torchrun.parse_args(words.split())
+    args = torchrun.parse_args(words.replace(f"{env['SLURM_SUBMIT_DIR']}/", "").split())
     assert (args.nnodes, args.nproc_per_node, args.no_python) == (nodes, gpus, True)
     assert (args.rdzv_backend, args.rdzv_endpoint) == ("c10d", "node7:20031")
     assert args.training_script == "scripts/train_5s_5c.sh"
@@ -328,7 +330,7 @@ def test_a_job_whose_time_is_nearly_over_is_queued_again(clone, slurm, number, c
 
 def test_what_a_job_refuses(tmp_path, slurm):
     script, env, _ = slurm
-    for flag in ("--recipe", "--recipe=none", "--recipe=pretrain"):
+    for flag in ("--recipe", "--recipe=none", "--recipe=train_omniglot"):
         refused(bash(script, flag, **env), "--recipe")
     script = ROOT / "scripts" / "slurm.sh"
     run = bash(script)
